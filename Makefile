@@ -1,0 +1,20 @@
+# `make demo` and `make test` do everything, the first time on a machine included.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python -m data.toy.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .

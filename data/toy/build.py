@@ -1,0 +1,140 @@
+"""Makes the two shipped checkpoints from nothing and prints how good they are.
+
+    python -m data.toy.build                    # into data/toy, about an hour on 2 cores
+    python -m data.toy.build --smoke --folder /tmp/toy    # a few steps of everything, to see that it runs
+"""
+
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import tyro
+
+from data.examples import Example, Question
+from data.toy.captioner import train_policy
+from data.toy.tokenizer import build_tokenizer
+from data.toy.verifier import perturb, train_verifier
+from data.toy.world import FAMILIES, Scene, draw, is_well_formed, make_scene, scene_questions, write_caption
+from evaluate import PrismConfig, format_table, prism, summarize, write_captions
+from grpo.checkpoint import export_policy
+from grpo.config import run_program
+from grpo.policy import load_policy
+from reward.caprl import Verifier, caption_rewards, load_verifier
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Settings of the builder."""
+
+    folder: Path = Path("data/toy")
+    """Gets policy/ and verifier/."""
+    verifier_steps: int = 2400
+    policy_steps: int = 3200
+    num_images: int = 300
+    """Held-out images behind the table."""
+    seed: int = 0
+    smoke: bool = False
+    """A few steps and images: nothing is learnt, everything runs."""
+
+
+def make_verifier(config: BuildConfig) -> None:
+    torch.set_num_threads(1)  # one process per core: two models at a time
+    tokenizer = build_tokenizer()
+    model = train_verifier(tokenizer, config.verifier_steps, config.seed).to(torch.bfloat16)
+    model.save_pretrained(config.folder / "verifier")
+    tokenizer.save_pretrained(config.folder / "verifier")
+
+
+def make_policy(config: BuildConfig) -> None:
+    torch.set_num_threads(1)
+    policy = train_policy(build_tokenizer(), config.policy_steps, config.seed)
+    export_policy(policy, config.folder / "policy", torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+
+def family_accuracy(verifier: Verifier, scenes: Sequence[Scene], captions: Sequence[str],
+                    questions: Sequence[Sequence[Question]], abstain: bool = False) -> dict[str, float]:
+    """Mean accuracy per family, and under "abstain" the share of abstentions."""
+    sums: dict[str, list[float]] = {family: [] for family in FAMILIES}
+    chosen = []
+    for scene, caption, asked in zip(scenes, captions, questions):
+        result = caption_rewards([caption], [asked], [scene.id], verifier, len(asked), abstain)
+        sums[scene.family] += [row["correct"] for row in result.records[0]]
+        chosen += [row["chosen"] == row["abstain"] for row in result.records[0]]
+    means = {family: sum(values) / max(len(values), 1) for family, values in sums.items()}
+    return means | {"abstain": sum(chosen) / len(chosen)}
+
+
+def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
+    """Letter accuracy on held-out images for captions of known truth."""
+    device, path = torch.device("cpu"), str(folder / "verifier")
+    verifier, cautious = load_verifier(path, device), load_verifier(path, device, abstain=True)
+    questions = [[q for q in scene_questions(scene) if q.needs_image] for scene in scenes]
+    rng = random.Random("table")
+    places = [rng.randrange(len(scene.facts)) for scene in scenes]  # the fact told wrongly, or left out
+    about = [[group[place]] for group, place in zip(questions, places)]
+    wrong, missing = [], []
+    for scene, place in zip(scenes, places):
+        (false,) = perturb(scene.facts[place : place + 1], 1.0, rng)
+        wrong.append(write_caption(scene.family, (*scene.facts[:place], false, *scene.facts[place + 1 :])))
+        missing.append(write_caption(scene.family, (*scene.facts[:place], *scene.facts[place + 1 :])))
+    dense = [write_caption(scene.family, scene.facts) for scene in scenes]
+    free = [[q for q in scene_questions(scene) if not q.needs_image] for scene in scenes]
+    chance = {
+        family: sum(1 / len(q.choices) for s, group in zip(scenes, questions) if s.family == family for q in group)
+        / sum(len(group) for s, group in zip(scenes, questions) if s.family == family)
+        for family in FAMILIES
+    }
+    rows = {
+        "true dense captions": family_accuracy(verifier, scenes, dense, questions),
+        "no caption": family_accuracy(verifier, scenes, [""] * len(scenes), questions),
+        "chance": chance,
+        "one wrong fact, the question on it": family_accuracy(verifier, scenes, wrong, about),
+        "no caption, questions that need none": family_accuracy(verifier, scenes, [""] * len(scenes), free),
+        "true dense captions, abstain option offered": family_accuracy(cautious, scenes, dense, questions, True),
+    }
+    unsaid = family_accuracy(cautious, scenes, missing, about, True)["abstain"]
+    lines = ["| verifier | " + " | ".join(FAMILIES) + " |", "| --- |" + " ---: |" * len(FAMILIES)]
+    lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |" for name, row in rows.items()]
+    return "\n".join([*lines, "", f"abstains on a fact that is not mentioned: {unsaid:.3f}"])
+
+
+def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
+    """The policy before reinforcement learning, 4 captions per held-out image at temperature 1."""
+    device = torch.device("cpu")
+    policy, verifier = load_policy(str(folder / "policy"), device), load_verifier(str(folder / "verifier"), device)
+    examples = [
+        Example(scene.id, draw(scene), tuple(q for q in scene_questions(scene) if q.needs_image), scene.family)
+        for scene in scenes
+    ]
+    config = PrismConfig(policy=str(folder / "policy"), num_captions=4, max_new_tokens=96, seed=seed)
+    rows = prism(examples, write_captions(policy, examples, config), verifier, config)
+    well_formed = sum(is_well_formed(row["caption"]) for row in rows) / len(rows)
+    groups = torch.tensor([row["accuracy"] for row in rows]).view(-1, 4)
+    return (
+        f"{format_table(summarize(rows))}\n\nwell-formed captions: {well_formed:.3f}"
+        f"\nstandard deviation of the accuracy between captions of one image: {groups.std(1).mean():.3f}"
+    )
+
+
+def build(config: BuildConfig) -> None:
+    if config.smoke:
+        if config.folder == BuildConfig.folder:
+            raise ValueError(f"smoke: expected a folder other than {config.folder}, whose checkpoints it would overwrite")
+        config = replace(config, verifier_steps=4, policy_steps=4, num_images=6)
+    # Fresh processes: a fork of a process that has used torch's threads can hang.
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(make_verifier, config), pool.submit(make_policy, config)]:
+            done.result()
+    scenes = [make_scene("heldout", 10_000 + index) for index in range(config.num_images)]
+    print(verifier_table(config.folder, scenes), policy_table(config.folder, scenes, config.seed), sep="\n\n")
+
+
+if __name__ == "__main__":
+    run_program(lambda: build(tyro.cli(BuildConfig)))

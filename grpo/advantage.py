@@ -1,0 +1,33 @@
+"""Rewards to advantages, relative to the group: the part of GRPO that replaces a value function."""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = False, scale_by_std: bool = True,
+                     eps: float = 1e-4) -> Tensor:
+    """Each reward relative to its own group: (r - mean) / (std + eps), DeepSeekMath (arXiv 2402.03300) section 4.1.2.
+
+    rewards: (B,) float32, the G rollouts of a prompt adjacent; NaN marks a caption whose reward could not be measured,
+    which takes no part in the statistics and gets 0. Returns (B,) float32, unitless. A group whose rewards are equal up
+    to float noise gets exact zeros. `std` is the population's.
+
+    leave_one_out: the baseline is the mean of the *other* rewards, r - mean = n / (n - 1) times the above (RLOO,
+    arXiv 2402.14740). scale_by_std: False leaves out the division (Dr. GRPO, arXiv 2503.20783).
+    Raises ValueError if B is not a multiple of `group_size` or `group_size` is below 2.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size {group_size}: a group needs at least 2 rollouts to compare")
+    if len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards do not divide into groups of {group_size}")
+    grouped = rewards.float().view(-1, group_size)  # (P, G)
+    valid = ~grouped.isnan()
+    count = valid.sum(1, keepdim=True)  # (P, 1)
+    filled = grouped.nan_to_num(0.0)
+    mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
+    centered = torch.where(valid, filled - mean, 0.0)
+    std = (centered.square().sum(1, keepdim=True) / count.clamp(min=1)).sqrt()
+    if leave_one_out:
+        centered = centered * count / (count - 1).clamp(min=1)
+    advantages = centered / (std + eps) if scale_by_std else centered
+    return torch.where(std < 1e-6, 0.0, advantages).flatten()  # float noise over eps would look like a signal

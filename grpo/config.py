@@ -1,0 +1,152 @@
+"""Settings of a training run: one flat dataclass, one preset per recipe, and the way programs end on bad input.
+
+Sources: [P] the paper, arXiv 2509.22647; [C1] the released CapRL-3B launch scripts; [GRPO] DeepSeekMath, arXiv 2402.03300.
+A value without a source says "ours" and why.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import tyro
+
+from grpo.loss import Reduction
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Defaults are the paper's main run; where the paper is silent, the released scripts'."""
+
+    # models and data
+    policy: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    """The captioner to train, a local folder or a hub name. [P]"""
+    verifier: str = "Qwen/Qwen2.5-3B-Instruct"
+    """The text-only model that answers from captions. [P]"""
+    data: str = "caprl-qa.jsonl"
+    """JSONL of images with questions (format: data/examples.py), or toy:SPLIT:NUM."""
+    run_dir: str = "runs/caprl"
+    """Where everything that the run writes goes; refused if a run is there already."""
+
+    # rollout
+    prompts_per_step: int = 128
+    """P, images per optimizer step, over all ranks. [C1]"""
+    group_size: int = 8
+    """G, captions per image. [C1]"""
+    max_new_tokens: int = 4096
+    """Longest caption in tokens. [C1]"""
+    temperature: float = 1.0
+    """Of sampling and of all log-probabilities. [C1]"""
+
+    # reward
+    num_questions: int = 4
+    """N, questions per caption; 8 are no better, 48.3 against 48.4. [P]"""
+    verifier_mode: Literal["sample", "logits"] = "sample"
+    """Answer by a sampled and parsed reply [P], or by the likeliest offered letter."""
+    verifier_temperature: float = 0.6
+    """Of the verifier's replies in mode "sample". [C1]"""
+    abstain: bool = False
+    """Offer "The caption does not say" among the options, shuffled with them and never right. [C1] does, always last."""
+
+    # advantage
+    leave_one_out: bool = False
+    """Baseline: the mean of the other rewards of the group. [C1] uses it, [P] the group's mean."""
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation. [P]"""
+
+    # loss
+    clip_low: float = 0.2
+    """The ratio counts down to 1 - clip_low. Ours: PPO's usual value, not found in [P]."""
+    clip_high: float = 0.2
+    """The ratio counts up to 1 + clip_high. Ours, as above."""
+    kl_coef: float = 0.04
+    """Weight of the KL to the frozen initial policy; 0 loads no reference. [P] has the term, the value is [GRPO]'s."""
+    reduction: Reduction = "sequence"
+    """How tokens are averaged, see grpo/loss.py. [GRPO] equation 3."""
+    inner_epochs: int = 1
+    """Optimizer steps on each batch of rollouts. Ours: 1, so that the ratio is 1 and nothing is clipped."""
+    sampler_logprobs: bool = False
+    """Take the sampler's log-probabilities as the old ones, not the trainer's own at the start of the step."""
+
+    # optimizer
+    num_steps: int = 1800
+    """Steps; about 3 passes over 75k images at 128 a step. [C1]"""
+    learning_rate: float = 1e-6
+    """AdamW's, constant after the warm-up. [C1]"""
+    warmup_steps: int = 20
+    """Steps of linear warm-up. [C1]"""
+    weight_decay: float = 0.0
+    """Ours: none; at this rate it would only pull towards zero."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm. Ours: the usual value."""
+
+    # run
+    prompts_per_micro_batch: int = 1
+    """Groups in memory at a time in the update; any value gives the same gradient."""
+    prompts_per_rollout: int = 16
+    """Groups decoded at a time; any value gives the same captions."""
+    seed: int = 0
+    """Every random draw is a function of (seed, step, image, use)."""
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the exported weights. Ours: what the released checkpoints use."""
+
+    def __post_init__(self):
+        for name in ("prompts_per_step", "max_new_tokens", "num_questions", "inner_epochs", "num_steps",
+                     "prompts_per_micro_batch", "prompts_per_rollout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        for name in ("kl_coef", "learning_rate", "warmup_steps", "weight_decay", "clip_high"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        for name in ("temperature", "verifier_temperature", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
+        if self.group_size < 2:
+            raise ValueError(f"group_size {self.group_size}: expected at least 2, for a caption to be compared with others")
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low {self.clip_low}: expected 0 to 1, the ratio cannot fall below 0")
+
+    def prompts_per_rank(self, num_ranks: int) -> int:
+        """Whole groups per rank. Raises ValueError if they do not divide."""
+        if self.prompts_per_step % num_ranks:
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} does not divide by {num_ranks} ranks")
+        return self.prompts_per_step // num_ranks
+
+
+PRESETS = {
+    "paper": ("CapRL-3B as the paper trains it", TrainConfig()),
+    "toy": (
+        "the tiny shipped models on the toy world, minutes on a CPU; every value ours",
+        TrainConfig(
+            policy="data/toy/policy", verifier="data/toy/verifier", data="toy:train:480", run_dir="runs/toy",
+            prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", kl_coef=0.01, num_steps=40,
+            learning_rate=3e-4, warmup_steps=3, prompts_per_micro_batch=12, save_dtype="float32",
+        ),
+    ),
+}
+
+
+def parse_train_config(arguments: list[str]) -> TrainConfig:
+    """`[PRESET] --flag value ...`; without a preset, the paper's."""
+    if not arguments or (arguments[0] not in PRESETS and arguments[0] not in ("-h", "--help")):
+        arguments = ["paper", *arguments]
+    return tyro.extras.overridable_config_cli(PRESETS, args=arguments)
+
+
+def toy_config(**changes) -> TrainConfig:
+    return replace(PRESETS["toy"][1], **changes)
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a program so that bad input (ValueError) ends it with one sentence and exit code 2.
+
+    CAPRL_TRACEBACK=1 shows where it was raised.
+    """
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("CAPRL_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,102 @@
+"""The captioner: a Hugging Face vision-language model, its prompts and the token ids that sampling has to know.
+
+Tokenizer and image processor are loaded apart and image tokens expanded here: transformers' Qwen2.5-VL *processor*
+needs torchvision for videos, which captions do not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+INSTRUCTION = "Please describe this image in detail."
+"""The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image and the instruction. T prompt tokens, the image's among them; N patches of D values."""
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (3, T) int64: time, height and width of M-RoPE
+    pixel_values: Tensor  # (N, D) float32
+    grid: Tensor  # (1, 3) int64: patches in time, height and width
+
+    @property
+    def next_position(self) -> int:
+        """Where the first completion token stands: an image takes up max(height, width) positions, not its tokens."""
+        return int(self.position_ids.max()) + 1
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`model` and all that surrounds it. Of the checkpoint's generation_config only the ids of EOS and pad are used."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    forbidden_ids: tuple[int, ...]
+    """Image, video and vision markers: never sampled, and left out of the softmax everywhere alike."""
+
+    def prompt(self, image: Image.Image, instruction: str = INSTRUCTION) -> Prompt:
+        """Raises ValueError for an image that the processor refuses (a side ratio over 200, for one)."""
+        pixels = self.image_processor(images=[image], return_tensors="pt")
+        grid = pixels["image_grid_thw"]  # (1, 3)
+        content = [{"type": "image"}, {"type": "text", "text": instruction}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        image_id = self.model.config.image_token_id
+        if ids.count(image_id) != 1:
+            raise ValueError(f"expected one image placeholder in the chat template's prompt, got {ids.count(image_id)}")
+        at, num_tokens = ids.index(image_id), int(grid.prod()) // self.image_processor.merge_size**2
+        input_ids = torch.tensor(ids[:at] + [image_id] * num_tokens + ids[at + 1 :])
+        position_ids, _ = self.model.model.get_rope_index(
+            input_ids[None], mm_token_type_ids=(input_ids == image_id).int()[None], image_grid_thw=grid
+        )
+        return Prompt(input_ids, position_ids[:, 0], pixels["pixel_values"], grid)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def load_policy(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy from a local folder or a hub name. Raises ValueError in one sentence if it is unusable.
+
+    In eval mode, where it stays even while it is trained: dropout would make the first ratio of a step differ from 1.
+    """
+    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise ValueError(f"{path}: expected a model folder with *.safetensors, found no weights")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    except OSError as error:
+        raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0]})") from None
+    return make_policy(model.to(device).eval(), tokenizer, image_processor)
+
+
+def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor) -> Policy:
+    named = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    eos_ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
+    if not eos_ids:
+        raise ValueError("expected an EOS id in the policy's generation_config or tokenizer, found none")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
+    config = model.config
+    marks = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    marks |= {tokenizer.convert_tokens_to_ids(token) for token in ("<|vision_pad|>",) if token in tokenizer.get_vocab()}
+    return Policy(model, tokenizer, image_processor, tuple(sorted(eos_ids)), pad_id, tuple(sorted(marks)))

@@ -1,0 +1,36 @@
+"""What a run writes while it goes: config.json, metrics.jsonl, rollouts/step_000012.jsonl."""
+
+import json
+import math
+from pathlib import Path
+
+
+def start_run(run_dir: Path, config: dict) -> None:
+    """Makes the folder and writes config.json. Raises ValueError where a run is already: nothing is overwritten."""
+    if (run_dir / "config.json").exists():
+        raise ValueError(f"{run_dir}: expected a new or empty run folder, found a run in it")
+    (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def log_step(run_dir: Path, step: int, metrics: dict[str, float], rollouts: list[dict]) -> str:
+    """Appends the step's metrics, writes its rollouts, and returns the console line of the step."""
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(to_json({"step": step} | metrics) + "\n")
+    with (run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w") as file:
+        file.writelines(to_json(row) + "\n" for row in rollouts)
+    shown = ("reward", "kl", "ratio", "clip_share", "entropy", "length", "seconds")
+    return f"step {step:4d}  " + "  ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics)
+
+
+def to_json(row: dict) -> str:
+    """One line of JSON that every reader accepts: a number that was not measured is null, never NaN."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,53 @@
+"""Tiny models for the tests: random weights, wide enough apart that every choice is decisive."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from data.toy.captioner import build_policy
+from data.toy.verifier import build_verifier
+from data.toy.world import draw, make_scene
+from grpo.policy import Policy, Prompt
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained("data/toy/policy")
+
+
+def widen(model: torch.nn.Module) -> torch.nn.Module:
+    """Random weights give near-uniform logits; these give different ones for different images and histories."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(3)
+    return model.eval()
+
+
+@pytest.fixture
+def policy(tokenizer) -> Policy:
+    policy = build_policy(tokenizer, seed=0)
+    widen(policy.model)
+    return policy
+
+
+@pytest.fixture
+def verifier_model(tokenizer):
+    return widen(build_verifier(tokenizer, seed=0))
+
+
+@pytest.fixture
+def prompts(policy) -> list[Prompt]:
+    """Four prompts whose images have three different sizes."""
+    return [policy.prompt(draw(make_scene("train", index))) for index in range(4)]
+
+
+def keys(num_prompts: int, group_size: int) -> list[str]:
+    return [f"{p}:{g}" for p in range(num_prompts) for g in range(group_size)]

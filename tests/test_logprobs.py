@@ -1,0 +1,162 @@
+import math
+
+import pytest
+import torch
+from conftest import keys
+
+from grpo.logprobs import CompletionScorer, HeadLogprobs, group_mask, pack_groups
+from grpo.rollout import Rollouts, sample_rollouts
+
+
+def given(policy, prompts, rows: list[list[int]]) -> Rollouts:
+    """Rollouts with these completion tokens."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), policy.pad_id)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    truncated = torch.zeros(len(rows), dtype=torch.bool)
+    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), truncated, [""] * len(rows))
+
+
+def separate_row(policy, prompt, completion: list[int]) -> torch.Tensor:
+    """(L,) log-probabilities from the stock forward on one unpacked row; the shift written out by hand."""
+    ids = torch.cat([prompt.input_ids, torch.tensor(completion)])[None]
+    logits = policy.model(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid,
+        mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
+    ).logits[0]
+    logits[:, list(policy.forbidden_ids)] = -torch.inf
+    start = len(prompt.input_ids)
+    return torch.stack([logits[start + t - 1].log_softmax(-1)[token] for t, token in enumerate(completion)])
+
+
+ROWS = [[30, 31, 32, 33, 34], [35], [36, 37], [38, 39, 40], [41, 42, 43, 44], [45, 46]]
+
+
+def test_a_packed_group_equals_separate_rows_in_values_and_gradients(policy, prompts):
+    prompts = prompts[1:3]  # images of different sizes, completions of different lengths
+    rollouts = given(policy, prompts, ROWS)
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    weights = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(0))
+    logprobs, _ = scorer(rollouts)
+    (logprobs * weights).sum().backward()
+    packed = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    policy.model.zero_grad()
+    total = 0.0
+    for row, completion in enumerate(ROWS):
+        want = separate_row(policy, prompts[row // 3], completion)
+        assert torch.allclose(logprobs[row, : len(completion)], want, atol=1e-5)
+        assert (logprobs[row, len(completion) :] == 0).all()
+        total = total + (want * weights[row, : len(completion)]).sum()
+    total.backward()
+    for name, parameter in policy.model.named_parameters():
+        assert torch.allclose(packed[name], parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item()), name
+
+
+def test_group_mask_hand_drawn():
+    # prompt of 2, completions of 2 and 1, one padding
+    mask = group_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+
+
+def test_packing_hand_drawn(policy, prompts):
+    rollouts = given(policy, prompts[:1], [[30, 31, 32], [33]])
+    packed = pack_groups(rollouts, policy.pad_id)
+    length, start = len(prompts[0].input_ids), prompts[0].next_position
+    assert packed.input_ids[0, length:].tolist() == [30, 31]  # no last tokens: they predict nothing
+    assert packed.position_ids[:, 0, length:].tolist() == [[start, start + 1]] * 3
+    assert packed.sources.tolist() == [length - 1, length, length + 1, length - 1]
+    assert packed.targets.tolist() == [30, 31, 32, 33]
+
+
+def test_no_shift_by_one(policy, prompts):
+    """A model that always puts all its weight on the successor of the last token: log-probability 0 everywhere."""
+    vocabulary = policy.model.config.text_config.vocab_size
+
+    def successor(module, args, output):
+        ids = seen[-1]
+        output.last_hidden_state = torch.nn.functional.one_hot((ids + 1) % vocabulary, vocabulary) * 100.0
+        return output
+
+    seen = []
+    inner = policy.model.model
+    inner.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    inner.register_forward_hook(successor)
+    policy.model.lm_head.weight = torch.nn.Parameter(torch.eye(vocabulary))
+    last = prompts[0].input_ids[-1].item()
+    rollouts = given(policy, prompts[:1], [[last + 1, last + 2, last + 3], [last + 1]])
+    logprobs, entropies = CompletionScorer(policy.model, policy.pad_id, ())(rollouts)
+    assert logprobs.abs().max() < 1e-6 and entropies.abs().max() < 1e-6
+    wrong, _ = CompletionScorer(policy.model, policy.pad_id, ())(given(policy, prompts[:1], [[last, last + 1], [last + 2]]))
+    assert (wrong[:, 0] < -50).all()
+
+
+def test_the_eos_token_gets_gradient_even_where_pad_is_eos(policy, prompts):
+    eos = policy.eos_ids[0]
+    rollouts = given(policy, prompts[:1], [[30, eos], [31, 32, 33]])
+    logprobs, _ = CompletionScorer(policy.model, eos, policy.forbidden_ids)(rollouts)
+    logprobs.retain_grad()
+    (logprobs * rollouts.completion_mask).sum().backward()
+    assert logprobs.grad.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert logprobs[0, 1] < 0
+
+
+def test_more_padding_and_batch_mates_change_nothing(policy, prompts):
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    together, _ = scorer(given(policy, prompts[:2], [[30, 31], [32], [33] * 9, [34]]))
+    alone, _ = scorer(given(policy, prompts[:1], [[30, 31], [32]]))
+    assert torch.allclose(together[:2, :2], alone, atol=1e-5)
+    swapped, _ = scorer(given(policy, prompts[:1], [[32], [30, 31]]))
+    assert torch.allclose(swapped.flip(0), alone, atol=1e-5)
+
+
+def full_head(hidden, weight, targets, temperature, forbidden):
+    logits = hidden @ weight.T / temperature
+    logits = logits.index_fill(1, torch.tensor(forbidden), -torch.inf)
+    logp = logits.log_softmax(-1)
+    keep = [i for i in range(weight.shape[0]) if i not in forbidden]
+    entropy = -(logp[:, keep].exp() * logp[:, keep]).sum(-1)
+    return logp.gather(1, targets[:, None])[:, 0], entropy
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])  # 7 does not divide 10
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_head_in_chunks_equals_the_whole(rows, temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(10, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    targets, outer = torch.randint(3, 20, (10,), generator=generator), torch.randn(10, generator=generator)
+    results = []
+    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, temperature, (0, 2), rows),
+                 lambda h, w: full_head(h, w, targets, temperature, [0, 2])):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropies = head(h, w)
+        (logprobs * outer).sum().backward()
+        results.append((logprobs, entropies, h.grad, w.grad))
+    for got, want in zip(*results):
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_entropy_of_uniform_logits_is_log_v():
+    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.zeros(3, dtype=torch.long), 1.0, (), 2)
+    assert entropy.tolist() == pytest.approx([math.log(50)] * 3, abs=1e-5)
+    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, (7, 8), 2)
+    assert entropy.tolist() == pytest.approx([math.log(48)] * 3, abs=1e-5)
+
+
+def test_group_order_is_kept(policy, prompts):
+    """Permuting whole groups permutes the result; splitting them one by one gives the same."""
+    rollouts = sample_rollouts(policy, prompts, keys(4, 2), 9)
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    whole, entropies = scorer(rollouts)
+    for p in range(4):
+        part, part_entropies = scorer(rollouts.groups(p, p + 1))
+        assert torch.allclose(whole[2 * p : 2 * p + 2], part, atol=1e-5)
+        assert torch.allclose(entropies[2 * p : 2 * p + 2], part_entropies, atol=1e-4)

@@ -1,0 +1,126 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.examples import load_examples
+from data.toy.build import BuildConfig, build
+from data.toy.captioner import weak_caption
+from data.toy.export import ExportConfig, export
+from data.toy.world import COLORS, DOMAINS, PLACES, Fact, draw, is_well_formed, make_scene, scene_questions, write_caption
+
+SCENES = [make_scene("train", index) for index in range(300)]
+
+
+def test_scenes_repeat_and_splits_differ():
+    assert make_scene("train", 7) == SCENES[7]
+    train = {scene.facts for scene in (make_scene("train", index) for index in range(480))}
+    heldout = {scene.facts for scene in (make_scene("heldout", index) for index in range(120))}
+    assert len(train & heldout) <= 1  # the smallest scenes (two objects) can coincide by chance; their pixels do not
+    assert draw(make_scene("heldout", 0)).tobytes() != draw(make_scene("train", 0)).tobytes()
+
+
+def test_images_are_of_the_sizes_promised_and_differ():
+    images = [draw(scene) for scene in SCENES]
+    assert {side for image in images for side in image.size} <= {112, 140, 168}
+    assert len({image.tobytes() for image in images}) == len(images)
+
+
+def test_every_image_has_six_questions_or_more_and_one_that_needs_no_image():
+    for scene in SCENES:
+        questions = scene_questions(scene)
+        assert len(questions) >= 7 and sum(not q.needs_image for q in questions) == 1
+        for question, fact in zip(questions, scene.facts):
+            assert question.choices[question.answer_index] == fact.value and fact.value in DOMAINS[fact.attribute]
+            assert fact.subject not in question.choices or fact.attribute == "shape"
+    assert {q.kind for scene in SCENES for q in scene_questions(scene)} == {*DOMAINS, "common knowledge"}
+    assert all(q.needs_image for example in load_examples("toy:train:9") for q in example.questions)
+
+
+def test_relations_are_true_of_the_places():
+    places = {"left": (0, 1), "right": (2, 1), "high": (1, 0), "low": (1, 2), "central": (1, 1)}
+    told = 0
+    for scene in SCENES:
+        at = {fact.subject: places[fact.value] for fact in scene.facts if fact.attribute == "place"}
+        for fact in scene.facts:
+            if fact.attribute in ("left of", "above"):
+                axis = 0 if fact.attribute == "left of" else 1
+                before = [name for name, place in at.items() if place[axis] < at[fact.subject][axis]]
+                assert before == [fact.value]
+                told += 1
+    assert told > 80
+
+
+def test_the_drawing_shows_the_facts():
+    """The middle of each object has its color, bars are as tall as told, frame and card are where they belong."""
+    def is_near(pixel, color):
+        return max(abs(a - b) for a, b in zip(pixel, COLORS[color])) <= 10
+
+    for scene in SCENES:
+        image, told = draw(scene), {}
+        for fact in scene.facts:
+            told.setdefault(fact.subject, {})[fact.attribute] = fact.value
+        width, height = image.size
+        if scene.family == "shapes":
+            for look in (look for look in told.values() if "color" in look):
+                x, y = PLACES[look["place"]]
+                middle = image.crop((round(x * width) - 2, round(y * height) - 2, round(x * width) + 3, round(y * height) + 3))
+                assert any(is_near(pixel, look["color"]) for pixel in np.asarray(middle).reshape(-1, 3).tolist())
+        elif scene.family == "cards":
+            assert is_near(image.getpixel((4, 50)), told["frame"]["color"])
+            assert is_near(image.getpixel((12, 50)), told["card"]["color"])
+        else:
+            bars = [look for subject, look in told.items() if subject.endswith("bar")]
+            for place, look in enumerate(bars):
+                x = 12 + place * (124 // len(bars)) + 8
+                column = [is_near(image.getpixel((x, y)), look["color"]) for y in range(104)]
+                assert abs(sum(column) - int(look["value"]) * 1.2) <= 1.5
+
+
+def test_captions_hand_written():
+    facts = (
+        Fact("", "count", "two"), Fact("star", "color", "red"), Fact("star", "size", "small"), Fact("star", "place", "left"),
+        Fact("cross", "color", "blue"), Fact("cross", "left of", "star"),
+    )
+    assert write_caption("shapes", facts) == (
+        "The scene has two objects. The star is red. The star is small. The star is left. The cross is blue. "
+        "Left of the cross is the star."
+    )
+    assert write_caption("shapes", facts[3:4]) == "The star is left." and write_caption("shapes", ()) == ""
+
+
+def test_the_grammar_takes_what_is_written_and_nothing_else():
+    for scene in SCENES:
+        assert is_well_formed(write_caption(scene.family, scene.facts))
+        assert is_well_formed(weak_caption(scene, random.Random(scene.id)))
+    for text in ("", "The star is red", "The star red.", "The star is red. The", "The star is.", "the star is red.", "Red."):
+        assert not is_well_formed(text)
+
+
+def test_export_is_what_the_loader_reads(tmp_path):
+    export(ExportConfig(tmp_path / "out", num=4, split="heldout"))
+    examples = load_examples(str(tmp_path / "out/examples.jsonl"))
+    assert [example.id for example in examples] == [f"heldout-{index:06d}" for index in range(4)]
+    assert all(example.image.is_file() for example in examples)
+    rows = [json.loads(line) for line in (tmp_path / "out/examples.jsonl").read_text().splitlines()]
+    assert all(sum(not q["needs_image"] for q in row["questions"]) == 1 for row in rows)
+    with pytest.raises(ValueError, match="found an export in it"):
+        export(ExportConfig(tmp_path / "out"))
+
+
+def test_the_builder_runs_from_nothing(tmp_path, capsys):
+    build(BuildConfig(folder=tmp_path, smoke=True))
+    table = capsys.readouterr().out
+    for row in ("true dense captions", "no caption", "one wrong fact", "abstains on a fact", "well-formed captions", "| all |"):
+        assert row in table
+    for name in ("policy", "verifier"):
+        assert (tmp_path / name / "model.safetensors").is_file()
+    with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
+        build(BuildConfig(smoke=True))
+
+
+def test_the_shipped_checkpoints_are_small():
+    files = [path for name in ("policy", "verifier") for path in Path("data/toy", name).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20

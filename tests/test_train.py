@@ -1,0 +1,184 @@
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import keys
+from transformers import AutoModelForImageTextToText
+
+from data.examples import Example, Question
+from grpo.config import toy_config
+from grpo.logprobs import CompletionScorer
+from grpo.policy import load_policy
+from grpo.report import to_json
+from grpo.rollout import sample_rollouts
+from train import reward_metrics, step_examples, train, update_policy
+
+QUESTION = Question("What?", ("x", "y"), 1)
+EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
+
+
+def test_no_image_comes_twice_in_a_pass_and_every_pass_has_its_own_order():
+    passes = [[e.id for step in (3 * n, 3 * n + 1, 3 * n + 2) for e in step_examples(EXAMPLES, step, 2, 0)] for n in range(20)]
+    assert all(len(set(one)) == 6 for one in passes)
+    assert len({tuple(one) for one in passes}) > 15
+    assert {id for one in passes for id in one} == {e.id for e in EXAMPLES}  # the remainder is never the same one for ever
+    assert [e.id for e in step_examples(EXAMPLES, 4, 2, 0)] == passes[1][2:4]
+    assert passes[0] != [e.id for step in range(3) for e in step_examples(EXAMPLES, step, 2, 1)]
+
+
+@pytest.fixture
+def batch(policy, prompts):
+    rollouts = sample_rollouts(policy, prompts, keys(4, 2), 10)
+    advantages = torch.tensor([1.0, -1, 0.5, -0.5, 2, 0, -1, 1])
+    valid = torch.tensor([True] * 7 + [False])
+    return rollouts, advantages, valid
+
+
+def score(policy, model=None) -> CompletionScorer:
+    return CompletionScorer(model or policy.model, policy.pad_id, policy.forbidden_ids)
+
+
+def one_update(policy, batch, **changes) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics and the change of every parameter after plain SGD: proportional to the gradient."""
+    model = copy.deepcopy(policy.model)
+    config = toy_config(group_size=2, max_new_tokens=10, max_grad_norm=1e9, **changes)
+    reference = score(policy) if config.kl_coef else None
+    metrics = update_policy(score(policy, model), reference, torch.optim.SGD(model.parameters(), lr=1.0), *batch, config)
+    before = dict(policy.model.named_parameters())
+    return metrics, {name: (p - before[name]).detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "constant"])
+def test_micro_batches_do_not_change_the_step(policy, batch, reduction):
+    whole_metrics, whole = one_update(policy, batch, prompts_per_micro_batch=4, reduction=reduction)
+    for size in (1, 2, 3):
+        metrics, change = one_update(policy, batch, prompts_per_micro_batch=size, reduction=reduction)
+        assert metrics == pytest.approx(whole_metrics, abs=1e-4)
+        for name, want in whole.items():
+            assert torch.allclose(change[name], want, atol=1e-5 + 1e-4 * want.abs().max().item()), name
+
+
+def test_the_first_step_is_on_policy(policy, batch):
+    metrics, change = one_update(policy, batch)
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-5) and metrics["clip_share"] == 0
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["sampler_gap"] < 1e-4
+    # and its gradient is REINFORCE's: mean over valid captions of A times the mean log-probability of their tokens
+    rollouts, advantages, valid = batch
+    model = copy.deepcopy(policy.model)
+    logprobs, _ = score(policy, model)(rollouts)
+    means = logprobs.sum(1) / rollouts.lengths
+    (-(advantages * means)[valid].sum() / valid.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(change[name], -parameter.grad, atol=1e-5 + 1e-3 * parameter.grad.abs().max().item()), name
+
+
+def test_old_logprobs_stay_those_of_the_first_inner_epoch(policy, batch, monkeypatch):
+    seen = []
+
+    def spy(logprobs, old_logprobs, *rest):
+        seen.append((logprobs.detach().clone(), old_logprobs.clone()))
+        return original(logprobs, old_logprobs, *rest)
+
+    import train as module
+
+    original = module.policy_loss
+    monkeypatch.setattr(module, "policy_loss", spy)
+    one_update(policy, batch, inner_epochs=2, prompts_per_micro_batch=4, learning_rate=0.1)
+    (first, first_old), (second, second_old) = seen
+    assert torch.equal(first, first_old) and torch.equal(first_old, second_old)
+    assert not torch.allclose(second, second_old)
+
+
+def test_the_samplers_logprobs_can_be_the_old_ones(policy, batch):
+    rollouts, *rest = batch
+    shifted = replace(rollouts, logprobs=rollouts.logprobs - 0.1 * rollouts.completion_mask)
+    metrics, _ = one_update(policy, (shifted, *rest), sampler_logprobs=True)
+    assert metrics["ratio"] == pytest.approx(math.exp(0.1), abs=1e-3)
+
+
+def test_equal_rewards_without_kl_change_nothing(policy, batch):
+    rollouts, _, valid = batch
+    _, change = one_update(policy, (rollouts, torch.zeros(8), valid), kl_coef=0.0)
+    assert all((value == 0).all() for value in change.values())
+
+
+def test_captions_without_a_reward_count_nowhere(policy, batch):
+    """Row 7 is invalid: whatever its advantage, and even if its whole group is, nothing changes or breaks."""
+    rollouts, advantages, valid = batch
+    loud = advantages.clone()
+    loud[7] = 100.0
+    assert one_update(policy, batch)[0] == one_update(policy, (rollouts, loud, valid))[0]
+    metrics, change = one_update(policy, (rollouts, advantages, torch.zeros(8, dtype=torch.bool)))
+    assert metrics["loss"] == 0 and all(value.isfinite().all() and (value == 0).all() for value in change.values())
+
+
+def test_reward_metrics_hand_computed(policy, batch):
+    rollouts = batch[0]
+    rewards = torch.tensor([0.5, 0.5, 1.0, 0.0, math.nan, math.nan, 0.25, math.nan])
+    metrics = reward_metrics(rollouts, rewards, {"accuracy": 0.4})
+    assert metrics["reward"] == pytest.approx(2.25 / 5) and metrics["unscored_captions"] == 3
+    assert metrics["flat_groups"] == 0.5  # [0.5, 0.5], and the group with one measured reward
+    assert metrics["accuracy"] == pytest.approx(0.4)
+    assert metrics["length"] == pytest.approx(rollouts.lengths.float().mean().item())
+
+
+def test_what_was_not_measured_is_null_in_the_records():
+    assert to_json({"a": math.nan, "b": [1.5, {"c": math.inf}], "d": "é"}) == '{"a": null, "b": [1.5, {"c": null}], "d": "é"}'
+
+
+def test_shipped_policy_is_on_policy(tmp_path):
+    policy = load_policy("data/toy/policy", torch.device("cpu"))
+    from data.toy.world import draw, make_scene
+
+    prompts = [policy.prompt(draw(make_scene("heldout", index))) for index in range(6)]
+    rollouts = sample_rollouts(policy, prompts, keys(6, 4), 96)
+    logprobs, _ = score(policy)(rollouts)
+    assert torch.allclose(logprobs, rollouts.logprobs, atol=1e-4)
+    assert not rollouts.truncated.any() and len(set(rollouts.captions)) > 12
+
+
+TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, prompts_per_micro_batch=2)
+
+
+def test_a_run_writes_what_it_promises_and_repeats(tmp_path):
+    """Same seed: the same metrics to the last bit and the same rollouts, whatever the batch sizes of the decoder."""
+    finals = [train(toy_config(run_dir=str(tmp_path / name), **TINY)) for name in ("one", "two")]
+    records = []
+    for name in ("one", "two"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+        records.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+        assert json.loads((tmp_path / name / "config.json").read_text())["group_size"] == 4
+    assert records[0] == records[1]
+    assert records[0][0]["ratio"] == pytest.approx(1, abs=1e-5) and records[0][0]["sampler_gap"] < 1e-4
+    rollouts = [json.loads(line) for line in (tmp_path / "one/rollouts/step_000001.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 16 and len(rollouts[0]["questions"]) == 4
+    for row in rollouts:
+        right = [q["chosen"] == q["gold"] for q in row["questions"]]
+        assert row["reward"] == pytest.approx(sum(right) / 4)
+    weights = [AutoModelForImageTextToText.from_pretrained(final).state_dict() for final in finals]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(ValueError, match="expected a new or empty run folder"):
+        train(toy_config(run_dir=str(tmp_path / "one"), **TINY))
+
+
+def test_the_saved_policy_opens_in_transformers_with_the_same_logits(policy, prompts, tmp_path):
+    from grpo.checkpoint import export_policy
+
+    export_policy(policy, tmp_path / "final", torch.float32)
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
+    prompt = prompts[0]
+    batch = dict(
+        input_ids=prompt.input_ids[None], attention_mask=torch.ones_like(prompt.input_ids)[None],
+        pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid,
+        mm_token_type_ids=(prompt.input_ids == policy.model.config.image_token_id).int()[None],
+    )
+    assert torch.equal(opened(**batch).logits, policy.model(**batch).logits)
+    again = load_policy(str(tmp_path / "final"), torch.device("cpu"))
+    assert again.eos_ids == policy.eos_ids and again.forbidden_ids == policy.forbidden_ids
+    assert again.tokenizer.chat_template == policy.tokenizer.chat_template

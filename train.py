@@ -1,0 +1,213 @@
+"""GRPO with the CapRL reward (arXiv 2509.22647), the whole loop.
+
+    python train.py toy                                                  # tiny models, a CPU, minutes
+    torchrun --nproc-per-node 8 train.py --data qa.jsonl --run-dir runs/caprl-3b       # one node, the paper's settings
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data qa.jsonl
+    python train.py --help                                               # every setting with its source
+"""
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from data.examples import Example, load_examples
+from data.images import open_image
+from grpo.advantage import group_advantages
+from grpo.checkpoint import export_policy
+from grpo.config import TrainConfig, parse_train_config, run_program
+from grpo.distributed import copy_weights, gather_rows, init_distributed, print0, rank, shard, sum_across_ranks, world_size
+from grpo.logprobs import CompletionScorer
+from grpo.loss import policy_loss, token_weights
+from grpo.policy import Policy, load_policy
+from grpo.report import log_step, start_run
+from grpo.rollout import Rollouts, join_rollouts, sample_rollouts
+from reward.caprl import caption_rewards, load_verifier
+
+
+def step_examples(examples: Sequence[Example], step: int, prompts_per_step: int, seed: int) -> list[Example]:
+    """The images of a step: each pass over the data is a new order, and no image comes twice in it.
+
+    The remainder that does not fill a step waits for the next pass, where another remainder does.
+    """
+    steps_per_pass = len(examples) // prompts_per_step
+    if steps_per_pass == 0:
+        raise ValueError(f"prompts_per_step {prompts_per_step}: expected at most the {len(examples)} images there are")
+    number, place = divmod(step, steps_per_pass)
+    order = list(range(len(examples)))
+    random.Random(f"{seed}:pass:{number}").shuffle(order)
+    return [examples[i] for i in order[place * prompts_per_step : (place + 1) * prompts_per_step]]
+
+
+def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: TrainConfig) -> Rollouts:
+    """G captions of each image, `prompts_per_rollout` images at a time."""
+    parts = []
+    for start in range(0, len(batch), config.prompts_per_rollout):
+        part = batch[start : start + config.prompts_per_rollout]
+        prompts = [sampler.prompt(open_image(example.image)) for example in part]
+        keys = [f"{config.seed}:{step}:{example.id}:caption:{g}" for example in part for g in range(config.group_size)]
+        parts.append(sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature))
+    return join_rollouts(parts, sampler.pad_id)
+
+
+def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, optimizer: torch.optim.Optimizer,
+                  rollouts: Rollouts, advantages: Tensor, valid: Tensor, config: TrainConfig) -> dict[str, float]:
+    """`inner_epochs` optimizer steps on one batch of rollouts; returns diagnostics of the first, over all ranks.
+
+    advantages: (B,) float32. valid: (B,) bool, False on captions without a reward, which count nowhere.
+    """
+    mask = rollouts.completion_mask & valid[:, None]  # (B, L)
+    # One denominator for the whole step, counted before the first micro-batch: no split changes the gradient.
+    count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()}, mask.device)
+    weights = token_weights(mask, config.reduction, count["tokens"], count["sequences"], config.max_new_tokens)  # (B, L)
+    starts = range(0, len(rollouts.prompts), config.prompts_per_micro_batch)
+    ref_logprobs: dict[int, Tensor] = {}
+    old_logprobs: dict[int, Tensor] = {}
+    totals: dict[str, float] = {}
+    for epoch in range(config.inner_epochs):
+        for start in starts:
+            stop = min(start + config.prompts_per_micro_batch, len(rollouts.prompts))
+            part = rollouts.groups(start, stop)
+            rows = slice(start * config.group_size, stop * config.group_size)
+            if reference is not None and epoch == 0:
+                with torch.no_grad():
+                    ref_logprobs[start], _ = reference(part)
+            logprobs, entropies = scorer(part)  # (b, L)
+            if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities from here on
+                old_logprobs[start] = part.logprobs if config.sampler_logprobs else logprobs.detach()
+            loss, stats = policy_loss(
+                logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low, config.clip_high,
+                ref_logprobs.get(start), config.kl_coef,
+            )
+            (loss * world_size()).backward()  # FSDP2 averages gradients over ranks; the denominator is global already
+            if epoch == 0:
+                stats |= {
+                    "loss": loss.detach(),
+                    "entropy": (weights[rows] * entropies).sum(),
+                    "sampler_gap": (weights[rows] * (logprobs.detach() - part.logprobs).abs()).sum(),
+                }
+                for key, value in stats.items():
+                    totals[key] = totals.get(key, 0.0) + value.item()
+        norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return sum_across_ranks(totals, mask.device) | {"grad_norm": norm.item()}
+
+
+def reward_metrics(rollouts: Rollouts, rewards: Tensor, reward_stats: dict[str, float]) -> dict[str, float]:
+    """Means over all ranks' captions and groups."""
+    groups = rewards.view(-1, rollouts.group_size)  # (P, G)
+    scored = ~rewards.isnan()
+    flat = (groups.nan_to_num(torch.inf).amin(1) - groups.nan_to_num(-torch.inf).amax(1)).abs() < 1e-6
+    sums = sum_across_ranks(
+        {
+            "reward": rewards[scored].sum().item(), "scored": scored.sum().item(), "captions": len(rewards),
+            "length": rollouts.lengths.sum().item(), "truncated_share": rollouts.truncated.sum().item(),
+            "flat_groups": flat.sum().item(), "groups": len(groups),
+        } | {key: value * len(rewards) for key, value in reward_stats.items()}, rewards.device,
+    )
+    captions, groups_seen, num_scored = sums.pop("captions"), sums.pop("groups"), sums.pop("scored")
+    reward = sums.pop("reward") / num_scored if num_scored else float("nan")
+    flat_groups = sums.pop("flat_groups") / groups_seen
+    return {"reward": reward, "flat_groups": flat_groups, "unscored_captions": captions - num_scored} | {
+        key: value / captions for key, value in sums.items()
+    }
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the whole of it and returns the folder of the trained policy."""
+    device = init_distributed()
+    prompts_per_rank = config.prompts_per_rank(world_size())
+    run_dir = Path(config.run_dir)
+    examples = load_examples(config.data)
+    step_examples(examples, 0, config.prompts_per_step, config.seed)  # too few images: say so before models are loaded
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sampler = load_policy(config.policy, device, dtype)
+    verifier = load_verifier(
+        config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature,
+        abstain=config.abstain,
+    )
+    is_shared = world_size() == 1 and device.type == "cpu"  # one model samples and learns; else the sampler is a full copy
+    trained = sampler if is_shared else load_policy(config.policy, device)
+    score = dict(pad_id=sampler.pad_id, forbidden_ids=sampler.forbidden_ids, temperature=config.temperature)
+    scorer = shard(CompletionScorer(trained.model, **score), device)
+    reference = None
+    if config.kl_coef > 0:
+        frozen = load_policy(config.policy, device).model.requires_grad_(False)
+        reference = shard(CompletionScorer(frozen, **score), device)
+    optimizer = torch.optim.AdamW(
+        scorer.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
+    )
+    if rank() == 0:
+        start_run(run_dir, asdict(config))
+    print0(f"{len(examples)} images, {world_size()} rank(s) on {device.type}, {config}")
+    print0(
+        f"sampling: temperature {config.temperature}, no top-k or top-p, at most {config.max_new_tokens} tokens, "
+        f"EOS {sampler.eos_ids}, never {sampler.forbidden_ids}; the checkpoint's generation_config is not used"
+    )
+
+    bar = tqdm(range(config.num_steps), desc="train", unit="step", disable=rank() != 0)
+    for step in bar:
+        started = time.perf_counter()
+        batch = step_examples(examples, step, config.prompts_per_step, config.seed)
+        batch = batch[rank() * prompts_per_rank : (rank() + 1) * prompts_per_rank]  # whole groups: nothing to exchange
+
+        # 1. The policy writes G captions of each image.
+        rollouts = sample_step(sampler, batch, step, config)
+
+        # 2. The verifier answers questions from each caption; captions of one image get the same ones.
+        by_caption = [example for example in batch for _ in range(config.group_size)]
+        result = caption_rewards(
+            rollouts.captions, [example.questions for example in by_caption],
+            [f"{config.seed}:{step}:{example.id}" for example in by_caption],
+            verifier, config.num_questions, config.abstain,
+        )
+        rewards = result.rewards.to(device)  # (B,) in [0, 1], NaN where it could not be measured
+
+        # 3. A caption is as good as it is better than its siblings.
+        advantages = group_advantages(rewards, config.group_size, config.leave_one_out, config.scale_by_std)  # (B,)
+
+        # 4. The clipped surrogate with the KL penalty, and the step.
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        metrics = update_policy(scorer, reference, optimizer, rollouts, advantages, ~rewards.isnan(), config)
+
+        # 5. The sampler gets the new weights.
+        if not is_shared:
+            copy_weights(scorer, sampler.model)
+
+        metrics = reward_metrics(rollouts, rewards, result.stats) | metrics
+        metrics["seconds"] = time.perf_counter() - started
+        rows = gather_rows(rollout_rows(by_caption, rollouts, rewards, advantages, result.records))
+        if rank() == 0:
+            bar.write(log_step(run_dir, step, metrics, rows))
+
+    if rank() == 0:
+        export_policy(sampler, run_dir / "final", getattr(torch, config.save_dtype))
+        print(f"trained policy: {run_dir / 'final'}")
+    return run_dir / "final"
+
+
+def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, rewards: Tensor, advantages: Tensor,
+                 records: list[list[dict]]) -> list[dict]:
+    """What a reader wants to see of each caption: the words, what was asked and answered, what it earned."""
+    return [
+        {"id": example.id, "family": example.family, "caption": caption, "length": length, "truncated": truncated,
+         "reward": reward, "advantage": advantage, "questions": questions}
+        for example, caption, length, truncated, reward, advantage, questions in zip(
+            examples, rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist(), rewards.tolist(),
+            advantages.tolist(), records,
+        )
+    ]
+
+
+if __name__ == "__main__":
+    run_program(lambda: train(parse_train_config(sys.argv[1:])))
