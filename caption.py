@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 caption.py --policy runs/caprl-3b/final --images images.jsonl --out captions.jsonl
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,5 +83,9 @@ def caption_batch(policy: Policy, images: Sequence[tuple[str, Path]], config: Ca
     ]
 
 
+def main(arguments: list[str]) -> None:
+    caption(tyro.cli(CaptionConfig, args=arguments))
+
+
 if __name__ == "__main__":
-    run_program(lambda: caption(tyro.cli(CaptionConfig)))
+    run_program(main, sys.argv[1:])

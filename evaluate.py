@@ -162,10 +162,10 @@ def run_prism(config: PrismConfig) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    config = tyro.extras.subcommand_cli_from_dict({"prism": PrismConfig}, args=sys.argv[1:])
+def main(arguments: list[str]) -> None:
+    config = tyro.extras.subcommand_cli_from_dict({"prism": PrismConfig}, args=arguments)
     print0(format_table(summarize(run_prism(config), config.seed)))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, sys.argv[1:])

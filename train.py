@@ -209,5 +209,9 @@ def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, rewards: Tenso
     ]
 
 
+def main(arguments: list[str]) -> None:
+    train(parse_train_config(arguments))
+
+
 if __name__ == "__main__":
-    run_program(lambda: train(parse_train_config(sys.argv[1:])))
+    run_program(main, sys.argv[1:])

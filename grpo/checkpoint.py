@@ -1,5 +1,6 @@
 """Export of the trained policy as an ordinary Hugging Face folder."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -10,11 +11,9 @@ from grpo.policy import Policy
 def export_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     """Weights (safetensors), tokenizer, image processor. Opens with from_pretrained and needs nothing of ours.
 
-    The checkpoint's own generation settings come along, but sampling is off: whoever samples says how.
+    The checkpoint's own generation_config comes along as it was.
     """
-    weights = {name: value.to(dtype) for name, value in policy.model.state_dict().items()}
-    if policy.model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    policy.model.save_pretrained(folder, state_dict=weights)
+    model = policy.model if policy.model.dtype == dtype else copy.deepcopy(policy.model).to(dtype)
+    model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
     policy.image_processor.save_pretrained(folder)

@@ -138,13 +138,13 @@ def toy_config(**changes) -> TrainConfig:
     return replace(PRESETS["toy"][1], **changes)
 
 
-def run_program(main: Callable[[], None]) -> None:
+def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a program so that bad input (ValueError) ends it with one sentence and exit code 2.
 
     CAPRL_TRACEBACK=1 shows where it was raised.
     """
     try:
-        main()
+        main(arguments)
     except ValueError as error:
         if os.environ.get("CAPRL_TRACEBACK"):
             raise

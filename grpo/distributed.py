@@ -1,5 +1,6 @@
 """Ranks: start them, shard a model over them, add numbers up. With one process all of it is a no-op."""
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -21,9 +22,12 @@ def init_distributed() -> torch.device:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ or device.type == "cuda":  # one GPU is a mesh of one: bf16 compute, fp32 masters
-        single = {} if "WORLD_SIZE" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())
+    is_launched = "WORLD_SIZE" in os.environ
+    if not dist.is_initialized() and (is_launched or device.type == "cuda"):
+        # Without torchrun one GPU is a mesh of one, for the same bfloat16 compute on float32 masters.
+        single = {} if is_launched else dict(rank=0, world_size=1, store=dist.HashStore())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), **single)
+        atexit.register(dist.destroy_process_group)
     return device
 
 

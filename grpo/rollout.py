@@ -71,10 +71,8 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     many times faster than torch.multinomial at a vocabulary of 152k.)
     """
     cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]
-    # Rounding may lift the product to `total`, which would select past the last token of non-zero probability.
-    threshold = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1)
+    # torch.rand is at most 1 - 2**-24, so the threshold stays below the total and no impossible token is ever taken.
+    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
 
 @torch.no_grad()

@@ -293,13 +293,13 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, draws: list[str], temperature: float, max_new_tokens: int):
         self.temperature, self.step = temperature, 0
-        streams = (random.Random(draw) for draw in draws)
-        self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)] for stream in streams])  # (B, L)
+        streams = [torch.Generator().manual_seed(random.Random(draw).getrandbits(63)) for draw in draws]
+        self.uniform = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams])  # (B, L)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cdf = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
         threshold = self.uniform[:, self.step, None].to(cdf.device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
+        token = torch.searchsorted(cdf, threshold, right=True)
         self.step += 1
         return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)  # generate takes the arg-max of this
 

@@ -113,12 +113,21 @@ def test_image_tokens_are_never_sampled_and_count_for_nothing(policy, prompts):
 
 
 def test_a_row_does_not_depend_on_its_batch_mates(policy, prompts):
+    """Also where rows end at different times and leave the batch."""
+
+    def end_often(module, args, output):
+        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5  # about one token in five
+        return output
+
+    policy.model.lm_head.register_forward_hook(end_often)
     together = sample_rollouts(policy, prompts, keys(4, 3), 12)
     for p, prompt in enumerate(prompts):
         alone = sample_rollouts(policy, [prompt], keys(4, 3)[3 * p : 3 * p + 3], 12)
         rows, width = slice(3 * p, 3 * p + 3), alone.tokens.shape[1]
+        assert torch.equal(together.lengths[rows], alone.lengths)
         assert torch.equal(together.tokens[rows, :width], alone.tokens)
         assert torch.allclose(together.logprobs[rows, :width], alone.logprobs, atol=1e-5)
+    assert len(set(together.lengths.tolist())) > 3
 
 
 def test_siblings_differ_and_repeat_with_their_key(policy, prompts):

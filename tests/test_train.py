@@ -100,6 +100,20 @@ def test_the_samplers_logprobs_can_be_the_old_ones(policy, batch):
     assert metrics["ratio"] == pytest.approx(math.exp(0.1), abs=1e-3)
 
 
+def test_masters_and_moments_are_float32_and_take_small_steps(batch):
+    """The shipped weights are bfloat16, in which a step of 1e-6 is lost on any weight over 0.001."""
+    trained = load_policy("data/toy/policy", torch.device("cpu"))
+    optimizer = torch.optim.AdamW(trained.model.parameters(), lr=1e-6)
+    before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
+    config = toy_config(group_size=2, max_new_tokens=10)
+    update_policy(score(trained), None, optimizer, *batch, config)
+    for name, parameter in trained.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert {optimizer.state[parameter][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+        moved = (parameter - before[name]).abs()
+        assert 0 < moved.max() <= 1.1e-6, name
+
+
 def test_equal_rewards_without_kl_change_nothing(policy, batch):
     rollouts, _, valid = batch
     _, change = one_update(policy, (rollouts, torch.zeros(8), valid), kl_coef=0.0)

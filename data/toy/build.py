@@ -5,6 +5,7 @@
 """
 
 import random
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -32,8 +33,8 @@ class BuildConfig:
 
     folder: Path = Path("data/toy")
     """Gets policy/ and verifier/."""
-    verifier_steps: int = 2400
-    policy_steps: int = 3200
+    verifier_steps: int = 2600
+    policy_steps: int = 3000
     num_images: int = 300
     """Held-out images behind the table."""
     seed: int = 0
@@ -137,4 +138,4 @@ def build(config: BuildConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: build(tyro.cli(BuildConfig)))
+    run_program(lambda arguments: build(tyro.cli(BuildConfig, args=arguments)), sys.argv[1:])

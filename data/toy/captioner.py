@@ -21,6 +21,8 @@ from grpo.rollout import Rollouts
 SEEING = 0.8
 """Share of the steps on captions that state every fact."""
 
+SHARPNESS = 0.7
+"""So small a model leaves 3% of its captions malformed; a real captioner does not. Sharpened, under 1% are left."""
 FAMILY_SHARES = (4, 2, 4)
 """Shapes, bars, cards: bars are learnt several times as fast."""
 
@@ -86,4 +88,11 @@ def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int, batc
         return -logprobs.sum() / rollouts.lengths.sum(), {}
 
     fit(policy.model, loss_at, steps, "policy")
+    sharpen(policy)
     return policy
+
+
+def sharpen(policy: Policy) -> None:
+    """Makes sampling at temperature 1 what sampling at SHARPNESS was, by the scale of the last norm."""
+    with torch.no_grad():
+        policy.model.model.language_model.norm.weight.div_(SHARPNESS)

@@ -4,6 +4,7 @@
 """
 
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,4 +58,4 @@ def demo(config: DemoConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: demo(tyro.cli(DemoConfig)))
+    run_program(lambda arguments: demo(tyro.cli(DemoConfig, args=arguments)), sys.argv[1:])

@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,4 +44,4 @@ def export(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: export(tyro.cli(ExportConfig)))
+    run_program(lambda arguments: export(tyro.cli(ExportConfig, args=arguments)), sys.argv[1:])

@@ -1,12 +1,15 @@
-"""The toy verifier: a Qwen2 of about one million parameters that reads captions and nothing else.
+"""The toy verifier: a Qwen2 of about 1.4 million parameters that reads captions and nothing else.
 
 It is trained through the function that uses it (`reward.caprl.prefill`): same prompt, same cache layout. Asked for option
-letters alone it stays near the guess rate for thousands of steps, so each step on the way is taught too, and the
-probes that teach it are thrown away: a value in the caption has to know its subject, the question mark has to know the
-value that is asked for, and an option has to know whether it is that value.
+letters at once it stays near the guess rate for thousands of steps. So it first learns two easier things side by side:
+to recall what a caption says ("What color is the star?" and, at the question mark, " red"), and to find the letter of an option
+that is named outright ("Which option is red?"). From there to answering questions is a short way. Probes, thrown away
+afterwards, teach each step of it: a value in the caption has to know its subject, the question mark the subject and
+the value asked for, an option whether it is that value.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,9 +22,8 @@ from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import COMMON_KNOWLEDGE, DOMAINS, Fact, Scene, make_scene, write_caption, write_question, write_sentence
 from reward.caprl import LETTERS, PromptWriter, prefill, shuffle_options
 
-RECALL_STEPS = 800
-"""Steps at the start without options, on captions that only state who has which color, size, place or value: what is hard
-is to tell the subjects apart, and few facts at a time teach it fastest."""
+FIRST_SHARE = 0.4
+"""Share of the steps on the two easier lessons."""
 BARE_PROMPT = 0.75
 """Share of the steps in which the instruction is mostly left out: it costs time and teaches little."""
 
@@ -30,8 +32,9 @@ def build_verifier(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCau
     torch.manual_seed(seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, initializer_range=INITIALIZER_RANGE,
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+            initializer_range=INITIALIZER_RANGE,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         )
     )
@@ -46,13 +49,15 @@ def perturb(facts: tuple[Fact, ...], share: float, rng: random.Random) -> list[F
     ]
 
 
-def binding_claims(scene: Scene, rng: random.Random) -> list[Fact]:
-    """Some of the facts in which only the subject tells which value is meant, often of a single attribute."""
-    facts = [fact for fact in scene.facts if fact.subject and fact.attribute in ("color", "size", "place", "value")]
-    if rng.random() < 0.6:
-        attribute = rng.choice(facts).attribute
-        facts = [fact for fact in facts if fact.attribute == attribute]
-    kept = rng.sample(range(len(facts)), min(len(facts), rng.choice((2, 3, 4, 6, 12))))
+def few_claims(scene: Scene, rng: random.Random) -> list[Fact]:
+    """A few of the facts, often those in which only the subject tells which value is meant: that is the hard part."""
+    facts = list(scene.facts)
+    if rng.random() < 0.7:
+        facts = [fact for fact in facts if fact.subject and fact.attribute in ("color", "size", "place", "value")]
+        if rng.random() < 0.6:
+            attribute = rng.choice(facts).attribute
+            facts = [fact for fact in facts if fact.attribute == attribute]
+    kept = rng.sample(range(len(facts)), min(len(facts), rng.choice((2, 3, 4, 6, 14))))
     return [facts[i] for i in sorted(kept)]
 
 
@@ -78,53 +83,80 @@ def any_claims(scene: Scene, rng: random.Random) -> tuple[str, list[Fact]]:
 class Lesson:
     """A caption and questions on it, each in two parts: up to the question mark, and the options up to the answer.
 
-    Targets are counted from the end of a part, since rows are padded on the left.
+    Places are counted from the end of a part, since rows are padded on the left.
     """
 
     caption: list[int]
-    subjects: list[tuple[int, int]]  # (place of a value in the caption, its subject's token)
+    subjects: list[tuple[int, int]] = field(default_factory=list)  # (place of a value in the caption, its subject's token)
     questions: list[list[int]] = field(default_factory=list)
-    options: list[list[int]] = field(default_factory=list)
     asked: list[int | None] = field(default_factory=list)  # the token of each question's subject
-    recall: list[dict[int, float]] = field(default_factory=list)  # the next token after the question mark, if any
-    letters: list[dict[int, float]] = field(default_factory=list)  # the next token after "The answer is"
+    recall: list[dict[int, float]] = field(default_factory=list)  # probabilities of what follows the question mark
+    options: list[list[int]] = field(default_factory=list)  # empty in a lesson on recall alone
+    letters: list[dict[int, float]] = field(default_factory=list)  # probabilities of what follows "The answer is"
     is_right: list[list[tuple[int, float]]] = field(default_factory=list)  # (place of an option's last token, 1 if it is right)
 
 
-def make_lesson(writer: PromptWriter, scene: Scene, is_first: bool, abstain: bool, rng: random.Random) -> Lesson:
-    if is_first:
-        claims = about = binding_claims(scene, rng)
-        caption = write_caption(scene.family, claims)
-    else:
-        caption, claims = any_claims(scene, rng)
-        about = rng.sample(scene.facts, min(7, len(scene.facts)))
-    first = lambda text: writer.tokenizer.encode(f" {text}", add_special_tokens=False)[0]  # noqa: E731
-    lesson = Lesson(writer.caption_ids(caption), [])
-    end = len(writer.middle_ids)
-    for fact in reversed(claims):
-        if fact.subject:
-            lesson.subjects.append((-end - 2, first(fact.subject)))  # the value stands before the full stop
-        end += len(writer.tokenizer.encode(" " + write_sentence(scene.family, fact), add_special_tokens=False))
-    claimed = {(fact.subject, fact.attribute): fact.value for fact in claims}
-    pairs = [(write_question(scene, fact, rng), fact.subject, claimed.get((fact.subject, fact.attribute))) for fact in about]
-    if not is_first and rng.random() < 0.3:
-        text, choices, answer_index = rng.choice(COMMON_KNOWLEDGE)
-        pairs.append((Question(text, choices, answer_index), "", choices[answer_index]))
-    for question, subject, value in pairs:
-        asked = shuffle_options(question, 0, rng, abstain)
-        ids, offered = writer.question_ids(asked), writer.letter_ids[: len(asked.options)]
-        cut = len(writer.question_ids(replace(asked, options=()))) - len(writer.tail_ids)
+class Teacher:
+    """Writes lessons for one kind of prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool):
+        self.tokenizer, self.abstain, self.writer = tokenizer, abstain, PromptWriter(tokenizer, abstain)
+
+    def first_id(self, text: str) -> int:
+        return self.tokenizer.encode(f" {text}", add_special_tokens=False)[0]
+
+    def caption_lesson(self, family: str, caption: str, claims: Sequence[Fact]) -> Lesson:
+        lesson, end = Lesson(self.writer.caption_ids(caption)), len(self.writer.middle_ids)
+        for fact in reversed(claims):
+            if fact.subject:
+                lesson.subjects.append((-end - 2, self.first_id(fact.subject)))  # a value stands before the full stop
+            end += len(self.tokenizer.encode(" " + write_sentence(family, fact), add_special_tokens=False))
+        return lesson
+
+    def add_question(self, lesson: Lesson, question: Question, subject: str, value: str | None, with_options: bool,
+                     rng: random.Random) -> None:
+        """`value` is what the caption says, or None."""
+        asked = shuffle_options(question, 0, rng, self.abstain)
+        ids, tail = self.writer.question_ids(asked), len(self.writer.tail_ids)
+        ends = [len(self.writer.question_ids(replace(asked, options=asked.options[:n]))) for n in range(len(asked.options) + 1)]
+        cut = ends[0] - tail
         lesson.questions.append(ids[:cut])
-        lesson.options.append(ids[cut:])
-        lesson.asked.append(first(subject) if subject else None)
-        lesson.recall.append({} if value is None else {first(value): 1.0})
-        right = asked.options.index(value) if value in asked.options else asked.abstain
-        # Where the caption does not say and abstaining is not offered, every option alike: guessing stays at chance.
-        lesson.letters.append(dict.fromkeys(offered, 1 / len(offered)) if right is None else {offered[right]: 1.0})
-        ends = [len(writer.question_ids(replace(asked, options=asked.options[: n + 1]))) for n in range(len(offered))]
-        tail = len(writer.tail_ids)
-        lesson.is_right.append([(end - tail - 1 - len(ids), float(n == right)) for n, end in enumerate(ends)])
-    return lesson
+        lesson.asked.append(self.first_id(subject) if subject else None)
+        lesson.recall.append({} if value is None else {self.first_id(value): 1.0})
+        if with_options:
+            offered = self.writer.letter_ids[: len(asked.options)]
+            right = asked.options.index(value) if value in asked.options else asked.abstain
+            lesson.options.append(ids[cut:])
+            # Where the caption does not say and abstaining is not offered, every option alike: guessing stays at chance.
+            lesson.letters.append(dict.fromkeys(offered, 1 / len(offered)) if right is None else {offered[right]: 1.0})
+            lesson.is_right.append([(end - tail - 1 - len(ids), float(n == right)) for n, end in enumerate(ends[1:])])
+
+    def recall_lesson(self, scene: Scene, rng: random.Random) -> Lesson:
+        claims = few_claims(scene, rng)
+        lesson = self.caption_lesson(scene.family, write_caption(scene.family, claims), claims)
+        for fact in claims:
+            self.add_question(lesson, write_question(scene, fact, rng), fact.subject, fact.value, False, rng)
+        return lesson
+
+    def letter_lesson(self, num_questions: int, rng: random.Random) -> Lesson:
+        lesson = self.caption_lesson("", "", ())
+        for _ in range(num_questions):
+            domain = rng.choice(list(DOMAINS.values()))
+            choices = rng.sample(domain, min(len(domain), rng.choice((2, 3, 4, 4))))
+            self.add_question(lesson, Question(f"Which option is {choices[0]}?", tuple(choices), 0), "", choices[0], True, rng)
+        return lesson
+
+    def whole_lesson(self, scene: Scene, num_questions: int, rng: random.Random) -> Lesson:
+        caption, claims = any_claims(scene, rng)
+        claimed = {(fact.subject, fact.attribute): fact.value for fact in claims}
+        lesson = self.caption_lesson(scene.family, caption, claims)
+        for fact in rng.sample(scene.facts, min(num_questions, len(scene.facts))):
+            value = claimed.get((fact.subject, fact.attribute))
+            self.add_question(lesson, write_question(scene, fact, rng), fact.subject, value, True, rng)
+        if rng.random() < 0.3:
+            text, choices, answer_index = rng.choice(COMMON_KNOWLEDGE)
+            self.add_question(lesson, Question(text, choices, answer_index), "", choices[answer_index], True, rng)
+        return lesson
 
 
 class Pupil(nn.Module):
@@ -137,32 +169,34 @@ class Pupil(nn.Module):
         self.asked_probe = nn.Linear(model.config.hidden_size, model.config.vocab_size)
         self.right_probe = nn.Linear(model.config.hidden_size, 1)
 
-    def forward(self, head: list[int], lessons: list[Lesson], with_options: bool) -> tuple[Tensor, dict[str, float]]:
-        """The sum of the lessons' mean losses, and the shares of values recalled and letters chosen rightly."""
+    def forward(self, head: list[int], lessons: list[Lesson]) -> tuple[Tensor, dict[str, float]]:
+        """The sum of the mean losses, and the shares of values recalled and letters chosen rightly."""
         model, cache = self.model, DynamicCache(config=self.model.config)
         _, cache, seen = prefill(model, [head], [0], cache, torch.ones(1, 0, dtype=torch.long))
         hidden, cache, seen = prefill(model, [lesson.caption for lesson in lessons], [0] * len(lessons), cache, seen)
-        places = [(row, place, token) for row, lesson in enumerate(lessons) for place, token in lesson.subjects]
-        rows, at, tokens = torch.tensor(places).T
-        loss = F.cross_entropy(self.subject_probe(hidden[rows, at]), tokens)
+        rows, at, tokens = _columns([(row, *subject) for row, lesson in enumerate(lessons) for subject in lesson.subjects], 3)
+        loss = F.cross_entropy(self.subject_probe(hidden[rows, at]), tokens, reduction="sum") / max(len(tokens), 1)
+
         parents = [row for row, lesson in enumerate(lessons) for _ in lesson.questions]
-        questions = [ids for lesson in lessons for ids in lesson.questions]
-        hidden, cache, seen = prefill(model, questions, parents, cache, seen)
+        hidden, cache, seen = prefill(model, [ids for lesson in lessons for ids in lesson.questions], parents, cache, seen)
         asked = [(row, token) for row, token in enumerate(a for lesson in lessons for a in lesson.asked) if token is not None]
-        rows, tokens = torch.tensor(asked).T
-        loss = loss + F.cross_entropy(self.asked_probe(hidden[rows, -1]), tokens)
+        rows, tokens = _columns(asked, 2)
+        loss = loss + F.cross_entropy(self.asked_probe(hidden[rows, -1]), tokens, reduction="sum") / max(len(tokens), 1)
         recall_loss, recall = _loss(model.lm_head(hidden[:, -1]), [target for lesson in lessons for target in lesson.recall])
+
+        with_options = [row for row, lesson in enumerate(ls for ls in lessons for _ in ls.questions) if lesson.options]
         if not with_options:
             return loss + recall_loss, {"recall": recall}
-        options = [ids for lesson in lessons for ids in lesson.options]
-        hidden, _, _ = prefill(model, options, list(range(len(options))), cache, seen)
+        hidden, _, _ = prefill(model, [ids for lesson in lessons for ids in lesson.options], with_options, cache, seen)
+        marks = [(row, *m) for row, group in enumerate(g for lesson in lessons for g in lesson.is_right) for m in group]
+        rows, at, is_right = _columns(marks, 3)
+        right_loss = F.binary_cross_entropy_with_logits(self.right_probe(hidden[rows.long(), at.long()])[:, 0], is_right)
         letter_loss, letters = _loss(model.lm_head(hidden[:, -1]), [target for lesson in lessons for target in lesson.letters])
-        marks = [mark for lesson in lessons for mark in lesson.is_right]
-        rows = torch.tensor([row for row, group in enumerate(marks) for _ in group])
-        at = torch.tensor([place for group in marks for place, _ in group])
-        is_right = torch.tensor([value for group in marks for _, value in group])
-        right_loss = F.binary_cross_entropy_with_logits(self.right_probe(hidden[rows, at])[:, 0], is_right)
-        return loss + recall_loss + right_loss + letter_loss, {"recall": recall, "letters": letters, "marks": right_loss.item()}
+        return loss + recall_loss + right_loss + letter_loss, {"recall": recall, "letters": letters}
+
+
+def _columns(rows: list[tuple], width: int) -> Tensor:
+    return torch.tensor(rows).T if rows else torch.zeros(width, 0, dtype=torch.long)
 
 
 def _loss(logits: Tensor, targets: list[dict[int, float]]) -> tuple[Tensor, float]:
@@ -176,19 +210,20 @@ def _loss(logits: Tensor, targets: list[dict[int, float]]) -> tuple[Tensor, floa
     return -(probs * logits.log_softmax(-1)).sum() / len(targets), right
 
 
-def train_verifier(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int, captions: int = 20) -> Qwen2ForCausalLM:
+def train_verifier(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> Qwen2ForCausalLM:
     pupil = Pupil(build_verifier(tokenizer, seed))
-    writers = {abstain: PromptWriter(tokenizer, abstain) for abstain in (False, True)}
+    teachers = {abstain: Teacher(tokenizer, abstain) for abstain in (False, True)}
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"verifier:{seed}:{step}")
-        is_first = step < min(RECALL_STEPS, steps // 2)
-        abstain = not is_first and rng.random() < 0.4
-        writer = writers[abstain]
+        is_first = step < FIRST_SHARE * steps
+        teacher = teachers[not is_first and rng.random() < 0.4]
+        scenes = [make_scene("train", rng.randrange(10**6)) for _ in range(16)]
         is_bare = step < BARE_PROMPT * steps and rng.random() < 0.95
-        scenes = [make_scene("train", rng.randrange(10**6)) for _ in range(captions)]
-        lessons = [make_lesson(writer, scene, is_first, abstain, rng) for scene in scenes]
-        return pupil(writer.head_ids[-8:] if is_bare else writer.head_ids, lessons, with_options=not is_first)
+        head = teacher.writer.head_ids[-8:] if is_bare else teacher.writer.head_ids
+        if is_first:
+            return pupil(head, [*(teacher.recall_lesson(scene, rng) for scene in scenes), teacher.letter_lesson(40, rng)])
+        return pupil(head, [*(teacher.whole_lesson(scene, 6, rng) for scene in scenes), teacher.letter_lesson(10, rng)])
 
     fit(pupil, loss_at, steps, "verifier")
     return pupil.model
