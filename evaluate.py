@@ -43,7 +43,9 @@ class PrismConfig:
     verifier: str = "Qwen/Qwen2.5-3B-Instruct"
     """The text-only model that answers from captions."""
     verifier_mode: Literal["sample", "logits"] = "logits"
-    """Answer by the likeliest offered letter, or by a sampled and parsed reply."""
+    """Answer by the likeliest offered letter, or by a sampled and parsed reply (the release)."""
+    verifier_temperature: float = 1.0
+    """Of the replies in mode "sample", as in the release's evaluation."""
     num_captions: int = 4
     """Captions per image; the accuracy is the mean over them (the paper's Table 3 takes 4)."""
     temperature: float = 1.0
@@ -104,6 +106,7 @@ def prism(examples: Sequence[Example], captions: list[list[dict]], verifier: Ask
         key = f"{config.seed}:{example.id}"
         result = caption_rewards(
             [row["caption"] for row in written], [example.questions] * len(written), [key] * len(written), verifier, number,
+            max_failed_share=1.0,
         )
         rows += [
             {"id": example.id, "family": example.family} | row | {"accuracy": accuracy, "questions": record}
@@ -125,7 +128,7 @@ def summarize(rows: Sequence[dict], seed: int = 0, num_resamples: int = 2000) ->
     for family in [*families, "all"] if families != ["all"] else ["all"]:
         images = [group for group in by_image.values() if family in ("all", group[0]["family"])]
         scores = [[row["accuracy"] for row in group if not math.isnan(row["accuracy"])] for group in images]
-        means = np.array([np.mean(score) for score in scores if score])
+        means = np.array([np.mean(score) for score in scores if score] or [math.nan])
         rng = np.random.default_rng(seed)
         resampled = means[rng.integers(len(means), size=(num_resamples, len(means)))].mean(1)
         low, high = np.quantile(resampled, [0.025, 0.975])
@@ -154,11 +157,13 @@ def run_prism(config: PrismConfig) -> list[dict]:
         captions = write_captions(load_policy(config.policy, device, dtype), examples, config)
     else:
         captions = read_captions(config.captions, examples)
-    verifier = load_verifier(config.verifier, device, dtype, mode=config.verifier_mode)
+    verifier = load_verifier(config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature)
     rows = gather_rows(prism(examples, captions, verifier, config))
+    if unscored := sum(math.isnan(row["accuracy"]) for row in rows):
+        print0(f"{unscored} of {len(rows)} captions could not be scored and are left out")
     if rank() == 0 and config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text("".join(to_json(row) + "\n" for row in rows))
+        Path(config.out).write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
 

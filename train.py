@@ -23,11 +23,11 @@ from data.images import open_image
 from grpo.advantage import group_advantages
 from grpo.checkpoint import export_policy
 from grpo.config import TrainConfig, parse_train_config, run_program
-from grpo.distributed import copy_weights, gather_rows, init_distributed, print0, rank, shard, sum_across_ranks, world_size
+from grpo.distributed import copy_weights_, gather_rows, init_distributed, print0, rank, shard, sum_across_ranks, world_size
 from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.policy import Policy, load_policy
-from grpo.report import log_step, start_run
+from grpo.report import check_run_dir, log_step, start_run
 from grpo.rollout import Rollouts, join_rollouts, sample_rollouts
 from reward.caprl import caption_rewards, load_verifier
 
@@ -59,7 +59,9 @@ def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: Tr
 
 def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, optimizer: torch.optim.Optimizer,
                   rollouts: Rollouts, advantages: Tensor, valid: Tensor, config: TrainConfig) -> dict[str, float]:
-    """`inner_epochs` optimizer steps on one batch of rollouts; returns diagnostics of the first, over all ranks.
+    """`inner_epochs` optimizer steps on one batch of rollouts; returns diagnostics over all ranks.
+
+    They are of the first inner epoch, token means weighted as in the loss; `grad_norm` is the last one's.
 
     advantages: (B,) float32. valid: (B,) bool, False on captions without a reward, which count nowhere.
     """
@@ -71,6 +73,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
     ref_logprobs: dict[int, Tensor] = {}
     old_logprobs: dict[int, Tensor] = {}
     totals: dict[str, float] = {}
+    num_skipped = 0
     for epoch in range(config.inner_epochs):
         for start in starts:
             stop = min(start + config.prompts_per_micro_batch, len(rollouts.prompts))
@@ -89,6 +92,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
             (loss * world_size()).backward()  # FSDP2 averages gradients over ranks; the denominator is global already
             if epoch == 0:
                 stats |= {
+                    "weight": weights[rows].sum(),
                     "loss": loss.detach(),
                     "entropy": (weights[rows] * entropies).sum(),
                     "sampler_gap": (weights[rows] * (logprobs.detach() - part.logprobs).abs()).sum(),
@@ -96,10 +100,16 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                 for key, value in stats.items():
                     totals[key] = totals.get(key, 0.0) + value.item()
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
-        optimizer.step()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if norm.isfinite():  # the same on all ranks; one NaN would otherwise overwrite every weight
+            optimizer.step()
+        else:
+            num_skipped += 1
         optimizer.zero_grad()
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return sum_across_ranks(totals, mask.device) | {"grad_norm": norm.item()}
+    totals = sum_across_ranks(totals, mask.device)
+    weight = totals.pop("weight") or 1.0  # below 1 with the constant reduction; 0 where no caption has a reward
+    means = {key: value if key == "loss" else value / weight for key, value in totals.items()}
+    return means | {"grad_norm": norm.item(), "skipped": num_skipped}
 
 
 def reward_metrics(rollouts: Rollouts, rewards: Tensor, reward_stats: dict[str, float]) -> dict[str, float]:
@@ -127,13 +137,13 @@ def train(config: TrainConfig) -> Path:
     device = init_distributed()
     prompts_per_rank = config.prompts_per_rank(world_size())
     run_dir = Path(config.run_dir)
+    check_run_dir(run_dir)
     examples = load_examples(config.data)
     step_examples(examples, 0, config.prompts_per_step, config.seed)  # too few images: say so before models are loaded
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sampler = load_policy(config.policy, device, dtype)
     verifier = load_verifier(
         config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature,
-        abstain=config.abstain,
     )
     is_shared = world_size() == 1 and device.type == "cpu"  # one model samples and learns; else the sampler is a full copy
     trained = sampler if is_shared else load_policy(config.policy, device)
@@ -182,7 +192,7 @@ def train(config: TrainConfig) -> Path:
 
         # 5. The sampler gets the new weights.
         if not is_shared:
-            copy_weights(scorer, sampler.model)
+            copy_weights_(scorer, sampler.model)
 
         metrics = reward_metrics(rollouts, rewards, result.stats) | metrics
         metrics["seconds"] = time.perf_counter() - started

@@ -15,8 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 MAX_CHOICES = 10
-"""Options are shown as letters A to J, one of which may be the abstain option's: more would not fit one character each
-in any published question set."""
+"""Options are shown under the letters A to J."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,10 @@ def load_images(path: Path) -> list[tuple[str, Path]]:
     for number, row in read_jsonl(path):
         if not isinstance(row.get("image"), str):
             raise ValueError(f"{path} line {number}: expected a path in 'image', got {row.get('image')!r}")
-        images.append((str(row.get("id", row["image"])), path.parent / row["image"]))
+        try:
+            images.append((str(row.get("id", row["image"])), _image_file(path.parent / row["image"])))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
     return images
 
 
@@ -92,13 +94,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'nothing'}")
     found = False
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line.decode())
+            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
                 raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
@@ -127,7 +129,14 @@ def _parse_row(row: dict, folder: Path) -> Example:
             raise ValueError(f"question {place}: expected question, choices and answer_index, got {entry!r}") from None
         except ValueError as error:
             raise ValueError(f"question {place}: {error}") from None
-    return Example(str(row["id"]), folder / row["image"], tuple(questions), str(row.get("family", "all")))
+    return Example(str(row["id"]), _image_file(folder / row["image"]), tuple(questions), str(row.get("family", "all")))
+
+
+def _image_file(path: Path) -> Path:
+    """Looked for when the rows are read, not days later when its turn comes."""
+    if not path.is_file():
+        raise ValueError(f"image {path}: expected a file, found nothing")
+    return path
 
 
 def example_row(example: Example, image: str) -> dict:

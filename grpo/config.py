@@ -43,7 +43,7 @@ class TrainConfig:
     num_questions: int = 4
     """N, questions per caption; 8 are no better, 48.3 against 48.4. [P]"""
     verifier_mode: Literal["sample", "logits"] = "sample"
-    """Answer by a sampled and parsed reply [P], or by the likeliest offered letter."""
+    """Answer by a sampled and parsed reply [C1], or by the likeliest offered letter."""
     verifier_temperature: float = 0.6
     """Of the verifier's replies in mode "sample". [C1]"""
     abstain: bool = False
@@ -89,7 +89,7 @@ class TrainConfig:
     seed: int = 0
     """Every random draw is a function of (seed, step, image, use)."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the exported weights. Ours: what the released checkpoints use."""
+    """Of the exported weights. Ours: what the released checkpoints use. On GPUs the bfloat16 copy is what is exported."""
 
     def __post_init__(self):
         for name in ("prompts_per_step", "max_new_tokens", "num_questions", "inner_epochs", "num_steps",
@@ -115,7 +115,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    "paper": ("CapRL-3B as the paper trains it", TrainConfig()),
+    "paper": ("CapRL-3B as the paper trains it. Presets: paper (the default) and toy, as the first word.", TrainConfig()),
     "toy": (
         "the tiny shipped models on the toy world, minutes on a CPU; every value ours",
         TrainConfig(
@@ -129,7 +129,7 @@ PRESETS = {
 
 def parse_train_config(arguments: list[str]) -> TrainConfig:
     """`[PRESET] --flag value ...`; without a preset, the paper's."""
-    if not arguments or (arguments[0] not in PRESETS and arguments[0] not in ("-h", "--help")):
+    if not arguments or arguments[0] not in PRESETS:
         arguments = ["paper", *arguments]
     return tyro.extras.overridable_config_cli(PRESETS, args=arguments)
 

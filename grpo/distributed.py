@@ -21,6 +21,8 @@ def init_distributed() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= (found := torch.cuda.device_count()):
+            raise ValueError(f"rank {local_rank} of this node: expected as many GPUs as ranks, found {found}")
         torch.cuda.set_device(device)
     is_launched = "WORLD_SIZE" in os.environ
     if not dist.is_initialized() and (is_launched or device.type == "cuda"):
@@ -68,10 +70,12 @@ def shard(scorer: CompletionScorer, device: torch.device) -> CompletionScorer:
     On GPUs the masters stay float32 while compute runs in bfloat16 and gradients are summed in float32. A single CPU
     process is left as it is. Never the head by itself: where it is tied to the embedding it must stay one parameter.
     """
-    if not dist.is_initialized():
+    if world_size() == 1 and device.type == "cpu":
         return scorer
     mesh = init_device_mesh(device.type, (world_size(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # Inputs are not cast: the vision tower hands its blocks float32 angles, and so the sampler's copy takes them too.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     inner = scorer.model.model
     for block in [*inner.language_model.layers, *inner.visual.blocks]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
@@ -79,7 +83,7 @@ def shard(scorer: CompletionScorer, device: torch.device) -> CompletionScorer:
 
 
 @torch.no_grad()
-def copy_weights(scorer: nn.Module, model: PreTrainedModel) -> None:
+def copy_weights_(scorer: nn.Module, model: PreTrainedModel) -> None:
     """The trainer's weights into `model`, the sampler's unsharded copy. Every rank must call this."""
     target = dict(model.named_parameters())
     for name, parameter in scorer.model.named_parameters():

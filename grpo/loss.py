@@ -12,12 +12,12 @@ Reduction = Literal["token", "sequence", "constant"]
 
 
 def token_weights(mask: Tensor, reduction: Reduction, num_tokens: float, num_sequences: float, max_length: int) -> Tensor:
-    """How much each token counts, (B, L) float32: 1 in all over the whole step, whatever the split into micro-batches.
+    """How much each token counts, (B, L) float32: a share of the whole step, whatever its split into micro-batches.
 
     mask: (B, L) bool, True on the tokens that count. `num_tokens` and `num_sequences` count the step's valid
     tokens and sequences over all micro-batches and ranks; both may be 0, and then every weight is.
-        token      1 / num_tokens: long captions count for more (DAPO, arXiv 2503.14476, section 3.3)
-        sequence   1 / (length * num_sequences): every caption counts alike (DeepSeekMath, equation 3)
+        token      1 / num_tokens, 1 in all: long captions count for more (DAPO, arXiv 2503.14476, section 3.3)
+        sequence   1 / (length * num_sequences), 1 in all: every caption counts alike (DeepSeekMath, equation 3)
         constant   1 / (max_length * num_sequences): no length enters (Dr. GRPO, arXiv 2503.20783); sums to less than 1
     """
     weights = mask.float()
@@ -35,7 +35,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     logprobs, old_logprobs, ref_logprobs: (B, L) float32, natural log, of the current policy, at the start of the step
     and of the frozen reference; only the first carries gradient. advantages: (B,). weights: (B, L), from
     `token_weights`; where they are 0 nothing counts, whatever stands there. Returns the loss (scalar) and diagnostics,
-    each already weighted, so that summing them over micro-batches and ranks gives the step's weighted mean.
+    each already weighted, so that sums over micro-batches and ranks, divided by the sum of the weights, are the step's means.
     """
     counts = weights > 0
     log_ratio = torch.where(counts, logprobs - old_logprobs, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, L)

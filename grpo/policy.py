@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -79,14 +80,16 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype = torch.floa
 
     In eval mode, where it stays even while it is trained: dropout would make the first ratio of a step differ from 1.
     """
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        raise ValueError(f"{path}: expected a model folder with *.safetensors, found no weights")
+    if Path(path).is_dir():
+        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
+            if not list(Path(path).glob(pattern)):
+                raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    except OSError as error:
-        raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
+        raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
     return make_policy(model.to(device).eval(), tokenizer, image_processor)
 
 

@@ -5,19 +5,25 @@ import math
 from pathlib import Path
 
 
-def start_run(run_dir: Path, config: dict) -> None:
-    """Makes the folder and writes config.json. Raises ValueError where a run is already: nothing is overwritten."""
+def check_run_dir(run_dir: Path) -> None:
+    """Raises ValueError where a run is already: nothing is overwritten."""
     if (run_dir / "config.json").exists():
         raise ValueError(f"{run_dir}: expected a new or empty run folder, found a run in it")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: expected a run folder, found a file")
+
+
+def start_run(run_dir: Path, config: dict) -> None:
+    """Makes the folder and writes config.json."""
     (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def log_step(run_dir: Path, step: int, metrics: dict[str, float], rollouts: list[dict]) -> str:
     """Appends the step's metrics, writes its rollouts, and returns the console line of the step."""
-    with (run_dir / "metrics.jsonl").open("a") as file:
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(to_json({"step": step} | metrics) + "\n")
-    with (run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w") as file:
+    with (run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(to_json(row) + "\n" for row in rollouts)
     shown = ("reward", "kl", "ratio", "clip_share", "entropy", "length", "seconds")
     return f"step {step:4d}  " + "  ".join(f"{key} {metrics[key]:.3f}" for key in shown if key in metrics)

@@ -70,8 +70,8 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     A row's draw depends on its own number only, so neither batch-mates nor their number change it. (On CPU this is also
     many times faster than torch.multinomial at a vocabulary of 152k.)
     """
-    cdf = probs.cumsum(-1)
-    # torch.rand is at most 1 - 2**-24, so the threshold stays below the total and no impossible token is ever taken.
+    # In float64: CUDA's float32 cumsum can fall by a rounding error, and an impossible token would own the gap.
+    cdf = probs.double().cumsum(-1)
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
 
@@ -86,7 +86,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     model, device = policy.model, policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"
-    batch, num_rows = len(keys), len(keys)
+    batch = len(keys)
     tokens = torch.full((batch, max_new_tokens), policy.pad_id, device=device)  # (B, L)
     logprobs = torch.zeros(batch, max_new_tokens, device=device)  # (B, L)
     lengths = torch.full((batch,), max_new_tokens, device=device)
@@ -99,7 +99,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     cache.batch_repeat_interleave(group_size)
     logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)  # (B, V), (B, T)
     positions = positions.repeat_interleave(group_size)  # (B,)
-    rows = torch.arange(num_rows, device=device)  # which completion each row of the shrinking batch is
+    rows = torch.arange(batch, device=device)  # which completion each row of the shrinking batch is
     for step in range(max_new_tokens):
         logits = temper_logits(logits, temperature or 1.0, policy.forbidden_ids)
         logprob = logits.log_softmax(-1)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -103,6 +104,8 @@ def ask(questions: Sequence[Question], num_questions: int, key: str, abstain: bo
 
 
 def shuffle_options(question: Question, source: int, rng: random.Random, abstain: bool = False) -> Asked:
+    if len(question.choices) + abstain > len(LETTERS):
+        raise ValueError(f"expected at most {len(LETTERS) - 1} choices beside the abstain option: {question.question!r}")
     order = list(range(len(question.choices) + abstain))  # the last place, if there is one more, is the abstain option
     rng.shuffle(order)
     texts = [*question.choices, ABSTAIN]
@@ -182,9 +185,10 @@ AskVerifier = Callable[[Sequence[str], Sequence[Sequence[Asked]], Sequence[str]]
 """(captions, questions for each, a key for each) -> answers for each. `Verifier` is one; a test passes a function."""
 
 
-def prefill(model: PreTrainedModel, rows: list[list[int]], parents: list[int], cache, seen: Tensor):
+def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], cache, seen: Tensor):
     """Run `rows`, each continuing the cached row `parents[i]`; the shared past is computed once, not once per row.
 
+    Changes `cache`, which goes from P rows to B.
     seen: (P, T) 1 on the cached tokens that count. Returns hidden states (B, L, H), the cache and `seen` for the B rows.
     Rows are padded on the left, so the last state is at -1; padding is masked and takes no position.
     """
@@ -206,19 +210,19 @@ def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[i
     """Logits of the letters at the answer's position, one row per (caption, question): (sum of questions, letters).
 
     Head, caption and question are token ids. The head is run once, each caption once, then each question.
-    Differentiable, so the toy verifier is trained on the very function that uses it.
     """
     _, cache, seen = prefill_captions(model, head, captions)
     rows = [row for group in questions for row in group]
-    hidden, _, _ = prefill(model, rows, [i for i, group in enumerate(questions) for _ in group], cache, seen)
+    hidden, _, _ = prefill_(model, rows, [i for i, group in enumerate(questions) for _ in group], cache, seen)
     return F.linear(hidden[:, -1], model.get_output_embeddings().weight[letter_ids]).float()
 
 
 def prefill_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
+    """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run once."""
     cache = DynamicCache(config=model.config)
     seen = torch.ones(1, 0, dtype=torch.long, device=model.device)
-    _, cache, seen = prefill(model, [head], [0], cache, seen)
-    return prefill(model, captions, [0] * len(captions), cache, seen)
+    _, cache, seen = prefill_(model, [head], [0], cache, seen)
+    return prefill_(model, captions, [0] * len(captions), cache, seen)
 
 
 class Verifier:
@@ -229,16 +233,17 @@ class Verifier:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str = "logits",
-                 temperature: float = 0.6, max_new_tokens: int = 10, abstain: bool = False,
-                 token_budget: int = 65536):
+                 temperature: float = 0.6, max_new_tokens: int = 10,
+                 token_budget: int = 262_144):
         if mode not in ("logits", "sample"):
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
-        self.writer = PromptWriter(tokenizer, abstain)
+        self.writers = {abstain: PromptWriter(tokenizer, abstain) for abstain in (False, True)}
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]], keys: Sequence[str]) -> list[list[Answer]]:
+        self.writer = self.writers[any(one.abstain is not None for group in asked for one in group)]
         caption_ids = [self.writer.caption_ids(caption) for caption in captions]
         question_ids = [[self.writer.question_ids(one) for one in group] for group in asked]
         answers: list[list[Answer]] = [[] for _ in captions]
@@ -252,7 +257,11 @@ class Verifier:
             elif questions:
                 fits.append(i)
         fits.sort(key=lambda i: len(caption_ids[i]))  # rows of one length waste no padding
-        for batch in _batches(fits, [len(c) * len(q) for c, q in zip(caption_ids, question_ids)], self.token_budget):
+        head = len(self.writer.head_ids)
+        cached = [  # tokens in the cache once a caption is expanded over its questions
+            len(q) * (head + len(c) + max(map(len, q), default=0)) for c, q in zip(caption_ids, question_ids)
+        ]
+        for batch in _batches(fits, cached, self.token_budget):
             part = [caption_ids[i] for i in batch], [question_ids[i] for i in batch], [asked[i] for i in batch]
             score = self._score if self.mode == "logits" else self._reply
             for i, answer in zip(batch, score(*part, [keys[i] for i in batch])):
@@ -297,7 +306,7 @@ class RowSampler(LogitsProcessor):
         self.uniform = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams])  # (B, L)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cdf = (scores.float() / self.temperature).softmax(-1).cumsum(-1)
+        cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)  # float64: CUDA's float32 cumsum may fall
         threshold = self.uniform[:, self.step, None].to(cdf.device) * cdf[:, -1:]
         token = torch.searchsorted(cdf, threshold, right=True)
         self.step += 1
@@ -305,7 +314,7 @@ class RowSampler(LogitsProcessor):
 
 
 def _batches(items: list[int], tokens: list[int], budget: int):
-    """Consecutive runs of `items` whose padded size stays within `budget`; items come sorted by length."""
+    """Consecutive runs of `items`, sorted by length, whose number times the last one's tokens stays within `budget`."""
     batch: list[int] = []
     for item in items:
         if batch and (len(batch) + 1) * tokens[item] > budget:
@@ -336,14 +345,14 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     texts = [_fold(choice) for choice in choices]
     if texts.count(_fold(text)) == 1:
         return texts.index(_fold(text))
-    if re.fullmatch(r"\(?[a-j][).:]*", text):
-        text = text.upper()
-    # A lone capital is a letter, but for the words "A" and "I" in front of another word.
-    found = re.findall(r"(?<![A-Za-z'])(?![AI]\s+[a-z])([A-J])(?![A-Za-z'])", text)
-    if len(set(found)) != 1 or found[0] not in LETTERS[: len(choices)]:
+    text = re.sub(r"^\(?[a-j](?=[).:]|$)", lambda match: match[0].upper(), text)  # "b", "(b) green"
+    # A lone capital is a letter, but for the words "A" and "I" in front of another word ("A man", but "A because").
+    lone = r"(?<![A-Za-z'])(?![AI] +(?!is\b|because\b|since\b|as\b)[a-z])([A-J])(?![A-Za-z'])"
+    found = list(re.finditer(lone, text))
+    if len({match[1] for match in found}) != 1 or found[0][1] not in LETTERS[: len(choices)]:
         return None
-    chosen = LETTERS.index(found[0])
-    rest = _fold(text.split(found[0], 1)[1])
+    chosen = LETTERS.index(found[0][1])
+    rest = _fold(text[found[0].end() :])
     return None if rest in texts and texts.index(rest) != chosen else chosen
 
 
@@ -358,7 +367,8 @@ def _fold(text: str) -> str:
 class Rewards:
     """`rewards`: (B,) float32 in [0, 1], NaN where none of a caption's questions could be scored.
 
-    `records`: for each caption, each question as asked with its answer. `stats`: shares over all questions.
+    `records`: for each caption, each question as asked with its answer. `stats`:
+    `failed_share` of all questions, the other shares of those that could be scored.
     """
 
     rewards: Tensor
@@ -414,11 +424,13 @@ def _stats(records: list[list[dict]], max_failed_share: float) -> dict[str, floa
 
 def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32, **settings) -> Verifier:
     """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises ValueError if unusable."""
-    if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        raise ValueError(f"{path}: expected a model folder with *.safetensors, found no weights")
+    if Path(path).is_dir():
+        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
+            if not list(Path(path).glob(pattern)):
+                raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"{path}: expected a verifier's folder or a hub name ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
+        raise ValueError(f"{path}: expected a verifier's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
     return Verifier(model.to(device).eval().requires_grad_(False), tokenizer, **settings)

@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 
@@ -57,6 +59,12 @@ def test_groups_are_not_split_over_ranks():
         (train, "toy --data none.jsonl", "none.jsonl: expected a JSONL file, found nothing"),
         (train, "toy --policy tests", "tests: expected a model folder with *.safetensors, found no weights"),
         (train, "toy --verifier tests", "tests: expected a model folder with *.safetensors, found no weights"),
+        (train, "toy --policy BROKEN", "BROKEN: expected a policy's folder or a hub name ("),
+        (train, "toy --verifier BROKEN", "BROKEN: expected a verifier's folder or a hub name ("),
+        (train, "toy --policy data/toy/verifier", "data/toy/verifier: expected a policy's folder or a hub name ("),
+        (train, "toy --data BADGOLD", "BADGOLD line 1: question 0: answer_index 7 outside 2 choices"),
+        (train, "toy --data BADIMAGE --prompts-per-step 1", "IMAGE: expected an image that Pillow can read"),
+        (train, "toy --run-dir README.md", "README.md: expected a run folder, found a file"),
         (train, "toy --policy some/model", "some/model: expected a policy's folder or a hub name ("),
         (train, "toy --verifier some/model", "some/model: expected a verifier's folder or a hub name ("),
         (train, "toy --prompts-per-step 500", "prompts_per_step 500: expected at most the 480 images there are"),
@@ -71,8 +79,15 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").touch()
     (tmp_path / "empty").mkdir()
-    for name in ("FULL", "EMPTY"):
+    shutil.copytree("data/toy/policy", tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "image").write_text("no image")
+    for name, answer in (("badgold", 7), ("badimage", 1)):
+        question = {"question": "What?", "choices": ["x", "y"], "answer_index": answer}
+        (tmp_path / name).write_text(json.dumps({"id": "a", "image": "image", "questions": [question]}))
+    for name in ("FULL", "EMPTY", "BROKEN", "BADGOLD", "BADIMAGE", "IMAGE"):
         arguments, message = (text.replace(name, str(tmp_path / name.lower())) for text in (arguments, message))
+    arguments = arguments if "--run-dir" in arguments or program is not train else f"{arguments} --run-dir {tmp_path / 'run'}"
     with pytest.raises(SystemExit) as stop:
         run_program(program.main, arguments.split())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

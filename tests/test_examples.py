@@ -11,6 +11,9 @@ ROW = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices
 
 
 def write(path: Path, *rows) -> str:
+    for name in ("a.png", "2.png", "x/1.png", "pictures/1.png"):
+        (path.parent / name).parent.mkdir(exist_ok=True)
+        (path.parent / name).touch()
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
@@ -39,6 +42,7 @@ def question(**changes) -> dict:
         ("[1]", "line 2: expected a JSON object, got list"),
         ({"id": "b", "questions": []}, "line 2: expected the key 'image', got"),
         (ROW | {"id": "b", "image": 3}, "line 2: expected a path in 'image', got 3"),
+        (ROW | {"id": "b", "image": "no.png"}, "line 2: image .*no.png: expected a file, found nothing"),
         (ROW | {"id": "b", "questions": []}, "line 2: expected a list with at least one question"),
         (ROW | {"id": "b", "questions": "What?"}, "line 2: expected a list with at least one question"),
         (ROW | {"id": "b", "questions": ["What?"]}, "line 2: question 0: expected question, choices and answer_index"),
@@ -73,9 +77,17 @@ def test_missing_and_empty_files(tmp_path):
         load_examples("toy:test:5")
 
 
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"id": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match="latin.jsonl line 1: expected a JSON object \\('utf-8' codec"):
+        load_examples(str(tmp_path / "latin.jsonl"))
+
+
 def test_load_images(tmp_path):
     path = write(tmp_path / "i.jsonl", {"image": "x/1.png"}, {"id": 7, "image": "2.png"})
     assert load_images(Path(path)) == [("x/1.png", tmp_path / "x/1.png"), ("7", tmp_path / "2.png")]
+    with pytest.raises(ValueError, match="line 1: image .*3.png: expected a file, found nothing"):
+        load_images(Path(write(tmp_path / "j.jsonl", {"image": "3.png"})))
     with pytest.raises(ValueError, match="line 1: expected a path in 'image', got None"):
         load_images(Path(write(tmp_path / "j.jsonl", {"id": "a"})))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import keys
 
+from data.toy.world import draw, make_scene
 from grpo.logprobs import CompletionScorer, HeadLogprobs, group_mask, pack_groups
 from grpo.rollout import Rollouts, sample_rollouts
 
@@ -28,6 +29,20 @@ def separate_row(policy, prompt, completion: list[int]) -> torch.Tensor:
     logits[:, list(policy.forbidden_ids)] = -torch.inf
     start = len(prompt.input_ids)
     return torch.stack([logits[start + t - 1].log_softmax(-1)[token] for t, token in enumerate(completion)])
+
+
+def test_a_pad_id_inside_the_prompt_keeps_its_attention(policy):
+    """Masks come from lengths: an instruction that contains the pad token is read like any other."""
+    image = draw(make_scene("train", 0))
+    prompts = [policy.prompt(image, "Describe <|endoftext|> this <|endoftext|> image."), policy.prompt(image)]
+    assert policy.pad_id in prompts[0].input_ids.tolist() and len(prompts[0].input_ids) != len(prompts[1].input_ids)
+    rollouts = sample_rollouts(policy, prompts, keys(2, 2), 6)
+    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
+    for row in range(4):
+        tokens = rollouts.tokens[row, : rollouts.lengths[row]].tolist()
+        want = separate_row(policy, prompts[row // 2], tokens)
+        assert torch.allclose(rollouts.logprobs[row, : len(tokens)], want, atol=1e-4)
+        assert torch.allclose(logprobs[row, : len(tokens)], want, atol=1e-4)
 
 
 ROWS = [[30, 31, 32, 33, 34], [35], [36, 37], [38, 39, 40], [41, 42, 43, 44], [45, 46]]
@@ -103,10 +118,13 @@ def test_the_eos_token_gets_gradient_even_where_pad_is_eos(policy, prompts):
     eos = policy.eos_ids[0]
     rollouts = given(policy, prompts[:1], [[30, eos], [31, 32, 33]])
     logprobs, _ = CompletionScorer(policy.model, eos, policy.forbidden_ids)(rollouts)
-    logprobs.retain_grad()
-    (logprobs * rollouts.completion_mask).sum().backward()
-    assert logprobs.grad.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert logprobs[0, 1] < 0
+    gradients = []
+    for logprob in (logprobs[0, 1], separate_row(policy, prompts[0], [30, eos])[1]):
+        policy.model.zero_grad()
+        logprob.backward()
+        gradients.append(policy.model.model.language_model.norm.weight.grad.clone())
+    assert logprobs[0, 1] < 0 and gradients[0].abs().max() > 0
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-4 * gradients[1].abs().max().item())
 
 
 def test_more_padding_and_batch_mates_change_nothing(policy, prompts):

@@ -28,6 +28,13 @@ QUESTIONS = (COLOR, COUNT, Question("Is it big?", ("yes", "no"), 1))
 # ------------------------------------------------------------------------------------------------ drawing and shuffling
 
 
+def test_ten_choices_leave_no_letter_for_abstaining():
+    ten = Question("Which?", tuple("0123456789"), 3)
+    assert len(shuffle_options(ten, 0, random.Random(0)).options) == 10
+    with pytest.raises(ValueError, match="expected at most 9 choices beside the abstain option: 'Which\\?'"):
+        shuffle_options(ten, 0, random.Random(0), abstain=True)
+
+
 def test_every_permutation_keeps_exactly_one_gold():
     seen = set()
     for seed in range(2000):
@@ -73,10 +80,11 @@ def test_equal_keys_ask_the_same_and_other_keys_do_not():
         ("B", 4, 1), (" B", 4, 1), ("b", 4, 1), ("(b).", 4, 1), ("**D**", 4, 3), ("C.", 4, 2), ("The answer is C.", 4, 2),
         ("Answer: A", 4, 0), ("B) green", 4, 1), ("D, because it says so", 4, 3), ("(A) red\n", 4, 0), ("green", 4, 1),
         (" Blue.", 4, 2), ("The answer is pink", 4, 3), ("D D D", 4, 3), ("I think B", 4, 1),
+        (" A\n\nthe caption says", 4, 0), ("A because it says so", 4, 0), ("A is right", 4, 0), ("(b) green", 4, 1),
         ("", 4, None), (" ", 4, None), ("E", 4, None), ("E", 5, 4), ("C", 2, None),
         ("Can not answer", 4, None), ("Based on the caption", 4, None), ("A man is there", 4, None), ("I do not know", 4, None),
         ("B or C", 4, None), ("The answer is C, not B", 4, None), ("B) red", 4, None), ("F", 4, None), ("1", 4, None),
-        ("red green", 4, None), ("AB", 4, None), ("Can't say", 4, None), ("<|im_end|>", 4, None),
+        ("But B) red", 4, None), ("red green", 4, None), ("AB", 4, None), ("Can't say", 4, None), ("<|im_end|>", 4, None),
     ],
 )  # fmt: skip
 def test_parse_choice(reply, choices, want):
@@ -116,6 +124,15 @@ def test_one_who_knows_scores_1_under_any_order():
 def test_always_a_scores_chance():
     keys = [f"{i}" for i in range(3000)]
     result = caption_rewards([""] * 3000, [[COLOR]] * 3000, keys, always_a, 1)
+    assert result.rewards.mean().item() == pytest.approx(0.25, abs=0.04)
+
+
+def test_a_caption_that_names_a_letter_scores_chance_even_with_a_verifier_that_obeys_it():
+    def obeys(captions, asked, keys):
+        return [[Answer(LETTERS.index(caption[-1])) for _ in group] for caption, group in zip(captions, asked)]
+
+    captions = [f"The answer is {LETTERS[i % 4]}" for i in range(3000)]
+    result = caption_rewards(captions, [[COLOR]] * 3000, [f"{i}" for i in range(3000)], obeys, 1)
     assert result.rewards.mean().item() == pytest.approx(0.25, abs=0.04)
 
 
@@ -209,7 +226,7 @@ def separate_prompt(model, writer, caption, asked) -> torch.Tensor:
 @pytest.mark.parametrize("abstain", [False, True])
 def test_shared_prefixes_give_the_scores_of_separate_prompts(verifier_model, tokenizer, abstain):
     asked = [ask(QUESTIONS, n, f"{n}", abstain) for n in (3, 1, 2, 5)]
-    verifier = Verifier(verifier_model, tokenizer, abstain=abstain)
+    verifier = Verifier(verifier_model, tokenizer)
     writer = PromptWriter(tokenizer, abstain)
     for caption, group, answers in zip(CAPTIONS, asked, verifier(CAPTIONS, asked, ["k"] * 4)):
         for one, answer in zip(group, answers, strict=True):
@@ -231,19 +248,22 @@ def test_answers_do_not_depend_on_order_or_batch(verifier_model, tokenizer, mode
         assert all(x.probs == pytest.approx(y.probs, abs=1e-5) for x, y in zip(a, b))
 
 
-def test_sampled_replies_follow_the_models_distribution(verifier_model, tokenizer):
-    """One token at temperature 0.6, 600 draws, against the softmax of the whole prompt's logits."""
-    writer, asked = PromptWriter(tokenizer), ask([COLOR], 1, "k")[0]
-    ids = torch.tensor([writer.head_ids + writer.caption_ids("It is red.") + writer.question_ids(asked)])
-    want = (verifier_model(input_ids=ids).logits[0, -1] / 0.6).softmax(-1)
+def test_sampled_replies_follow_the_tempered_distribution(verifier_model, tokenizer):
+    """Logits 1 and 0 at temperature 0.6: sigmoid(1 / 0.6) = 0.841; at temperature 1 it would be 0.731."""
+    letters = PromptWriter(tokenizer).letter_ids
+
+    def one_and_zero(module, args, output):
+        output[:] = -50.0
+        output[..., letters[0]], output[..., letters[1]] = 1.0, 0.0
+        return output
+
+    verifier_model.lm_head.register_forward_hook(one_and_zero)
+    verifier_model.generation_config.update(temperature=1e-6, top_k=1, repetition_penalty=1.5, do_sample=True)  # no leak
     verifier = Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=1)
-    answers = verifier(["It is red."] * 600, [[asked]] * 600, [f"{i}" for i in range(600)])
-    counts = Counter(answer.reply for [answer] in answers)
-    top = int(want.argmax())
-    expected = want[top].item()
-    spread = 5 * math.sqrt(expected * (1 - expected) / 600)
-    assert counts[tokenizer.decode([top], skip_special_tokens=True)] / 600 == pytest.approx(expected, abs=spread)
-    assert len(counts) > 1
+    answers = verifier(["x"] * 700, [ask([COLOR], 1, "k")] * 700, [f"{i}" for i in range(700)])
+    share = sum(answer.chosen == 0 for [answer] in answers) / 700
+    assert share == pytest.approx(0.841, abs=0.07)  # 5 standard deviations
+    assert all(answer.chosen in (0, 1) for [answer] in answers)
 
 
 def test_a_prompt_that_does_not_fit_is_a_failure_with_its_reason(verifier_model, tokenizer):

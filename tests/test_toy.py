@@ -4,12 +4,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.examples import load_examples
-from data.toy.build import BuildConfig, build
+from data.toy.build import BuildConfig, build, family_accuracy
 from data.toy.captioner import weak_caption
 from data.toy.export import ExportConfig, export
-from data.toy.world import COLORS, DOMAINS, PLACES, Fact, draw, is_well_formed, make_scene, scene_questions, write_caption
+from data.toy.world import (
+    COLORS,
+    DOMAINS,
+    FAMILIES,
+    PLACES,
+    Fact,
+    draw,
+    is_well_formed,
+    make_scene,
+    scene_questions,
+    write_caption,
+)
+from grpo.policy import load_policy
+from grpo.rollout import sample_rollouts
+from reward.caprl import load_verifier
 
 SCENES = [make_scene("train", index) for index in range(300)]
 
@@ -119,6 +134,22 @@ def test_the_builder_runs_from_nothing(tmp_path, capsys):
         assert (tmp_path / name / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))
+
+
+def test_the_shipped_checkpoints_are_as_good_as_promised():
+    """On 30 held-out images; the whole table is in docs/results.md."""
+    scenes = [make_scene("heldout", index) for index in range(30)]
+    verifier = load_verifier("data/toy/verifier", torch.device("cpu"))
+    questions = [[q for q in scene_questions(scene) if q.needs_image] for scene in scenes]
+    dense = family_accuracy(verifier, scenes, [write_caption(s.family, s.facts) for s in scenes], questions)
+    floor = family_accuracy(verifier, scenes, [""] * 30, questions)
+    for family in FAMILIES:
+        assert dense[family] >= 0.9 and floor[family] <= 0.4
+    policy = load_policy("data/toy/policy", torch.device("cpu"))
+    prompts = [policy.prompt(draw(scene)) for scene in scenes]
+    rollouts = sample_rollouts(policy, prompts, [f"{index}" for index in range(120)], 96)
+    assert sum(map(is_well_formed, rollouts.captions)) >= 0.95 * 120
+    assert len(set(rollouts.captions)) > 100 and rollouts.lengths.float().mean() < 60  # sparse, and no two alike
 
 
 def test_the_shipped_checkpoints_are_small():

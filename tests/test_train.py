@@ -55,6 +55,7 @@ def one_update(policy, batch, **changes) -> tuple[dict[str, float], dict[str, to
 @pytest.mark.parametrize("reduction", ["token", "sequence", "constant"])
 def test_micro_batches_do_not_change_the_step(policy, batch, reduction):
     whole_metrics, whole = one_update(policy, batch, prompts_per_micro_batch=4, reduction=reduction)
+    assert whole_metrics["ratio"] == pytest.approx(1, abs=1e-5)  # a mean, also where the weights sum to less than 1
     for size in (1, 2, 3):
         metrics, change = one_update(policy, batch, prompts_per_micro_batch=size, reduction=reduction)
         assert metrics == pytest.approx(whole_metrics, abs=1e-4)
@@ -114,6 +115,15 @@ def test_masters_and_moments_are_float32_and_take_small_steps(batch):
         assert 0 < moved.max() <= 1.1e-6, name
 
 
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy, batch):
+    rollouts, advantages, valid = batch
+    broken = advantages.clone()
+    broken[0] = math.nan
+    metrics, change = one_update(policy, (rollouts, broken, valid))
+    assert metrics["skipped"] == 1 and all((value == 0).all() for value in change.values())
+    assert one_update(policy, batch)[0]["skipped"] == 0
+
+
 def test_equal_rewards_without_kl_change_nothing(policy, batch):
     rollouts, _, valid = batch
     _, change = one_update(policy, (rollouts, torch.zeros(8), valid), kl_coef=0.0)
@@ -125,7 +135,9 @@ def test_captions_without_a_reward_count_nowhere(policy, batch):
     rollouts, advantages, valid = batch
     loud = advantages.clone()
     loud[7] = 100.0
-    assert one_update(policy, batch)[0] == one_update(policy, (rollouts, loud, valid))[0]
+    metrics, change = one_update(policy, batch)
+    loud_metrics, loud_change = one_update(policy, (rollouts, loud, valid))
+    assert metrics == loud_metrics and all(torch.equal(change[name], loud_change[name]) for name in change)
     metrics, change = one_update(policy, (rollouts, advantages, torch.zeros(8, dtype=torch.bool)))
     assert metrics["loss"] == 0 and all(value.isfinite().all() and (value == 0).all() for value in change.values())
 
@@ -158,9 +170,11 @@ def test_shipped_policy_is_on_policy(tmp_path):
 TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, prompts_per_micro_batch=2)
 
 
-def test_a_run_writes_what_it_promises_and_repeats(tmp_path):
+def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     """Same seed: the same metrics to the last bit and the same rollouts, whatever the batch sizes of the decoder."""
     finals = [train(toy_config(run_dir=str(tmp_path / name), **TINY)) for name in ("one", "two")]
+    said = capsys.readouterr().out
+    assert "sampling: temperature 1.0, no top-k or top-p, at most 96 tokens, EOS (717, 718), never (726, 727, 728," in said
     records = []
     for name in ("one", "two"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -15,11 +15,20 @@ from pathlib import Path
 import torch
 import tyro
 
-from data.examples import Example, Question
+from data.examples import Question
 from data.toy.captioner import train_policy
 from data.toy.tokenizer import build_tokenizer
-from data.toy.verifier import perturb, train_verifier
-from data.toy.world import FAMILIES, Scene, draw, is_well_formed, make_scene, scene_questions, write_caption
+from data.toy.verifier import train_verifier
+from data.toy.world import (
+    FAMILIES,
+    Scene,
+    is_well_formed,
+    make_scene,
+    perturb,
+    scene_questions,
+    toy_example,
+    write_caption,
+)
 from evaluate import PrismConfig, format_table, prism, summarize, write_captions
 from grpo.checkpoint import export_policy
 from grpo.config import run_program
@@ -33,7 +42,7 @@ class BuildConfig:
 
     folder: Path = Path("data/toy")
     """Gets policy/ and verifier/."""
-    verifier_steps: int = 2600
+    verifier_steps: int = 2800
     policy_steps: int = 3000
     num_images: int = 300
     """Held-out images behind the table."""
@@ -75,7 +84,7 @@ def family_accuracy(verifier: Verifier, scenes: Sequence[Scene], captions: Seque
 def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
     """Letter accuracy on held-out images for captions of known truth."""
     device, path = torch.device("cpu"), str(folder / "verifier")
-    verifier, cautious = load_verifier(path, device), load_verifier(path, device, abstain=True)
+    verifier = load_verifier(path, device)
     questions = [[q for q in scene_questions(scene) if q.needs_image] for scene in scenes]
     rng = random.Random("table")
     places = [rng.randrange(len(scene.facts)) for scene in scenes]  # the fact told wrongly, or left out
@@ -98,9 +107,9 @@ def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
         "chance": chance,
         "one wrong fact, the question on it": family_accuracy(verifier, scenes, wrong, about),
         "no caption, questions that need none": family_accuracy(verifier, scenes, [""] * len(scenes), free),
-        "true dense captions, abstain option offered": family_accuracy(cautious, scenes, dense, questions, True),
+        "true dense captions, abstain option offered": family_accuracy(verifier, scenes, dense, questions, True),
     }
-    unsaid = family_accuracy(cautious, scenes, missing, about, True)["abstain"]
+    unsaid = family_accuracy(verifier, scenes, missing, about, True)["abstain"]
     lines = ["| verifier | " + " | ".join(FAMILIES) + " |", "| --- |" + " ---: |" * len(FAMILIES)]
     lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |" for name, row in rows.items()]
     return "\n".join([*lines, "", f"abstains on a fact that is not mentioned: {unsaid:.3f}"])
@@ -110,10 +119,7 @@ def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     """The policy before reinforcement learning, 4 captions per held-out image at temperature 1."""
     device = torch.device("cpu")
     policy, verifier = load_policy(str(folder / "policy"), device), load_verifier(str(folder / "verifier"), device)
-    examples = [
-        Example(scene.id, draw(scene), tuple(q for q in scene_questions(scene) if q.needs_image), scene.family)
-        for scene in scenes
-    ]
+    examples = [toy_example(scene) for scene in scenes]
     config = PrismConfig(policy=str(folder / "policy"), num_captions=4, max_new_tokens=96, seed=seed)
     rows = prism(examples, write_captions(policy, examples, config), verifier, config)
     well_formed = sum(is_well_formed(row["caption"]) for row in rows) / len(rows)

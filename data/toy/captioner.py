@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.toy.fit import INITIALIZER_RANGE, fit
-from data.toy.verifier import perturb
-from data.toy.world import FAMILIES, Scene, draw, make_scene, write_caption
+from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy, make_policy
 from grpo.rollout import Rollouts
@@ -87,12 +86,12 @@ def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int, batc
         logprobs, _ = scorer(rollouts)  # (B, L)
         return -logprobs.sum() / rollouts.lengths.sum(), {}
 
-    fit(policy.model, loss_at, steps, "policy")
-    sharpen(policy)
+    fit(policy.model, loss_at, steps, "policy", warmup_share=0.05, decay_share=1 / 3)
+    sharpen_(policy)
     return policy
 
 
-def sharpen(policy: Policy) -> None:
+def sharpen_(policy: Policy) -> None:
     """Makes sampling at temperature 1 what sampling at SHARPNESS was, by the scale of the last norm."""
     with torch.no_grad():
         policy.model.model.language_model.norm.weight.div_(SHARPNESS)

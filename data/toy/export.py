@@ -36,7 +36,7 @@ def export(config: ExportConfig) -> None:
     (config.folder / "images").mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as file:
         for index in tqdm(range(config.num), desc="images", unit="image"):
-            example = toy_example(make_scene(config.split, index))
+            example = toy_example(make_scene(config.split, index), with_common_knowledge=True)
             image = f"images/{example.id}.png"
             example.image.save(config.folder / image)
             file.write(json.dumps(example_row(example, image)) + "\n")

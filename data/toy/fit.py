@@ -11,16 +11,16 @@ INITIALIZER_RANGE = 0.08
 models of this size take several times as long to find out what to attend to."""
 
 
-def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int, label: str) -> None:
+def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int, label: str,
+        warmup_share: float, decay_share: float) -> None:
     """`steps` steps on `loss_at(step)`, which returns the loss and what the bar shows beside it. Ends in eval mode.
 
-    The rate rises over 50 steps, stays, and falls to 1% over the last half.
+    The rate rises over the first `warmup_share` of the steps and falls to 1% over the last `decay_share`.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    warmup = max(1, min(50, steps // 20))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 1.0, 2 * (1 - step / steps) + 0.01)
+        optimizer, lambda step: min((step + 1) / max(1, warmup_share * steps), 1.0, (1 - step / steps) / decay_share + 0.01)
     )
     bar = tqdm(range(steps), desc=label, unit="step", mininterval=5)
     for step in bar:

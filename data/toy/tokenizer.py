@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from data.toy.world import COMMON_KNOWLEDGE, DOMAINS, make_scene, scene_questions, write_caption
+from grpo.policy import INSTRUCTION as CAPTION_INSTRUCTION
 from reward.caprl import ABSTAIN, ABSTAIN_EXAMPLE, ANSWER_START, INSTRUCTION, LETTERS, SECOND_EXAMPLE, WORKED_EXAMPLE
 
 SPECIAL_TOKENS = (
@@ -34,7 +35,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -42,7 +43,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         extra_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
     )
-    return fast
 
 
 def _corpus():
@@ -50,7 +50,7 @@ def _corpus():
     rng = random.Random("toy:corpus")
     fixed = [INSTRUCTION, WORKED_EXAMPLE, ABSTAIN_EXAMPLE, SECOND_EXAMPLE, ABSTAIN, "user assistant system"]
     fixed += [f"{ANSWER_START} {letter}\n{letter}) Caption: <Caption Start> <Caption End>\nQuestion:" for letter in LETTERS]
-    fixed += [text for text, _, _ in COMMON_KNOWLEDGE] + ["Please describe this image in detail."]
+    fixed += [text for text, _, _ in COMMON_KNOWLEDGE] + [CAPTION_INSTRUCTION]
     fixed += [f" {value} {value}\n" for values in DOMAINS.values() for value in values]
     yield from fixed * 40
     for index in range(600):

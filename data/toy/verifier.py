@@ -1,9 +1,9 @@
 """The toy verifier: a Qwen2 of about 1.4 million parameters that reads captions and nothing else.
 
-It is trained through the function that uses it (`reward.caprl.prefill`): same prompt, same cache layout. Asked for option
+It is trained through the function that uses it (`reward.caprl.prefill_`): same prompt, same cache layout. Asked for option
 letters at once it stays near the guess rate for thousands of steps. So it first learns two easier things side by side:
 to recall what a caption says ("What color is the star?" and, at the question mark, " red"), and to find the letter of an option
-that is named outright ("Which option is red?"). From there to answering questions is a short way. Probes, thrown away
+that is named outright ("Which option is red?"). From there to questions on short captions is a short way. Probes, thrown away
 afterwards, teach each step of it: a value in the caption has to know its subject, the question mark the subject and
 the value asked for, an option whether it is that value.
 """
@@ -15,16 +15,26 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from data.examples import Question
 from data.toy.fit import INITIALIZER_RANGE, fit
-from data.toy.world import COMMON_KNOWLEDGE, DOMAINS, Fact, Scene, make_scene, write_caption, write_question, write_sentence
-from reward.caprl import LETTERS, PromptWriter, prefill, shuffle_options
+from data.toy.world import (
+    COMMON_KNOWLEDGE,
+    DOMAINS,
+    Fact,
+    Scene,
+    make_scene,
+    perturb,
+    write_caption,
+    write_question,
+    write_sentence,
+)
+from reward.caprl import LETTERS, PromptWriter, prefill_, prefill_captions, shuffle_options
 
-FIRST_SHARE = 0.4
-"""Share of the steps on the two easier lessons."""
-BARE_PROMPT = 0.75
+RECALL_UNTIL, FEW_UNTIL = 0.36, 0.58
+"""Shares of the steps: recall and letters side by side, then questions on few facts, then captions of every kind."""
+BARE_PROMPT = 0.8
 """Share of the steps in which the instruction is mostly left out: it costs time and teaches little."""
 
 
@@ -38,15 +48,6 @@ def build_verifier(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCau
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         )
     )
-
-
-def perturb(facts: tuple[Fact, ...], share: float, rng: random.Random) -> list[Fact]:
-    """Facts with about `share` of the values replaced: what a mistaken caption claims."""
-    return [
-        replace(fact, value=rng.choice([v for v in DOMAINS[fact.attribute] if v not in (fact.value, fact.subject)]))
-        if rng.random() < share else fact
-        for fact in facts
-    ]
 
 
 def few_claims(scene: Scene, rng: random.Random) -> list[Fact]:
@@ -131,11 +132,11 @@ class Teacher:
             lesson.letters.append(dict.fromkeys(offered, 1 / len(offered)) if right is None else {offered[right]: 1.0})
             lesson.is_right.append([(end - tail - 1 - len(ids), float(n == right)) for n, end in enumerate(ends[1:])])
 
-    def recall_lesson(self, scene: Scene, rng: random.Random) -> Lesson:
+    def few_lesson(self, scene: Scene, with_options: bool, rng: random.Random) -> Lesson:
         claims = few_claims(scene, rng)
         lesson = self.caption_lesson(scene.family, write_caption(scene.family, claims), claims)
         for fact in claims:
-            self.add_question(lesson, write_question(scene, fact, rng), fact.subject, fact.value, False, rng)
+            self.add_question(lesson, write_question(scene, fact, rng), fact.subject, fact.value, with_options, rng)
         return lesson
 
     def letter_lesson(self, num_questions: int, rng: random.Random) -> Lesson:
@@ -171,14 +172,13 @@ class Pupil(nn.Module):
 
     def forward(self, head: list[int], lessons: list[Lesson]) -> tuple[Tensor, dict[str, float]]:
         """The sum of the mean losses, and the shares of values recalled and letters chosen rightly."""
-        model, cache = self.model, DynamicCache(config=self.model.config)
-        _, cache, seen = prefill(model, [head], [0], cache, torch.ones(1, 0, dtype=torch.long))
-        hidden, cache, seen = prefill(model, [lesson.caption for lesson in lessons], [0] * len(lessons), cache, seen)
+        model = self.model
+        hidden, cache, seen = prefill_captions(model, head, [lesson.caption for lesson in lessons])
         rows, at, tokens = _columns([(row, *subject) for row, lesson in enumerate(lessons) for subject in lesson.subjects], 3)
         loss = F.cross_entropy(self.subject_probe(hidden[rows, at]), tokens, reduction="sum") / max(len(tokens), 1)
 
         parents = [row for row, lesson in enumerate(lessons) for _ in lesson.questions]
-        hidden, cache, seen = prefill(model, [ids for lesson in lessons for ids in lesson.questions], parents, cache, seen)
+        hidden, cache, seen = prefill_(model, [ids for lesson in lessons for ids in lesson.questions], parents, cache, seen)
         asked = [(row, token) for row, token in enumerate(a for lesson in lessons for a in lesson.asked) if token is not None]
         rows, tokens = _columns(asked, 2)
         loss = loss + F.cross_entropy(self.asked_probe(hidden[rows, -1]), tokens, reduction="sum") / max(len(tokens), 1)
@@ -187,7 +187,7 @@ class Pupil(nn.Module):
         with_options = [row for row, lesson in enumerate(ls for ls in lessons for _ in ls.questions) if lesson.options]
         if not with_options:
             return loss + recall_loss, {"recall": recall}
-        hidden, _, _ = prefill(model, [ids for lesson in lessons for ids in lesson.options], with_options, cache, seen)
+        hidden, _, _ = prefill_(model, [ids for lesson in lessons for ids in lesson.options], with_options, cache, seen)
         marks = [(row, *m) for row, group in enumerate(g for lesson in lessons for g in lesson.is_right) for m in group]
         rows, at, is_right = _columns(marks, 3)
         right_loss = F.binary_cross_entropy_with_logits(self.right_probe(hidden[rows.long(), at.long()])[:, 0], is_right)
@@ -216,14 +216,16 @@ def train_verifier(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) ->
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"verifier:{seed}:{step}")
-        is_first = step < FIRST_SHARE * steps
-        teacher = teachers[not is_first and rng.random() < 0.4]
-        scenes = [make_scene("train", rng.randrange(10**6)) for _ in range(16)]
-        is_bare = step < BARE_PROMPT * steps and rng.random() < 0.95
+        progress = step / steps
+        teacher = teachers[progress >= FEW_UNTIL and rng.random() < 0.4]
+        is_bare = progress < BARE_PROMPT and rng.random() < 0.95
         head = teacher.writer.head_ids[-8:] if is_bare else teacher.writer.head_ids
-        if is_first:
-            return pupil(head, [*(teacher.recall_lesson(scene, rng) for scene in scenes), teacher.letter_lesson(40, rng)])
+        scenes = [make_scene("train", rng.randrange(10**6)) for _ in range(14)]
+        if progress < FEW_UNTIL:
+            with_options = progress >= RECALL_UNTIL
+            few = [teacher.few_lesson(scene, with_options, rng) for scene in scenes]
+            return pupil(head, [*few, teacher.letter_lesson(40, rng)])
         return pupil(head, [*(teacher.whole_lesson(scene, 6, rng) for scene in scenes), teacher.letter_lesson(10, rng)])
 
-    fit(pupil, loss_at, steps, "verifier")
+    fit(pupil, loss_at, steps, "verifier", warmup_share=0.02, decay_share=1.0)
     return pupil.model

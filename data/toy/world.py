@@ -8,7 +8,7 @@ come from that list, so a caption's truth can be checked word by word. Everythin
 import random
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -69,6 +69,15 @@ def make_scene(split: str, index: int) -> Scene:
     rng = random.Random(f"toy:{split}:{index}")
     facts = {"shapes": _shape_facts, "bars": _bar_facts, "cards": _card_facts}[family](rng)
     return Scene(f"{split}-{index:06d}", family, tuple(facts))
+
+
+def perturb(facts: tuple[Fact, ...], share: float, rng: random.Random) -> list[Fact]:
+    """Facts with about `share` of the values replaced: what a mistaken caption claims."""
+    return [
+        replace(fact, value=rng.choice([v for v in DOMAINS[fact.attribute] if v not in (fact.value, fact.subject)]))
+        if rng.random() < share else fact
+        for fact in facts
+    ]
 
 
 def _shape_facts(rng: random.Random) -> list[Fact]:
@@ -256,8 +265,9 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, name: str, x: int, y: int, r: int, 
 # -------------------------------------------------------------------------------------------------------- loading
 
 
-def toy_example(scene: Scene) -> Example:
-    return Example(scene.id, draw(scene), scene_questions(scene), scene.family)
+def toy_example(scene: Scene, with_common_knowledge: bool = False) -> Example:
+    questions = tuple(q for q in scene_questions(scene) if q.needs_image or with_common_knowledge)
+    return Example(scene.id, draw(scene), questions, scene.family)
 
 
 def toy_examples(source: str) -> list[Example]:
@@ -265,5 +275,4 @@ def toy_examples(source: str) -> list[Example]:
     match = re.fullmatch(r"toy:(train|heldout):([1-9]\d*)", source)
     if not match:
         raise ValueError(f"expected toy:train:NUM or toy:heldout:NUM with NUM at least 1, got {source!r}")
-    examples = [toy_example(make_scene(match[1], index)) for index in range(int(match[2]))]
-    return [Example(e.id, e.image, tuple(q for q in e.questions if q.needs_image), e.family) for e in examples]
+    return [toy_example(make_scene(match[1], index)) for index in range(int(match[2]))]
