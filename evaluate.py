@@ -27,7 +27,7 @@ from grpo.distributed import gather_rows, init_distributed, print0, rank, world_
 from grpo.policy import Policy, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
-from reward.caprl import AskVerifier, caption_rewards, load_verifier
+from reward.caprl import AskVerifier, RewardConfig, caption_rewards, load_verifier
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,11 @@ class PrismConfig:
             raise ValueError("expected either policy or captions, got " + ("both" if self.policy else "neither"))
         if self.num_captions < 1 or self.max_new_tokens < 1 or self.prompts_per_rollout < 1:
             raise ValueError("num_captions, max_new_tokens and prompts_per_rollout: expected at least 1 each")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature {self.temperature}: expected 0 or more")
+        for name in ("temperature", "num_questions"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        if not self.verifier_temperature > 0:
+            raise ValueError(f"verifier_temperature {self.verifier_temperature}: expected more than 0")
 
 
 def write_captions(policy: Policy, examples: Sequence[Example], config: PrismConfig) -> list[list[dict]]:
@@ -100,13 +103,12 @@ def read_captions(path: str, examples: Sequence[Example]) -> list[list[dict]]:
 
 def prism(examples: Sequence[Example], captions: list[list[dict]], verifier: AskVerifier, config: PrismConfig) -> list[dict]:
     """One row per caption: id, family, caption, accuracy (NaN if it could not be measured) and the questions as asked."""
-    rows = []
+    rows, settings = [], RewardConfig(num_questions=config.num_questions)
     for example, written in zip(tqdm(examples, desc="answers", unit="image", disable=rank() != 0), captions, strict=True):
-        number = config.num_questions or len(example.questions)
-        key = f"{config.seed}:{example.id}"
+        texts = [row["caption"] for row in written]
+        lengths = [row.get("length", 0) for row in written]  # they enter no reward here
         result = caption_rewards(
-            [row["caption"] for row in written], [example.questions] * len(written), [key] * len(written), verifier, number,
-            max_failed_share=1.0,
+            texts, [example] * len(texts), [f"{config.seed}:{example.id}"] * len(texts), lengths, verifier, settings
         )
         rows += [
             {"id": example.id, "family": example.family} | row | {"accuracy": accuracy, "questions": record}

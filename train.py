@@ -6,11 +6,13 @@
     python train.py --help                                               # every setting with its source
 """
 
+import math
 import random
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data.examples import Example, load_examples
+from data.examples import MAX_CHOICES, Example, load_examples
 from data.images import open_image
 from grpo.advantage import group_advantages
 from grpo.checkpoint import export_policy
@@ -29,7 +31,12 @@ from grpo.loss import policy_loss, token_weights
 from grpo.policy import Policy, load_policy
 from grpo.report import check_run_dir, log_step, start_run
 from grpo.rollout import Rollouts, join_rollouts, sample_rollouts
-from reward.caprl import caption_rewards, load_verifier
+from reward.audit import audit, probe
+from reward.caprl import AskVerifier, RewardConfig, Rewards, caption_rewards, load_verifier
+from reward.judge import judge_rewards
+
+RewardFunction = Callable[[Sequence[str], Sequence[Example], Sequence[str], Sequence[int]], Rewards]
+"""(captions, each one's example, a key that siblings share, lengths in tokens) -> rewards"""
 
 
 def step_examples(examples: Sequence[Example], step: int, prompts_per_step: int, seed: int) -> list[Example]:
@@ -112,8 +119,9 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
     return means | {"grad_norm": norm.item(), "skipped": num_skipped}
 
 
-def reward_metrics(rollouts: Rollouts, rewards: Tensor, reward_stats: dict[str, float]) -> dict[str, float]:
+def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     """Means over all ranks' captions and groups."""
+    rewards = result.rewards
     groups = rewards.view(-1, rollouts.group_size)  # (P, G)
     scored = ~rewards.isnan()
     flat = (groups.nan_to_num(torch.inf).amin(1) - groups.nan_to_num(-torch.inf).amax(1)).abs() < 1e-6
@@ -122,14 +130,51 @@ def reward_metrics(rollouts: Rollouts, rewards: Tensor, reward_stats: dict[str, 
             "reward": rewards[scored].sum().item(), "scored": scored.sum().item(), "captions": len(rewards),
             "length": rollouts.lengths.sum().item(), "truncated_share": rollouts.truncated.sum().item(),
             "flat_groups": flat.sum().item(), "groups": len(groups),
-        } | {key: value * len(rewards) for key, value in reward_stats.items()}, rewards.device,
+        } | {key: value * len(rewards) for key, value in result.stats.items()}
+        | {f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()}, rollouts.lengths.device,
     )
     captions, groups_seen, num_scored = sums.pop("captions"), sums.pop("groups"), sums.pop("scored")
-    reward = sums.pop("reward") / num_scored if num_scored else float("nan")
     flat_groups = sums.pop("flat_groups") / groups_seen
-    return {"reward": reward, "flat_groups": flat_groups, "unscored_captions": captions - num_scored} | {
-        key: value / captions for key, value in sums.items()
+    return {"flat_groups": flat_groups, "unscored_captions": captions - num_scored} | {
+        key: value / (num_scored or math.nan) if key.startswith("reward") else value / captions for key, value in sums.items()
     }
+
+
+def load_reward(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[RewardFunction, AskVerifier | None]:
+    """The reward and, where it is CapRL's, its verifier."""
+    if config.reward == "judge":
+        return partial(judge_rewards, judge=load_policy(config.judge, device, dtype)), None
+    verifier = load_verifier(
+        config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature
+    )
+    return partial(caption_rewards, verifier=verifier, config=reward_settings(config)), verifier
+
+
+def reward_settings(config: TrainConfig) -> RewardConfig:
+    given = asdict(config)
+    return RewardConfig(**{field.name: given[field.name] for field in fields(RewardConfig)})
+
+
+def check_rewards(result: Rewards, failed_share: float, config: TrainConfig) -> None:
+    """Raises ValueError, on all ranks alike, if too many questions of the step could not be scored."""
+    if failed_share > config.max_failed_share:
+        reasons = {one["failure"] for record in result.records for one in record if one["failure"]}
+        reasons = sorted(set(gather_rows(sorted(reasons))))
+        raise ValueError(f"{failed_share:.0%} of the step's questions could not be scored ({'; '.join(reasons[:3])})")
+
+
+def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifier | None, probe_set: Sequence[Example],
+               config: TrainConfig) -> dict:
+    """The audit of the step's captions and, every `audit_every` steps and at the last, of the policy's captions of the
+    probe set."""
+    found = audit(rows)
+    is_due = config.audit_every and (step % config.audit_every == 0 or step + 1 == config.num_steps)
+    if verifier is not None and is_due and len(probe_set) > 1:
+        prompts = [sampler.prompt(open_image(example.image)) for example in probe_set]
+        keys = [f"{config.seed}:probe:{example.id}:caption" for example in probe_set]
+        captions = sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature).captions
+        found |= probe(captions, probe_set, verifier, reward_settings(config), config.seed)
+    return found
 
 
 def train(config: TrainConfig) -> Path:
@@ -139,12 +184,13 @@ def train(config: TrainConfig) -> Path:
     run_dir = Path(config.run_dir)
     check_run_dir(run_dir)
     examples = load_examples(config.data)
+    full = [example.id for example in examples if any(len(q.choices) == MAX_CHOICES for q in example.questions)]
+    if config.abstain and full:
+        raise ValueError(f"abstain: expected at most {MAX_CHOICES - 1} choices beside it, id {full[0]!r} has {MAX_CHOICES}")
     step_examples(examples, 0, config.prompts_per_step, config.seed)  # too few images: say so before models are loaded
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sampler = load_policy(config.policy, device, dtype)
-    verifier = load_verifier(
-        config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature,
-    )
+    reward, verifier = load_reward(config, device, dtype)
     is_shared = world_size() == 1 and device.type == "cpu"  # one model samples and learns; else the sampler is a full copy
     trained = sampler if is_shared else load_policy(config.policy, device)
     score = dict(pad_id=sampler.pad_id, forbidden_ids=sampler.forbidden_ids, temperature=config.temperature)
@@ -175,12 +221,11 @@ def train(config: TrainConfig) -> Path:
 
         # 2. The verifier answers questions from each caption; captions of one image get the same ones.
         by_caption = [example for example in batch for _ in range(config.group_size)]
-        result = caption_rewards(
-            rollouts.captions, [example.questions for example in by_caption],
-            [f"{config.seed}:{step}:{example.id}" for example in by_caption],
-            verifier, config.num_questions, config.abstain,
-        )
-        rewards = result.rewards.to(device)  # (B,) in [0, 1], NaN where it could not be measured
+        keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
+        result = reward(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
+        rewards = result.rewards.to(device)  # (B,), NaN where it could not be measured
+        measured = reward_metrics(rollouts, result)
+        check_rewards(result, measured["failed_share"], config)
 
         # 3. A caption is as good as it is better than its siblings.
         advantages = group_advantages(rewards, config.group_size, config.leave_one_out, config.scale_by_std)  # (B,)
@@ -194,11 +239,12 @@ def train(config: TrainConfig) -> Path:
         if not is_shared:
             copy_weights_(scorer, sampler.model)
 
-        metrics = reward_metrics(rollouts, rewards, result.stats) | metrics
+        metrics = measured | metrics
         metrics["seconds"] = time.perf_counter() - started
-        rows = gather_rows(rollout_rows(by_caption, rollouts, rewards, advantages, result.records))
+        rows = gather_rows(rollout_rows(by_caption, rollouts, result, advantages))
         if rank() == 0:
-            bar.write(log_step(run_dir, step, metrics, rows))
+            found = audit_step(rows, step, sampler, verifier, examples[: config.probe_images], config)
+            bar.write(log_step(run_dir, step, metrics, found, rows))
 
     if rank() == 0:
         export_policy(sampler, run_dir / "final", getattr(torch, config.save_dtype))
@@ -206,16 +252,17 @@ def train(config: TrainConfig) -> Path:
     return run_dir / "final"
 
 
-def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, rewards: Tensor, advantages: Tensor,
-                 records: list[list[dict]]) -> list[dict]:
-    """What a reader wants to see of each caption: the words, what was asked and answered, what it earned."""
+def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Rewards, advantages: Tensor) -> list[dict]:
+    """What a reader wants to see of each caption: the words, what was asked and answered, what it earned and for what."""
+    columns = zip(
+        examples, rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist(), result.rewards.tolist(),
+        advantages.tolist(), result.records, strict=True,
+    )
     return [
         {"id": example.id, "family": example.family, "caption": caption, "length": length, "truncated": truncated,
-         "reward": reward, "advantage": advantage, "questions": questions}
-        for example, caption, length, truncated, reward, advantage, questions in zip(
-            examples, rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist(), rewards.tolist(),
-            advantages.tolist(), records,
-        )
+         "reward": reward, "parts": {key: part[row].item() for key, part in result.parts.items()}, "advantage": advantage,
+         "questions": questions}
+        for row, (example, caption, length, truncated, reward, advantage, questions) in enumerate(columns)
     ]
 
 

@@ -4,10 +4,11 @@ One JSON object per line:
     {"id": "chart-7", "image": "images/chart-7.png", "family": "bars",
      "questions": [{"question": "How many bars are there?", "choices": ["two", "three"], "answer_index": 1}]}
 `image` is a path relative to the file. `family` (default "all") groups results; a question may also carry `kind`
-and `needs_image`.
+and `needs_image`. Choices may carry their letters ("A) two", "B) three"): these are taken off, once, here.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,16 @@ class Question:
             raise ValueError(f"expected 2 to {MAX_CHOICES} choices, got {len(self.choices)}")
         if not all(isinstance(choice, str) and choice.strip() for choice in self.choices):
             raise ValueError(f"expected non-empty text in every choice, got {list(self.choices)}")
-        folded = [choice.strip().casefold() for choice in self.choices]
+        folded = [fold_choice(choice) or choice for choice in self.choices]
         if len(set(folded)) < len(folded):
             raise ValueError(f"expected distinct choices, got {list(self.choices)}")
         if type(self.answer_index) is not int or not 0 <= self.answer_index < len(self.choices):
             raise ValueError(f"answer_index {self.answer_index!r} outside {len(self.choices)} choices")
+
+
+def fold_choice(text: str) -> str:
+    """What of a choice's text counts when it is compared: neither case nor spaces nor the punctuation around it."""
+    return re.sub(r"\s+", " ", text).strip(" ,:;!()*\"'`").rstrip(". ").casefold()
 
 
 @dataclass(frozen=True)
@@ -119,17 +125,36 @@ def _parse_row(row: dict, folder: Path) -> Example:
         raise ValueError(f"expected a list with at least one question, got {row['questions']!r}")
     questions = []
     for place, entry in enumerate(row["questions"]):
+        where = f"id {row['id']!r}, question {place}"
         try:
             choices = entry["choices"]
             if not isinstance(choices, list):
                 raise ValueError(f"expected a list of choices, got {choices!r}")
             fields = {key: entry[key] for key in ("kind", "needs_image") if key in entry}
-            questions.append(Question(str(entry["question"]), tuple(choices), entry["answer_index"], **fields))
+            questions.append(Question(str(entry["question"]), strip_labels(choices), entry["answer_index"], **fields))
         except (KeyError, TypeError):
-            raise ValueError(f"question {place}: expected question, choices and answer_index, got {entry!r}") from None
+            raise ValueError(f"{where}: expected question, choices and answer_index, got {entry!r}") from None
         except ValueError as error:
-            raise ValueError(f"question {place}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
     return Example(str(row["id"]), _image_file(folder / row["image"]), tuple(questions), str(row.get("family", "all")))
+
+
+def strip_labels(choices: list[str]) -> tuple[str, ...]:
+    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: " and "(A) ". Options are given letters when they
+    are shuffled.
+
+    Choices are taken as they are unless every one carries a label. Raises ValueError where labels with a bracket are not
+    A, B, C, ... in order: which choice the answer means would be a guess.
+    """
+    found = [re.fullmatch(r"\s*(?:\(?([A-J])\)|([A-J])[.:](?=\s))\s*(.*)", str(choice), re.DOTALL) for choice in choices]
+    if not choices or not all(found):
+        return tuple(choices)
+    labels = [match[1] or match[2] for match in found]
+    if labels == list("ABCDEFGHIJ"[: len(labels)]):
+        return tuple(match[3].strip() for match in found)
+    if any(match[1] for match in found):
+        raise ValueError(f"expected choices labelled A, B, C, ... in order, got {choices}")
+    return tuple(choices)  # "B. Obama", "A. Lincoln": names
 
 
 def _image_file(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Settings of a training run: one flat dataclass, one preset per recipe, and the way programs end on bad input.
 
-Sources: [P] the paper, arXiv 2509.22647; [C1] the released CapRL-3B launch scripts; [GRPO] DeepSeekMath, arXiv 2402.03300.
+Sources: [P] the paper, arXiv 2509.22647; [C1] the released CapRL-3B launch and reward scripts; [C++] the CapRL++ release, arXiv
+2606.09393; [GRPO] DeepSeekMath, arXiv 2402.03300. docs/recipes.md shows the presets side by side.
 A value without a source says "ours" and why.
 """
 
@@ -40,14 +41,39 @@ class TrainConfig:
     """Of sampling and of all log-probabilities. [C1]"""
 
     # reward
+    reward: Literal["caprl", "judge"] = "caprl"
+    """Questions answered from the caption, or the baseline: a judge that sees the image and rates the caption. [P] has both."""
+    judge: str = "Qwen/Qwen2.5-VL-3B-Instruct"
+    """The vision-language judge, with reward "judge" only. [P] names Qwen2.5-VL, the size is ours."""
     num_questions: int = 4
     """N, questions per caption; 8 are no better, 48.3 against 48.4. [P]"""
+    question_draw: Literal["paired", "independent"] = "paired"
+    """The same questions and shuffles for all captions of an image, without replacement while they last; or each caption
+    for itself, with replacement [C1, C++]. Ours: paired, see docs/results.md."""
+    num_shuffles: int = 1
+    """Shuffles of the options under which each question is asked; the first released script had none. [P]"""
     verifier_mode: Literal["sample", "logits"] = "sample"
     """Answer by a sampled and parsed reply [C1], or by the likeliest offered letter."""
     verifier_temperature: float = 0.6
     """Of the verifier's replies in mode "sample". [C1]"""
+    soft: bool = False
+    """A question earns the right option's probability, not 1 or 0. Ours: off; needs verifier_mode "logits"."""
     abstain: bool = False
     """Offer "The caption does not say" among the options, shuffled with them and never right. [C1] does, always last."""
+    length_weight: float = 0.0
+    """Weight of a length term beside the accuracy: 1 up to length_full tokens, falling to 0 at length_zero. [C++] 0.2"""
+    length_full: int = 2048
+    """[C++]"""
+    length_zero: int = 3072
+    """[C++]"""
+    repetition_weight: float = 0.0
+    """Weight of a penalty, the share of repeated 4-grams. Ours: off."""
+    max_failed_share: float = 0.1
+    """A larger share of questions that could not be scored stops the run, with the reasons. Ours."""
+    audit_every: int = 50
+    """Steps between two looks at the probe set: floors of the reward, agreement of shuffles. Ours; 0 for none."""
+    probe_images: int = 16
+    """Images of the probe set, the first of the data. Ours."""
 
     # advantage
     leave_one_out: bool = False
@@ -93,15 +119,26 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("prompts_per_step", "max_new_tokens", "num_questions", "inner_epochs", "num_steps",
-                     "prompts_per_micro_batch", "prompts_per_rollout"):
+                     "prompts_per_micro_batch", "prompts_per_rollout", "num_shuffles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        for name in ("kl_coef", "learning_rate", "warmup_steps", "weight_decay", "clip_high"):
+        for name in ("kl_coef", "learning_rate", "warmup_steps", "weight_decay", "clip_high", "length_weight",
+                     "repetition_weight", "audit_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
         for name in ("temperature", "verifier_temperature", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
+        if self.probe_images < 2:
+            raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor takes another image's caption")
+        if self.reward == "judge" and (self.soft or self.abstain or self.length_weight or self.repetition_weight):
+            raise ValueError("reward judge: expected neither soft nor abstain nor weights, its rating is the whole reward")
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"max_failed_share {self.max_failed_share}: expected 0 to 1")
+        if self.soft and self.verifier_mode == "sample":
+            raise ValueError("soft: expected verifier_mode logits, a sampled reply has no probabilities")
+        if self.length_full >= self.length_zero:
+            raise ValueError(f"length_zero {self.length_zero}: expected more than length_full {self.length_full}")
         if self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: expected at least 2, for a caption to be compared with others")
         if not 0 <= self.clip_low <= 1:
@@ -114,14 +151,30 @@ class TrainConfig:
         return self.prompts_per_step // num_ranks
 
 
+PAPER = TrainConfig()
 PRESETS = {
-    "paper": ("CapRL-3B as the paper trains it. Presets: paper (the default) and toy, as the first word.", TrainConfig()),
+    "paper": ("CapRL-3B as the paper trains it, the default. Other recipes: the first word.", PAPER),
+    "caprl-3b": (
+        "as the released CapRL-3B scripts [C1]; their doubled reward is left out, the division by the deviation undoes it",
+        replace(
+            PAPER, run_dir="runs/caprl-3b", num_questions=8, question_draw="independent", abstain=True, leave_one_out=True,
+            kl_coef=0.0,
+        ),
+    ),
+    "caprl-plus": (
+        "as the CapRL++ release [C++]; steps: 3 passes over 75k images at 128 a step",
+        replace(
+            PAPER, run_dir="runs/caprl-plus", policy="Qwen/Qwen3-VL-4B-Instruct", verifier="Qwen/Qwen3-4B-Instruct-2507",
+            num_questions=8, question_draw="independent", abstain=True, length_weight=0.2, leave_one_out=True,
+            scale_by_std=False, kl_coef=0.0, learning_rate=1e-5, num_steps=1764,
+        ),
+    ),
     "toy": (
         "the tiny shipped models on the toy world, minutes on a CPU; every value ours",
-        TrainConfig(
-            policy="data/toy/policy", verifier="data/toy/verifier", data="toy:train:480", run_dir="runs/toy",
-            prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", kl_coef=0.01, num_steps=40,
-            learning_rate=3e-4, warmup_steps=3, prompts_per_micro_batch=12, save_dtype="float32",
+        replace(
+            PAPER, policy="data/toy/policy", verifier="data/toy/verifier", judge="data/toy/policy", data="toy:train:480",
+            run_dir="runs/toy", prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", kl_coef=0.01, num_steps=40,
+            learning_rate=3e-4, warmup_steps=3, prompts_per_micro_batch=12, save_dtype="float32", audit_every=20,
         ),
     ),
 }

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     BaseImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 INSTRUCTION = "Please describe this image in detail."
@@ -52,15 +52,16 @@ class Policy:
     forbidden_ids: tuple[int, ...]
     """Image, video and vision markers: never sampled, and left out of the softmax everywhere alike."""
 
-    def prompt(self, image: Image.Image, instruction: str = INSTRUCTION) -> Prompt:
-        """Raises ValueError for an image that the processor refuses (a side ratio over 200, for one)."""
+    def prompt(self, image: Image.Image, instruction: str = INSTRUCTION, answer_start: str = "") -> Prompt:
+        """Up to the answer, of which the first words may be given. Raises ValueError for an image that the processor
+        refuses (a side ratio over 200, for one) and for an instruction with an image placeholder in it."""
         pixels = self.image_processor(images=[image], return_tensors="pt")
         grid = pixels["image_grid_thw"]  # (1, 3)
         content = [{"type": "image"}, {"type": "text", "text": instruction}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text + answer_start, add_special_tokens=False)
         image_id = self.model.config.image_token_id
         if ids.count(image_id) != 1:
             raise ValueError(f"expected one image placeholder in the chat template's prompt, got {ids.count(image_id)}")
@@ -86,7 +87,9 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype = torch.floa
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # tokenizer.json as it was saved. AutoTokenizer puts Qwen2's own word splitting in its place wherever the model is a
+        # Qwen2, which for a checkpoint trained with another one (the toy verifier) changes every number.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
         raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0][:200]})") from None

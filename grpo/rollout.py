@@ -95,7 +95,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     uniforms = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams]).to(device)  # (B, L)
     eos_ids = torch.tensor(policy.eos_ids, device=device)
 
-    logits, cache, mask, positions = _prefill(policy, prompts)
+    logits, cache, mask, positions = prefill(policy, prompts)
     cache.batch_repeat_interleave(group_size)
     logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)  # (B, V), (B, T)
     positions = positions.repeat_interleave(group_size)  # (B,)
@@ -127,7 +127,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     return Rollouts(list(prompts), tokens[:, :longest], lengths, logprobs[:, :longest], truncated, captions)
 
 
-def _prefill(policy: Policy, prompts: Sequence[Prompt]):
+def prefill(policy: Policy, prompts: Sequence[Prompt]):
     """One forward over the P prompts, padded on the left: logits (P, V), KV cache, mask (P, T), next positions (P,)."""
     device, width = policy.model.device, max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.pad_id)  # (P, T)

@@ -2,19 +2,31 @@
 the image?
 
 A text-only verifier answers multiple-choice questions about the image from the caption alone; the share it answers
-rightly is the reward. The order of this file is the order of the work: draw questions and shuffle their options, write
-the prompt, ask the verifier, read its answer, take the mean. `caption_rewards` at the end of that path calls them all.
+rightly, its accuracy, is the reward, unless terms for length or repetition are asked for. The sections of this file
+are in the order of the work, and `caption_rewards` runs them all:
 
-Three things are kept apart that are easily mixed up: a wrong answer (0), a reply that cannot be read (0, and counted),
-and a question that could not be scored at all (left out of the mean, and counted).
+    1. what is asked     stream_names, ask, shuffle_options
+    2. the prompt        PromptWriter
+    3. the verifier      Verifier: one choice for each question
+    4. the answer        parse_choice, for verifiers that reply in words
+    5. the reward        the mean over the questions
+
+Three things are kept apart that are easily mixed up: a wrong answer or an abstention (0), a reply that cannot be read (0, and
+counted), and a question that could not be scored at all (left out of the mean, and counted).
+
+The records of a run can be scored again by another verifier:
+
+    python -m reward.caprl replay runs/toy/rollouts/step_000039.jsonl --verifier Qwen/Qwen2.5-7B-Instruct
 """
 
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +34,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
-from data.examples import Question
+from data.examples import Example, Question, fold_choice
 
 LETTERS = "ABCDEFGHIJ"
 ABSTAIN = "The caption does not say"
@@ -40,36 +52,62 @@ Choose the option that the caption supports, even where another one seems more l
 Use no outside knowledge: what the caption does not say, you do not know. \
 Reply with the letter of one option."""
 
-WORKED_EXAMPLE = """\
-Caption: <Caption Start> A brown dog sleeps on an old sofa next to a window. <Caption End>
+CAPTION_START, CAPTION_END = "<Caption Start>", "<Caption End>"
+ANSWER_START = "The answer is"
+"""The verifier's turn is begun with these words, so that its next token is the letter."""
+
+WORKED_EXAMPLE = f"""\
+Caption: {CAPTION_START} A brown dog sleeps on an old sofa next to a window. {CAPTION_END}
 Question: What is the dog doing?
 A) eating
 B) sleeping
 C) running
 D) barking
-The answer is B"""
+{ANSWER_START} B"""
 
 ABSTAIN_EXAMPLE = f"""\
-Caption: <Caption Start> Two children play with a kite on a beach. <Caption End>
+Caption: {CAPTION_START} Two children play with a kite on a beach. {CAPTION_END}
 Question: What is written on the kite?
 A) wind
 B) {ABSTAIN}
 C) hello
 D) summer
-The answer is B"""
+{ANSWER_START} B"""
 
-SECOND_EXAMPLE = """\
-Caption: <Caption Start> Two children play with a kite on a beach. <Caption End>
+SECOND_EXAMPLE = f"""\
+Caption: {CAPTION_START} Two children play with a kite on a beach. {CAPTION_END}
 Question: How many children are there?
 A) six
 B) nine
 C) eight
 D) two
-The answer is D"""
+{ANSWER_START} D"""
 
-CAPTION_START, CAPTION_END = "<Caption Start>", "<Caption End>"
-ANSWER_START = "The answer is"
-"""The verifier's turn is begun with these words, so that its next token is the letter."""
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How a caption is measured. A training run has the same settings under the same names, with their sources, in
+    grpo/config.py."""
+
+    num_questions: int = 4
+    """N, questions per caption; 0 for as many as the image has."""
+    question_draw: Literal["paired", "independent"] = "paired"
+    """Paired: captions with one key get the same questions under the same shuffles, drawn without replacement while
+    they last. Independent: each caption draws for itself, with replacement (the released code)."""
+    num_shuffles: int = 1
+    """Each drawn question is asked so many times, shuffled anew; the mean is over all askings."""
+    abstain: bool = False
+    """Offer the abstain option beside the choices."""
+    soft: bool = False
+    """A question earns the right option's probability, not 1 or 0; needs a verifier in mode "logits"."""
+    length_weight: float = 0.0
+    """Weight of `length_reward`, added to the accuracy."""
+    length_full: int = 2048
+    """Tokens up to which the length reward is 1."""
+    length_zero: int = 3072
+    """Tokens from which it is 0."""
+    repetition_weight: float = 0.0
+    """Weight of `repetition`, taken off."""
 
 
 # ------------------------------------------------------------------------------------- 1. what each caption is asked
@@ -84,28 +122,52 @@ class Asked:
     gold: int
     """Place of the right option in `options`."""
     source: int
-    """Place of the question among the image's questions."""
+    """Place of the question among the image's questions, for the records."""
     abstain: int | None = None
     """Place of the abstain option, where one is offered; never the gold."""
 
 
-def ask(questions: Sequence[Question], num_questions: int, key: str, abstain: bool = False) -> list[Asked]:
-    """`num_questions` of the image's questions with shuffled options: a function of `key` alone.
+def stream_names(keys: Sequence[str], config: RewardConfig) -> tuple[list[str], list[str]]:
+    """For each caption, what names the random stream of its questions, and that of the verifier's replies.
 
-    Drawn without replacement while they last; more than there are repeats the whole set in a new order. Captions that
-    share a key are asked the same, in the same words and under the same letters (the published code redraws for
-    each caption, so that part of the spread within a group is luck).
+    Captions with one key are siblings, the G captions of an image: ["a", "a"] gives questions ["a", "a"] if paired and
+    ["a:0", "a:1"] if independent, and replies ["a:0", "a:1"]. What counts is the place among siblings, not in the batch,
+    so that splits over ranks that keep siblings together draw alike.
     """
-    rng = random.Random(f"{key}:questions")
-    places: list[int] = []
-    while len(places) < num_questions:
-        places += rng.sample(range(len(questions)), len(questions))
-    return [shuffle_options(questions[place], place, rng, abstain) for place in places[:num_questions]]
+    seen: dict[str, int] = {}
+    apart = []
+    for key in keys:
+        seen[key] = seen.get(key, -1) + 1
+        apart.append(f"{key}:{seen[key]}")
+    return (apart if config.question_draw == "independent" else list(keys)), apart
+
+
+def ask(questions: Sequence[Question], config: RewardConfig, name: str) -> list[Asked]:
+    """N of the image's questions, each under `num_shuffles` shuffles; the same `name` gives the same draw.
+
+    Paired draws are without replacement while the questions last, then from the whole set again, so that how often
+    two questions are asked differs by one at most. Raises ValueError if there are none.
+    """
+    if not questions:
+        raise ValueError("expected at least one question on the image, found none")
+    rng = random.Random(f"{name}:questions")  # from a text: the same in every process
+    number = config.num_questions or len(questions)
+    if config.question_draw == "independent":
+        places = rng.choices(range(len(questions)), k=number)
+    else:
+        places = []
+        while len(places) < number:
+            places += rng.sample(range(len(questions)), len(questions))
+    return [
+        shuffle_options(questions[place], place, rng, config.abstain)
+        for place in places[:number] for _ in range(config.num_shuffles)
+    ]
 
 
 def shuffle_options(question: Question, source: int, rng: random.Random, abstain: bool = False) -> Asked:
     if len(question.choices) + abstain > len(LETTERS):
-        raise ValueError(f"expected at most {len(LETTERS) - 1} choices beside the abstain option: {question.question!r}")
+        beside = " beside the abstain option" if abstain else ""
+        raise ValueError(f"expected at most {len(LETTERS) - abstain} choices{beside}: {question.question!r}")
     order = list(range(len(question.choices) + abstain))  # the last place, if there is one more, is the abstain option
     rng.shuffle(order)
     texts = [*question.choices, ABSTAIN]
@@ -130,6 +192,7 @@ class PromptWriter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False):
         examples = f"{WORKED_EXAMPLE}\n\n{ABSTAIN_EXAMPLE if abstain else SECOND_EXAMPLE}"
+        # The space before caption and question comes with them: tokenizers join it to the word that follows.
         content = f"{INSTRUCTION}\n\n{examples}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": content}]
@@ -141,23 +204,29 @@ class PromptWriter:
         head, rest = text.split("[CAPTION]")
         middle, tail = rest.split("[QUESTION]")
         self.tokenizer = tokenizer
+        added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
+        self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")  # also where two overlap
         self.head_ids, self.middle_ids = self._template_ids(head), self._template_ids(middle)
         self.tail_ids = self._template_ids(tail + ANSWER_START)
-        self.letter_ids = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
-        if any(len(ids) != 1 for ids in self.letter_ids):
+        letters = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
+        if any(len(ids) != 1 for ids in letters):
             raise ValueError("expected the verifier's tokenizer to write each of the letters ' A' to ' J' as one token")
-        self.letter_ids = [ids[0] for ids in self.letter_ids]
+        self.letter_ids = [ids[0] for ids in letters]
 
     def _template_ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _plain_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        """Added tokens, special or not, are cut in two before the tokenizer sees them: so they stay text."""
+        cuts = [match.start() + 1 for match in self.added_tokens.finditer(text)]
+        parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+        return [i for part in parts for i in self.tokenizer.encode(part, add_special_tokens=False)]
 
     def caption_ids(self, caption: str) -> list[int]:
         """The caption and what separates it from the question. Block markers inside it lose their brackets."""
-        for marker in (CAPTION_START, CAPTION_END):
-            caption = re.sub(re.escape(marker), marker.strip("<>"), caption, flags=re.IGNORECASE)
+        marker = re.compile(r"<\s*(caption\s+(?:start|end))\s*>", re.IGNORECASE)
+        while marker.search(caption):  # what is left of "< <Caption End> >" is another one
+            caption = marker.sub(r"\1", caption)
         return self._plain_ids(" " + caption.strip()) + self.middle_ids
 
     def question_ids(self, asked: Asked) -> list[int]:
@@ -170,7 +239,8 @@ class PromptWriter:
 
 @dataclass(frozen=True)
 class Answer:
-    """The verifier's answer to one question. `chosen` is a place in `options`; None is a reply that cannot be read."""
+    """The verifier's answer to one question. `chosen` is a place in `options`; None is a reply that cannot be read, or, with
+    `failure` set, no answer at all."""
 
     chosen: int | None
     probs: tuple[float, ...] = ()
@@ -182,27 +252,42 @@ class Answer:
 
 
 AskVerifier = Callable[[Sequence[str], Sequence[Sequence[Asked]], Sequence[str]], list[list[Answer]]]
-"""(captions, questions for each, a key for each) -> answers for each. `Verifier` is one; a test passes a function."""
+"""(captions, questions for each, the name of each one's random stream) -> answers for each. `Verifier` is one; a test
+passes a function."""
 
 
-def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], cache, seen: Tensor):
-    """Run `rows`, each continuing the cached row `parents[i]`; the shared past is computed once, not once per row.
+def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, L) int64 each; the padding's id is 0 and never seen."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
-    Changes `cache`, which goes from P rows to B.
-    seen: (P, T) 1 on the cached tokens that count. Returns hidden states (B, L, H), the cache and `seen` for the B rows.
-    Rows are padded on the left, so the last state is at -1; padding is masked and takes no position.
+
+def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], cache: DynamicCache, seen: Tensor):
+    """Run B rows of token ids, row i continuing row parents[i] of the P cached ones, so that a shared past is computed once.
+
+    seen: (P, T) int64, 1 on the T cached tokens that count. The cache is changed in place, from P rows to B. Returns
+    hidden states (B, L, H), the cache and `seen` for the B rows. Rows are padded on the left, so the last state is at
+    -1; padding is masked and takes no position.
     """
-    device, width = seen.device, max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)  # (B, L)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    index = torch.tensor(parents, device=device)
-    cache.batch_select_indices(index)
+    ids, mask = pad_left(rows, seen.device)
+    index = torch.tensor(parents, device=seen.device)
+    cache.batch_select_indices(index)  # nothing to do on an empty cache
     seen = torch.cat([seen[index], mask], dim=1)  # (B, T + L)
-    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -width:]
+    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(
         input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
     )
     return out.last_hidden_state, cache, seen
+
+
+def prefill_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
+    """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run once."""
+    cache = DynamicCache(config=model.config)
+    seen = torch.ones(1, 0, dtype=torch.long, device=model.device)
+    _, cache, seen = prefill_(model, [head], [0], cache, seen)
+    return prefill_(model, captions, [0] * len(captions), cache, seen)
 
 
 def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]], questions: list[list[list[int]]],
@@ -214,212 +299,131 @@ def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[i
     _, cache, seen = prefill_captions(model, head, captions)
     rows = [row for group in questions for row in group]
     hidden, _, _ = prefill_(model, rows, [i for i, group in enumerate(questions) for _ in group], cache, seen)
-    return F.linear(hidden[:, -1], model.get_output_embeddings().weight[letter_ids]).float()
-
-
-def prefill_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
-    """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run once."""
-    cache = DynamicCache(config=model.config)
-    seen = torch.ones(1, 0, dtype=torch.long, device=model.device)
-    _, cache, seen = prefill_(model, [head], [0], cache, seen)
-    return prefill_(model, captions, [0] * len(captions), cache, seen)
+    # The letters' rows of the head only: a few products in place of a vocabulary of 150,000.
+    # In float32, where letters of like logits do not tie: a tie would always go to the first one.
+    return F.linear(hidden[:, -1].float(), model.get_output_embeddings().weight[letter_ids].float())
 
 
 class Verifier:
-    """A causal language model that answers from captions. Its scores do not depend on what shares a batch with them.
+    """A causal language model that answers from captions. What shares a batch with a caption has no say in its answers.
 
     mode "logits": the offered letter of highest probability at the answer's position; no sampling noise, no parsing.
     mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, read by `parse_choice` (the paper's way).
+    At most `token_budget` tokens are in the cache at a time, but always one caption with its questions.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str = "logits",
-                 temperature: float = 0.6, max_new_tokens: int = 10,
-                 token_budget: int = 262_144):
+                 temperature: float = 0.6, max_new_tokens: int = 10, token_budget: int = 262_144):
         if mode not in ("logits", "sample"):
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
+        if not temperature > 0:
+            raise ValueError(f"expected a verifier temperature above 0, got {temperature}")
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
         self.writers = {abstain: PromptWriter(tokenizer, abstain) for abstain in (False, True)}
 
     @torch.no_grad()
-    def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]], keys: Sequence[str]) -> list[list[Answer]]:
-        self.writer = self.writers[any(one.abstain is not None for group in asked for one in group)]
-        caption_ids = [self.writer.caption_ids(caption) for caption in captions]
-        question_ids = [[self.writer.question_ids(one) for one in group] for group in asked]
-        answers: list[list[Answer]] = [[] for _ in captions]
-        room = self.model.config.max_position_embeddings - len(self.writer.head_ids) - self.max_new_tokens
-        fits = []
-        for i, (caption, questions) in enumerate(zip(caption_ids, question_ids)):
-            length = len(caption) + max(map(len, questions), default=0)
-            if length > room:
-                reason = f"caption and question have {length} tokens, the verifier has room for {room}"
-                answers[i] = [Answer(None, failure=reason) for _ in questions]
-            elif questions:
-                fits.append(i)
-        fits.sort(key=lambda i: len(caption_ids[i]))  # rows of one length waste no padding
-        head = len(self.writer.head_ids)
-        cached = [  # tokens in the cache once a caption is expanded over its questions
-            len(q) * (head + len(c) + max(map(len, q), default=0)) for c, q in zip(caption_ids, question_ids)
+    def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str]) -> list[list[Answer]]:
+        """Answers to each caption's questions. `names[i]` is of the random stream of the replies to caption i.
+
+        All questions of a call offer the abstain option or none does. A caption whose longest prompt does not fit into
+        the verifier's context fails on all its questions; so does a question whose logits are not finite, alone.
+        """
+        offered = {one.abstain is not None for group in asked for one in group}
+        assert len(offered) <= 1, "expected the abstain option on all questions of a call or on none"
+        writer = self.writers[True in offered]
+        caption_ids = [writer.caption_ids(caption) for caption in captions]
+        question_ids = [[writer.question_ids(one) for one in group] for group in asked]
+        room = self.model.config.max_position_embeddings - len(writer.head_ids) - self.max_new_tokens
+        lengths = [len(caption) + max(map(len, group)) for caption, group in zip(caption_ids, question_ids)]
+        cached = [len(group) * (len(writer.head_ids) + length) for group, length in zip(question_ids, lengths)]
+        fits = sorted((i for i, length in enumerate(lengths) if length <= room), key=lambda i: lengths[i])
+        reason = "caption and question have {} tokens, the verifier has room for {}"
+        answers = [
+            [Answer(None, failure=reason.format(length, room)) for _ in group] for group, length in zip(asked, lengths)
         ]
-        for batch in _batches(fits, cached, self.token_budget):
-            part = [caption_ids[i] for i in batch], [question_ids[i] for i in batch], [asked[i] for i in batch]
-            score = self._score if self.mode == "logits" else self._reply
-            for i, answer in zip(batch, score(*part, [keys[i] for i in batch])):
-                answers[i] = answer
+        answer = self._answer_by_logits if self.mode == "logits" else self._answer_by_reply
+        for batch in _batches(fits, cached, self.token_budget):  # of like lengths, which wastes no padding
+            found = answer(
+                writer, [caption_ids[i] for i in batch], [question_ids[i] for i in batch], [asked[i] for i in batch],
+                [names[i] for i in batch],
+            )
+            for i, group in zip(batch, found, strict=True):
+                answers[i] = group
         return answers
 
-    def _score(self, captions, questions, asked, keys) -> list[list[Answer]]:
-        logits = option_logits(self.model, self.writer.head_ids, captions, questions, self.writer.letter_ids).cpu()
-        rows = iter(logits)
+    def _answer_by_logits(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
+                          asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
+        rows = iter(option_logits(self.model, writer.head_ids, caption_ids, question_ids, writer.letter_ids).cpu())
         return [[_choose(next(rows)[: len(one.options)]) for one in group] for group in asked]
 
-    def _reply(self, captions, questions, asked, keys) -> list[list[Answer]]:
-        _, cache, seen = prefill_captions(self.model, self.writer.head_ids, captions)
-        parents = torch.tensor([i for i, group in enumerate(questions) for _ in group], device=seen.device)
+    def _answer_by_reply(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
+                         asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
+        _, cache, seen = prefill_captions(self.model, writer.head_ids, caption_ids)
+        parents = torch.tensor([i for i, group in enumerate(question_ids) for _ in group], device=seen.device)
         cache.batch_select_indices(parents)
-        rows = [row for group in questions for row in group]
-        width = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=seen.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=seen.device)
-        past = seen.new_full((len(rows), seen.shape[1]), pad)  # generate skips as many ids as the cache holds
-        draws = [f"{key}:{place}:reply" for key, group in zip(keys, questions) for place in range(len(group))]
-        out = self.model.generate(
-            input_ids=torch.cat([past, ids], dim=1),
-            attention_mask=torch.cat([seen[parents], mask], dim=1),
-            past_key_values=cache,
-            logits_processor=[RowSampler(draws, self.temperature, self.max_new_tokens)],
-            do_sample=False, num_beams=1, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens, pad_token_id=pad,
+        ids, mask = pad_left([row for group in question_ids for row in group], seen.device)  # (B, L)
+        past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips as many ids as the cache holds
+        sampler = RowSampler(
+            [f"{name}:{place}:reply" for name, group in zip(names, question_ids) for place in range(len(group))],
+            self.temperature, self.max_new_tokens,
         )
-        replies = iter(self.tokenizer.batch_decode(out[:, seen.shape[1] + width :], skip_special_tokens=True))
-        return [
-            [Answer(parse_choice(reply, one.options), reply=reply) for one, reply in zip(group, replies)] for group in asked
-        ]
+        out = self.model.generate(
+            input_ids=torch.cat([past, ids], dim=1), attention_mask=torch.cat([seen[parents], mask], dim=1),
+            past_key_values=cache, logits_processor=[sampler], do_sample=False,  # the sampler has drawn already
+            num_beams=1, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        replies = self.tokenizer.batch_decode(out[:, past.shape[1] + ids.shape[1] :], skip_special_tokens=True)
+        rows = iter(zip(replies, sampler.is_broken.tolist(), strict=True))
+        return [[_read(*next(rows), one) for one in group] for group in asked]
 
 
 class RowSampler(LogitsProcessor):
     """Sampling inside `generate` with a random stream per row: a reply does not depend on the rows beside it."""
 
-    def __init__(self, draws: list[str], temperature: float, max_new_tokens: int):
+    def __init__(self, names: list[str], temperature: float, max_new_tokens: int):
         self.temperature, self.step = temperature, 0
-        streams = [torch.Generator().manual_seed(random.Random(draw).getrandbits(63)) for draw in draws]
-        self.uniform = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams])  # (B, L)
+        streams = [random.Random(name) for name in names]
+        self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)] for stream in streams]).double()  # (B, L)
+        self.is_broken = torch.zeros(len(names), dtype=torch.bool)
+        """Rows whose logits were not finite at some token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)  # float64: CUDA's float32 cumsum may fall
         threshold = self.uniform[:, self.step, None].to(cdf.device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, threshold, right=True)
+        token = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
+        self.is_broken |= cdf[:, -1].isnan().cpu()
         self.step += 1
         return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)  # generate takes the arg-max of this
 
 
 def _batches(items: list[int], tokens: list[int], budget: int):
-    """Consecutive runs of `items`, sorted by length, whose number times the last one's tokens stays within `budget`."""
+    """Consecutive runs of `items` whose number times the most tokens of one of them stays within `budget`."""
     batch: list[int] = []
+    most = 0
     for item in items:
-        if batch and (len(batch) + 1) * tokens[item] > budget:
+        most = max(most, tokens[item])
+        if batch and (len(batch) + 1) * most > budget:
             yield batch
-            batch = []
+            batch, most = [], tokens[item]
         batch.append(item)
     if batch:
         yield batch
 
 
+NOT_FINITE = "the verifier's logits are not finite"
+
+
 def _choose(logits: Tensor) -> Answer:
+    """logits: (number of options,)."""
     if not logits.isfinite().all():
-        return Answer(None, failure="the verifier's logits are not finite")
+        return Answer(None, failure=NOT_FINITE)
     return Answer(int(logits.argmax()), probs=tuple(logits.softmax(-1).tolist()))
 
 
-# ----------------------------------------------------------------------------------------------- 4. reading the answer
-
-
-def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
-    """Place of the choice that `reply` names: exactly one offered letter, or the text of exactly one choice.
-
-    None for everything else: no letter, two letters, a letter that is not offered, a letter whose text is another
-    choice's. Words do not count as letters ("Based on", "Can not answer", "A man", "I think").
-    """
-    text = re.sub(r"^(?:the\s+)?answer(?:\s+is|:)", "", reply.strip().strip("*").strip(), flags=re.IGNORECASE)
-    text = text.strip(" \t\n*_\"'`")
-    texts = [_fold(choice) for choice in choices]
-    if texts.count(_fold(text)) == 1:
-        return texts.index(_fold(text))
-    text = re.sub(r"^\(?[a-j](?=[).:]|$)", lambda match: match[0].upper(), text)  # "b", "(b) green"
-    # A lone capital is a letter, but for the words "A" and "I" in front of another word ("A man", but "A because").
-    lone = r"(?<![A-Za-z'])(?![AI] +(?!is\b|because\b|since\b|as\b)[a-z])([A-J])(?![A-Za-z'])"
-    found = list(re.finditer(lone, text))
-    if len({match[1] for match in found}) != 1 or found[0][1] not in LETTERS[: len(choices)]:
-        return None
-    chosen = LETTERS.index(found[0][1])
-    rest = _fold(text[found[0].end() :])
-    return None if rest in texts and texts.index(rest) != chosen else chosen
-
-
-def _fold(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip(" .,:;!()*\"'`").casefold()
-
-
-# ------------------------------------------------------------------------------------------------------- 5. the reward
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """`rewards`: (B,) float32 in [0, 1], NaN where none of a caption's questions could be scored.
-
-    `records`: for each caption, each question as asked with its answer. `stats`:
-    `failed_share` of all questions, the other shares of those that could be scored.
-    """
-
-    rewards: Tensor
-    records: list[list[dict]]
-    stats: dict[str, float]
-
-
-def caption_rewards(captions: Sequence[str], questions: Sequence[Sequence[Question]], keys: Sequence[str],
-                    verifier: AskVerifier, num_questions: int, abstain: bool = False,
-                    max_failed_share: float = 0.1) -> Rewards:
-    """R(caption) = mean over N questions of [verifier's choice == gold] (paper, equation 2).
-
-    questions[i] are those of caption i's image; captions with equal `keys` are asked the same questions under the same
-    shuffles. Raises RuntimeError with the reasons if more than `max_failed_share` of the questions could not be scored.
-    """
-    asked = [ask(group, num_questions, key, abstain) for group, key in zip(questions, keys, strict=True)]
-    rows = [f"{key}:{place}" for place, key in enumerate(keys)]  # replies are drawn apart, questions are not
-    answers = verifier(captions, asked, rows)
-    records = [[_record(one, answer) for one, answer in zip(*pair, strict=True)] for pair in zip(asked, answers, strict=True)]
-    rewards = torch.tensor([_mean([r["correct"] for r in record if not r["failure"]]) for record in records])
-    return Rewards(rewards.float(), records, _stats(records, max_failed_share))
-
-
-def _record(asked: Asked, answer: Answer) -> dict:
-    return {
-        "question": asked.question, "options": list(asked.options), "gold": asked.gold, "abstain": asked.abstain,
-        "source": asked.source, "chosen": answer.chosen, "correct": float(answer.chosen == asked.gold),
-        "probs": [round(p, 4) for p in answer.probs], "reply": answer.reply, "failure": answer.failure,
-    }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _stats(records: list[list[dict]], max_failed_share: float) -> dict[str, float]:
-    rows = [row for record in records for row in record]
-    failed = [row["failure"] for row in rows if row["failure"]]
-    if len(failed) > max_failed_share * len(rows):
-        reasons = "; ".join(sorted(set(failed))[:3])
-        raise RuntimeError(f"{len(failed)} of {len(rows)} questions could not be scored ({reasons})")
-    scored = [row for row in rows if not row["failure"]]
-    return {
-        "accuracy": _mean([row["correct"] for row in scored]),
-        "unparsed_share": _mean([float(row["chosen"] is None) for row in scored]),
-        "abstain_share": _mean([float(row["abstain"] is not None and row["chosen"] == row["abstain"]) for row in scored]),
-        "failed_share": len(failed) / max(len(rows), 1),
-    }
-
-
-# ------------------------------------------------------------------------------------------------- loading the verifier
+def _read(reply: str, is_broken: bool, asked: Asked) -> Answer:
+    return Answer(None, failure=NOT_FINITE) if is_broken else Answer(parse_choice(reply, asked.options), reply=reply)
 
 
 def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32, **settings) -> Verifier:
@@ -430,7 +434,133 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # as saved: see grpo/policy.py
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
         raise ValueError(f"{path}: expected a verifier's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
     return Verifier(model.to(device).eval().requires_grad_(False), tokenizer, **settings)
+
+
+# ----------------------------------------------------------------------------------------------- 4. reading the answer
+
+
+def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
+    """Place of the choice that `reply` names: by exactly one offered letter, by the text of exactly one choice, or by both.
+
+    None for everything else: no letter, two letters, a letter that is not offered, a letter beside another choice's text,
+    a text that is another choice's letter. Words are no letters ("Based on", "Can not answer", "A man", "I think").
+    """
+    text = re.sub(r"^(?:the\s+)?answer(?:\s+is|:)", "", reply.strip(" \t\n*"), flags=re.IGNORECASE).strip(" \t\n*_\"'`")
+    texts, said = [fold_choice(choice) for choice in choices], fold_choice(text)
+    labelled = [f"{letter} {choice}".casefold() for letter, choice in zip(LETTERS, texts)]
+    if (label := re.sub(r"^\(?([a-j])[).:]? +", r"\1 ", said)) in labelled:  # "B) green"; "A red", which is no "A man"
+        return labelled.index(label)
+    by_text = texts.index(said) if said and texts.count(said) == 1 else None
+    if by_text is not None and len(said) > 1:
+        return by_text
+    text = re.sub(r"^\(?[a-j](?=[).:]|$)", lambda match: match[0].upper(), text)  # "b", "(b) green"
+    # A lone capital is a letter, but "A" and "I" before a word in small letters are words, unless that goes on a sentence.
+    lone = r"(?<![A-Za-z'])(?![AI] +(?!is\b|because\b|since\b|as\b)[a-z])([A-J])(?![A-Za-z'])"
+    found = list(re.finditer(lone, text))
+    by_letter = None
+    if len({match[1] for match in found}) == 1 and found[0][1] in LETTERS[: len(choices)]:
+        by_letter = LETTERS.index(found[0][1])
+        rest = fold_choice(text[found[0].end() :])
+        if rest in texts and texts.index(rest) != by_letter:
+            return None
+    if by_text is None or by_letter is None:
+        return by_letter if by_text is None else by_text
+    return by_text if by_text == by_letter else None  # a choice may be a letter too: "B" of the options A) B, B) A
+
+
+# ------------------------------------------------------------------------------------------------------- 5. the reward
+
+
+def length_reward(num_tokens: int, l1: int, l2: int) -> float:
+    """1 up to `l1` tokens, falling in a straight line to 0 at `l2`, 0 beyond (CapRL++, arXiv 2606.09393)."""
+    if l1 >= l2:
+        raise ValueError(f"expected the length reward to end later than it begins to fall, got {l1} and {l2}")
+    return min(1.0, max(0.0, (l2 - num_tokens) / (l2 - l1)))
+
+
+def repetition(caption: str, n: int = 4) -> float:
+    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words). A Chinese or Japanese character is
+    a word."""
+    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", caption.casefold())
+    grams = list(zip(*(words[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """`rewards`: (B,) float32, NaN where none of a caption's questions could be scored: GRPO leaves such a caption out.
+
+    `parts`: (B,) float32 each, what the reward is the sum of, weights applied. `records`: for each caption, each
+    question as asked with its answer. `stats`: see `answer_stats`.
+    """
+
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    records: list[list[dict]]
+    stats: dict[str, float]
+
+
+def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str], lengths: Sequence[int],
+                    verifier: AskVerifier, config: RewardConfig) -> Rewards:
+    """R(caption) = mean over N questions of [verifier's choice == gold] (paper, equation 2), in [0, 1], and whatever
+    terms for length and repetition `config` adds to it.
+
+    Caption i, of lengths[i] tokens of the policy, is of the image of examples[i]; captions with equal `keys` are
+    siblings, see `stream_names`. What could not be scored is in the records with its reason.
+    """
+    question_names, reply_names = stream_names(keys, config)
+    asked = [ask(example.questions, config, name) for example, name in zip(examples, question_names, strict=True)]
+    answers = verifier(captions, asked, reply_names)
+    records = [
+        [_record(one, answer, config.soft) for one, answer in zip(group, given, strict=True)]
+        for group, given in zip(asked, answers, strict=True)
+    ]
+    parts = {"accuracy": torch.tensor([_mean([r["score"] for r in record if not r["failure"]]) for record in records])}
+    if config.length_weight:
+        fitting = [length_reward(length, config.length_full, config.length_zero) for length in lengths]
+        parts["length"] = config.length_weight * torch.tensor(fitting)
+    if config.repetition_weight:
+        parts["repetition"] = -config.repetition_weight * torch.tensor([repetition(caption) for caption in captions])
+    return Rewards(sum(parts.values()), parts, records, answer_stats(records))
+
+
+def _record(asked: Asked, answer: Answer, soft: bool) -> dict:
+    """A question as asked and answered; `score` is what it earned, None where it could not be scored."""
+    if soft and not answer.probs and not answer.failure:
+        raise ValueError('soft: expected a verifier that gives probabilities (mode "logits"), got one that replies')
+    correct = None if answer.failure else answer.chosen == asked.gold
+    score = correct if correct is None else answer.probs[asked.gold] if soft else float(correct)
+    return asdict(asked) | {
+        "chosen": answer.chosen, "correct": correct, "score": score, "probs": [round(p, 4) for p in answer.probs],
+        "reply": answer.reply, "failure": answer.failure,
+    }
+
+
+def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
+    """Over all questions of all captions: `failed_share` of them; of those that could be scored, `accuracy` (always by the
+    choice, also where the reward is soft), `unparsed_share` and `abstain_share`."""
+    rows = [row for record in records for row in record]
+    scored = [row for row in rows if not row["failure"]]
+    return {
+        "accuracy": _mean([row["correct"] for row in scored]),
+        "unparsed_share": _mean([row["chosen"] is None for row in scored]),
+        "abstain_share": _mean([row["abstain"] is not None and row["chosen"] == row["abstain"] for row in scored]),
+        "failed_share": _mean([bool(row["failure"]) for row in rows]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+if __name__ == "__main__":
+    import sys
+
+    from grpo.config import run_program
+    from reward.audit import main
+
+    run_program(main, sys.argv[1:])

@@ -8,7 +8,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of float32 on a 
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from data.toy.captioner import build_policy
 from data.toy.verifier import build_verifier
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained("data/toy/policy")
+    return PreTrainedTokenizerFast.from_pretrained("data/toy/policy")
 
 
 def widen(model: torch.nn.Module) -> torch.nn.Module:

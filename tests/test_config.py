@@ -2,6 +2,8 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ import caption
 import evaluate
 import train
 from grpo.config import PRESETS, TrainConfig, parse_train_config, run_program, toy_config
+from reward import audit
 
 
 def test_plain_train_is_the_paper():
@@ -22,6 +25,29 @@ def test_the_papers_settings():
     assert (paper.policy, paper.verifier) == ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct")
     assert (paper.num_questions, paper.group_size, paper.verifier_mode) == (4, 8, "sample")
     assert paper.kl_coef > 0 and paper.scale_by_std and not paper.leave_one_out
+
+
+def test_the_releases_settings():
+    """CapRL-3B's and CapRL++'s published scripts, where they differ from the paper."""
+    old, plus = PRESETS["caprl-3b"][1], PRESETS["caprl-plus"][1]
+    for config in (old, plus):
+        assert (config.num_questions, config.question_draw, config.verifier_temperature) == (8, "independent", 0.6)
+        assert config.abstain and config.leave_one_out and config.kl_coef == 0 and config.group_size == 8
+    assert (old.scale_by_std, old.learning_rate, old.length_weight) == (True, 1e-6, 0)
+    assert (plus.scale_by_std, plus.learning_rate) == (False, 1e-5)
+    assert (plus.length_weight, plus.length_full, plus.length_zero) == (0.2, 2048, 3072)
+
+
+def test_the_table_of_recipes_is_that_of_the_presets():
+    lines = Path("docs/recipes.md").read_text().splitlines()
+    table = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
+    names = [cell.strip(" `") for cell in next(line for line in lines if line.startswith("| setting")).split("|")[2:-1]]
+    assert names[:4] == list(PRESETS)
+    written = {cells[0]: cells[1:5] for cells in table}
+    for name in (field.name for field in fields(TrainConfig)):
+        values = [str(getattr(config, name)) for _, config in PRESETS.values()]
+        if len(set(values)) > 1 or name in written:
+            assert written[name] == values, name
 
 
 @pytest.mark.parametrize(
@@ -39,6 +65,13 @@ def test_the_papers_settings():
         ({"kl_coef": -0.1}, "kl_coef -0.1: expected 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate nan: expected 0 or more"),
         ({"clip_low": 1.5}, "clip_low 1.5: expected 0 to 1"),
+        ({"soft": True}, "soft: expected verifier_mode logits, a sampled reply has no probabilities"),
+        ({"num_shuffles": 0}, "num_shuffles 0: expected at least 1"),
+        ({"length_weight": -1.0}, "length_weight -1.0: expected 0 or more"),
+        ({"length_full": 3072}, "length_zero 3072: expected more than length_full 3072"),
+        ({"reward": "judge", "length_weight": 0.2}, "reward judge: expected neither soft nor abstain nor weights"),
+        ({"max_failed_share": 1.5}, "max_failed_share 1.5: expected 0 to 1"),
+        ({"probe_images": 1}, "probe_images 1: expected at least 2"),
         ({"clip_high": -0.2}, "clip_high -0.2: expected 0 or more"),
     ],
 )
@@ -62,7 +95,7 @@ def test_groups_are_not_split_over_ranks():
         (train, "toy --policy BROKEN", "BROKEN: expected a policy's folder or a hub name ("),
         (train, "toy --verifier BROKEN", "BROKEN: expected a verifier's folder or a hub name ("),
         (train, "toy --policy data/toy/verifier", "data/toy/verifier: expected a policy's folder or a hub name ("),
-        (train, "toy --data BADGOLD", "BADGOLD line 1: question 0: answer_index 7 outside 2 choices"),
+        (train, "toy --data BADGOLD", "BADGOLD line 1: id 'a', question 0: answer_index 7 outside 2 choices"),
         (train, "toy --data BADIMAGE --prompts-per-step 1", "IMAGE: expected an image that Pillow can read"),
         (train, "toy --run-dir README.md", "README.md: expected a run folder, found a file"),
         (train, "toy --policy some/model", "some/model: expected a policy's folder or a hub name ("),
@@ -71,6 +104,10 @@ def test_groups_are_not_split_over_ranks():
         (train, "toy --run-dir FULL", "FULL: expected a new or empty run folder, found a run in it"),
         (evaluate, "prism --data toy:heldout:2 --captions none.jsonl", "none.jsonl: expected a JSONL file, found nothing"),
         (evaluate, "prism --data toy:held:2 --captions x", "expected toy:train:NUM or toy:heldout:NUM with NUM at least 1"),
+        (train, "toy --abstain --data TEN", "abstain: expected at most 9 choices beside it, id 'a' has 10"),
+        (audit, "replay none.jsonl --verifier data/toy/verifier", "none.jsonl: expected a JSONL file, found nothing"),
+        (audit, "audit tests", "tests: expected a run folder with rollouts/step_*.jsonl, found none"),
+        (audit, "replay BADGOLD --verifier data/toy/verifier", "BADGOLD line 1: expected the key 'caption', got"),
         (caption, "--images EMPTY --out x.jsonl --policy data/toy/policy", "EMPTY: expected images ("),
         (caption, "--images none --out x.jsonl --policy data/toy/policy", "none: expected a JSONL file, found nothing"),
     ],
@@ -82,10 +119,10 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
     shutil.copytree("data/toy/policy", tmp_path / "broken")
     (tmp_path / "broken/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     (tmp_path / "image").write_text("no image")
-    for name, answer in (("badgold", 7), ("badimage", 1)):
-        question = {"question": "What?", "choices": ["x", "y"], "answer_index": answer}
+    for name, answer, choices in (("badgold", 7, "xy"), ("badimage", 1, "xy"), ("ten", 1, "abcdefghij")):
+        question = {"question": "What?", "choices": list(choices), "answer_index": answer}
         (tmp_path / name).write_text(json.dumps({"id": "a", "image": "image", "questions": [question]}))
-    for name in ("FULL", "EMPTY", "BROKEN", "BADGOLD", "BADIMAGE", "IMAGE"):
+    for name in ("FULL", "EMPTY", "BROKEN", "BADGOLD", "BADIMAGE", "IMAGE", "TEN"):
         arguments, message = (text.replace(name, str(tmp_path / name.lower())) for text in (arguments, message))
     arguments = arguments if "--run-dir" in arguments or program is not train else f"{arguments} --run-dir {tmp_path / 'run'}"
     with pytest.raises(SystemExit) as stop:

@@ -36,6 +36,26 @@ def question(**changes) -> dict:
 
 
 @pytest.mark.parametrize(
+    "choices, want",
+    [
+        (["A) Beijing", "B) New York"], ("Beijing", "New York")),
+        (["A. Black", "B. White", "C. 3.5"], ("Black", "White", "3.5")),
+        (["(A) 北京", " (B)上海"], ("北京", "上海")),
+        (["A: x", "B. y"], ("x", "y")),
+        (["A man", "B) x"], ("A man", "B) x")),  # not every one is labelled
+        (["Black", "White"], ("Black", "White")),
+        (["A", "B"], ("A", "B")),
+        (["B. Obama", "A. Lincoln"], ("B. Obama", "A. Lincoln")),  # names, not labels
+        (["A.M.", "B.C."], ("A.M.", "B.C.")),
+        (["A) B) x", "B) y"], ("B) x", "y")),  # once
+    ],
+)
+def test_labels_are_taken_off_once(tmp_path, choices, want):
+    [_, example] = load_examples(write(tmp_path / "q.jsonl", ROW, question(choices=choices, answer_index=0) | {"id": "b"}))
+    assert example.questions[1].choices == want
+
+
+@pytest.mark.parametrize(
     "row, message",
     [
         ("{", r"line 2: expected a JSON object \("),
@@ -45,18 +65,21 @@ def question(**changes) -> dict:
         (ROW | {"id": "b", "image": "no.png"}, "line 2: image .*no.png: expected a file, found nothing"),
         (ROW | {"id": "b", "questions": []}, "line 2: expected a list with at least one question"),
         (ROW | {"id": "b", "questions": "What?"}, "line 2: expected a list with at least one question"),
-        (ROW | {"id": "b", "questions": ["What?"]}, "line 2: question 0: expected question, choices and answer_index"),
+        (ROW | {"id": "b", "questions": ["What?"]}, "line 2: id 'b', question 0: expected question, choices and answer_index"),
         (ROW, "line 2: id 'a' was used before, on line 1"),
-        (question(answer_index=2), "line 2: question 1: answer_index 2 outside 2 choices"),
-        (question(answer_index=-1), "line 2: question 1: answer_index -1 outside 2 choices"),
-        (question(answer_index="B"), "line 2: question 1: answer_index 'B' outside 2 choices"),
-        (question(answer_index=True), "line 2: question 1: answer_index True outside 2 choices"),
-        (question(choices=["x", " X"]), "line 2: question 1: expected distinct choices"),
-        (question(choices=["x", ""]), "line 2: question 1: expected non-empty text in every choice"),
-        (question(choices=["x", 3]), "line 2: question 1: expected non-empty text in every choice"),
-        (question(choices=["x"]), "line 2: question 1: expected 2 to 10 choices, got 1"),
-        (question(choices="xy"), "line 2: question 1: expected a list of choices, got 'xy'"),
-        (question(question=" "), "line 2: question 1: the question text is empty"),
+        (question(answer_index=2), "line 2: id 'a', question 1: answer_index 2 outside 2 choices"),
+        (question(answer_index=-1), "line 2: id 'a', question 1: answer_index -1 outside 2 choices"),
+        (question(answer_index="B"), "line 2: id 'a', question 1: answer_index 'B' outside 2 choices"),
+        (question(answer_index=True), "line 2: id 'a', question 1: answer_index True outside 2 choices"),
+        (question(choices=["x", " X"]), "line 2: id 'a', question 1: expected distinct choices"),
+        (question(choices=["x", ""]), "line 2: id 'a', question 1: expected non-empty text in every choice"),
+        (question(choices=["x", 3]), "line 2: id 'a', question 1: expected non-empty text in every choice"),
+        (question(choices=["x"]), "line 2: id 'a', question 1: expected 2 to 10 choices, got 1"),
+        (question(choices=["B) x", "A) y"]), "line 2: id 'a', question 1: expected choices labelled A, B, C, ... in order"),
+        (question(choices=["A) x", "B) "]), "line 2: id 'a', question 1: expected non-empty text in every choice"),
+        (question(choices=["A) x", "B) x"]), "line 2: id 'a', question 1: expected distinct choices"),
+        (question(choices="xy"), "line 2: id 'a', question 1: expected a list of choices, got 'xy'"),
+        (question(question=" "), "line 2: id 'a', question 1: the question text is empty"),
     ],
 )
 def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, row, message):

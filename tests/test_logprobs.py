@@ -2,10 +2,13 @@ import math
 
 import pytest
 import torch
-from conftest import keys
+from conftest import keys, widen
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.toy.world import draw, make_scene
 from grpo.logprobs import CompletionScorer, HeadLogprobs, group_mask, pack_groups
+from grpo.policy import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
 
 
@@ -178,3 +181,28 @@ def test_group_order_is_kept(policy, prompts):
         part, part_entropies = scorer(rollouts.groups(p, p + 1))
         assert torch.allclose(whole[2 * p : 2 * p + 2], part, atol=1e-5)
         assert torch.allclose(entropies[2 * p : 2 * p + 2], part_entropies, atol=1e-4)
+
+
+def test_qwen3_vl_samples_and_scores_alike(tokenizer):
+    """Another family behind the same calls: deepstack features, interleaved M-RoPE, patches of 16."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=32, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6], mrope_interleaved=True),
+        ),
+        vision_config=dict(
+            depth=4, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=16, spatial_merge_size=2,
+            temporal_patch_size=2, out_hidden_size=64, num_position_embeddings=256, deepstack_visual_indexes=[0, 1],
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    )
+    processor = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 224 * 224})
+    policy = make_policy(widen(Qwen3VLForConditionalGeneration(config)), tokenizer, processor)
+    prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(3)]
+    rollouts = sample_rollouts(policy, prompts, keys(3, 2), 12)
+    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
+    assert torch.allclose(logprobs, rollouts.logprobs, atol=1e-4) and len(set(rollouts.captions)) == 6

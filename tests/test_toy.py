@@ -10,6 +10,7 @@ from data.examples import load_examples
 from data.toy.build import BuildConfig, build, family_accuracy
 from data.toy.captioner import weak_caption
 from data.toy.export import ExportConfig, export
+from data.toy.tokenizer import build_tokenizer
 from data.toy.world import (
     COLORS,
     DOMAINS,
@@ -114,6 +115,18 @@ def test_the_grammar_takes_what_is_written_and_nothing_else():
         assert not is_well_formed(text)
 
 
+def test_both_models_open_with_the_tokenizer_they_were_trained_with():
+    trained = build_tokenizer()
+    texts = [write_caption(scene.family, scene.facts) for scene in SCENES[:30]] + ["<|im_start|>user\nCode 70 É, e\u0301"]
+    device = torch.device("cpu")
+    for opened in (load_verifier("data/toy/verifier", device).tokenizer, load_policy("data/toy/policy", device).tokenizer):
+        assert [opened.encode(text) for text in texts] == [trained.encode(text) for text in texts]
+        for name in ("eos_token_id", "pad_token_id", "padding_side", "chat_template", "all_special_ids"):
+            assert getattr(opened, name) == getattr(trained, name)
+    for domain in DOMAINS.values():  # the verifier's probes rest on it
+        assert all(len(trained.encode(f" {value}")) == 1 for value in domain)
+
+
 def test_export_is_what_the_loader_reads(tmp_path):
     export(ExportConfig(tmp_path / "out", num=4, split="heldout"))
     examples = load_examples(str(tmp_path / "out/examples.jsonl"))
@@ -144,7 +157,7 @@ def test_the_shipped_checkpoints_are_as_good_as_reported():
     dense = family_accuracy(verifier, scenes, [write_caption(s.family, s.facts) for s in scenes], questions)
     floor = family_accuracy(verifier, scenes, [""] * 30, questions)
     for family in FAMILIES:
-        assert dense[family] >= 0.7 and floor[family] <= 0.4  # 0.95 is the aim, see docs/results.md
+        assert dense[family] >= 0.95 and floor[family] <= 0.35
     policy = load_policy("data/toy/policy", torch.device("cpu"))
     prompts = [policy.prompt(draw(scene)) for scene in scenes]
     rollouts = sample_rollouts(policy, prompts, [f"{index}" for index in range(120)], 96)

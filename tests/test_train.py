@@ -1,7 +1,7 @@
 import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,8 @@ from grpo.logprobs import CompletionScorer
 from grpo.policy import load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
-from train import reward_metrics, step_examples, train, update_policy
+from reward.caprl import RewardConfig, Rewards
+from train import check_rewards, reward_metrics, reward_settings, step_examples, train, update_policy
 
 QUESTION = Question("What?", ("x", "y"), 1)
 EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
@@ -145,7 +146,9 @@ def test_captions_without_a_reward_count_nowhere(policy, batch):
 def test_reward_metrics_hand_computed(policy, batch):
     rollouts = batch[0]
     rewards = torch.tensor([0.5, 0.5, 1.0, 0.0, math.nan, math.nan, 0.25, math.nan])
-    metrics = reward_metrics(rollouts, rewards, {"accuracy": 0.4})
+    parts = {"accuracy": rewards - 0.25, "length": torch.full((8,), 0.25)}
+    metrics = reward_metrics(rollouts, Rewards(rewards, parts, [], {"accuracy": 0.4}))
+    assert metrics["reward_accuracy"] == pytest.approx(1 / 5) and metrics["reward_length"] == pytest.approx(0.25)
     assert metrics["reward"] == pytest.approx(2.25 / 5) and metrics["unscored_captions"] == 3
     assert metrics["flat_groups"] == 0.5  # [0.5, 0.5], and the group with one measured reward
     assert metrics["accuracy"] == pytest.approx(0.4)
@@ -167,14 +170,17 @@ def test_shipped_policy_is_on_policy(tmp_path):
     assert not rollouts.truncated.any() and len(set(rollouts.captions)) > 12
 
 
-TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, prompts_per_micro_batch=2)
+TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, prompts_per_micro_batch=2, probe_images=3,
+            audit_every=1)
 
 
 def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     """Same seed: the same metrics to the last bit and the same rollouts, whatever the batch sizes of the decoder."""
     finals = [train(toy_config(run_dir=str(tmp_path / name), **TINY)) for name in ("one", "two")]
     said = capsys.readouterr().out
-    assert "sampling: temperature 1.0, no top-k or top-p, at most 96 tokens, EOS (717, 718), never (726, 727, 728," in said
+    ids = load_policy("data/toy/policy", torch.device("cpu"))
+    sampling = f"no top-k or top-p, at most 96 tokens, EOS {ids.eos_ids}, never {ids.forbidden_ids};"
+    assert f"sampling: temperature 1.0, {sampling}" in said
     records = []
     for name in ("one", "two"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -189,10 +195,48 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     for row in rollouts:
         right = [q["chosen"] == q["gold"] for q in row["questions"]]
         assert row["reward"] == pytest.approx(sum(right) / 4)
+    audits = [json.loads(line) for line in (tmp_path / "one/audit.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in audits] == [0, 1, 2] and audits == [
+        json.loads(line) for line in (tmp_path / "two/audit.jsonl").read_text().splitlines()
+    ]
+    assert ["probe_no_caption" in row for row in audits] == [True, True, True] and len(audits[0]["gold_letters"]) == 4
+    assert said.count("audit  probe_accuracy") == 6
     weights = [AutoModelForImageTextToText.from_pretrained(final).state_dict() for final in finals]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     with pytest.raises(ValueError, match="expected a new or empty run folder"):
         train(toy_config(run_dir=str(tmp_path / "one"), **TINY))
+
+
+def test_a_judge_can_give_the_reward(tmp_path):
+    train(toy_config(run_dir=str(tmp_path / "judge"), reward="judge", **TINY | {"num_steps": 1}))
+    [metrics] = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "judge/rollouts/step_000000.jsonl").read_text().splitlines()]
+    assert metrics["reward"] == metrics["reward_judge"] == pytest.approx(sum(row["reward"] for row in rows) / 16)
+    assert all(row["parts"] == {"judge": row["reward"]} and len(row["questions"][0]["probs"]) == 5 for row in rows)
+
+
+def test_every_setting_of_the_reward_reaches_it():
+    config = toy_config(
+        num_questions=7, question_draw="independent", num_shuffles=3, abstain=True, soft=True, length_weight=0.5, length_full=9,
+        length_zero=11, repetition_weight=0.1,
+    )
+    assert reward_settings(config) == RewardConfig(7, "independent", 3, True, True, 0.5, 9, 11, 0.1)
+    assert all(getattr(reward_settings(config), field.name) != field.default for field in fields(RewardConfig))
+
+
+def test_too_many_failures_stop_the_run(monkeypatch):
+    records = [[{"failure": "too long"}, {"failure": ""}], [{"failure": ""}] * 2]
+    result = Rewards(torch.zeros(2), {}, records, {})
+    check_rewards(result, 0.25, toy_config(max_failed_share=0.25))
+    monkeypatch.setattr("train.gather_rows", lambda rows: [*rows, "not finite"])  # another rank's reason
+    with pytest.raises(ValueError, match=r"26% of the step's questions could not be scored \(not finite; too long\)"):
+        check_rewards(result, 0.26, toy_config(max_failed_share=0.25))
+
+
+def test_a_truncated_caption_is_scored_and_counted(policy, batch):
+    rollouts = replace(batch[0], truncated=torch.tensor([True, False] * 4))
+    metrics = reward_metrics(rollouts, Rewards(torch.ones(8), {}, [], {}))
+    assert metrics["truncated_share"] == 0.5 and metrics["reward"] == 1 and metrics["unscored_captions"] == 0
 
 
 def test_the_saved_policy_opens_in_transformers_with_the_same_logits(policy, prompts, tmp_path):

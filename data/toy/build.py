@@ -33,7 +33,7 @@ from evaluate import PrismConfig, format_table, prism, summarize, write_captions
 from grpo.checkpoint import export_policy
 from grpo.config import run_program
 from grpo.policy import load_policy
-from reward.caprl import Verifier, caption_rewards, load_verifier
+from reward.caprl import RewardConfig, Verifier, caption_rewards, load_verifier
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ def family_accuracy(verifier: Verifier, scenes: Sequence[Scene], captions: Seque
     """Mean accuracy per family, and under "abstain" the share of abstentions."""
     sums: dict[str, list[float]] = {family: [] for family in FAMILIES}
     chosen = []
+    settings = RewardConfig(num_questions=0, abstain=abstain)
     for scene, caption, asked in zip(scenes, captions, questions):
-        result = caption_rewards([caption], [asked], [scene.id], verifier, len(asked), abstain)
-        sums[scene.family] += [row["correct"] for row in result.records[0]]
+        example = replace(toy_example(scene), questions=tuple(asked))
+        result = caption_rewards([caption], [example], [scene.id], [0], verifier, settings)
+        sums[scene.family] += [row["correct"] for row in result.records[0] if not row["failure"]]
         chosen += [row["chosen"] == row["abstain"] for row in result.records[0]]
     means = {family: sum(values) / max(len(values), 1) for family, values in sums.items()}
     return means | {"abstain": sum(chosen) / len(chosen)}

@@ -1,0 +1,86 @@
+"""How noisy is the reward, and what does less noise cost? On the toy world, where the truth can be measured.
+
+    python bench/reward_noise.py
+
+Groups of captions by the shipped policy are scored again and again under every setting; each time other questions, shuffles and
+replies are drawn. The truth of a caption is its accuracy over all of its image's questions under many shuffles. Printed
+for each setting, means over the draws:
+
+noise      standard deviation of a caption's reward around its own mean, in units of the reward
+in group   the same for the reward minus its group's mean: what the advantage sees
+rank       Spearman's correlation of reward and truth within groups, over all groups whose truth varies; one whose rewards
+           are all equal counts 0: it teaches nothing
+seconds    for the captions of one draw
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.examples import load_examples
+from grpo.policy import load_policy
+from grpo.rollout import sample_rollouts
+from reward.audit import rank_correlation
+from reward.caprl import RewardConfig, caption_rewards, load_verifier
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Sizes of the measurement."""
+
+    images: int = 24
+    group_size: int = 8
+    draws: int = 12
+    truth_shuffles: int = 8
+    policy: str = "data/toy/policy"
+    verifier: str = "data/toy/verifier"
+    num_questions: tuple[int, ...] = (1, 2, 4, 8)
+
+
+def main(config: BenchConfig) -> None:
+    device = torch.device("cpu")
+    examples = load_examples(f"toy:heldout:{config.images}")
+    policy = load_policy(config.policy, device)
+    keys = [f"noise:{e.id}:{g}" for e in examples for g in range(config.group_size)]
+    captions = sample_rollouts(policy, [policy.prompt(e.image) for e in examples], keys, 96).captions
+    by_caption = [e for e in examples for _ in range(config.group_size)]
+    groups = [e.id for e in by_caption]
+    verifiers = {mode: load_verifier(config.verifier, device, mode=mode) for mode in ("sample", "logits")}
+
+    def score(mode: str, settings: RewardConfig, draw: int | str) -> np.ndarray:
+        drawn = [f"{draw}:{e.id}" for e in by_caption]
+        return caption_rewards(captions, by_caption, drawn, [0] * len(captions), verifiers[mode], settings).rewards.numpy()
+
+    truth = score("logits", RewardConfig(num_questions=0, num_shuffles=config.truth_shuffles), "truth")
+    num_varied = rank_correlation(groups, list(truth), list(truth))[1]
+    spread = truth.reshape(-1, config.group_size).std(1).mean()
+    print(f"{len(examples)} images x {config.group_size} captions, {config.draws} draws; truth {truth.mean():.3f}, "
+          f"its standard deviation within a group {spread:.3f}")
+    print("| verifier | questions | N | noise | in group | rank | seconds |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    settings = [
+        (name, question_draw, number) for name in ("sample", "logits", "soft") for question_draw in ("independent", "paired")
+        for number in config.num_questions
+    ]
+    for name, question_draw, number in tqdm(settings, desc="settings", leave=False):
+        asking = replace(RewardConfig(), num_questions=number, question_draw=question_draw, soft=name == "soft")
+        started = time.perf_counter()
+        scores = np.stack([score("sample" if name == "sample" else "logits", asking, draw) for draw in range(config.draws)])
+        seconds = (time.perf_counter() - started) / config.draws
+        relative = scores - scores.reshape(config.draws, -1, config.group_size).mean(2).repeat(config.group_size, 1)
+        found = [rank_correlation(groups, list(row), list(truth)) for row in scores]
+        ranks = np.mean([value * number / num_varied if number else 0.0 for value, number in found])
+        noise, in_group = (values.std(0, ddof=1).mean() for values in (scores, relative))
+        row = f"| {name} | {question_draw} | {number} | {noise:.3f} | {in_group:.3f} | {ranks:.3f} | {seconds:.2f} |"
+        tqdm.write(row, file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))
