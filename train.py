@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from data.examples import MAX_CHOICES, Example, load_examples
 from data.images import open_image
@@ -30,7 +32,7 @@ from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.policy import Policy, load_policy
 from grpo.report import check_run_dir, log_step, start_run
-from grpo.rollout import Rollouts, join_rollouts, sample_rollouts
+from grpo.rollout import Rollouts, sample_rollouts
 from reward.audit import audit, probe
 from reward.caprl import AskVerifier, RewardConfig, Rewards, caption_rewards, load_verifier
 from reward.judge import judge_rewards
@@ -54,14 +56,39 @@ def step_examples(examples: Sequence[Example], step: int, prompts_per_step: int,
 
 
 def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: TrainConfig) -> Rollouts:
-    """G captions of each image, `prompts_per_rollout` images at a time."""
-    parts = []
-    for start in range(0, len(batch), config.prompts_per_rollout):
-        part = batch[start : start + config.prompts_per_rollout]
-        prompts = [sampler.prompt(open_image(example.image)) for example in part]
-        keys = [f"{config.seed}:{step}:{example.id}:caption:{g}" for example in part for g in range(config.group_size)]
-        parts.append(sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature))
-    return join_rollouts(parts, sampler.pad_id)
+    """G captions of each image."""
+    prompts = [sampler.prompt(open_image(example.image)) for example in batch]
+    keys = [f"{config.seed}:{step}:{example.id}:caption:{g}" for example in batch for g in range(config.group_size)]
+    return sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens)
+
+
+def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]]:
+    """Prompts `start` to `stop` of each micro-batch: as few as fit their packed groups, padding counted, into the budget.
+
+    The number is the same on all ranks, since FSDP2 gathers weights once for each; a group over the budget stands alone.
+    """
+    sizes = group_sizes(rollouts)
+
+    def is_too_large(count: int) -> bool:
+        return max(len(part) * max(part) for part in split_evenly(sizes, count)) > token_budget
+
+    count = 1
+    while count < len(sizes) and any(gather_rows([is_too_large(count)])):
+        count += 1
+    ends = [0, *accumulate(len(part) for part in split_evenly(sizes, count))]
+    return list(pairwise(ends))
+
+
+def group_sizes(rollouts: Rollouts) -> list[int]:
+    """Tokens of each packed group: the prompt once, every caption."""
+    captions = rollouts.lengths.view(-1, rollouts.group_size).sum(1).tolist()
+    return [len(prompt.input_ids) + length for prompt, length in zip(rollouts.prompts, captions)]
+
+
+def split_evenly(items: Sequence[int], count: int) -> list[Sequence[int]]:
+    """`count` runs of neighbours whose lengths differ by one at most."""
+    ends = [len(items) * place // count for place in range(count + 1)]
+    return [items[start:stop] for start, stop in pairwise(ends)]
 
 
 def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, optimizer: torch.optim.Optimizer,
@@ -76,14 +103,14 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
     # One denominator for the whole step, counted before the first micro-batch: no split changes the gradient.
     count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()}, mask.device)
     weights = token_weights(mask, config.reduction, count["tokens"], count["sequences"], config.max_new_tokens)  # (B, L)
-    starts = range(0, len(rollouts.prompts), config.prompts_per_micro_batch)
+    parts = micro_batches(rollouts, config.micro_batch_tokens)
     ref_logprobs: dict[int, Tensor] = {}
     old_logprobs: dict[int, Tensor] = {}
     totals: dict[str, float] = {}
     num_skipped = 0
+    scorer.train(config.gradient_checkpointing)  # in transformers it is on in train mode only
     for epoch in range(config.inner_epochs):
-        for start in starts:
-            stop = min(start + config.prompts_per_micro_batch, len(rollouts.prompts))
+        for start, stop in parts:
             part = rollouts.groups(start, stop)
             rows = slice(start * config.group_size, stop * config.group_size)
             if reference is not None and epoch == 0:
@@ -113,6 +140,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
         else:
             num_skipped += 1
         optimizer.zero_grad()
+    scorer.eval()
     totals = sum_across_ranks(totals, mask.device)
     weight = totals.pop("weight") or 1.0  # below 1 with the constant reduction; 0 where no caption has a reward
     means = {key: value if key == "loss" else value / weight for key, value in totals.items()}
@@ -138,6 +166,17 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     return {"flat_groups": flat_groups, "unscored_captions": captions - num_scored} | {
         key: value / (num_scored or math.nan) if key.startswith("reward") else value / captions for key, value in sums.items()
     }
+
+
+def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Freezes what is not to be trained, and turns on checkpointing."""
+    if config.freeze != "none":
+        for name, parameter in model.model.visual.named_parameters():
+            parameter.requires_grad_(config.freeze == "vision" and name.startswith(("merger.", "deepstack_merger_list.")))
+    if config.gradient_checkpointing:
+        if dropout := getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+            raise ValueError(f"gradient_checkpointing: expected a policy without dropout, got attention_dropout {dropout}")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_reward(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[RewardFunction, AskVerifier | None]:
@@ -172,7 +211,9 @@ def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifi
     if verifier is not None and is_due and len(probe_set) > 1:
         prompts = [sampler.prompt(open_image(example.image)) for example in probe_set]
         keys = [f"{config.seed}:probe:{example.id}:caption" for example in probe_set]
-        captions = sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature).captions
+        captions = sample_rollouts(
+            sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens
+        ).captions
         found |= probe(captions, probe_set, verifier, reward_settings(config), config.seed)
     return found
 
@@ -193,6 +234,7 @@ def train(config: TrainConfig) -> Path:
     reward, verifier = load_reward(config, device, dtype)
     is_shared = world_size() == 1 and device.type == "cpu"  # one model samples and learns; else the sampler is a full copy
     trained = sampler if is_shared else load_policy(config.policy, device)
+    prepare_training_(trained.model, config)
     score = dict(pad_id=sampler.pad_id, forbidden_ids=sampler.forbidden_ids, temperature=config.temperature)
     scorer = shard(CompletionScorer(trained.model, **score), device)
     reference = None
@@ -200,7 +242,8 @@ def train(config: TrainConfig) -> Path:
         frozen = load_policy(config.policy, device).model.requires_grad_(False)
         reference = shard(CompletionScorer(frozen, **score), device)
     optimizer = torch.optim.AdamW(
-        scorer.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay
+        [p for p in scorer.parameters() if p.requires_grad], lr=config.learning_rate, betas=(0.9, 0.999),
+        weight_decay=config.weight_decay,
     )
     if rank() == 0:
         start_run(run_dir, asdict(config))

@@ -96,6 +96,8 @@ class TrainConfig:
     """Take the sampler's log-probabilities as the old ones, not the trainer's own at the start of the step."""
 
     # optimizer
+    freeze: Literal["none", "vision", "vision+merger"] = "none"
+    """What is not trained: nothing; the vision tower; the tower and what maps it to the language model. Not found in [P]."""
     num_steps: int = 1800
     """Steps; about 3 passes over 75k images at 128 a step. [C1]"""
     learning_rate: float = 1e-6
@@ -108,10 +110,13 @@ class TrainConfig:
     """Gradients are scaled down to this norm. Ours: the usual value."""
 
     # run
-    prompts_per_micro_batch: int = 1
-    """Groups in memory at a time in the update; any value gives the same gradient."""
-    prompts_per_rollout: int = 16
-    """Groups decoded at a time; any value gives the same captions."""
+    micro_batch_tokens: int = 16_384
+    """Tokens in memory at a time in the update, padding counted; any value gives the same gradient."""
+    rollout_tokens: int = 524_288
+    """Tokens that the sampler's cache has room for; finished groups make room for waiting ones. Any value gives the same
+    captions."""
+    gradient_checkpointing: bool = False
+    """Keep a layer's inputs only and compute the layer again in the backward pass: less memory, a third more time."""
     seed: int = 0
     """Every random draw is a function of (seed, step, image, use)."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -119,7 +124,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("prompts_per_step", "max_new_tokens", "num_questions", "inner_epochs", "num_steps",
-                     "prompts_per_micro_batch", "prompts_per_rollout", "num_shuffles"):
+                     "micro_batch_tokens", "rollout_tokens", "num_shuffles"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         for name in ("kl_coef", "learning_rate", "warmup_steps", "weight_decay", "clip_high", "length_weight",
@@ -174,7 +179,7 @@ PRESETS = {
         replace(
             PAPER, policy="data/toy/policy", verifier="data/toy/verifier", judge="data/toy/policy", data="toy:train:480",
             run_dir="runs/toy", prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", kl_coef=0.01, num_steps=40,
-            learning_rate=3e-4, warmup_steps=3, prompts_per_micro_batch=12, save_dtype="float32", audit_every=20,
+            learning_rate=3e-4, warmup_steps=3, save_dtype="float32", audit_every=20,
         ),
     ),
 }

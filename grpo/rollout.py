@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt
+
+PREFILL_PROMPTS = 16
+"""Images and prompts run through the model at one time."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +44,6 @@ class Rollouts:
         )
 
 
-def join_rollouts(parts: Sequence[Rollouts], pad_id: int) -> Rollouts:
-    """Rollouts sampled in several goes as one, padded to the longest."""
-    width = max(part.tokens.shape[1] for part in parts)
-
-    def widen(tensor: Tensor, value: float) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=value)
-
-    return Rollouts(
-        [prompt for part in parts for prompt in part.prompts],
-        torch.cat([widen(part.tokens, pad_id) for part in parts]),
-        torch.cat([part.lengths for part in parts]),
-        torch.cat([widen(part.logprobs, 0.0) for part in parts]),
-        torch.cat([part.truncated for part in parts]),
-        [caption for part in parts for caption in part.captions],
-    )
-
-
 def temper_logits(logits: Tensor, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
     """(..., V) float32 logits of the distribution that is sampled and scored: tempered, forbidden ids at -inf."""
     logits = logits.float() / temperature
@@ -77,13 +64,15 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[str], max_new_tokens: int,
-                    temperature: float = 1.0) -> Rollouts:
+                    temperature: float = 1.0, token_budget: int = 1 << 19) -> Rollouts:
     """len(keys) / len(prompts) completions of each prompt. `keys[b]` names the random stream of completion b.
 
     temperature 0 takes the most likely token. A completion ends with the first of the policy's EOS ids, which belongs
-    to it, or after `max_new_tokens`. Finished rows leave the batch.
+    to it, or after `max_new_tokens`. A row that has ended costs no more than attention, and a group of ended rows makes room
+    for the next waiting prompt. At most `token_budget` tokens are in the cache at a time, but always one group; no budget
+    changes what is drawn.
     """
-    model, device = policy.model, policy.model.device
+    device = policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"
     batch = len(keys)
@@ -94,33 +83,45 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     streams = [torch.Generator().manual_seed(random.Random(key).getrandbits(63)) for key in keys]
     uniforms = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams]).to(device)  # (B, L)
     eos_ids = torch.tensor(policy.eos_ids, device=device)
+    members = torch.arange(group_size, device=device)
 
-    logits, cache, mask, positions = prefill(policy, prompts)
-    cache.batch_repeat_interleave(group_size)
-    logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)  # (B, V), (B, T)
-    positions = positions.repeat_interleave(group_size)  # (B,)
-    rows = torch.arange(batch, device=device)  # which completion each row of the shrinking batch is
-    for step in range(max_new_tokens):
+    longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
+    slots = max(1, token_budget // (longest_prompt + group_size * max_new_tokens))
+    decoder = Decoder(policy.model, group_size, max_new_tokens)
+    waiting = list(range(len(prompts)))
+    # Of the n rows that are being written: which completion each is, its place in the decoder, its next token's
+    # place in the completion and its position.
+    rows = places = steps = positions = torch.empty(0, dtype=torch.long, device=device)
+    logits = torch.empty(0, policy.model.lm_head.weight.shape[0], device=device)  # (n, V)
+    while waiting or len(rows):
+        while waiting and decoder.num_groups < slots:
+            room = min(slots - decoder.num_groups, PREFILL_PROMPTS)
+            new, waiting = torch.tensor(waiting[:room], device=device), waiting[room:]
+            new_logits, cache, mask, new_positions = prefill(policy, [prompts[i] for i in new])
+            new_places = torch.arange(len(new), device=device)[:, None] + decoder.num_groups
+            decoder.add(cache, mask)
+            rows = torch.cat([rows, (new[:, None] * group_size + members).flatten()])
+            places = torch.cat([places, (new_places * group_size + members).flatten()])
+            steps = torch.cat([steps, steps.new_zeros(len(new) * group_size)])
+            positions = torch.cat([positions, new_positions.repeat_interleave(group_size)])
+            logits = torch.cat([logits, new_logits.float().repeat_interleave(group_size, 0)])
+
         logits = temper_logits(logits, temperature or 1.0, policy.forbidden_ids)
         logprob = logits.log_softmax(-1)
-        token = draw_tokens(logprob.exp(), uniforms[rows, step]) if temperature else logits.argmax(-1)
-        tokens[rows, step] = token
-        logprobs[rows, step] = logprob.gather(-1, token[:, None]).squeeze(-1)
+        token = draw_tokens(logprob.exp(), uniforms[rows, steps]) if temperature else logits.argmax(-1)
+        tokens[rows, steps] = token
+        logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
         ended = torch.isin(token, eos_ids)
-        lengths[rows[ended]], truncated[rows[ended]] = step + 1, False
-        if ended.any():
-            keep = (~ended).nonzero().squeeze(-1)
-            rows, token, mask, positions = rows[keep], token[keep], mask[keep], positions[keep]
-            cache.batch_select_indices(keep)
-        if not len(rows) or step + 1 == max_new_tokens:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        # Positions are given outright: left to itself the model would reuse the rope_deltas of an earlier batch.
-        out = model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=positions.view(1, -1, 1).expand(3, -1, -1),
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )
-        logits, positions = out.logits[:, -1], positions + 1
+        lengths[rows[ended]], truncated[rows[ended]] = steps[ended] + 1, False
+        on = ~ended & (steps + 1 < max_new_tokens)
+        if not on.all():
+            rows, places, steps, positions, token = (each[on] for each in (rows, places, steps, positions, token))
+            alive, number = torch.unique(places // group_size, return_inverse=True)
+            if len(alive) < decoder.num_groups:
+                decoder.keep(alive)
+                places = number * group_size + places % group_size
+        logits = decoder.step(token, positions, places).float() if len(rows) else logits[:0]
+        steps, positions = steps + 1, positions + 1
 
     longest = int(lengths.max())
     captions = [policy.decode(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist())]

@@ -48,7 +48,7 @@ def step_on_rank(out: Path) -> None:
     before = {name: p.detach().clone() for name, p in sampler.model.named_parameters()}
     metrics = update_policy(
         scorer, reference, torch.optim.SGD(scorer.parameters(), lr=0.1), mine, advantages[rows], valid[rows],
-        toy_config(group_size=GROUP, max_grad_norm=0.5, prompts_per_micro_batch=1),
+        toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1),
     )
     copy_weights_(scorer, sampler.model)
     change = {name: p.detach() - before[name] for name, p in sampler.model.named_parameters()}

@@ -7,7 +7,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.toy.world import draw, make_scene
-from grpo.logprobs import CompletionScorer, HeadLogprobs, group_mask, pack_groups
+from grpo.logprobs import CompletionScorer, HeadLogprobs, group_attention, pack_groups
 from grpo.policy import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
 
@@ -71,18 +71,36 @@ def test_a_packed_group_equals_separate_rows_in_values_and_gradients(policy, pro
         assert torch.allclose(packed[name], parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item()), name
 
 
-def test_group_mask_hand_drawn():
-    # prompt of 2, completions of 2 and 1, one padding
-    mask = group_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))
-    assert mask.shape == (1, 1, 6, 6)
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
-    ]
+def test_group_attention_against_a_mask_over_the_whole_row():
+    """Two ragged groups, written out: prompts of 2 and 3 tokens, completions of 2 and 1, of 1 and 3; three heads a key."""
+    segments = torch.tensor([[0, 0, 1, 1, 2, -1, -1], [0, 0, 0, 1, 2, 2, 2]])  # 0 prompt, k completion k, -1 padding
+    places = torch.tensor([[2, 3, 7, 4, 7, 7], [3, 7, 7, 4, 5, 6]])  # 7: padding
+    first = [[1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1]]
+    second = [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    mask = torch.tensor([first, first, second, second]).bool()[:, None]
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 7, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 4)
+    out, _ = group_attention(None, query, key, value, mask, scaling=0.3, places=places)
+    for p in range(2):
+        for head in range(6):
+            for i in range(7):
+                if segments[p, i] < 0:
+                    continue
+                seen = [j for j in range(i + 1) if segments[p, j] in (0, segments[p, i])]
+                weights = (0.3 * key[p, head // 3, seen] @ query[p, head, i]).softmax(0)
+                assert torch.allclose(out[p, i, head], weights @ value[p, head // 3, seen], atol=1e-6)
+
+
+def test_packed_masks_hand_drawn(policy, prompts):
+    """The layout that the test above takes as given, from rollouts: one prompt, completions of 3, 1 and 2 tokens."""
+    packed = pack_groups(given(policy, prompts[:1], [[30, 31, 32], [33], [34, 35]]), policy.pad_id)
+    length = len(prompts[0].input_ids)
+    assert packed.places.tolist() == [[length, length + 1, length + 3, length + 3, length + 2, length + 3]]
+    assert packed.mask.shape == (3, 1, 2, length + 2) and packed.mask[:, 0, :, :length].all()
+    assert packed.mask[1, 0, :, length:].tolist() == [[True, False], [True, True]]
+    both = pack_groups(given(policy, prompts[1:3], [[30, 31]] * 2), policy.pad_id)
+    shorter = min(len(prompt.input_ids) for prompt in prompts[1:3])
+    assert both.mask[:, 0, 0, :-1].sum(1).tolist() == [len(prompt.input_ids) for prompt in prompts[1:3]] != [shorter] * 2
 
 
 def test_packing_hand_drawn(policy, prompts):
@@ -189,7 +207,7 @@ def test_qwen3_vl_samples_and_scores_alike(tokenizer):
     torch.manual_seed(0)
     config = Qwen3VLConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
             rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6], mrope_interleaved=True),
         ),

@@ -7,9 +7,10 @@ from transformers import GenerationConfig
 
 from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene
+from grpo.decode import Decoder
 from grpo.logprobs import CompletionScorer
 from grpo.policy import make_policy
-from grpo.rollout import draw_tokens, join_rollouts, sample_rollouts, temper_logits
+from grpo.rollout import draw_tokens, sample_rollouts, temper_logits
 
 
 def steer(policy, token_logits: dict[int, float]):
@@ -157,12 +158,45 @@ def test_temper_logits_hand_computed():
     assert logits.tolist() == [1, 2, 3]
 
 
-def test_joined_rollouts_are_those_of_one_go(policy, prompts):
-    whole = sample_rollouts(policy, prompts, keys(4, 2), 12)
-    parts = [sample_rollouts(policy, prompts[p : p + 1], keys(4, 2)[2 * p : 2 * p + 2], 12) for p in range(4)]
-    joined = join_rollouts(parts, policy.pad_id)
-    assert torch.equal(joined.tokens, whole.tokens) and torch.equal(joined.lengths, whole.lengths)
-    assert joined.captions == whole.captions and torch.allclose(joined.logprobs, whole.logprobs, atol=1e-5)
+@pytest.mark.parametrize("groups_at_a_time", [1, 2, 3])
+def test_waiting_groups_take_the_place_of_finished_ones(policy, prompts, groups_at_a_time, monkeypatch):
+    """Prompts of different lengths join groups that are already under way: same captions as all at once."""
+
+    def end_often(module, args, output):
+        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5
+        return output
+
+    policy.model.lm_head.register_forward_hook(end_often)
+    whole = sample_rollouts(policy, prompts, keys(4, 3), 12)
+    held = []
+
+    def spy(decoder, tokens, positions, rows):
+        held.append((decoder.num_groups, len(rows)))
+        return original(decoder, tokens, positions, rows)
+
+    original = Decoder.step
+    monkeypatch.setattr(Decoder, "step", spy)
+    budget = groups_at_a_time * (max(len(prompt.input_ids) for prompt in prompts) + 3 * 12)
+    refilled = sample_rollouts(policy, prompts, keys(4, 3), 12, token_budget=budget)
+    assert torch.equal(refilled.tokens, whole.tokens) and torch.equal(refilled.lengths, whole.lengths)
+    assert refilled.captions == whole.captions and torch.allclose(refilled.logprobs, whole.logprobs, atol=1e-5)
+    assert max(groups for groups, _ in held) == groups_at_a_time  # and finished rows are not computed:
+    assert sum(rows for _, rows in held) == (whole.lengths - 1).sum()
+
+
+def test_the_cache_grows_and_refills_past_its_first_room(policy, prompts):
+    """64 tokens at first; 100 are written, by groups that join at different times."""
+    whole = sample_rollouts(policy, prompts, keys(4, 2), 100)
+    refilled = sample_rollouts(policy, prompts, keys(4, 2), 100, token_budget=2 * (40 + 2 * 100))
+    assert whole.lengths.max() > 64 and torch.equal(refilled.tokens, whole.tokens)
+    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(whole)
+    assert torch.allclose(logprobs, whole.logprobs, atol=1e-3)
+
+
+def test_a_policy_with_windowed_attention_is_refused(policy):
+    policy.model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="expected a policy with full attention, silu and default rope, got .*sliding"):
+        Decoder(policy.model, 2, 8)
 
 
 def test_pixels_reach_their_own_rows(policy):

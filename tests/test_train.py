@@ -16,7 +16,18 @@ from grpo.policy import load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import RewardConfig, Rewards
-from train import check_rewards, reward_metrics, reward_settings, step_examples, train, update_policy
+from train import (
+    check_rewards,
+    group_sizes,
+    micro_batches,
+    prepare_training_,
+    reward_metrics,
+    reward_settings,
+    split_evenly,
+    step_examples,
+    train,
+    update_policy,
+)
 
 QUESTION = Question("What?", ("x", "y"), 1)
 EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
@@ -47,21 +58,67 @@ def one_update(policy, batch, **changes) -> tuple[dict[str, float], dict[str, to
     """Metrics and the change of every parameter after plain SGD: proportional to the gradient."""
     model = copy.deepcopy(policy.model)
     config = toy_config(group_size=2, max_new_tokens=10, max_grad_norm=1e9, **changes)
+    prepare_training_(model, config)
     reference = score(policy) if config.kl_coef else None
-    metrics = update_policy(score(policy, model), reference, torch.optim.SGD(model.parameters(), lr=1.0), *batch, config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    metrics = update_policy(score(policy, model), reference, optimizer, *batch, config)
+    assert not model.training
     before = dict(policy.model.named_parameters())
     return metrics, {name: (p - before[name]).detach() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence", "constant"])
 def test_micro_batches_do_not_change_the_step(policy, batch, reduction):
-    whole_metrics, whole = one_update(policy, batch, prompts_per_micro_batch=4, reduction=reduction)
+    whole_metrics, whole = one_update(policy, batch, reduction=reduction)
     assert whole_metrics["ratio"] == pytest.approx(1, abs=1e-5)  # a mean, also where the weights sum to less than 1
-    for size in (1, 2, 3):
-        metrics, change = one_update(policy, batch, prompts_per_micro_batch=size, reduction=reduction)
-        assert metrics == pytest.approx(whole_metrics, abs=1e-4)
+    for budget in (1, 120, 200):
+        metrics, change = one_update(policy, batch, micro_batch_tokens=budget, reduction=reduction)
+        assert metrics == pytest.approx(whole_metrics, abs=1e-4, rel=1e-5)
         for name, want in whole.items():
             assert torch.allclose(change[name], want, atol=1e-5 + 1e-4 * want.abs().max().item()), name
+
+
+def test_micro_batches_hand_computed(batch, monkeypatch):
+    rollouts = batch[0]
+    sizes = [len(prompt.input_ids) + int(pair.sum()) for prompt, pair in zip(rollouts.prompts, rollouts.lengths.view(4, 2))]
+    assert group_sizes(rollouts) == sizes
+    assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"] and split_evenly("ab", 1) == ["ab"]
+    assert micro_batches(rollouts, 4 * max(sizes)) == [(0, 4)]
+    assert micro_batches(rollouts, 4 * max(sizes) - 1) == micro_batches(rollouts, 2 * max(sizes)) == [(0, 2), (2, 4)]
+    assert micro_batches(rollouts, 1) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    others = iter([True, True, False])  # another rank fits with three
+    monkeypatch.setattr("train.gather_rows", lambda rows: [*rows, next(others)])
+    assert micro_batches(rollouts, 4 * max(sizes)) == [(0, 1), (1, 2), (2, 4)]
+
+
+@pytest.mark.parametrize("freeze", ["none", "vision", "vision+merger"])
+def test_freezing_leaves_the_rest_of_the_step_alone(policy, batch, freeze):
+    _, whole = one_update(policy, batch)
+    _, change = one_update(policy, batch, freeze=freeze)
+    for name, want in whole.items():
+        is_tower, is_merger = "visual" in name, "visual.merger" in name
+        frozen = freeze != "none" and is_tower and (freeze == "vision+merger" or not is_merger)
+        if frozen:
+            assert (change[name] == 0).all() and want.abs().max() > 0, name
+        else:
+            assert torch.allclose(change[name], want, atol=1e-6), name
+
+
+def test_checkpointing_gives_the_same_step(policy, batch):
+    metrics, change = one_update(policy, batch)
+    calls = []
+    mlp = policy.model.model.language_model.layers[0].mlp  # copied with its hook by one_update; the reference runs it too
+    hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    one_update(policy, batch, kl_coef=0.0)
+    again, same = one_update(policy, batch, gradient_checkpointing=True, kl_coef=0.0)
+    assert len(calls) == 3  # once without, and with checkpointing once more in the backward pass
+    hook.remove()
+    again, same = one_update(policy, batch, gradient_checkpointing=True)
+    assert again == pytest.approx(metrics, abs=1e-6)
+    assert all(torch.allclose(same[name], want, atol=1e-6) for name, want in change.items())
+    policy.model.config.text_config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="expected a policy without dropout, got attention_dropout 0.1"):
+        one_update(policy, batch, gradient_checkpointing=True)
 
 
 def test_the_first_step_is_on_policy(policy, batch):
@@ -89,7 +146,7 @@ def test_old_logprobs_stay_those_of_the_first_inner_epoch(policy, batch, monkeyp
 
     original = module.policy_loss
     monkeypatch.setattr(module, "policy_loss", spy)
-    one_update(policy, batch, inner_epochs=2, prompts_per_micro_batch=4, learning_rate=0.1)
+    one_update(policy, batch, inner_epochs=2, learning_rate=0.1)
     (first, first_old), (second, second_old) = seen
     assert torch.equal(first, first_old) and torch.equal(first_old, second_old)
     assert not torch.allclose(second, second_old)
@@ -170,7 +227,7 @@ def test_shipped_policy_is_on_policy(tmp_path):
     assert not rollouts.truncated.any() and len(set(rollouts.captions)) > 12
 
 
-TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, prompts_per_micro_batch=2, probe_images=3,
+TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, micro_batch_tokens=600, probe_images=3,
             audit_every=1)
 
 
@@ -213,6 +270,19 @@ def test_a_judge_can_give_the_reward(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "judge/rollouts/step_000000.jsonl").read_text().splitlines()]
     assert metrics["reward"] == metrics["reward_judge"] == pytest.approx(sum(row["reward"] for row in rows) / 16)
     assert all(row["parts"] == {"judge": row["reward"]} and len(row["questions"][0]["probs"]) == 5 for row in rows)
+
+
+def test_a_run_freezes_and_checkpoints_as_told(tmp_path, monkeypatch):
+    seen = []
+    spy = lambda model, config: seen.append(config) or prepare_training_(model, config)  # noqa: E731
+    monkeypatch.setattr("train.prepare_training_", spy)
+    config = toy_config(run_dir=str(tmp_path / "f"), freeze="vision", gradient_checkpointing=True, **TINY | {"num_steps": 1})
+    final = AutoModelForImageTextToText.from_pretrained(train(config), dtype=torch.float32)
+    start = AutoModelForImageTextToText.from_pretrained(config.policy, dtype=torch.float32)
+    assert seen == [config]
+    for name, value in start.state_dict().items():
+        is_frozen = "visual" in name and "merger" not in name
+        assert torch.equal(final.state_dict()[name], value) == is_frozen, name
 
 
 def test_every_setting_of_the_reward_reaches_it():

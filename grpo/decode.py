@@ -1,0 +1,153 @@
+"""The text model one token at a time, by hand: what transformers' forward does for a row of length 1, without its overhead.
+
+The G captions of an image share its prompt. Their common keys and values are kept once and read in one matrix product by
+all G rows; only the captions' own are kept per row. Linear layers and head run on the rows that are still being
+written, attention on whole groups.
+
+H hidden size, D head size, K key-value heads, R query heads per key-value head, T longest prompt, A longest caption so far.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+class Decoder:
+    """Groups of G rows, added after their prompt's prefill and dropped when they are done.
+
+    For Qwen2.5-VL, Qwen3-VL and what has their layers. After the prompt all three M-RoPE positions advance together, so
+    one number per row is enough. Weights are copied (queries, keys and values become one product): make a new decoder
+    after every optimizer step.
+    """
+
+    def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
+        text = model.model.language_model
+        config = text.config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        rope = config.rope_parameters["rope_type"]
+        if kinds != {"full_attention"} or config.hidden_act != "silu" or rope != "default":
+            found = f"{sorted(kinds)}, {config.hidden_act}, {rope}"
+            raise ValueError(f"expected a policy with full attention, silu and default rope, got {found}")
+        self.group_size, self.max_new_tokens, self.eps = group_size, max_new_tokens, config.rms_norm_eps
+        self.num_kv = config.num_key_value_heads
+        self.num_heads = config.num_attention_heads
+        self.embed, self.norm, self.head = text.embed_tokens.weight, text.norm.weight, model.lm_head
+        self.rotary = text.rotary_emb
+        self.layers = [_Layer(layer) for layer in text.layers]
+        self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer: keys (P, K, D, T), values (P, K, T, D)
+        self.suffix: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values (P * G, K, capacity, D)
+        self.prefix_bias = torch.empty(0)  # (P, 1, 1, T) 0 on prompt tokens, -inf on padding
+        self.ages = torch.empty(0)  # (P,) caption tokens so far
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.ages)
+
+    def add(self, cache: DynamicCache, mask: Tensor) -> None:
+        """Groups after their prompts' prefill; mask: (P, T), 1 on prompt tokens, padding on the left."""
+        bias = torch.zeros(mask.shape, device=mask.device)
+        bias = bias.masked_fill(mask == 0, -torch.inf)[:, None, None]
+        new = [(layer.keys.transpose(-1, -2), layer.values) for layer in cache.layers]
+        if not self.num_groups:
+            self.prefix, self.prefix_bias, self.ages = new, bias, mask.new_zeros(len(mask))
+            empty = new[0][1].new_empty(len(mask) * self.group_size, self.num_kv, 0, new[0][1].shape[-1])
+            self.suffix = [(empty, empty) for _ in new]
+            return
+        count = len(mask) * self.group_size
+        for i, (keys, values) in enumerate(new):  # one layer at a time, as in _grow
+            self.prefix[i] = _join_left(self.prefix[i][0], keys, dim=-1), _join_left(self.prefix[i][1], values, dim=-2)
+            self.suffix[i] = tuple(torch.cat([part, part.new_zeros(count, *part.shape[1:])]) for part in self.suffix[i])
+        self.prefix_bias = _join_left(self.prefix_bias, bias, dim=-1, value=-torch.inf)
+        self.ages = torch.cat([self.ages, self.ages.new_zeros(len(mask))])
+
+    def keep(self, groups: Tensor) -> None:
+        """Only these groups (indices) stay, in this order."""
+        rows = (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
+        for i in range(len(self.layers)):  # one layer at a time, as in _grow
+            self.prefix[i] = tuple(part[groups] for part in self.prefix[i])
+            self.suffix[i] = tuple(part[rows] for part in self.suffix[i])
+        self.prefix_bias, self.ages = self.prefix_bias[groups], self.ages[groups]
+
+    def step(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Logits (n, V) after one more token of n rows. Each group advances by one, whichever of its rows are among them.
+
+        tokens, positions: (n,). rows: (n,) places among the P * G rows.
+        """
+        num_groups, size, num_kv = self.num_groups, self.group_size, self.num_kv
+        batch, per_kv = num_groups * size, self.num_heads // num_kv
+        ages = self.ages.repeat_interleave(size)  # (B,)
+        longest = int(self.ages.max()) + 1
+        self._grow(longest)
+        late = torch.arange(longest, device=ages.device) > ages[:, None]  # (B, A): not written yet
+        suffix_bias = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)[:, None, None]
+        x = F.embedding(tokens, self.embed)  # (n, H)
+        angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
+        scaling = self.rotary.attention_scaling
+        cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
+        written = ages[rows]
+        for layer, (prefix_keys, prefix_values), (keys, values) in zip(self.layers, self.prefix, self.suffix):
+            head_dim = keys.shape[-1]
+            normed = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
+            heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(x), -1, head_dim)  # (n, R * K + 2 * K, D)
+            q, k, v = heads.split([self.num_heads, num_kv, num_kv], dim=1)
+            if layer.q_norm is not None:
+                q = F.rms_norm(q, (head_dim,), layer.q_norm, self.eps)
+                k = F.rms_norm(k, (head_dim,), layer.k_norm, self.eps)
+            qk = torch.cat([q, k], dim=1)
+            low, high = qk.chunk(2, dim=-1)
+            qk = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+            keys[rows, :, written], values[rows, :, written] = qk[:, self.num_heads :], v
+            # Scores are float32 whatever the weights are, as in the kernels that the trainer uses.
+            q = torch.zeros(batch, self.num_heads, head_dim, device=x.device)
+            q[rows] = qk[:, : self.num_heads].float() * head_dim**-0.5
+            # Scores on the prompt: all queries of a group against one set of keys, (P, K, G * R, T).
+            grouped = q.view(num_groups, size, num_kv, per_kv, head_dim).transpose(1, 2)
+            grouped = grouped.reshape(num_groups, num_kv, size * per_kv, head_dim)
+            on_prompt = (grouped @ prefix_keys.float() + self.prefix_bias).view(num_groups, num_kv, size, per_kv, -1)
+            on_prompt = on_prompt.transpose(1, 2).reshape(batch, num_kv, per_kv, -1)  # (B, K, R, T)
+            own_keys, own_values = keys[:, :, :longest].transpose(-1, -2).float(), values[:, :, :longest]
+            on_caption = q.view(batch, num_kv, per_kv, head_dim) @ own_keys + suffix_bias  # (B, K, R, A)
+            probs = torch.cat([on_prompt, on_caption], dim=-1).softmax(-1).to(x.dtype)
+            width = on_prompt.shape[-1]
+            shared = probs[..., :width].reshape(num_groups, size, num_kv, per_kv, width).transpose(1, 2)
+            shared = shared.reshape(num_groups, num_kv, size * per_kv, width) @ prefix_values
+            shared = shared.view(num_groups, num_kv, size, per_kv, head_dim).transpose(1, 2)
+            out = shared.reshape(batch, num_kv, per_kv, head_dim) + probs[..., width:] @ own_values
+            x = x + F.linear(out.reshape(batch, -1)[rows], layer.out)
+            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps), layer.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
+        self.ages = self.ages + 1
+        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
+
+    def _grow(self, length: int) -> None:
+        """Doubles the room for captions when it is used up, so that short ones never pay for `max_new_tokens`."""
+        room = self.suffix[0][0].shape[2]
+        if length > room:
+            more = min(max(2 * room, 64), self.max_new_tokens) - room
+            for i, pair in enumerate(self.suffix):  # one layer at a time: never the whole cache twice
+                # With zeros: what is not written yet is read with probability 0, and 0 * nan would be nan.
+                self.suffix[i] = tuple(F.pad(part, (0, 0, 0, more)) for part in pair)
+
+
+class _Layer:
+    """Weights of a transformer layer, those that read the same input stacked."""
+
+    def __init__(self, layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.qkv = torch.cat([projection.weight for projection in projections])
+        self.qkv_bias = None if attention.q_proj.bias is None else torch.cat([projection.bias for projection in projections])
+        self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
+        self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
+        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
+        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+
+
+def _join_left(first: Tensor, second: Tensor, dim: int, value: float = 0.0) -> Tensor:
+    """Both along dimension 0, the shorter one padded on the left of `dim` (-1 or -2)."""
+    width = max(first.shape[dim], second.shape[dim])
+    return torch.cat(
+        [F.pad(part, (0, 0) * (-1 - dim) + (width - part.shape[dim], 0), value=value) for part in (first, second)]
+    )
