@@ -184,7 +184,8 @@ def load_reward(config: TrainConfig, device: torch.device, dtype: torch.dtype) -
     if config.reward == "judge":
         return partial(judge_rewards, judge=load_policy(config.judge, device, dtype)), None
     verifier = load_verifier(
-        config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature
+        config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature,
+        max_new_tokens=config.verifier_max_new_tokens,
     )
     return partial(caption_rewards, verifier=verifier, config=reward_settings(config)), verifier
 

@@ -53,7 +53,8 @@ def main(config: BenchConfig) -> None:
     captions = sample_rollouts(policy, [policy.prompt(e.image) for e in examples], keys, 96).captions
     by_caption = [e for e in examples for _ in range(config.group_size)]
     groups = [e.id for e in by_caption]
-    verifiers = {mode: load_verifier(config.verifier, device, mode=mode) for mode in ("sample", "logits")}
+    # The toy verifier was taught to say a letter, and nothing after it: a reply is one token.
+    verifiers = {mode: load_verifier(config.verifier, device, mode=mode, max_new_tokens=1) for mode in ("sample", "logits")}
 
     def score(mode: str, settings: RewardConfig, draw: int | str) -> np.ndarray:
         drawn = [f"{draw}:{e.id}" for e in by_caption]

@@ -56,6 +56,8 @@ class TrainConfig:
     """Answer by a sampled and parsed reply [C1], or by the likeliest offered letter."""
     verifier_temperature: float = 0.6
     """Of the verifier's replies in mode "sample". [C1]"""
+    verifier_max_new_tokens: int = 10
+    """Longest reply in mode "sample". [C1]"""
     soft: bool = False
     """A question earns the right option's probability, not 1 or 0. Ours: off; needs verifier_mode "logits"."""
     abstain: bool = False
@@ -124,7 +126,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("prompts_per_step", "max_new_tokens", "num_questions", "inner_epochs", "num_steps",
-                     "micro_batch_tokens", "rollout_tokens", "num_shuffles"):
+                     "micro_batch_tokens", "rollout_tokens", "num_shuffles", "verifier_max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         for name in ("kl_coef", "learning_rate", "warmup_steps", "weight_decay", "clip_high", "length_weight",
@@ -178,7 +180,8 @@ PRESETS = {
         "the tiny shipped models on the toy world, minutes on a CPU; every value ours",
         replace(
             PAPER, policy="data/toy/policy", verifier="data/toy/verifier", judge="data/toy/policy", data="toy:train:480",
-            run_dir="runs/toy", prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", kl_coef=0.01, num_steps=40,
+            run_dir="runs/toy", prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", verifier_max_new_tokens=1,
+            kl_coef=0.01, num_steps=40,
             learning_rate=3e-4, warmup_steps=3, save_dtype="float32", audit_every=20,
         ),
     ),

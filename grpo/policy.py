@@ -13,13 +13,15 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     BaseImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+# From its module: `transformers.AutoImageProcessor` of 5.17 wants torchvision before it looks which backend is asked for.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 INSTRUCTION = "Please describe this image in detail."
 """The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
