@@ -181,8 +181,7 @@ PRESETS = {
         replace(
             PAPER, policy="data/toy/policy", verifier="data/toy/verifier", judge="data/toy/policy", data="toy:train:480",
             run_dir="runs/toy", prompts_per_step=12, max_new_tokens=96, verifier_mode="logits", verifier_max_new_tokens=1,
-            kl_coef=0.01, num_steps=40,
-            learning_rate=3e-4, warmup_steps=3, save_dtype="float32", audit_every=20,
+            kl_coef=0.01, num_steps=40, learning_rate=3e-4, warmup_steps=3, save_dtype="float32", audit_every=20,
         ),
     ),
 }
