@@ -3,6 +3,8 @@
     python train.py toy                                                  # tiny models, a CPU, minutes
     torchrun --nproc-per-node 8 train.py --data qa.jsonl --run-dir runs/caprl-3b       # one node, the paper's settings
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --data qa.jsonl
+    torchrun --nproc-per-node 8 train.py --data qa.jsonl --check         # look at everything before the first step
+    torchrun --nproc-per-node 8 train.py --data qa.jsonl --resume        # go on after a stop
     python train.py --help                                               # every setting with its source
 """
 
@@ -11,7 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -23,15 +25,38 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from data.examples import MAX_CHOICES, Example, load_examples
-from data.images import open_image
+from data.images import image_size, open_image
 from grpo.advantage import group_advantages
-from grpo.checkpoint import export_policy
+from grpo.checkpoint import (
+    catch_stop_signals,
+    export_policy,
+    init_moments_,
+    latest_checkpoint,
+    load_checkpoint_,
+    save_checkpoint,
+    training_state,
+)
 from grpo.config import TrainConfig, parse_train_config, run_program
-from grpo.distributed import copy_weights_, gather_rows, init_distributed, print0, rank, shard, sum_across_ranks, world_size
+from grpo.distributed import (
+    Phases,
+    all_or_none,
+    cast_weights_,
+    copy_weights_,
+    deal,
+    empty_model,
+    fill_,
+    gather_rows,
+    init_distributed,
+    print0,
+    rank,
+    shard,
+    sum_across_ranks,
+    world_size,
+)
 from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.policy import Policy, load_policy
-from grpo.report import check_run_dir, log_step, start_run
+from grpo.report import check_run_dir, log_step, rewind, saved_config, start_run
 from grpo.rollout import Rollouts, sample_rollouts
 from reward.audit import audit, probe
 from reward.caprl import AskVerifier, RewardConfig, Rewards, caption_rewards, load_verifier
@@ -55,9 +80,20 @@ def step_examples(examples: Sequence[Example], step: int, prompts_per_step: int,
     return [examples[i] for i in order[place * prompts_per_step : (place + 1) * prompts_per_step]]
 
 
+def my_share(sampler: Policy, batch: Sequence[Example]) -> list[Example]:
+    """This rank's images of a step: as many as every rank's, with about as many image tokens. Whole groups stay on one rank, so
+    nothing has to be exchanged."""
+    if world_size() == 1:
+        return list(batch)
+    with all_or_none("images"):
+        sizes = [sampler.image_tokens(*image_size(example.image)) for example in batch]
+    return [batch[place] for place in deal(sizes, world_size())[rank()]]
+
+
 def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: TrainConfig) -> Rollouts:
     """G captions of each image."""
-    prompts = [sampler.prompt(open_image(example.image)) for example in batch]
+    with all_or_none("images"):
+        prompts = [sampler.prompt(open_image(example.image)) for example in batch]
     keys = [f"{config.seed}:{step}:{example.id}:caption:{g}" for example in batch for g in range(config.group_size)]
     return sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens)
 
@@ -101,13 +137,14 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
     """
     mask = rollouts.completion_mask & valid[:, None]  # (B, L)
     # One denominator for the whole step, counted before the first micro-batch: no split changes the gradient.
-    count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()}, mask.device)
+    count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()})
     weights = token_weights(mask, config.reduction, count["tokens"], count["sequences"], config.max_new_tokens)  # (B, L)
     parts = micro_batches(rollouts, config.micro_batch_tokens)
     ref_logprobs: dict[int, Tensor] = {}
     old_logprobs: dict[int, Tensor] = {}
     totals: dict[str, float] = {}
     num_skipped = 0
+    loss_sum = 0.0
     scorer.train(config.gradient_checkpointing)  # in transformers it is on in train mode only
     for epoch in range(config.inner_epochs):
         for start, stop in parts:
@@ -123,6 +160,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                 logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low, config.clip_high,
                 ref_logprobs.get(start), config.kl_coef,
             )
+            loss_sum += loss.item()
             (loss * world_size()).backward()  # FSDP2 averages gradients over ranks; the denominator is global already
             if epoch == 0:
                 stats |= {
@@ -135,13 +173,14 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                     totals[key] = totals.get(key, 0.0) + value.item()
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if norm.isfinite():  # the same on all ranks; one NaN would otherwise overwrite every weight
+        # Agreed on by all ranks; one NaN would otherwise overwrite every weight.
+        if math.isfinite(sum_across_ranks({"": norm.item() + loss_sum})[""]):
             optimizer.step()
         else:
             num_skipped += 1
         optimizer.zero_grad()
     scorer.eval()
-    totals = sum_across_ranks(totals, mask.device)
+    totals = sum_across_ranks(totals)
     weight = totals.pop("weight") or 1.0  # below 1 with the constant reduction; 0 where no caption has a reward
     means = {key: value if key == "loss" else value / weight for key, value in totals.items()}
     return means | {"grad_norm": norm.item(), "skipped": num_skipped}
@@ -153,17 +192,22 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     groups = rewards.view(-1, rollouts.group_size)  # (P, G)
     scored = ~rewards.isnan()
     flat = (groups.nan_to_num(torch.inf).amin(1) - groups.nan_to_num(-torch.inf).amax(1)).abs() < 1e-6
+    # A rank without a measurement of something leaves it to the others.
+    known = {key: (value, len(rewards)) for key, value in result.stats.items() if math.isfinite(value)}
+    counts = {key: known.get(key, (0.0, 0)) for key in result.stats}
     sums = sum_across_ranks(
         {
             "reward": rewards[scored].sum().item(), "scored": scored.sum().item(), "captions": len(rewards),
             "length": rollouts.lengths.sum().item(), "truncated_share": rollouts.truncated.sum().item(),
             "flat_groups": flat.sum().item(), "groups": len(groups),
-        } | {key: value * len(rewards) for key, value in result.stats.items()}
-        | {f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()}, rollouts.lengths.device,
+        } | {key: value * count for key, (value, count) in counts.items()}
+        | {f"captions of {key}": count for key, (_, count) in counts.items()}
+        | {f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()}
     )
     captions, groups_seen, num_scored = sums.pop("captions"), sums.pop("groups"), sums.pop("scored")
+    stats = {key: sums.pop(key) / (sums.pop(f"captions of {key}") or math.nan) for key in counts}
     flat_groups = sums.pop("flat_groups") / groups_seen
-    return {"flat_groups": flat_groups, "unscored_captions": captions - num_scored} | {
+    return {"flat_groups": flat_groups, "unscored_captions": captions - num_scored} | stats | {
         key: value / (num_scored or math.nan) if key.startswith("reward") else value / captions for key, value in sums.items()
     }
 
@@ -219,81 +263,214 @@ def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifi
     return found
 
 
-def train(config: TrainConfig) -> Path:
-    """Runs the whole of it and returns the folder of the trained policy."""
-    device = init_distributed()
-    prompts_per_rank = config.prompts_per_rank(world_size())
-    run_dir = Path(config.run_dir)
-    check_run_dir(run_dir)
+@dataclass(frozen=True)
+class Run:
+    """What a run works with, on this rank."""
+
+    device: torch.device
+    examples: list[Example]
+    sampler: Policy
+    """Writes the captions: a full copy in the compute dtype, except on a single CPU, where it is the trained model itself."""
+    scorer: CompletionScorer
+    """The trained model, float32, sharded."""
+    reference: CompletionScorer | None
+    """The initial policy, frozen, sharded, in the compute dtype."""
+    optimizer: torch.optim.AdamW
+    reward: RewardFunction
+    verifier: AskVerifier | None
+
+    @property
+    def is_shared(self) -> bool:
+        return self.scorer.model is self.sampler.model
+
+
+def load_examples_of(config: TrainConfig) -> list[Example]:
+    """The images with questions. Raises ValueError for sets that do not fit the settings."""
     examples = load_examples(config.data)
     full = [example.id for example in examples if any(len(q.choices) == MAX_CHOICES for q in example.questions)]
     if config.abstain and full:
         raise ValueError(f"abstain: expected at most {MAX_CHOICES - 1} choices beside it, id {full[0]!r} has {MAX_CHOICES}")
     step_examples(examples, 0, config.prompts_per_step, config.seed)  # too few images: say so before models are loaded
+    return examples
+
+
+def load_run(config: TrainConfig, device: torch.device) -> Run:
+    """Data and models. Raises ValueError, on all ranks, for whatever cannot be used."""
+    is_shared = world_size() == 1 and device.type == "cpu"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sampler = load_policy(config.policy, device, dtype)
-    reward, verifier = load_reward(config, device, dtype)
-    is_shared = world_size() == 1 and device.type == "cpu"  # one model samples and learns; else the sampler is a full copy
-    trained = sampler if is_shared else load_policy(config.policy, device)
-    prepare_training_(trained.model, config)
+    if config.offload_reference and device.type == "cpu":
+        raise ValueError("offload_reference: expected GPUs, there is nothing to offload from")
+    with all_or_none("start"):
+        examples = load_examples_of(config)
+        sampler = load_policy(config.policy, device, torch.float32 if is_shared else "auto")
+        reward, verifier = load_reward(config, device, dtype)
     score = dict(pad_id=sampler.pad_id, forbidden_ids=sampler.forbidden_ids, temperature=config.temperature)
-    scorer = shard(CompletionScorer(trained.model, **score), device)
+
+    def scorer_of(model: PreTrainedModel, offload: bool = False) -> CompletionScorer:
+        scorer = shard(CompletionScorer(model, **score), device, config.replicas, offload)
+        fill_(scorer, sampler.model, device, offload)
+        return scorer
+
+    if is_shared:
+        prepare_training_(sampler.model, config)
+        scorer = CompletionScorer(sampler.model, **score)
+    else:
+        model = empty_model(sampler.model, torch.float32)
+        prepare_training_(model, config)
+        scorer = scorer_of(model)
     reference = None
-    if config.kl_coef > 0:
-        frozen = load_policy(config.policy, device).model.requires_grad_(False)
-        reference = shard(CompletionScorer(frozen, **score), device)
+    if config.kl_coef > 0 and is_shared:
+        reference = CompletionScorer(load_policy(config.policy, device).model.requires_grad_(False), **score)
+    elif config.kl_coef > 0:
+        reference = scorer_of(empty_model(sampler.model, dtype).requires_grad_(False), config.offload_reference)
+    if not is_shared:
+        cast_weights_(sampler.model, dtype)  # after the masters took them as they were saved
     optimizer = torch.optim.AdamW(
         [p for p in scorer.parameters() if p.requires_grad], lr=config.learning_rate, betas=(0.9, 0.999),
         weight_decay=config.weight_decay,
     )
-    if rank() == 0:
-        start_run(run_dir, asdict(config))
-    print0(f"{len(examples)} images, {world_size()} rank(s) on {device.type}, {config}")
+    init_moments_(optimizer)
+    return Run(device, examples, sampler, scorer, reference, optimizer, reward, verifier)
+
+
+def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
+    """Makes the run folder, or takes folder and models back to the latest checkpoint; returns the number of steps done."""
+    state = training_state(run.scorer, run.optimizer)
+    with all_or_none("resume"):
+        if not config.resume:
+            check_run_dir(run_dir)
+        config.check_resumes(saved_config(run_dir))
+        found = latest_checkpoint(run_dir) if config.resume else None
+    if found:
+        folder, num_steps = found
+        with all_or_none("resume"):
+            load_checkpoint_(folder, state)
+        if not run.is_shared:
+            copy_weights_(run.scorer, run.sampler.model)
+        print0(f"resumed from {folder}")
+    else:
+        num_steps = 0
+    with all_or_none("resume"):
+        if rank() == 0:
+            start_run(run_dir, asdict(config))
+            rewind(run_dir, num_steps)
+    return num_steps
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs the whole of it and returns the folder of the trained policy.
+
+    SIGTERM and SIGINT end it after the step, with a checkpoint: SystemExit with the shell's code for that signal.
+    """
+    device = init_distributed(config.timeout_minutes)
+    run_dir = Path(config.run_dir)
+    config.prompts_per_rank(world_size())
+    if not config.resume:
+        check_run_dir(run_dir)  # before minutes are spent on models
+    run = load_run(config, device)
+    first_step = begin(run_dir, run, config)
+    sampler, scorer = run.sampler, run.scorer
+    print0(f"{len(run.examples)} images, {world_size()} rank(s) on {device.type}, {config}")
     print0(
         f"sampling: temperature {config.temperature}, no top-k or top-p, at most {config.max_new_tokens} tokens, "
         f"EOS {sampler.eos_ids}, never {sampler.forbidden_ids}; the checkpoint's generation_config is not used"
     )
+    phases = Phases(device, config.timeout_minutes)
+    saved_at, skipped_in_a_row = time.monotonic(), 0
+    bar = tqdm(range(first_step, config.num_steps), desc="train", unit="step", disable=rank() != 0)
+    with catch_stop_signals() as signals:
+        for step in bar:
+            started = time.perf_counter()
+            batch = step_examples(run.examples, step, config.prompts_per_step, config.seed)
 
-    bar = tqdm(range(config.num_steps), desc="train", unit="step", disable=rank() != 0)
-    for step in bar:
-        started = time.perf_counter()
-        batch = step_examples(examples, step, config.prompts_per_step, config.seed)
-        batch = batch[rank() * prompts_per_rank : (rank() + 1) * prompts_per_rank]  # whole groups: nothing to exchange
+            # 1. The policy writes G captions of each image.
+            with phases("rollout"):
+                mine = my_share(sampler, batch)
+                rollouts = sample_step(sampler, mine, step, config)
 
-        # 1. The policy writes G captions of each image.
-        rollouts = sample_step(sampler, batch, step, config)
+            # 2. The verifier answers questions from each caption; captions of one image get the same ones.
+            with phases("reward"):
+                by_caption = [example for example in mine for _ in range(config.group_size)]
+                keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
+                result = run.reward(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
+                rewards = result.rewards.to(device)  # (B,), NaN where it could not be measured
+                measured = reward_metrics(rollouts, result)
+                check_rewards(result, measured["failed_share"], config)
 
-        # 2. The verifier answers questions from each caption; captions of one image get the same ones.
-        by_caption = [example for example in batch for _ in range(config.group_size)]
-        keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
-        result = reward(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
-        rewards = result.rewards.to(device)  # (B,), NaN where it could not be measured
-        measured = reward_metrics(rollouts, result)
-        check_rewards(result, measured["failed_share"], config)
+            # 3. A caption is as good as it is better than its siblings.
+            advantages = group_advantages(rewards, config.group_size, config.leave_one_out, config.scale_by_std)  # (B,)
 
-        # 3. A caption is as good as it is better than its siblings.
-        advantages = group_advantages(rewards, config.group_size, config.leave_one_out, config.scale_by_std)  # (B,)
+            # 4. The clipped surrogate with the KL penalty, and the step.
+            with phases("update"):
+                for group in run.optimizer.param_groups:
+                    group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+                metrics = update_policy(scorer, run.reference, run.optimizer, rollouts, advantages, ~rewards.isnan(), config)
 
-        # 4. The clipped surrogate with the KL penalty, and the step.
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-        metrics = update_policy(scorer, reference, optimizer, rollouts, advantages, ~rewards.isnan(), config)
+            # 5. The sampler gets the new weights.
+            with phases("weights"):
+                if not run.is_shared:
+                    copy_weights_(scorer, sampler.model)
 
-        # 5. The sampler gets the new weights.
-        if not is_shared:
-            copy_weights_(scorer, sampler.model)
+            # 6. What was seen is written down, and what was learnt is saved.
+            with phases("records"):
+                metrics = measured | metrics
+                rows = gather_rows(rollout_rows(by_caption, rollouts, result, advantages))
+                if rank() == 0:
+                    order = {example.id: place for place, example in enumerate(batch)}
+                    rows.sort(key=lambda row: order[row["id"]])  # as on one rank
+                    found = audit_step(rows, step, sampler, run.verifier, run.examples[: config.probe_images], config)
+            timing = phases.take() | {"seconds": time.perf_counter() - started}
+            num_tokens = metrics["length"] * config.prompts_per_step * config.group_size
+            timing["tokens_per_second"] = num_tokens / timing["seconds"] / world_size()
+            if rank() == 0:
+                bar.write(log_step(run_dir, step, metrics, found, timing, rows))
+                for sentence in alarms(metrics):
+                    bar.write(f"    {sentence}")
 
-        metrics = measured | metrics
-        metrics["seconds"] = time.perf_counter() - started
-        rows = gather_rows(rollout_rows(by_caption, rollouts, result, advantages))
-        if rank() == 0:
-            found = audit_step(rows, step, sampler, verifier, examples[: config.probe_images], config)
-            bar.write(log_step(run_dir, step, metrics, found, rows))
+            skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
+            if metrics["skipped"]:
+                print0(f"    step {step} was left out, its gradient is not finite; images: {[e.id for e in batch]}")
+            if skipped_in_a_row >= config.max_skipped:
+                raise ValueError(f"{skipped_in_a_row} steps in a row without a finite gradient; the last images: "
+                                 f"{[e.id for e in batch]}; the checkpoints in {run_dir / 'checkpoints'} are from before")
+            is_last = step + 1 == config.num_steps
+            is_due = config.save_every and (step + 1) % config.save_every == 0
+            is_late = config.save_minutes and time.monotonic() - saved_at > 60 * config.save_minutes
+            agreed = sum_across_ranks({"stop": len(signals), "late": bool(is_late)})  # a clock or a signal is one rank's
+            if is_last or is_due or agreed["stop"] or agreed["late"]:
+                save_checkpoint(run_dir, step + 1, training_state(scorer, run.optimizer), config.keep_checkpoints)
+                saved_at = time.monotonic()
+            if config.export_every and (step + 1) % config.export_every == 0 and not is_last:
+                export(run, run_dir / "export" / f"step_{step + 1:06d}", config)
+            if agreed["stop"] and not is_last:
+                print0(f"stopped after step {step}; --resume goes on from there")
+                raise SystemExit(128 + max(gather_rows(signals)))
 
-    if rank() == 0:
-        export_policy(sampler, run_dir / "final", getattr(torch, config.save_dtype))
-        print(f"trained policy: {run_dir / 'final'}")
+    export(run, run_dir / "final", config)
+    print0(f"trained policy: {run_dir / 'final'}")
     return run_dir / "final"
+
+
+def export(run: Run, folder: Path, config: TrainConfig) -> None:
+    if rank() == 0:
+        dtype = getattr(torch, config.save_dtype)
+        export_policy(run.sampler, folder, dtype, config.temperature, config.max_new_tokens)
+    gather_rows([])  # the others wait: nobody leaves while it is written
+
+
+def alarms(metrics: dict[str, float]) -> list[str]:
+    """A sentence of advice on each number that has left the range in which runs go well; the limits are ours."""
+    limits = {
+        "ratio": (abs(metrics["ratio"] - 1) > 0.05,
+                  "sampler and trainer disagree, or steps are long: leave out --sampler-logprobs, or lower --learning-rate"),
+        "sampler_gap": (metrics["sampler_gap"] > 0.1,
+                        "nats between the sampler and the policy that is trained: look at its precision"),
+        "kl": (metrics.get("kl", 0.0) > 0.5, "far from the initial policy: raise --kl-coef or lower --learning-rate"),
+        "truncated_share": (metrics["truncated_share"] > 0.5,
+                            "most captions are cut off: raise --max-new-tokens or give a --length-weight"),
+        "flat_groups": (metrics["flat_groups"] > 0.9, "hardly any group teaches: raise --num-questions or change the data"),
+    }
+    return [f"{name} {metrics[name]:.3f}: {advice}" for name, (is_out, advice) in limits.items() if is_out]
 
 
 def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Rewards, advantages: Tensor) -> list[dict]:

@@ -1,5 +1,7 @@
 """Images into memory: one place that opens them, so that one sentence names the file that does not open."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -11,13 +13,26 @@ def open_image(image: Path | Image.Image) -> Image.Image:
     """The picture as RGB, turned the way its EXIF orientation says. Raises ValueError if it cannot be read."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    with _readable(image), Image.open(image) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        yield
     except FileNotFoundError:
-        raise ValueError(f"{image}: expected an image, found nothing") from None
+        raise ValueError(f"{path}: expected an image, found nothing") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises SyntaxError on a broken PNG
-        raise ValueError(f"{image}: expected an image that Pillow can read ({error})") from None
+        raise ValueError(f"{path}: expected an image that Pillow can read ({error})") from None
+
+
+def image_size(image: Path | Image.Image) -> tuple[int, int]:
+    """Width and height in pixels, before turning, from the file's head alone. Raises ValueError if it cannot be read."""
+    if isinstance(image, Image.Image):
+        return image.size
+    with _readable(image), Image.open(image) as opened:
+        return opened.size
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -1,19 +1,135 @@
-"""Export of the trained policy as an ordinary Hugging Face folder."""
+"""What a run keeps: checkpoints that it goes on from, bit for bit, and the trained policy as a Hugging Face folder.
+
+    RUN/checkpoints/step_000050/    shards of weights and moments (torch.distributed.checkpoint), any number of ranks reads them
+    RUN/checkpoints/latest          a link to the newest one; what it points to is always whole
+    RUN/export/step_000100/         the policy after so many steps, opens with from_pretrained
+    RUN/final/                      the trained policy
+"""
 
 import copy
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from grpo.distributed import all_or_none, control_group, gather_rows, rank
 from grpo.policy import Policy
 
 
-def export_policy(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
-    """Weights (safetensors), tokenizer, image processor. Opens with from_pretrained and needs nothing of ours.
+def init_moments_(optimizer: torch.optim.AdamW) -> None:
+    """What AdamW makes at its first step, made now: a checkpoint has the same entries before and after it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            zeros = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+            optimizer.state[parameter] = {"step": torch.tensor(0.0), **dict(zip(("exp_avg", "exp_avg_sq"), zeros))}
 
-    The checkpoint's own generation_config comes along as it was.
+
+def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """All that a step changes, by name. Random draws and the learning rate are functions of the step and need no place here."""
+    state = {}
+    for name, parameter in scorer.named_parameters():
+        if parameter.requires_grad:
+            state |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+            state[f"weight.{name}"] = parameter.detach()
+    return state
+
+
+def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], keep: int) -> None:
+    """Saves the state after `num_steps` steps and drops all but the newest `keep` checkpoints. Every rank must call this.
+
+    Written under another name and renamed when it is whole: a run killed at any moment finds the one before.
+    """
+    folder = run_dir / "checkpoints"
+    name = f"step_{num_steps:06d}"
+    unfinished = folder / f"{name}.unfinished"
+    with all_or_none("checkpoint"):
+        if rank() == 0:
+            for stale in folder.glob("step_*.unfinished"):  # of a run that was killed while it saved
+                shutil.rmtree(stale)
+            unfinished.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        dcp.save(state, checkpoint_id=unfinished, process_group=control_group())
+    if rank() == 0:
+        os.sync()  # on the disk before it gets its name: a power cut is a moment too
+        shutil.rmtree(folder / name, ignore_errors=True)
+        unfinished.rename(folder / name)
+        link = folder / "latest.unfinished"
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.rename(folder / "latest")
+        for old in sorted(folder.glob("step_??????"))[:-keep]:
+            shutil.rmtree(old)
+    gather_rows([])  # nobody goes on before it is in place
+
+
+def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
+    """The newest whole checkpoint and the number of steps behind it. Raises ValueError if the link leads nowhere."""
+    link = run_dir / "checkpoints/latest"
+    if not link.is_symlink():
+        return None
+    folder = link.parent / link.readlink()
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"{link}: expected a whole checkpoint, found none at {folder}")
+    return folder, int(folder.name.removeprefix("step_"))
+
+
+def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
+    """Fills `state` in place; the number of ranks may be another than at saving. Raises ValueError if it does not fit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*single process.*")
+            dcp.load(state, checkpoint_id=folder, process_group=control_group())
+    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+        raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read ({reason.strip()[:200]})") from None
+
+
+@contextmanager
+def catch_stop_signals() -> Iterator[list[int]]:
+    """Inside, SIGTERM and SIGINT only fill the list, for the loop to see after its step; a second one interrupts at once."""
+    caught: list[int] = []
+
+    def note(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature: float = 1.0,
+                  max_new_tokens: int = 4096) -> None:
+    """Weights (safetensors, 5 GB a file), tokenizer, image processor. Opens with from_pretrained and needs nothing of ours.
+
+    Its generation_config samples as training did, whatever the initial checkpoint's said: whoever opens the folder with a
+    server that reads it gets the captions that were rewarded.
     """
     model = policy.model if policy.model.dtype == dtype else copy.deepcopy(policy.model).to(dtype)
-    model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    policy.image_processor.save_pretrained(folder)
+    before, model.generation_config = model.generation_config, GenerationConfig(
+        do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id,
+    )
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        model.save_pretrained(unfinished, max_shard_size="5GB")
+    finally:
+        model.generation_config = before
+    policy.tokenizer.save_pretrained(unfinished)
+    policy.image_processor.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

@@ -8,7 +8,7 @@ A value without a source says "ours" and why.
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import tyro
@@ -121,19 +121,44 @@ class TrainConfig:
     """Keep a layer's inputs only and compute the layer again in the backward pass: less memory, a third more time."""
     seed: int = 0
     """Every random draw is a function of (seed, step, image, use)."""
+    check: bool = False
+    """Look at models, data and machine before a run, print what was found and stop: exit code 2 if something is wrong."""
+
+    # checkpoints
+    resume: bool = False
+    """Go on with the run in run_dir from its latest checkpoint, or from the start where there is none yet."""
+    save_every: int = 50
+    """Steps between two checkpoints, 0 for none but the last. Ours."""
+    save_minutes: float = 60.0
+    """Minutes after which one is saved anyway, 0 for never. Ours. SIGTERM and SIGINT save one and stop."""
+    keep_checkpoints: int = 2
+    """The newest so many are kept, 16 bytes per parameter each. Ours."""
+    export_every: int = 0
+    """Steps between two exports of the policy as a Hugging Face folder; 0 for the final one only. Ours."""
+    max_skipped: int = 3
+    """So many steps in a row without a finite gradient stop the run. Ours."""
+
+    # ranks
+    replicas: int = 1
+    """HSDP: weights are sharded inside each of so many equal groups of ranks, for one the number of nodes. Ours: over all."""
+    offload_reference: bool = False
+    """Keep the reference's shards in the host's memory. Ours: on the GPUs."""
+    timeout_minutes: float = 30.0
+    """A rank that others wait for so long stops the run, with its name and phase. Ours."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the exported weights. Ours: what the released checkpoints use. On GPUs the bfloat16 copy is what is exported."""
 
     def __post_init__(self):
         for name in ("prompts_per_step", "max_new_tokens", "num_questions", "inner_epochs", "num_steps",
-                     "micro_batch_tokens", "rollout_tokens", "num_shuffles", "verifier_max_new_tokens"):
+                     "micro_batch_tokens", "rollout_tokens", "num_shuffles", "verifier_max_new_tokens", "keep_checkpoints",
+                     "max_skipped", "replicas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         for name in ("kl_coef", "learning_rate", "warmup_steps", "weight_decay", "clip_high", "length_weight",
-                     "repetition_weight", "audit_every"):
+                     "repetition_weight", "audit_every", "save_every", "save_minutes", "export_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
-        for name in ("temperature", "verifier_temperature", "max_grad_norm"):
+        for name in ("temperature", "verifier_temperature", "max_grad_norm", "timeout_minutes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: expected more than 0")
         if self.probe_images < 2:
@@ -155,7 +180,23 @@ class TrainConfig:
         """Whole groups per rank. Raises ValueError if they do not divide."""
         if self.prompts_per_step % num_ranks:
             raise ValueError(f"prompts_per_step {self.prompts_per_step} does not divide by {num_ranks} ranks")
+        if num_ranks % self.replicas:
+            raise ValueError(f"replicas {self.replicas}: expected a divisor of the {num_ranks} ranks")
         return self.prompts_per_step // num_ranks
+
+    def check_resumes(self, saved: dict) -> None:
+        """Raises ValueError where a setting that changes the numbers is not as it was when the run began."""
+        for name, value in asdict(self).items():
+            if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
+                raise ValueError(f"{name} {value!r}: expected {saved[name]!r} as the run to resume has it")
+
+
+FREE_ON_RESUME = {
+    "run_dir", "num_steps", "check", "resume", "save_every", "save_minutes", "keep_checkpoints", "export_every", "max_skipped",
+    "max_failed_share", "replicas", "offload_reference", "timeout_minutes", "micro_batch_tokens", "rollout_tokens",
+    "gradient_checkpointing", "save_dtype",
+}
+"""Settings that a resumed run may change: they say how far and how, not what is computed."""
 
 
 PAPER = TrainConfig()

@@ -7,6 +7,7 @@ needs torchvision for videos, which captions do not.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -74,12 +75,17 @@ class Policy:
         )
         return Prompt(input_ids, position_ids[:, 0], pixels["pixel_values"], grid)
 
+    def image_tokens(self, width: int, height: int) -> int:
+        """Tokens that an image of so many pixels becomes."""
+        return self.image_processor.get_number_of_image_patches(height, width) // self.image_processor.merge_size**2
+
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
-def load_policy(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Policy:
-    """A policy from a local folder or a hub name. Raises ValueError in one sentence if it is unusable.
+def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Policy:
+    """A policy from a local folder or a hub name, in `dtype` or ("auto") as it was saved. Raises ValueError in one sentence
+    if it is unusable.
 
     In eval mode, where it stays even while it is trained: dropout would make the first ratio of a step differ from 1.
     """

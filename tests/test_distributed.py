@@ -1,9 +1,12 @@
-"""Two gloo ranks on one CPU against one process: same gradients, same captions, and nothing hangs."""
+"""Two and four gloo ranks on one CPU against one process: same gradients, same captions, and nothing hangs."""
 
 import json
 import os
+import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +14,21 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from grpo.config import toy_config
-from grpo.distributed import copy_weights_, gather_rows, init_distributed, rank, shard, sum_across_ranks, world_size
+from grpo.distributed import (
+    Phases,
+    all_or_none,
+    copy_weights_,
+    deal,
+    gather_rows,
+    init_distributed,
+    rank,
+    sum_across_ranks,
+    world_size,
+)
 from grpo.logprobs import CompletionScorer
 from grpo.policy import load_policy
 from grpo.rollout import sample_rollouts
-from train import update_policy
+from train import load_run, update_policy
 
 PROMPTS, GROUP = 4, 3
 
@@ -33,29 +46,29 @@ def whole_batch(policy):
     return rollouts, advantages, valid
 
 
-def step_on_rank(out: Path) -> None:
+def step_on_rank(out: Path, replicas: int) -> None:
     """What each rank runs: one SGD step on its share of the batch; rank 0 saves metrics, gradient and sampler."""
     torch.set_num_threads(1)
     device = init_distributed()
-    sampler, trained = (load_policy("data/toy/policy", device) for _ in range(2))
-    score = dict(pad_id=sampler.pad_id, forbidden_ids=sampler.forbidden_ids)
-    scorer = shard(CompletionScorer(trained.model, **score), device)
-    reference = shard(CompletionScorer(load_policy("data/toy/policy", device).model.requires_grad_(False), **score), device)
+    config = toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas)
+    run = load_run(config, device)
+    sampler, scorer = run.sampler, run.scorer
+    if world_size() == 1:  # as on ranks, where the sampler is a copy
+        sampler = load_policy("data/toy/policy", device)
     rollouts, advantages, valid = whole_batch(sampler)
     share = PROMPTS // world_size()
     rows = slice(rank() * share * GROUP, (rank() + 1) * share * GROUP)
     mine = rollouts.groups(rank() * share, (rank() + 1) * share)
     before = {name: p.detach().clone() for name, p in sampler.model.named_parameters()}
     metrics = update_policy(
-        scorer, reference, torch.optim.SGD(scorer.parameters(), lr=0.1), mine, advantages[rows], valid[rows],
-        toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1),
+        scorer, run.reference, torch.optim.SGD(scorer.parameters(), lr=0.1), mine, advantages[rows], valid[rows], config
     )
     copy_weights_(scorer, sampler.model)
     change = {name: p.detach() - before[name] for name, p in sampler.model.named_parameters()}
     logprobs, _ = scorer(mine)
     with torch.no_grad():
-        sampled, _ = CompletionScorer(sampler.model, **score)(mine)
-    gap = sum_across_ranks({"gap": (logprobs - sampled).abs().max().item()}, device)["gap"]
+        sampled, _ = CompletionScorer(sampler.model, sampler.pad_id, sampler.forbidden_ids)(mine)
+    gap = sum_across_ranks({"gap": (logprobs - sampled).abs().max().item()})["gap"]
     sharded = any(isinstance(p, DTensor) for p in scorer.parameters())
     ranks = gather_rows([rank()])
     if rank() == 0:
@@ -70,25 +83,43 @@ def torchrun(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
     return result
 
 
+RANKS = {"one": (1, 1), "two": (2, 1), "four": (4, 1), "two times two": (4, 2)}
+"""Ranks, and replicas: groups of ranks over each of which the weights are sharded."""
+
+
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
+def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for num_ranks in (1, 2):
-        torchrun(num_ranks, __file__, str(folder / f"{num_ranks}.pt"))
-    return [torch.load(folder / f"{num_ranks}.pt") for num_ranks in (1, 2)]
+    for name, (num_ranks, replicas) in RANKS.items():
+        torchrun(num_ranks, __file__, str(folder / f"{name}.pt"), str(replicas))
+    return {name: torch.load(folder / f"{name}.pt") for name in RANKS}
 
 
-def test_two_ranks_take_the_step_of_one(one_and_two):
-    one, two = one_and_two
-    assert two["sharded"] and two["ranks"] == [0, 1]
-    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
-    for name, change in one["change"].items():
-        assert change.abs().max() > 0, name
-        assert torch.allclose(two["change"][name], change, rtol=1e-3, atol=2e-8 + 1e-3 * change.abs().max().item()), name
+@pytest.mark.parametrize("name", ["two", "four", "two times two"])
+def test_ranks_take_the_step_of_one(steps, name):
+    one, more = steps["one"], steps[name]
+    assert more["sharded"] and more["ranks"] == list(range(RANKS[name][0]))
+    assert more["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
+    for key, change in one["change"].items():
+        assert change.abs().max() > 0, key
+        assert torch.allclose(more["change"][key], change, rtol=1e-3, atol=2e-8 + 1e-3 * change.abs().max().item()), key
 
 
-def test_the_new_weights_reach_the_sampler(one_and_two):
-    assert all(result["gap"] < 1e-5 for result in one_and_two)
+def test_the_new_weights_reach_the_sampler(steps):
+    assert all(result["gap"] < 1e-5 for result in steps.values())
+
+
+def test_images_are_dealt_evenly_and_all_of_them():
+    assert deal([5, 1, 1, 5], 2) == [[0, 1], [2, 3]]  # by hand: 5 to each, then 1 to each
+    assert deal([9, 1, 2, 3, 4, 1], 2) == [[0, 1, 5], [2, 3, 4]]  # 9 and 4; 3 and 2 to the second, which is full then
+    rng = random.Random(0)
+    for num_ranks in (1, 2, 4, 8):
+        sizes = [rng.randint(16, 1280) for _ in range(64)]
+        dealt = deal(sizes, num_ranks)
+        assert sorted(place for one in dealt for place in one) == list(range(64))
+        assert {len(one) for one in dealt} == {64 // num_ranks}
+        sums = [sum(sizes[place] for place in one) for one in dealt]
+        assert max(sums) <= 1.05 * sum(sizes) / num_ranks
 
 
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
@@ -100,13 +131,66 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         torchrun(num_ranks, "train.py", "toy", *settings, "--run-dir", str(tmp_path / str(num_ranks)))
     one, two = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("1", "2"))
     for a, b in zip(one, two, strict=True):
-        del a["seconds"], b["seconds"]
         assert b == pytest.approx(a, abs=2e-3)
     first = [(tmp_path / n / "rollouts/step_000000.jsonl").read_text().splitlines() for n in ("1", "2")]
     rows = [[(row["id"], row["caption"], row["reward"]) for row in map(json.loads, lines)] for lines in first]
     assert rows[0] == rows[1]
     load_policy(str(tmp_path / "2/final"), torch.device("cpu"))
 
+    # and what two ranks began one can end: the same images, and nearly the same numbers
+    for run_dir in ("1", "2"):
+        torchrun(1, "train.py", "toy", *settings, "--run-dir", str(tmp_path / run_dir), "--resume", "--num-steps", "4")
+    one, two = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("1", "2"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        assert b == pytest.approx(a, abs=1e-2)
+    for step in (2, 3):
+        files = [(tmp_path / n / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines() for n in ("1", "2")]
+        ids = [[json.loads(line)["id"] for line in lines] for lines in files]
+        assert ids[0] == ids[1]
+
+
+def leave_early(phase: str) -> None:
+    """What each rank runs: rank 1 never comes to the end of the phase, or fails at it."""
+    device = init_distributed()
+    phases = Phases(device, timeout_minutes=0.05)
+    try:
+        if phase == "error":
+            with all_or_none("images"):
+                if rank() == 1:
+                    raise ValueError("b.png: expected an image")
+        with phases(phase):
+            if rank() == 1:
+                time.sleep(8)
+    except (TimeoutError, ValueError) as error:
+        print(f"rank {rank()} says: {error}", flush=True)
+    os._exit(0)
+
+
+def test_a_rank_that_does_not_come_is_named():
+    said = torchrun(2, __file__, "reward").stdout
+    assert re.search(r"rank 0 says: rank 0, phase reward: not all ranks came to its end \(.*Ranks 1 failed", said)
+
+
+def test_what_one_rank_cannot_read_ends_all_of_them():
+    said = torchrun(2, __file__, "error").stdout
+    assert all(f"rank {number} says: images: b.png: expected an image" in said for number in (0, 1))
+
+
+def test_times_and_waiting_add_up():
+    phases = Phases(torch.device("cpu"), 1)
+    for name, seconds in (("a", 0.02), ("b", 0.01), ("a", 0.02)):
+        with phases(name):
+            time.sleep(seconds)
+    taken = phases.take()
+    assert taken["seconds_a"] >= 0.04 and taken["seconds_b"] >= 0.01 and taken["idle_share"] < 0.05
+    with pytest.raises(RuntimeError) as caught, phases("reward"):
+        raise RuntimeError("out of memory")
+    assert caught.value.__notes__ == ["rank 0, phase reward"]
+
 
 if __name__ == "__main__":
-    step_on_rank(Path(sys.argv[1]))
+    if len(sys.argv) == 3:
+        step_on_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        leave_early(sys.argv[1])

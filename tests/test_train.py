@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from grpo.report import to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import RewardConfig, Rewards
 from train import (
+    alarms,
     check_rewards,
     group_sizes,
     micro_batches,
@@ -212,6 +214,33 @@ def test_reward_metrics_hand_computed(policy, batch):
     assert metrics["length"] == pytest.approx(rollouts.lengths.float().mean().item())
 
 
+def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, monkeypatch):
+    other = {"accuracy": 0.5 * 8, "captions of accuracy": 8}
+    monkeypatch.setattr("train.sum_across_ranks", lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [], {"accuracy": math.nan}))
+    assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
+
+
+def test_alarms_name_the_number_and_the_way_out():
+    calm = dict(ratio=1.0, sampler_gap=0.01, kl=0.1, truncated_share=0.1, flat_groups=0.3)
+    assert alarms(calm) == []
+    for change, advice in (({"ratio": 0.9}, "ratio 0.900: .*--sampler-logprobs"), ({"kl": 0.6}, "kl 0.600: .*--kl-coef"),
+                           ({"sampler_gap": 0.2}, "sampler_gap 0.200: .*precision"),
+                           ({"truncated_share": 0.8}, "truncated_share 0.800: .*--max-new-tokens"),
+                           ({"flat_groups": 1.0}, "flat_groups 1.000: hardly any group teaches")):
+        [said] = alarms(calm | change)
+        assert re.match(advice, said)
+
+
+def test_steps_without_a_finite_gradient_are_named_and_then_stop_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.group_advantages", lambda rewards, *_: torch.full_like(rewards, math.nan))
+    with pytest.raises(ValueError, match=r"2 steps in a row without a finite gradient; the last images: \['train-0"):
+        train(toy_config(run_dir=str(tmp_path / "run"), max_skipped=2, **TINY))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [1, 1] and rows[0]["loss"] is None
+    assert "step 0 was left out, its gradient is not finite; images: ['train-0" in capsys.readouterr().out
+
+
 def test_what_was_not_measured_is_null_in_the_records():
     assert to_json({"a": math.nan, "b": [1.5, {"c": math.inf}], "d": "é"}) == '{"a": null, "b": [1.5, {"c": null}], "d": "é"}'
 
@@ -243,9 +272,14 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert all(math.isfinite(value) for row in rows for value in row.values())
-        records.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+        records.append(rows)
         assert json.loads((tmp_path / name / "config.json").read_text())["group_size"] == 4
     assert records[0] == records[1]
+    timing = [json.loads(line) for line in (tmp_path / "one/timing.jsonl").read_text().splitlines()]
+    for row, metrics in zip(timing, records[0], strict=True):
+        parts = sum(row[f"seconds_{phase}"] for phase in ("rollout", "reward", "update", "weights", "records"))
+        assert 0.5 * row["seconds"] < parts <= row["seconds"] and row["idle_share"] < 0.01
+        assert row["tokens_per_second"] == pytest.approx(16 * metrics["length"] / row["seconds"])
     assert records[0][0]["ratio"] == pytest.approx(1, abs=1e-5) and records[0][0]["sampler_gap"] < 1e-4
     rollouts = [json.loads(line) for line in (tmp_path / "one/rollouts/step_000001.jsonl").read_text().splitlines()]
     assert len(rollouts) == 16 and len(rollouts[0]["questions"]) == 4

@@ -1,0 +1,205 @@
+"""Resume, bit for bit: a run that is killed again and again writes what a run that is left alone writes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, GenerationConfig
+
+from grpo.checkpoint import init_moments_, latest_checkpoint, load_checkpoint_, save_checkpoint, training_state
+from grpo.config import TrainConfig, toy_config
+from grpo.report import LOGS, log_step, rewind, saved_config, start_run
+from train import train
+
+KILLS = 20
+
+
+def settings(run_dir: Path, **changes) -> TrainConfig:
+    tiny = dict(data="toy:train:12", num_steps=6, prompts_per_step=2, group_size=3, max_new_tokens=48, probe_images=2,
+                audit_every=4, save_every=1, inner_epochs=2, resume=True)
+    return toy_config(run_dir=str(run_dir), **tiny | changes)
+
+
+def run_and_kill(folder: Path) -> None:
+    """Runs in child processes, one after the other in the same run folder, each killed at a random moment or, every third,
+    while it saves. A run that got through is followed by one in a new folder.
+
+    This process has imported everything and computed nothing, so that forks of it are safe.
+    """
+    torch.set_num_threads(1)
+    rng = random.Random("kills")
+    kills, in_save, runs = 0, 0, 0
+    while kills < KILLS or runs == 0:
+        run_dir = folder / f"killed-{runs}"
+        child = os.fork()
+        if child == 0:
+            train(settings(run_dir))
+            os._exit(0)
+        waits_for_save = kills % 3 == 0
+        limit = time.monotonic() + (60 if waits_for_save or kills >= KILLS else rng.uniform(0.2, 3))
+        has_ended = is_saving = False
+        while time.monotonic() < limit and not is_saving and not has_ended:
+            time.sleep(0.0002)
+            is_saving = waits_for_save and kills < KILLS and any((run_dir / "checkpoints").glob("*.unfinished"))
+            has_ended = os.waitpid(child, os.WNOHANG)[0] != 0
+        if has_ended:
+            runs += 1
+            continue
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills, in_save = kills + 1, in_save + is_saving
+    train(settings(folder / f"killed-{runs}"))
+    (folder / "kills.json").write_text(json.dumps({"kills": kills, "in_save": in_save, "runs": runs + 1}))
+
+
+def everything(run_dir: Path) -> dict[str, bytes]:
+    """What a run computed, the final weights included; what a clock told is left out."""
+    paths = [run_dir / "metrics.jsonl", run_dir / "audit.jsonl", *sorted(run_dir.glob("rollouts/*")), *run_dir.glob("final/*")]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    torch.set_num_threads(1)
+    train(settings(run_dir))
+    return run_dir
+
+
+def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path):
+    result = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=600,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    counted = json.loads((tmp_path / "kills.json").read_text())
+    assert counted["kills"] == KILLS and counted["in_save"] >= 3
+    want = everything(left_alone)
+    assert sorted(want)[:1] == ["audit.jsonl"] and len(want["metrics.jsonl"].splitlines()) == 6
+    for number in range(counted["runs"]):
+        assert everything(tmp_path / f"killed-{number}") == want
+        steps = [json.loads(line)["step"] for line in (tmp_path / f"killed-{number}/timing.jsonl").read_text().splitlines()]
+        assert steps == list(range(6))
+
+
+def test_a_stop_signal_saves_and_ends_the_run(left_alone, tmp_path):
+    program = "import sys; from test_checkpoint import settings, train, Path; train(settings(Path(sys.argv[1]), save_every=0))"
+    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"})
+    while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=120)
+    num_steps = latest_checkpoint(tmp_path / "run")[1]
+    assert child.returncode == 128 + signal.SIGTERM and f"stopped after step {num_steps - 1}; --resume goes on" in said
+    assert 1 <= num_steps < 6 and not (tmp_path / "run/final").exists()
+    train(settings(tmp_path / "run", save_every=0))
+    assert everything(tmp_path / "run") == everything(left_alone)
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(left_alone, tmp_path):
+    """From another shape of work, too: what says only how is free to change."""
+    train(settings(tmp_path / "run", num_steps=2, micro_batch_tokens=1, keep_checkpoints=1))
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["latest", "step_000002"]
+    train(settings(tmp_path / "run", export_every=4))
+    first, second = ((run / "rollouts/step_000005.jsonl").read_text() for run in (left_alone, tmp_path / "run"))
+    assert [json.loads(line)["id"] for line in first.splitlines()] == [json.loads(line)["id"] for line in second.splitlines()]
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["latest", "step_000005", "step_000006"]
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "run/export/step_000004")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"learning_rate": 1e-5}, "learning_rate 1e-05: expected 0.0003 as the run to resume has it"),
+        ({"seed": 1}, "seed 1: expected 0 as the run to resume has it"),
+        ({"resume": False}, r"expected a new or empty run folder, found a run in it \(--resume goes on with it\)"),
+    ],
+)
+def test_only_the_same_run_is_resumed(left_alone, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(settings(left_alone, **change))
+
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2), requires_grad=False)
+
+
+def toy_state() -> tuple[Toy, torch.optim.AdamW, dict]:
+    model = Toy()
+    optimizer = torch.optim.AdamW([model.a], lr=0.1)
+    init_moments_(optimizer)
+    return model, optimizer, training_state(model, optimizer)
+
+
+def test_a_checkpoint_holds_all_that_a_step_changes(tmp_path):
+    model, optimizer, state = toy_state()
+    assert set(state) == {"weight.a", "step.a", "exp_avg.a", "exp_avg_sq.a"}  # b is frozen
+    (model.a * torch.tensor([1.0, 2, 3])).sum().backward()
+    optimizer.step()
+    plain = Toy()
+    alone = torch.optim.AdamW([plain.a], lr=0.1)
+    (plain.a * torch.tensor([1.0, 2, 3])).sum().backward()
+    alone.step()
+    assert torch.equal(plain.a, model.a)  # moments made beforehand are those that AdamW makes
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, number, training_state(model, optimizer), keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000003"]
+    other, other_optimizer, other_state = toy_state()
+    folder, num_steps = latest_checkpoint(tmp_path)
+    load_checkpoint_(folder, other_state)
+    assert num_steps == 3 and torch.equal(other.a, model.a)
+    for key, value in optimizer.state[model.a].items():
+        assert torch.equal(other_optimizer.state[other.a][key], value) and value.abs().max() > 0
+
+
+def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 1, toy_state()[2], keep=1)
+    folder, _ = latest_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="step_000001: expected a checkpoint of this policy that can be read"):
+        load_checkpoint_(folder, {"weight.c": torch.zeros(3)})
+    with pytest.raises(ValueError, match="step_000001: expected a checkpoint of this policy that can be read"):
+        load_checkpoint_(folder, toy_state()[2] | {"weight.a": torch.zeros(4)})
+    (folder / ".metadata").unlink()
+    with pytest.raises(ValueError, match="latest: expected a whole checkpoint, found none at"):
+        latest_checkpoint(tmp_path)
+
+
+def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
+    start_run(tmp_path, {"seed": 0})
+    for step in range(3):
+        log_step(tmp_path, step, {"a": step}, {}, {}, [{"id": step}])
+    before = (tmp_path / "metrics.jsonl").read_text()
+    log_step(tmp_path, 3, {"a": 3}, {}, {}, [{"id": 3}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "a')  # killed while it wrote
+    rewind(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before and saved_config(tmp_path) == {"seed": 0}
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [f"step_00000{n}.jsonl" for n in range(3)]
+    rewind(tmp_path, 1)
+    assert all(len((tmp_path / name).read_text().splitlines()) == 1 for name in LOGS)
+    with pytest.raises(ValueError, match="metrics.jsonl: expected a line for each of 2 steps, found 1"):
+        rewind(tmp_path, 2)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: expected the settings of a run"):
+        saved_config(tmp_path)
+
+
+def test_the_exported_folder_samples_as_training_did(left_alone):
+    sampling = GenerationConfig.from_pretrained(left_alone / "final")
+    assert (sampling.do_sample, sampling.temperature, sampling.top_p, sampling.top_k) == (True, 1.0, 1.0, 0)
+    assert (sampling.repetition_penalty, sampling.max_new_tokens, len(sampling.eos_token_id)) == (1.0, 48, 2)
+
+
+if __name__ == "__main__":
+    run_and_kill(Path(sys.argv[1]))
