@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.examples import MAX_CHOICES, Example, load_examples
+from data.examples import MAX_CHOICES, Example, load_examples, scan_examples
 from data.images import image_size, open_image
 from grpo.advantage import group_advantages
 from grpo.checkpoint import (
@@ -55,10 +55,24 @@ from grpo.distributed import (
 )
 from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
+from grpo.memory import estimate_memory
 from grpo.policy import Policy, load_policy
+from grpo.preflight import (
+    TRIAL_TOKENS,
+    Finding,
+    any_problem,
+    available_memory,
+    check_disk,
+    check_lengths,
+    check_memory,
+    check_policy,
+    check_sampling,
+    check_verifier,
+    format_findings,
+)
 from grpo.report import check_run_dir, log_step, rewind, saved_config, start_run
 from grpo.rollout import Rollouts, sample_rollouts
-from reward.audit import audit, probe
+from reward.audit import audit, gold_probe, probe
 from reward.caprl import AskVerifier, RewardConfig, Rewards, caption_rewards, load_verifier
 from reward.judge import judge_rewards
 
@@ -284,24 +298,22 @@ class Run:
         return self.scorer.model is self.sampler.model
 
 
-def load_examples_of(config: TrainConfig) -> list[Example]:
-    """The images with questions. Raises ValueError for sets that do not fit the settings."""
-    examples = load_examples(config.data)
+def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
+    """Raises ValueError for sets that do not fit the settings."""
     full = [example.id for example in examples if any(len(q.choices) == MAX_CHOICES for q in example.questions)]
     if config.abstain and full:
         raise ValueError(f"abstain: expected at most {MAX_CHOICES - 1} choices beside it, id {full[0]!r} has {MAX_CHOICES}")
     step_examples(examples, 0, config.prompts_per_step, config.seed)  # too few images: say so before models are loaded
-    return examples
 
 
-def load_run(config: TrainConfig, device: torch.device) -> Run:
-    """Data and models. Raises ValueError, on all ranks, for whatever cannot be used."""
+def load_run(config: TrainConfig, device: torch.device, examples: list[Example]) -> Run:
+    """Models, sharded. Raises ValueError, on all ranks, for whatever cannot be used."""
     is_shared = world_size() == 1 and device.type == "cpu"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if config.offload_reference and device.type == "cpu":
         raise ValueError("offload_reference: expected GPUs, there is nothing to offload from")
     with all_or_none("start"):
-        examples = load_examples_of(config)
+        check_examples(examples, config)
         sampler = load_policy(config.policy, device, torch.float32 if is_shared else "auto")
         reward, verifier = load_reward(config, device, dtype)
     score = dict(pad_id=sampler.pad_id, forbidden_ids=sampler.forbidden_ids, temperature=config.temperature)
@@ -367,7 +379,9 @@ def train(config: TrainConfig) -> Path:
     config.prompts_per_rank(world_size())
     if not config.resume:
         check_run_dir(run_dir)  # before minutes are spent on models
-    run = load_run(config, device)
+    with all_or_none("data"):
+        examples = load_examples(config.data)
+    run = load_run(config, device, examples)
     first_step = begin(run_dir, run, config)
     sampler, scorer = run.sampler, run.scorer
     print0(f"{len(run.examples)} images, {world_size()} rank(s) on {device.type}, {config}")
@@ -451,6 +465,60 @@ def train(config: TrainConfig) -> Path:
     return run_dir / "final"
 
 
+def check(config: TrainConfig) -> None:
+    """`--check`: prints what was found on models, data and machine. SystemExit with code 2 if anything is wrong."""
+    device = init_distributed(config.timeout_minutes)
+    share = config.prompts_per_rank(world_size())
+    parts = f"{share} of {config.prompts_per_step} prompts each, weights in {world_size() // config.replicas} parts"
+    findings = [Finding("ranks", f"{world_size()} on {device.type}, {parts}")]
+    with all_or_none("data"):
+        examples, refused = scan_examples(config.data)
+    unreadable, sizes = [], {}
+    for example in tqdm(examples[rank() :: world_size()], desc="images", unit="image", disable=rank() != 0):
+        try:
+            sizes[example.id] = image_size(example.image)
+        except ValueError as error:
+            unreadable.append(str(error))
+    unreadable, sizes = gather_rows(unreadable), dict(gather_rows(list(sizes.items())))
+    counts = [len(example.questions) for example in examples]
+    bad = [*refused, *unreadable]
+    findings.append(Finding(
+        "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} questions",
+        f"{len(refused)} rows and {len(unreadable)} images cannot be used: {'; '.join(bad[:5])}" if bad else "",
+    ))
+    examples = [example for example in examples if example.id in sizes]
+    run = load_run(config, device, examples)
+    sampler = run.sampler
+
+    findings.append(check_sampling(sampler, config))
+    with all_or_none("images"):
+        prompts = [sampler.prompt(open_image(example.image)) for example in examples[:2]]
+    of_image = [sampler.image_tokens(*size) for size in sizes.values()]
+    text_tokens = len(prompts[0].input_ids) - sampler.image_tokens(*sizes[examples[0].id])
+    asking_tokens = run.verifier.prompt_tokens(examples) if run.verifier else 0
+    room = run.verifier.model.config.max_position_embeddings - asking_tokens if run.verifier else None
+    findings.append(check_lengths(sampler, of_image, text_tokens, room, config))
+    estimate = estimate_memory(
+        sampler.model, run.verifier.model if run.verifier else None, config, world_size(), device.type == "cuda",
+        max(of_image) + text_tokens, max(of_image), asking_tokens,
+    )
+    findings.append(check_memory(estimate, min(gather_rows([available_memory(device)]))))
+
+    keys = [f"{config.seed}:check:{example.id}:caption:{g}" for example in examples[:2] for g in range(config.group_size)]
+    length = min(config.max_new_tokens, TRIAL_TOKENS)
+    rollouts = sample_rollouts(sampler, prompts, keys, length, config.temperature, config.rollout_tokens)
+    findings.append(check_policy(rollouts, run.scorer, sampler.forbidden_ids))
+    if run.verifier:
+        findings.append(check_verifier(gold_probe(examples[: config.probe_images], run.verifier, reward_settings(config))))
+    num_parameters = sum(parameter.numel() for parameter in sampler.model.parameters())
+    findings.append(check_disk(Path(config.run_dir), num_parameters, config))
+
+    is_wrong = any_problem(findings)
+    print0(format_findings(findings))
+    if is_wrong:
+        raise SystemExit(2)
+
+
 def export(run: Run, folder: Path, config: TrainConfig) -> None:
     if rank() == 0:
         dtype = getattr(torch, config.save_dtype)
@@ -488,7 +556,8 @@ def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Reward
 
 
 def main(arguments: list[str]) -> None:
-    train(parse_train_config(arguments))
+    config = parse_train_config(arguments)
+    check(config) if config.check else train(config)
 
 
 if __name__ == "__main__":

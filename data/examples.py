@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from data.images import ImageSource
 
 MAX_CHOICES = 10
 """Options are shown under the letters A to J."""
@@ -52,10 +52,10 @@ def fold_choice(text: str) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """`image` is a file, opened when it is needed, or an RGB picture already in memory."""
+    """`image` is opened when it is needed."""
 
     id: str
-    image: Path | Image.Image
+    image: ImageSource
     questions: tuple[Question, ...]
     family: str = "all"
 
@@ -65,21 +65,30 @@ def load_examples(source: str) -> list[Example]:
 
     Raises ValueError naming file, line, expected and found at the first row that does not fit; also for an empty set.
     """
+    examples, refused = scan_examples(source)
+    if refused:
+        raise ValueError(refused[0])
+    return examples
+
+
+def scan_examples(source: str) -> tuple[list[Example], list[str]]:
+    """The examples whose rows fit, and a sentence on each row that does not. Raises ValueError where no rows can be read."""
     if source.startswith("toy:"):
         from data.toy.world import toy_examples  # here, because the toy world builds on the types above
 
-        return toy_examples(source)
-    path, examples, first_line = Path(source), [], {}
+        return toy_examples(source), []
+    path, examples, first_line, refused = Path(source), [], {}, []
     for number, row in read_jsonl(path):
         try:
             example = _parse_row(row, path.parent)
+            if example.id in first_line:
+                raise ValueError(f"id {example.id!r} was used before, on line {first_line[example.id]}")
         except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from None
-        if example.id in first_line:
-            raise ValueError(f"{path} line {number}: id {example.id!r} was used before, on line {first_line[example.id]}")
+            refused.append(f"{path} line {number}: {error}")
+            continue
         first_line[example.id] = number
         examples.append(example)
-    return examples
+    return examples, refused
 
 
 def load_images(path: Path) -> list[tuple[str, Path]]:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -197,9 +196,15 @@ def cast_weights_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def copy_weights_(scorer: nn.Module, model: PreTrainedModel) -> None:
-    """The trainer's weights into `model`, the sampler's unsharded copy. Every rank must call this."""
-    target = dict(model.named_parameters())
-    for name, parameter in scorer.model.named_parameters():
-        whole = parameter.to(target[name].dtype)  # cast before gathering: half the traffic in bfloat16
-        target[name].copy_(whole.full_tensor() if isinstance(whole, DTensor) else whole)
+def copy_weights_(scorer: CompletionScorer, model: PreTrainedModel) -> None:
+    """The trainer's weights into `model`, the sampler's unsharded copy: gathered block by block, in the dtype of the compute.
+    Every rank must call this."""
+    target = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    for prefix, module in scorer.named_modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward without a backward pass the root is whole still, with what may be old weights
+            module.unshard()
+            for name, parameter in module.named_parameters(prefix):
+                if not isinstance(parameter, DTensor):  # blocks inside this one are not gathered with it
+                    target[name].copy_(parameter)
+            module.reshard()

@@ -9,7 +9,7 @@ Everything here reads rollout rows, as a run writes them to rollouts/step_*.json
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -85,6 +85,22 @@ def probe(captions: Sequence[str], examples: Sequence[Example], verifier: AskVer
         "probe_no_caption": answer_stats(answers([""] * len(examples)))["accuracy"],
         "probe_shuffle_agreement": _mean(_agreements(own)),
     }
+
+
+def gold_probe(examples: Sequence[Example], verifier: AskVerifier, config: RewardConfig) -> dict[str, float]:
+    """Can the verifier do its work at all? What it answers rightly when the caption is the question and its right answer, and
+    when there is none; "chance" is what guessing gives among the options."""
+    single = [replace(example, questions=(question,)) for example in examples for question in example.questions]
+    told = [f"{one.questions[0].question} {one.questions[0].choices[one.questions[0].answer_index]}." for one in single]
+    asking = RewardConfig(num_questions=0, abstain=config.abstain)
+    keys = [f"gold:{place}" for place in range(len(single))]
+    gold, none = (
+        answer_stats(caption_rewards(texts, single, keys, [0] * len(single), verifier, asking).records)
+        for texts in (told, [""] * len(single))
+    )
+    chance = _mean([1 / (len(one.questions[0].choices) + config.abstain) for one in single])
+    return {"gold_caption": gold["accuracy"], "no_caption": none["accuracy"], "chance": chance,
+            "failed_share": gold["failed_share"], "unparsed_share": gold["unparsed_share"]}
 
 
 def _another_of_the_family(examples: Sequence[Example], place: int) -> int:

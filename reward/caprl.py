@@ -322,6 +322,12 @@ class Verifier:
         self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
         self.writers = {abstain: PromptWriter(tokenizer, abstain) for abstain in (False, True)}
 
+    def prompt_tokens(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest prompt beside the caption: head, question and options."""
+        asked = [shuffle_options(question, 0, random.Random(0)) for example in examples for question in example.questions]
+        writer = self.writers[True]
+        return len(writer.head_ids) + len(writer.caption_ids("")) + max(len(writer.question_ids(one)) for one in asked)
+
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str]) -> list[list[Answer]]:
         """Answers to each caption's questions. `names[i]` is of the random stream of the replies to caption i.

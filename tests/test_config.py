@@ -73,6 +73,18 @@ def test_the_table_of_recipes_is_that_of_the_presets():
         ({"max_failed_share": 1.5}, "max_failed_share 1.5: expected 0 to 1"),
         ({"probe_images": 1}, "probe_images 1: expected at least 2"),
         ({"clip_high": -0.2}, "clip_high -0.2: expected 0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps -1: expected 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1: expected 0 or more"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens 0: expected at least 1"),
+        ({"rollout_tokens": 0}, "rollout_tokens 0: expected at least 1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints 0: expected at least 1"),
+        ({"save_every": -1}, "save_every -1: expected 0 or more"),
+        ({"save_minutes": -1.0}, "save_minutes -1.0: expected 0 or more"),
+        ({"export_every": -5}, "export_every -5: expected 0 or more"),
+        ({"max_skipped": 0}, "max_skipped 0: expected at least 1"),
+        ({"timeout_minutes": 0.0}, "timeout_minutes 0.0: expected more than 0"),
+        ({"replicas": 0}, "replicas 0: expected at least 1"),
+        ({"reward": "judge", "soft": True, "verifier_mode": "logits"}, "reward judge: expected neither soft nor abstain"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -84,6 +96,8 @@ def test_groups_are_not_split_over_ranks():
     assert TrainConfig(prompts_per_step=12).prompts_per_rank(4) == 3
     with pytest.raises(ValueError, match="prompts_per_step 12 does not divide by 8 ranks"):
         TrainConfig(prompts_per_step=12).prompts_per_rank(8)
+    with pytest.raises(ValueError, match="replicas 3: expected a divisor of the 4 ranks"):
+        TrainConfig(prompts_per_step=12, replicas=3).prompts_per_rank(4)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +119,11 @@ def test_groups_are_not_split_over_ranks():
         (evaluate, "prism --data toy:heldout:2 --captions none.jsonl", "none.jsonl: expected a JSONL file, found nothing"),
         (evaluate, "prism --data toy:held:2 --captions x", "expected toy:train:NUM or toy:heldout:NUM with NUM at least 1"),
         (train, "toy --abstain --data TEN", "abstain: expected at most 9 choices beside it, id 'a' has 10"),
+        (train, "toy --offload-reference", "offload_reference: expected GPUs, there is nothing to offload from"),
+        (train, "toy --replicas 2", "replicas 2: expected a divisor of the 1 ranks"),
+        (train, "toy --resume --run-dir FULL", "FULL/config.json: expected the settings of a run ("),
+        (train, "toy --check --data none.jsonl", "none.jsonl: expected a JSONL file, found nothing"),
+        (train, "toy --check --prompts-per-step 500", "prompts_per_step 500: expected at most the 480 images there are"),
         (audit, "replay none.jsonl --verifier data/toy/verifier", "none.jsonl: expected a JSONL file, found nothing"),
         (audit, "audit tests", "tests: expected a run folder with rollouts/step_*.jsonl, found none"),
         (audit, "replay BADGOLD --verifier data/toy/verifier", "BADGOLD line 1: expected the key 'caption', got"),

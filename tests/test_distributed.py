@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from data.examples import load_examples
 from grpo.config import toy_config
 from grpo.distributed import (
     Phases,
@@ -51,10 +52,8 @@ def step_on_rank(out: Path, replicas: int) -> None:
     torch.set_num_threads(1)
     device = init_distributed()
     config = toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas)
-    run = load_run(config, device)
+    run = load_run(config, device, load_examples("toy:train:12"))
     sampler, scorer = run.sampler, run.scorer
-    if world_size() == 1:  # as on ranks, where the sampler is a copy
-        sampler = load_policy("data/toy/policy", device)
     rollouts, advantages, valid = whole_batch(sampler)
     share = PROMPTS // world_size()
     rows = slice(rank() * share * GROUP, (rank() + 1) * share * GROUP)

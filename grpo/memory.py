@@ -1,0 +1,138 @@
+"""How much memory a rank needs, part by part, from the shapes alone: the models may be on the meta device.
+
+Counted are weights, what is gathered of them, caches and what autograd keeps, at the longest captions that the settings allow.
+Not counted: what the allocator leaves unused, and the libraries themselves. `python bench/memory.py` holds it against
+measurements.
+"""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from grpo.config import TrainConfig
+from grpo.logprobs import HEAD_ROWS
+from grpo.rollout import PREFILL_PROMPTS
+
+
+def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int,
+                    is_gpu: bool, prompt_tokens: int, image_tokens: int, asking_tokens: int) -> dict[str, int]:
+    """Bytes at the peak on each rank by part; "peak" is their sum, in which only the hungriest of the phases counts.
+
+    prompt_tokens: T, of the longest prompt, of which image_tokens are the image's. asking_tokens: of the verifier's prompt,
+    beside the caption.
+    """
+    width = 2 if is_gpu else 4  # bytes of a number in the compute dtype
+    is_shared = num_ranks == 1 and not is_gpu  # one model samples and learns
+    is_sharded = num_ranks > 1 or is_gpu
+    shards = num_ranks // config.replicas
+    parameters = _size(policy)
+    visual = policy.model.visual
+    merger = sum(_size(part) for name, part in visual.named_children() if "merger" in name)
+    frozen = {"none": 0, "vision": _size(visual) - merger, "vision+merger": _size(visual)}[config.freeze]
+    found = {
+        "sampler's weights": 0 if is_shared else width * parameters,
+        "masters, gradients, moments": (16 * (parameters - frozen) + 4 * frozen) // shards,
+        "reference": 0 if config.kl_coef == 0 or config.offload_reference else width * parameters // shards,
+        "verifier's weights": width * _size(verifier) if verifier is not None else 0,
+    }
+    if is_sharded:  # the root's parameters and two blocks are whole at a time, and the gradients of as much
+        blocks = [_size(block) for block in [*policy.model.language_model.layers, *visual.blocks]]
+        found["gathered weights and gradients"] = (2 * width + 4) * (parameters - sum(blocks) + 2 * max(blocks))
+    phases = {
+        "rollout": _rollout(policy, config, num_ranks, width, prompt_tokens, image_tokens),
+        "verifier": _verifier(verifier, config, num_ranks, width, asking_tokens),
+        "update": _update(policy, config, num_ranks, width, prompt_tokens, image_tokens),
+    }
+    hungriest = max(phases, key=phases.get)
+    found |= {f"phase {name}": size for name, size in phases.items()}
+    found["peak"] = sum(size for name, size in found.items() if not name.startswith("phase")) + phases[hungriest]
+    return found
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _cache_bytes(model: PreTrainedModel, width: int) -> int:
+    """Of keys and values, per token."""
+    text = model.config.get_text_config()
+    return 2 * width * text.num_hidden_layers * text.num_key_value_heads * _head_dim(text)
+
+
+def _head_dim(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _rollout(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
+             image_tokens: int) -> int:
+    """The larger of a prefill beside a cache, and of decoding: a full cache, stacked weights, logits."""
+    text, prompts = policy.config.get_text_config(), config.prompts_per_step // num_ranks
+    group_tokens = prompt_tokens + config.group_size * config.max_new_tokens
+    groups = min(prompts, max(1, config.rollout_tokens // group_tokens))
+    cache = groups * group_tokens * _cache_bytes(policy, width)
+    copied = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    layers = policy.model.language_model.layers
+    stacked = width * sum(_size(part) for name, part in layers.named_modules() if name.endswith(copied))
+    rows = groups * config.group_size
+    logits = rows * text.vocab_size * (4 + 4 + 4 + 8 + 8)  # logits, log-probabilities, probabilities, float64 and its sums
+    # A layer's keys and values once more, in float32 and while they grow, and the scores.
+    attention = 2 * cache // text.num_hidden_layers * 4 // width
+    attention += 3 * 4 * rows * text.num_attention_heads * (prompt_tokens + config.max_new_tokens)
+    prefill = min(prompts, PREFILL_PROMPTS) * width * (
+        prompt_tokens * (6 * text.hidden_size + 3 * text.intermediate_size)
+        + 4 * image_tokens * (8 * policy.config.vision_config.hidden_size + 3 * policy.config.vision_config.intermediate_size)
+    )
+    prefill += 3 * _pixel_bytes(policy, min(prompts, PREFILL_PROMPTS) * image_tokens)
+    return cache + stacked + max(logits + attention, prefill)
+
+
+def _pixel_bytes(policy: PreTrainedModel, image_tokens: int) -> int:
+    vision = policy.config.vision_config
+    patch = 3 * vision.temporal_patch_size * vision.patch_size**2
+    return 4 * image_tokens * vision.spatial_merge_size**2 * patch
+
+
+def _verifier(verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int, width: int,
+              asking_tokens: int) -> int:
+    """The cache of a batch, and the widest layer's activations."""
+    if verifier is None:
+        return 0
+    text = verifier.config.get_text_config()
+    longest = min(config.max_new_tokens + asking_tokens, text.max_position_embeddings)
+    questions = config.num_questions * config.num_shuffles
+    tokens = min(VERIFIER_TOKENS, config.prompts_per_step // num_ranks * config.group_size * questions * longest)
+    return tokens * _cache_bytes(verifier, width) + tokens // questions * width * (
+        3 * text.intermediate_size + 6 * text.hidden_size
+    )
+
+
+VERIFIER_TOKENS = 262_144
+"""The token budget of reward.caprl.Verifier."""
+
+
+def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
+            image_tokens: int) -> int:
+    """What autograd keeps of one micro-batch, and the head's logits. `grpo/logprobs.py` has the shapes."""
+    text, vision = policy.config.get_text_config(), policy.config.vision_config
+    size, length = config.group_size, config.max_new_tokens
+    group_tokens = prompt_tokens + size * length
+    groups = min(config.prompts_per_step // num_ranks, max(1, config.micro_batch_tokens // group_tokens))
+    tokens, rows, seen = groups * group_tokens, groups * size, prompt_tokens + length
+    head_dim = _head_dim(text)
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    norms = 2 * text.hidden_size * (4 + 2 * width)  # of two norms: input in float32, normalised, weighted
+    layer = tokens * (norms + width * (2 * queries + 2 * keys + 4 * text.intermediate_size))
+    layer += width * (3 * groups * prompt_tokens * queries + 2 * rows * seen * queries + 2 * rows * length * queries)
+    layer += width * rows * length * seen  # the mask, as numbers
+    patches = vision.spatial_merge_size**2 * groups * image_tokens
+    block = patches * vision.hidden_size * (2 * (4 + 2 * width) + 6 * width) + patches * width * 4 * vision.intermediate_size
+    stacks = [(text.num_hidden_layers, layer, tokens * text.hidden_size * width)]
+    if config.freeze == "none":
+        stacks.append((vision.depth, block, patches * vision.hidden_size * width))
+    if config.gradient_checkpointing:  # inputs of all layers, and one layer at a time
+        kept = sum(depth * size_of_input + whole for depth, whole, size_of_input in stacks)
+    else:
+        kept = sum(depth * whole for depth, whole, _ in stacks)
+    kept += 3 * _pixel_bytes(policy, groups * image_tokens)
+    kept += tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
+    head = 3 * 4 * min(HEAD_ROWS, rows * length) * text.vocab_size + 4 * text.vocab_size * text.hidden_size
+    return kept + head

@@ -1,0 +1,173 @@
+"""`train.py --check`: each thing that would go wrong later is wrong here, and the memory that it promises is what is used."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import keys
+
+from data.toy.export import ExportConfig, export
+from grpo import preflight
+from grpo.config import toy_config
+from grpo.logprobs import CompletionScorer
+from grpo.memory import estimate_memory
+from grpo.policy import load_policy
+from grpo.preflight import (
+    Finding,
+    check_disk,
+    check_lengths,
+    check_memory,
+    check_policy,
+    check_sampling,
+    check_verifier,
+    format_findings,
+)
+from grpo.rollout import sample_rollouts
+from reward.audit import gold_probe
+from reward.caprl import Answer, RewardConfig
+from train import check
+
+
+def test_the_toy_run_passes(tmp_path, capsys):
+    check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run")))
+    said = capsys.readouterr().out
+    assert "WRONG" not in said and not (tmp_path / "run").exists()
+    for row in ("ranks", "data", "sampling", "tokens", "memory", "policy", "verifier", "disk"):
+        assert f"ok     {row}" in said
+    assert "24 images with 7 to 14 questions" in said and "on-policy ratio 1.0000" in said
+
+
+def test_rows_and_images_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
+    export(ExportConfig(tmp_path / "set", num=14))
+    path = tmp_path / "set/examples.jsonl"
+    lines = path.read_text().splitlines()
+    broken = json.loads(lines[3])
+    broken["questions"][0]["answer_index"] = 9
+    path.write_text("\n".join([*lines[:3], json.dumps(broken), *lines[4:]]) + "\n")
+    (tmp_path / "set/images/train-000005.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        check(toy_config(data=str(path), run_dir=str(tmp_path / "run"), prompts_per_step=4, group_size=2, probe_images=2))
+    said = capsys.readouterr().out
+    assert stop.value.code == 2 and "WRONG  data" in said and "1 rows and 1 images cannot be used" in said
+    assert "examples.jsonl line 4: id 'train-000003', question 0: answer_index 9 outside" in said
+    assert "train-000005.png: expected an image that Pillow can read" in said
+
+
+def test_findings_read_as_a_table():
+    table = format_findings([Finding("a", "x"), Finding("long", "y", "mend it")])
+    assert table.splitlines() == ["ok     a     x", "WRONG  long  y", "             mend it"]
+
+
+def test_lengths_that_do_not_fit(policy):
+    config = toy_config(max_new_tokens=100)
+    assert policy.model.config.text_config.max_position_embeddings >= 300
+    room = policy.model.config.text_config.max_position_embeddings
+    fine = check_lengths(policy, [16, 64, 20], 20, 100, config)
+    assert not fine.problem and "images 16 to 64, median 20, at most" in fine.found and "text 20" in fine.found
+    assert f"take {room + 1} positions, the policy has {room}" in check_lengths(policy, [room - 119], 20, 100, config).problem
+    assert not check_lengths(policy, [room - 120], 20, 100, config).problem
+    assert "captions of 99 tokens" in check_lengths(policy, [16], 20, 99, config).problem
+
+
+def test_memory_and_disk(tmp_path, monkeypatch):
+    assert not check_memory({"weights": 60, "peak": 92}, 100).problem
+    assert "--gradient-checkpointing" in check_memory({"weights": 60, "peak": 93}, 100).problem
+    config = toy_config(keep_checkpoints=2, num_steps=100, export_every=25, save_dtype="bfloat16")
+    # three checkpoints of 12 bytes, five exports and one being written of 2
+    needed = 1000 * (3 * 12 + 6 * 2)
+    usage = type("Usage", (), {"free": needed + 1})()
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    assert not check_disk(tmp_path / "not/yet", 1000, config).problem
+    usage.free = needed
+    assert "--keep-checkpoints" in check_disk(tmp_path, 1000, config).problem
+
+
+def test_a_policy_that_samples_from_another_distribution(policy, prompts):
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    rollouts = sample_rollouts(policy, prompts[:2], keys(2, 2), 10)
+    assert not check_policy(rollouts, scorer, policy.forbidden_ids).problem
+    assert not check_sampling(policy, toy_config()).problem
+    hot = sample_rollouts(policy, prompts[:2], keys(2, 2), 10, temperature=3.0)
+    assert "not one policy" in check_policy(hot, scorer, policy.forbidden_ids).problem
+    assert "image markers" in check_policy(rollouts, scorer, [rollouts.tokens[0, 0].item()]).problem
+    clash = replace(policy, forbidden_ids=policy.eos_ids)
+    assert "an EOS id is an image marker too" in check_sampling(clash, toy_config()).problem
+
+
+def test_a_verifier_is_asked_what_it_is_told():
+    from data.examples import load_examples
+
+    examples = load_examples("toy:train:6")
+
+    def reads(captions, asked, names):
+        """The option that the caption names last, the first one where it names none."""
+        return [[Answer(max(range(len(q.options)), key=lambda i: caption.rfind(f" {q.options[i]}."))) for q in group]
+                for caption, group in zip(captions, asked)]
+
+    scores = gold_probe(examples, reads, RewardConfig())
+    assert scores["gold_caption"] == 1 and abs(scores["no_caption"] - scores["chance"]) < 0.2
+    assert scores["chance"] == pytest.approx(
+        sum(1 / len(q.choices) for e in examples for q in e.questions) / sum(len(e.questions) for e in examples)
+    )
+    assert not check_verifier(scores | {"no_caption": 0.25, "chance": 0.25}).problem
+
+    def knows(captions, asked, names):
+        return [[Answer(q.gold) for q in group] for group in asked]
+
+    assert "told" in check_verifier(gold_probe(examples, knows, RewardConfig())).problem  # a caption makes no difference
+    fails = {"gold_caption": 0.9, "no_caption": 0.3, "chance": 0.25, "failed_share": 0.1, "unparsed_share": 0}
+    assert "could not be scored" in check_verifier(fails).problem
+    assert "keep those that need the image" in check_verifier(fails | {"no_caption": 0.45}).problem
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze": "vision"}, {"max_new_tokens": 48, "group_size": 4}])
+def test_what_autograd_keeps_is_what_is_estimated(changes):
+    """The tensors that the forward pass of a micro-batch saves, added up, against the estimate without head and pixels."""
+    from data.toy.world import draw, make_scene
+    from train import prepare_training_
+
+    config = toy_config(**dict(prompts_per_step=3, group_size=8, max_new_tokens=64, kl_coef=0.0) | changes)
+    policy = load_policy("data/toy/policy", torch.device("cpu"))
+    endless = replace(policy, forbidden_ids=(*policy.forbidden_ids, *policy.eos_ids))
+    prompts = [policy.prompt(draw(make_scene("train", 3)))] * 3
+    rollouts = sample_rollouts(endless, prompts, keys(3, config.group_size), config.max_new_tokens)
+    prepare_training_(policy.model, config)
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in policy.model.parameters()}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logprobs = scorer(rollouts)[0]
+    assert logprobs.requires_grad  # and so all that was saved is still there
+    image_tokens = int(prompts[0].grid.prod()) // 4
+    estimate = estimate_memory(policy.model, None, config, 1, False, len(prompts[0].input_ids), image_tokens, 0)
+    text = policy.model.config.text_config
+    tokens = 3 * (len(prompts[0].input_ids) + config.group_size * config.max_new_tokens)
+    rows = min(1024, 3 * config.group_size * config.max_new_tokens)
+    head = 3 * 4 * rows * text.vocab_size + 4 * text.vocab_size * text.hidden_size
+    pixels = 3 * 4 * 3 * 4 * image_tokens * 1176
+    inside = tokens * 4 * (2 * text.intermediate_size + 4 * text.hidden_size)
+    assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - pixels - inside, rel=0.12)
+
+
+def test_static_memory_hand_computed(policy):
+    """1 parameter of the sampler: 2 bytes; of the trainer: 16 over the ranks that share it; of the reference: 2 over them."""
+    size = sum(parameter.numel() for parameter in policy.model.parameters())
+    visual = sum(parameter.numel() for parameter in policy.model.model.visual.parameters())
+    config = toy_config(prompts_per_step=8)
+    four = estimate_memory(policy.model, policy.model, config, 4, True, 40, 20, 100)
+    assert four["sampler's weights"] == four["verifier's weights"] == 2 * size
+    assert four["masters, gradients, moments"] == 16 * size // 4 and four["reference"] == 2 * size // 4
+    assert four["peak"] == sum(four[part] for part in four if not part.startswith(("phase", "peak"))) + max(
+        four[part] for part in four if part.startswith("phase")
+    )
+    hybrid = estimate_memory(policy.model, None, replace(config, replicas=2, offload_reference=True), 4, True, 40, 20, 0)
+    assert hybrid["masters, gradients, moments"] == 16 * size // 2
+    assert hybrid["reference"] == hybrid["verifier's weights"] == 0
+    frozen = estimate_memory(policy.model, None, replace(config, freeze="vision+merger"), 1, False, 40, 20, 0)
+    assert frozen["masters, gradients, moments"] == 16 * (size - visual) + 4 * visual and frozen["sampler's weights"] == 0
