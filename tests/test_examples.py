@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from data.examples import Question, example_row, load_examples, load_images
-from data.images import list_images, open_image
+from data.images import StoredImage, image_size, list_images, open_image
 
 ROW = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices": ["x", "y"], "answer_index": 1}]}
 
@@ -148,3 +148,17 @@ def test_list_images_goes_into_subfolders_and_refuses_an_empty_one(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: expected images"):
         list_images(tmp_path / "empty")
+
+
+def test_a_picture_inside_a_larger_file_is_read_when_it_is_needed_and_named(tmp_path):
+    Image.new("L", (30, 20)).save(tmp_path / "x.png")
+    reads = []
+
+    def read():
+        reads.append(1)
+        return (tmp_path / "x.png").read_bytes()
+
+    stored = StoredImage("set.parquet row 7", read)
+    assert not reads and image_size(stored) == (30, 20) and open_image(stored).mode == "RGB" and len(reads) == 2
+    with pytest.raises(ValueError, match=r"set.parquet row 8: expected an image that Pillow can read"):
+        open_image(StoredImage("set.parquet row 8", lambda: b"no image"))
