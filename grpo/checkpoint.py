@@ -7,9 +7,11 @@
 """
 
 import copy
+import math
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ from transformers import GenerationConfig
 
 from grpo.distributed import all_or_none, control_group, gather_rows, rank
 from grpo.policy import Policy
+
+SAME_SIGNAL_S = 5.0
+"""Seconds within which two signals are one."""
 
 
 def init_moments_(optimizer: torch.optim.AdamW) -> None:
@@ -95,13 +100,20 @@ def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGINT only fill the list, for the loop to see after its step; a second one interrupts at once."""
+    """Inside, SIGTERM and SIGINT only fill the list, for the loop to see after its step; a later one interrupts at once.
+
+    What comes within seconds of the first is the same wish: a scheduler signals the ranks and torchrun, which passes it on.
+    """
     caught: list[int] = []
+    interrupts_from = math.inf
 
     def note(number, frame):
-        if caught:
+        nonlocal interrupts_from
+        if time.monotonic() > interrupts_from:
             raise KeyboardInterrupt
-        caught.append(number)
+        if not caught:
+            caught.append(number)
+            interrupts_from = time.monotonic() + SAME_SIGNAL_S
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

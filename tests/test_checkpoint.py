@@ -13,7 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from grpo.checkpoint import init_moments_, latest_checkpoint, load_checkpoint_, save_checkpoint, training_state
+from grpo import checkpoint
+from grpo.checkpoint import (
+    catch_stop_signals,
+    init_moments_,
+    latest_checkpoint,
+    load_checkpoint_,
+    save_checkpoint,
+    training_state,
+)
 from grpo.config import TrainConfig, toy_config
 from grpo.report import LOGS, log_step, rewind, saved_config, start_run
 from train import train
@@ -101,6 +109,38 @@ def test_a_stop_signal_saves_and_ends_the_run(left_alone, tmp_path):
     assert 1 <= num_steps < 6 and not (tmp_path / "run/final").exists()
     train(settings(tmp_path / "run", save_every=0))
     assert everything(tmp_path / "run") == everything(left_alone)
+
+
+def test_signals_close_together_are_one(monkeypatch):
+    monkeypatch.setattr(checkpoint, "SAME_SIGNAL_S", 0.2)
+    before = signal.getsignal(signal.SIGTERM)
+    with catch_stop_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGTERM]
+        time.sleep(0.25)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_stopped_torchrun_saves_and_ends_all_ranks(tmp_path):
+    """torchrun passes the signal on to its ranks, and kills those that are not done in time."""
+    small = {"data": "toy:train:12", "prompts-per-step": 2, "group-size": 2, "max-new-tokens": 32, "save-every": 0}
+    arguments = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "toy", *arguments,
+         "--run-dir", str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    said, _ = child.communicate(timeout=120)
+    _, num_steps = latest_checkpoint(tmp_path / "run")
+    assert num_steps >= 1 and f"stopped after step {num_steps - 1}; --resume goes on" in said
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(left_alone, tmp_path):
