@@ -133,15 +133,14 @@ def estimate_real(image_tokens: int = 1280) -> None:
         )
         verifier = Qwen2ForCausalLM(Qwen2Config(**text))
     tables, names = [], []
-    for num_ranks, where in ((8, "8 GPUs"), (1, "1 GPU")):
-        for length in (1024, 4096):
-            for checkpointed in (False, True):
-                config = replace(PAPER, max_new_tokens=length, gradient_checkpointing=checkpointed, rollout_tokens=262_144)
-                names.append(f"{where}, {length} tokens{', checkpointed' * checkpointed}")
-                tables.append(estimate_memory(policy, verifier, config, num_ranks, True, image_tokens + 30, image_tokens, 500))
-    print(f"GiB on each rank | {' | '.join(names)}\n" + "| ".join(["---", *["---: "] * len(names)]))
+    cases = ((8, 1024, True), (8, 4096, True), (8, 4096, False), (1, 1024, True), (1, 4096, True))
+    for num_ranks, length, checkpointed in cases:
+        config = replace(PAPER, max_new_tokens=length, gradient_checkpointing=checkpointed, rollout_tokens=262_144)
+        names.append(f"{num_ranks} GPU{'s' * (num_ranks > 1)}, {length:,} tokens{', not checkpointed' * (not checkpointed)}")
+        tables.append(estimate_memory(policy, verifier, config, num_ranks, True, image_tokens + 30, image_tokens, 500))
+    print(f"| GiB on each rank | {' | '.join(names)} |\n| --- |" + " ---: |" * len(names))
     for part in tables[0]:
-        print(f"{part} | " + " | ".join(f"{table.get(part, 0) / 2**30:.1f}" for table in tables))
+        print(f"| {part} | " + " | ".join(f"{table.get(part, 0) / 2**30:.1f}" for table in tables) + " |")
 
 
 def main(case: str = "", folder: str = "", real: bool = False) -> None:

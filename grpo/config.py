@@ -7,6 +7,7 @@ A value without a source says "ours" and why.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -246,6 +247,8 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None
 
     CAPRL_TRACEBACK=1 shows where it was raised.
     """
+    # Its new name, `cache`, is unknown to transformers before 5.24; remove once that is required.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     try:
         main(arguments)
     except ValueError as error:
