@@ -113,14 +113,14 @@ def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: Tr
 
 
 def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]]:
-    """Prompts `start` to `stop` of each micro-batch: as few as fit their packed groups, padding counted, into the budget.
+    """Prompts `start` to `stop` of each micro-batch: as few as fit their packed groups into the budget.
 
     The number is the same on all ranks, since FSDP2 gathers weights once for each; a group over the budget stands alone.
     """
     sizes = group_sizes(rollouts)
 
     def is_too_large(count: int) -> bool:
-        return max(len(part) * max(part) for part in split_evenly(sizes, count)) > token_budget
+        return max(sum(part) for part in split_evenly(sizes, count)) > token_budget
 
     count = 1
     while count < len(sizes) and any(gather_rows([is_too_large(count)])):

@@ -114,7 +114,7 @@ class TrainConfig:
 
     # run
     micro_batch_tokens: int = 16_384
-    """Tokens in memory at a time in the update, padding counted; any value gives the same gradient."""
+    """Tokens in memory at a time in the update; any value gives the same gradient."""
     rollout_tokens: int = 524_288
     """Tokens that the sampler's cache has room for; finished groups make room for waiting ones. Any value gives the same
     captions."""

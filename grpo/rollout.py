@@ -44,9 +44,10 @@ class Rollouts:
         )
 
 
-def temper_logits(logits: Tensor, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
-    """(..., V) float32 logits of the distribution that is sampled and scored: tempered, forbidden ids at -inf."""
-    logits = logits.float() / temperature
+def temper_logits_(logits: Tensor, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
+    """(..., V) float32 logits, made those of the distribution that is sampled and scored: tempered, forbidden ids at -inf."""
+    if temperature != 1:
+        logits /= temperature
     logits[..., list(forbidden_ids)] = -torch.inf
     return logits
 
@@ -106,7 +107,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
             positions = torch.cat([positions, new_positions.repeat_interleave(group_size)])
             logits = torch.cat([logits, new_logits.float().repeat_interleave(group_size, 0)])
 
-        logits = temper_logits(logits, temperature or 1.0, policy.forbidden_ids)
+        logits = temper_logits_(logits, temperature or 1.0, policy.forbidden_ids)
         logprob = logits.log_softmax(-1)
         token = draw_tokens(logprob.exp(), uniforms[rows, steps]) if temperature else logits.argmax(-1)
         tokens[rows, steps] = token

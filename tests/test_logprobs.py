@@ -71,46 +71,35 @@ def test_a_packed_group_equals_separate_rows_in_values_and_gradients(policy, pro
         assert torch.allclose(packed[name], parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item()), name
 
 
-def test_group_attention_against_a_mask_over_the_whole_row():
-    """Two ragged groups, written out: prompts of 2 and 3 tokens, completions of 2 and 1, of 1 and 3; three heads a key."""
-    segments = torch.tensor([[0, 0, 1, 1, 2, -1, -1], [0, 0, 0, 1, 2, 2, 2]])  # 0 prompt, k completion k, -1 padding
-    places = torch.tensor([[2, 3, 7, 4, 7, 7], [3, 7, 7, 4, 5, 6]])  # 7: padding
-    first = [[1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0], [1, 1, 0, 1, 1, 1]]
-    second = [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    mask = torch.tensor([first, first, second, second]).bool()[:, None]
+def test_group_attention_against_its_definition():
+    """Two ragged groups: prompts of 2 and 3 tokens, completions of 2, 0 and 1, and of 1, 3 and 1; 3 heads a key."""
+    owners = [0, 0, 1, 1, 3, 4, 4, 4, 5, 6, 6, 6, 7]  # 0 and 4 prompts, the others their completions
+    prompt_of = [0] * 4 + [4] * 4
     torch.manual_seed(0)
-    query, key, value = torch.randn(2, 6, 7, 4), torch.randn(2, 2, 7, 4), torch.randn(2, 2, 7, 4)
-    out, _ = group_attention(None, query, key, value, mask, scaling=0.3, places=places)
-    for p in range(2):
-        for head in range(6):
-            for i in range(7):
-                if segments[p, i] < 0:
-                    continue
-                seen = [j for j in range(i + 1) if segments[p, j] in (0, segments[p, i])]
-                weights = (0.3 * key[p, head // 3, seen] @ query[p, head, i]).softmax(0)
-                assert torch.allclose(out[p, i, head], weights @ value[p, head // 3, seen], atol=1e-6)
-
-
-def test_packed_masks_hand_drawn(policy, prompts):
-    """The layout that the test above takes as given, from rollouts: one prompt, completions of 3, 1 and 2 tokens."""
-    packed = pack_groups(given(policy, prompts[:1], [[30, 31, 32], [33], [34, 35]]), policy.pad_id)
-    length = len(prompts[0].input_ids)
-    assert packed.places.tolist() == [[length, length + 1, length + 3, length + 3, length + 2, length + 3]]
-    assert packed.mask.shape == (3, 1, 2, length + 2) and packed.mask[:, 0, :, :length].all()
-    assert packed.mask[1, 0, :, length:].tolist() == [[True, False], [True, True]]
-    both = pack_groups(given(policy, prompts[1:3], [[30, 31]] * 2), policy.pad_id)
-    shorter = min(len(prompt.input_ids) for prompt in prompts[1:3])
-    assert both.mask[:, 0, 0, :-1].sum(1).tolist() == [len(prompt.input_ids) for prompt in prompts[1:3]] != [shorter] * 2
+    query, key, value = torch.randn(1, 6, 13, 4), torch.randn(1, 2, 13, 4), torch.randn(1, 2, 13, 4)
+    segments = [[2, 2, 0, 1], [3, 1, 3, 1]]
+    out, _ = group_attention(None, query, key, value, None, scaling=0.3, segments=segments)
+    for head in range(6):
+        for i in range(13):
+            seen = [j for j in range(i + 1) if owners[j] in (owners[i], prompt_of[owners[i]])]
+            weights = (0.3 * key[0, head // 3, seen] @ query[0, head, i]).softmax(0)
+            assert torch.allclose(out[0, i, head], weights @ value[0, head // 3, seen], atol=1e-6)
 
 
 def test_packing_hand_drawn(policy, prompts):
-    rollouts = given(policy, prompts[:1], [[30, 31, 32], [33]])
-    packed = pack_groups(rollouts, policy.pad_id)
-    length, start = len(prompts[0].input_ids), prompts[0].next_position
-    assert packed.input_ids[0, length:].tolist() == [30, 31]  # no last tokens: they predict nothing
-    assert packed.position_ids[:, 0, length:].tolist() == [[start, start + 1]] * 3
-    assert packed.sources.tolist() == [length - 1, length, length + 1, length - 1]
-    assert packed.targets.tolist() == [30, 31, 32, 33]
+    """A prompt with completions of 3 and 1 tokens, another with 1 and 2: end to end, without padding."""
+    rollouts = given(policy, prompts[1:3], [[30, 31, 32], [33], [34], [35, 36]])
+    packed = pack_groups(rollouts)
+    (first, second), (start, other) = (
+        [len(prompt.input_ids) for prompt in prompts[1:3]], [prompt.next_position for prompt in prompts[1:3]]
+    )
+    assert packed.segments == [[first, 2, 0], [second, 0, 1]]  # no last tokens: they predict nothing
+    ids, positions, end = packed.input_ids[0].tolist(), packed.position_ids[:, 0], first + 2 + second
+    assert ids == [*prompts[1].input_ids.tolist(), 30, 31, *prompts[2].input_ids.tolist(), 35]
+    assert positions[:, first : first + 2].tolist() == [[start, start + 1]] * 3
+    assert positions[:, first + 2 :].tolist() == [[*row, other] for row in prompts[2].position_ids.tolist()]
+    assert packed.sources.tolist() == [first - 1, first, first + 1, first - 1, end - 1, end - 1, end]
+    assert packed.targets.tolist() == [30, 31, 32, 33, 34, 35, 36]
 
 
 def test_no_shift_by_one(policy, prompts):

@@ -85,12 +85,13 @@ def test_micro_batches_hand_computed(batch, monkeypatch):
     sizes = [len(prompt.input_ids) + int(pair.sum()) for prompt, pair in zip(rollouts.prompts, rollouts.lengths.view(4, 2))]
     assert group_sizes(rollouts) == sizes
     assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"] and split_evenly("ab", 1) == ["ab"]
-    assert micro_batches(rollouts, 4 * max(sizes)) == [(0, 4)]
-    assert micro_batches(rollouts, 4 * max(sizes) - 1) == micro_batches(rollouts, 2 * max(sizes)) == [(0, 2), (2, 4)]
+    assert micro_batches(rollouts, sum(sizes)) == [(0, 4)]
+    half = max(sum(sizes[:2]), sum(sizes[2:]))
+    assert micro_batches(rollouts, sum(sizes) - 1) == micro_batches(rollouts, half) == [(0, 2), (2, 4)]
     assert micro_batches(rollouts, 1) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     others = iter([True, True, False])  # another rank fits with three
     monkeypatch.setattr("train.gather_rows", lambda rows: [*rows, next(others)])
-    assert micro_batches(rollouts, 4 * max(sizes)) == [(0, 1), (1, 2), (2, 4)]
+    assert micro_batches(rollouts, sum(sizes)) == [(0, 1), (1, 2), (2, 4)]
 
 
 @pytest.mark.parametrize("freeze", ["none", "vision", "vision+merger"])
