@@ -4,8 +4,16 @@ The G captions of an image share its prompt. Their common keys and values are ke
 all G rows; only the captions' own are kept per row. Linear layers and head run on the rows that are still being
 written, attention on whole groups.
 
+On a GPU the step is recorded once as a CUDA graph and replayed, as its thousand small kernels take longer to launch than to
+run. A recording has fixed addresses and sizes: all rows take part, room for captions doubles, and whoever drops groups does so
+seldom. It is made again after every change of the cache.
+
 H hidden size, D head size, K key-value heads, R query heads per key-value head, T longest prompt, A longest caption so far.
 """
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +47,9 @@ class Decoder:
         self.suffix: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values (P * G, K, capacity, D)
         self.prefix_bias = torch.empty(0)  # (P, 1, 1, T) 0 on prompt tokens, -inf on padding
         self.ages = torch.empty(0)  # (P,) caption tokens so far
+        self.longest = 0  # the oldest group's age
+        self.uses_graphs = self.embed.device.type == "cuda"
+        self.recording: _Recording | None = None
 
     @property
     def num_groups(self) -> int:
@@ -46,6 +57,7 @@ class Decoder:
 
     def add(self, cache: DynamicCache, mask: Tensor) -> None:
         """Groups after their prompts' prefill; mask: (P, T), 1 on prompt tokens, padding on the left."""
+        self.recording = None
         bias = torch.zeros(mask.shape, device=mask.device)
         bias = bias.masked_fill(mask == 0, -torch.inf)[:, None, None]
         new = [(layer.keys.transpose(-1, -2), layer.values) for layer in cache.layers]
@@ -63,22 +75,55 @@ class Decoder:
 
     def keep(self, groups: Tensor) -> None:
         """Only these groups (indices) stay, in this order."""
+        self.recording = None
         rows = (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
         for i in range(len(self.layers)):  # one layer at a time, as in _grow
             self.prefix[i] = tuple(part[groups] for part in self.prefix[i])
             self.suffix[i] = tuple(part[rows] for part in self.suffix[i])
         self.prefix_bias, self.ages = self.prefix_bias[groups], self.ages[groups]
+        self.longest = int(self.ages.max()) if len(groups) else 0
+
+    def is_worth_dropping(self, num_done: int) -> bool:
+        """Whether `keep` pays for so many groups: with graphs, half of them."""
+        return not self.uses_graphs or num_done >= self.num_groups / 2
 
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Logits (n, V) after one more token of n rows. Each group advances by one, whichever of its rows are among them.
 
         tokens, positions: (n,). rows: (n,) places among the P * G rows.
         """
+        self._grow(self.longest + 1)
+        logits = self._replay(tokens, positions, rows) if self.uses_graphs else None
+        if logits is None:
+            logits = self._forward(tokens, positions, rows, self.ages, self.longest + 1)
+        # A finished group that was not dropped stays within its room.
+        self.ages = (self.ages + 1).clamp(max=self.max_new_tokens - 1)
+        self.longest = min(self.longest + 1, self.max_new_tokens - 1)
+        return logits
+
+    def _replay(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:
+        """The step by its recording; None, and never again, where none can be made."""
+        if self.recording is None:
+            batch, room = self.num_groups * self.group_size, self.suffix[0][0].shape[2]
+            inputs = tokens.new_zeros(batch), positions.new_zeros(batch), self.ages.clone()
+            everyone = torch.arange(batch, device=rows.device)
+            try:
+                replay, logits = record(lambda: self._forward(*inputs[:2], everyone, inputs[2], room))
+            except RuntimeError as error:
+                warnings.warn(f"decoding without CUDA graphs, several times slower ({error})", stacklevel=2)
+                self.uses_graphs = False
+                return None
+            self.recording = _Recording(*inputs, replay, logits)
+        self.recording.tokens[rows], self.recording.positions[rows] = tokens, positions
+        self.recording.ages.copy_(self.ages)
+        self.recording.replay()
+        return self.recording.logits[rows]
+
+    def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor, longest: int) -> Tensor:
+        """Logits (n, V). ages (P,); `longest` places of the captions' room are read."""
         num_groups, size, num_kv = self.num_groups, self.group_size, self.num_kv
         batch, per_kv = num_groups * size, self.num_heads // num_kv
-        ages = self.ages.repeat_interleave(size)  # (B,)
-        longest = int(self.ages.max()) + 1
-        self._grow(longest)
+        ages = ages.repeat_interleave(size)  # (B,)
         late = torch.arange(longest, device=ages.device) > ages[:, None]  # (B, A): not written yet
         suffix_bias = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)[:, None, None]
         x = F.embedding(tokens, self.embed)  # (n, H)
@@ -98,16 +143,16 @@ class Decoder:
             low, high = qk.chunk(2, dim=-1)
             qk = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
             keys[rows, :, written], values[rows, :, written] = qk[:, self.num_heads :], v
-            # Scores are float32 whatever the weights are, as in the kernels that the trainer uses.
-            q = torch.zeros(batch, self.num_heads, head_dim, device=x.device)
-            q[rows] = qk[:, : self.num_heads].float() * head_dim**-0.5
+            q = x.new_zeros(batch, self.num_heads, head_dim)
+            q[rows] = qk[:, : self.num_heads]
             # Scores on the prompt: all queries of a group against one set of keys, (P, K, G * R, T).
             grouped = q.view(num_groups, size, num_kv, per_kv, head_dim).transpose(1, 2)
             grouped = grouped.reshape(num_groups, num_kv, size * per_kv, head_dim)
-            on_prompt = (grouped @ prefix_keys.float() + self.prefix_bias).view(num_groups, num_kv, size, per_kv, -1)
+            on_prompt = _scores(grouped, prefix_keys) + self.prefix_bias
+            on_prompt = on_prompt.view(num_groups, num_kv, size, per_kv, -1)
             on_prompt = on_prompt.transpose(1, 2).reshape(batch, num_kv, per_kv, -1)  # (B, K, R, T)
-            own_keys, own_values = keys[:, :, :longest].transpose(-1, -2).float(), values[:, :, :longest]
-            on_caption = q.view(batch, num_kv, per_kv, head_dim) @ own_keys + suffix_bias  # (B, K, R, A)
+            own_keys, own_values = keys[:, :, :longest].transpose(-1, -2), values[:, :, :longest]
+            on_caption = _scores(q.view(batch, num_kv, per_kv, head_dim), own_keys) + suffix_bias  # (B, K, R, A)
             probs = torch.cat([on_prompt, on_caption], dim=-1).softmax(-1).to(x.dtype)
             width = on_prompt.shape[-1]
             shared = probs[..., :width].reshape(num_groups, size, num_kv, per_kv, width).transpose(1, 2)
@@ -117,13 +162,13 @@ class Decoder:
             x = x + F.linear(out.reshape(batch, -1)[rows], layer.out)
             gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps), layer.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
-        self.ages = self.ages + 1
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:
         """Doubles the room for captions when it is used up, so that short ones never pay for `max_new_tokens`."""
         room = self.suffix[0][0].shape[2]
         if length > room:
+            self.recording = None
             more = min(max(2 * room, 64), self.max_new_tokens) - room
             for i, pair in enumerate(self.suffix):  # one layer at a time: never the whole cache twice
                 # With zeros: what is not written yet is read with probability 0, and 0 * nan would be nan.
@@ -143,6 +188,40 @@ class _Layer:
         self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
         self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A step of all B rows with fixed addresses: what goes in, the replay, what comes out."""
+
+    tokens: Tensor  # (B,)
+    positions: Tensor  # (B,)
+    ages: Tensor  # (P,)
+    replay: Callable[[], None]
+    logits: Tensor  # (B, V)
+
+
+def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """A CUDA graph of `function`: its replay, and the tensor in which the result then lies. RuntimeError where it fails."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # libraries choose their kernels and take their memory on the first call
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Scaled products (..., n, T) of (..., n, D) and (..., D, T), float32 whatever the weights are, as in the kernels that the
+    trainer uses."""
+    scale = queries.shape[-1] ** -0.5
+    if queries.dtype != torch.float32 and queries.is_cuda:
+        product = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
+        return product.unflatten(0, queries.shape[:2]) * scale
+    return queries.float() * scale @ keys.float()
 
 
 def _join_left(first: Tensor, second: Tensor, dim: int, value: float = 0.0) -> Tensor:

@@ -118,7 +118,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         if not on.all():
             rows, places, steps, positions, token = (each[on] for each in (rows, places, steps, positions, token))
             alive, number = torch.unique(places // group_size, return_inverse=True)
-            if len(alive) < decoder.num_groups:
+            num_done = decoder.num_groups - len(alive)
+            if num_done and (waiting or decoder.is_worth_dropping(num_done)):
                 decoder.keep(alive)
                 places = number * group_size + places % group_size
         logits = decoder.step(token, positions, places).float() if len(rows) else logits[:0]

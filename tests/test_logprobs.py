@@ -7,6 +7,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.toy.world import draw, make_scene
+from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer, HeadLogprobs, group_attention, pack_groups
 from grpo.policy import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
@@ -46,6 +47,17 @@ def test_a_pad_id_inside_the_prompt_keeps_its_attention(policy):
         want = separate_row(policy, prompts[row // 2], tokens)
         assert torch.allclose(rollouts.logprobs[row, : len(tokens)], want, atol=1e-4)
         assert torch.allclose(logprobs[row, : len(tokens)], want, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sampler_and_trainer_agree_in_bfloat16(policy, prompts):
+    """As on a GPU, where both compute in it, with kernels of their own. Tolerance: 0.03 nats in the mean, 0.25 for the worst
+    token (seen on three seeds: 0.014 and 0.10). Rounding weights and activations itself moves a token by 0.08 in the mean."""
+    cast_weights_(policy.model, torch.bfloat16)
+    rollouts = sample_rollouts(policy, prompts, keys(4, 3), 24)
+    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
+    gaps = (logprobs - rollouts.logprobs)[rollouts.completion_mask].abs()
+    assert 0 < gaps.mean() < 0.03 and gaps.max() < 0.25
 
 
 ROWS = [[30, 31, 32, 33, 34], [35], [36, 37], [38, 39, 40], [41, 42, 43, 44], [45, 46]]

@@ -186,6 +186,60 @@ def test_waiting_groups_take_the_place_of_finished_ones(policy, groups_at_a_time
         assert any(len(set(ages)) > 1 and is_padded for ages, is_padded, _ in held)
 
 
+def run_now(function):
+    """Stands for a CUDA graph: a replay computes again from the same inputs into the same result."""
+    result = function()
+    return lambda: result.copy_(function()), result
+
+
+class RecordingDecoder(Decoder):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.uses_graphs = True
+
+
+@pytest.mark.parametrize("groups_at_a_time", [2, 9])
+def test_decoding_by_recordings_draws_the_same(policy, groups_at_a_time, monkeypatch):
+    """All rows take part in a recording, finished groups stay in the batch until half of them are done, room doubles."""
+
+    def end_often(module, args, output):
+        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 3  # about one token in twenty
+        return output
+
+    policy.model.lm_head.register_forward_hook(end_often)
+    prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(9)]
+    want = sample_rollouts(policy, prompts, keys(9, 2), 80)
+    sizes = []
+
+    def spy(function):
+        replay, result = run_now(function)
+        sizes.append(len(result))
+        return replay, result
+
+    monkeypatch.setattr("grpo.rollout.Decoder", RecordingDecoder)
+    monkeypatch.setattr("grpo.decode.record", spy)
+    budget = groups_at_a_time * (max(len(prompt.input_ids) for prompt in prompts) + 2 * 80)
+    got = sample_rollouts(policy, prompts, keys(9, 2), 80, token_budget=budget)
+    assert torch.equal(got.tokens, want.tokens) and torch.allclose(got.logprobs, want.logprobs, atol=1e-5)
+    if groups_at_a_time == 9:  # nobody waits: 9 groups, then at most 4, 2 and 1, and twice as much room after 64 tokens
+        assert sizes[0] == 18 and len(sizes) <= 5 and sizes == sorted(sizes, reverse=True)
+        assert want.lengths.view(9, 2).amax(1).unique().numel() > 5  # more ends than recordings
+
+
+def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, monkeypatch, recwarn):
+    want = sample_rollouts(policy, prompts, keys(4, 2), 6)
+
+    def fail(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("grpo.rollout.Decoder", RecordingDecoder)
+    monkeypatch.setattr("grpo.decode.record", fail)
+    got = sample_rollouts(policy, prompts, keys(4, 2), 6)
+    assert torch.equal(got.tokens, want.tokens)
+    said = [str(warning.message) for warning in recwarn if "CUDA graphs" in str(warning.message)]
+    assert said == ["decoding without CUDA graphs, several times slower (operation not permitted when stream is capturing)"]
+
+
 def test_the_cache_grows_and_refills_past_its_first_room(policy, prompts):
     """64 tokens at first; 100 are written, by groups that join at different times."""
     whole = sample_rollouts(policy, prompts, keys(4, 2), 100)
