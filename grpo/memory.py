@@ -30,7 +30,7 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     frozen = {"none": 0, "vision": _size(visual) - merger, "vision+merger": _size(visual)}[config.freeze]
     found = {
         "sampler's weights": 0 if is_shared else width * parameters,
-        "masters, gradients, moments": (16 * (parameters - frozen) + 4 * frozen) // shards,
+        "masters and moments": (12 * (parameters - frozen) + 4 * frozen) // shards,
         "reference": 0 if config.kl_coef == 0 or config.offload_reference else width * parameters // shards,
         "verifier's weights": width * _size(verifier) if verifier is not None else 0,
     }
@@ -40,7 +40,7 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     phases = {
         "rollout": _rollout(policy, config, num_ranks, width, prompt_tokens, image_tokens),
         "verifier": _verifier(verifier, config, num_ranks, width, asking_tokens),
-        "update": _update(policy, config, num_ranks, width, prompt_tokens, image_tokens),
+        "update": _update(policy, config, num_ranks, width, prompt_tokens, image_tokens) + 4 * (parameters - frozen) // shards,
     }
     hungriest = max(phases, key=phases.get)
     found |= {f"phase {name}": size for name, size in phases.items()}
@@ -111,7 +111,8 @@ VERIFIER_TOKENS = 262_144
 
 def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
             image_tokens: int) -> int:
-    """What autograd keeps of one micro-batch, and the head's logits. `grpo/logprobs.py` has the shapes."""
+    """What autograd keeps of one micro-batch, and the head's logits; without the gradients of weights. `grpo/logprobs.py` has
+    the shapes."""
     text, vision = policy.config.get_text_config(), policy.config.vision_config
     size, length = config.group_size, config.max_new_tokens
     group_tokens = prompt_tokens + size * length
@@ -121,8 +122,8 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     norms = 2 * text.hidden_size * (4 + 2 * width)  # of two norms: input in float32, normalised, weighted
     layer = tokens * (norms + width * (2 * queries + 2 * keys + 4 * text.intermediate_size))
-    layer += width * (3 * groups * prompt_tokens * queries + 2 * rows * seen * queries + 2 * rows * length * queries)
-    layer += width * rows * length * seen  # the mask, as numbers
+    layer += width * (groups * prompt_tokens * queries + 2 * rows * seen * keys + 2 * rows * length * queries)
+    layer += width * groups * length * seen  # the mask, as numbers
     patches = vision.spatial_merge_size**2 * groups * image_tokens
     block = patches * vision.hidden_size * (2 * (4 + 2 * width) + 6 * width) + patches * width * 4 * vision.intermediate_size
     stacks = [(text.num_hidden_layers, layer, tokens * text.hidden_size * width)]
@@ -134,5 +135,5 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
         kept = sum(depth * whole for depth, whole, _ in stacks)
     kept += 3 * _pixel_bytes(policy, groups * image_tokens)
     kept += tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
-    head = 3 * 4 * min(HEAD_ROWS, rows * length) * text.vocab_size + 4 * text.vocab_size * text.hidden_size
+    head = 2 * 4 * min(HEAD_ROWS, rows * length) * text.vocab_size + 4 * text.vocab_size * text.hidden_size
     return kept + head

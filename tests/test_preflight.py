@@ -148,26 +148,30 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     estimate = estimate_memory(policy.model, None, config, 1, False, len(prompts[0].input_ids), image_tokens, 0)
     text = policy.model.config.text_config
     tokens = 3 * (len(prompts[0].input_ids) + config.group_size * config.max_new_tokens)
-    rows = min(1024, 3 * config.group_size * config.max_new_tokens)
-    head = 3 * 4 * rows * text.vocab_size + 4 * text.vocab_size * text.hidden_size
+    rows = min(512, 3 * config.group_size * config.max_new_tokens)
+    head = 2 * 4 * rows * text.vocab_size + 4 * text.vocab_size * text.hidden_size
+    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     pixels = 3 * 4 * 3 * 4 * image_tokens * 1176
     inside = tokens * 4 * (2 * text.intermediate_size + 4 * text.hidden_size)
-    assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - pixels - inside, rel=0.12)
+    assert sum(kept.values()) == pytest.approx(
+        estimate["phase update"] - head - pixels - inside - 4 * trained, rel=0.1
+    )
 
 
 def test_static_memory_hand_computed(policy):
-    """1 parameter of the sampler: 2 bytes; of the trainer: 16 over the ranks that share it; of the reference: 2 over them."""
+    """1 parameter of the sampler: 2 bytes; of the trainer: 12 over the ranks that share it, 4 more in the update, for its
+    gradient; of the reference: 2 over them."""
     size = sum(parameter.numel() for parameter in policy.model.parameters())
     visual = sum(parameter.numel() for parameter in policy.model.model.visual.parameters())
     config = toy_config(prompts_per_step=8)
     four = estimate_memory(policy.model, policy.model, config, 4, True, 40, 20, 100)
     assert four["sampler's weights"] == four["verifier's weights"] == 2 * size
-    assert four["masters, gradients, moments"] == 16 * size // 4 and four["reference"] == 2 * size // 4
+    assert four["masters and moments"] == 12 * size // 4 and four["reference"] == 2 * size // 4
     assert four["peak"] == sum(four[part] for part in four if not part.startswith(("phase", "peak"))) + max(
         four[part] for part in four if part.startswith("phase")
     )
     hybrid = estimate_memory(policy.model, None, replace(config, replicas=2, offload_reference=True), 4, True, 40, 20, 0)
-    assert hybrid["masters, gradients, moments"] == 16 * size // 2
+    assert hybrid["masters and moments"] == 12 * size // 2
     assert hybrid["reference"] == hybrid["verifier's weights"] == 0
     frozen = estimate_memory(policy.model, None, replace(config, freeze="vision+merger"), 1, False, 40, 20, 0)
-    assert frozen["masters, gradients, moments"] == 16 * (size - visual) + 4 * visual and frozen["sampler's weights"] == 0
+    assert frozen["masters and moments"] == 12 * (size - visual) + 4 * visual and frozen["sampler's weights"] == 0
