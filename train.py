@@ -56,6 +56,7 @@ from grpo.distributed import (
 from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.memory import estimate_memory
+from grpo.page import write_page
 from grpo.policy import Policy, load_policy
 from grpo.preflight import (
     TRIAL_TOKENS,
@@ -70,7 +71,18 @@ from grpo.preflight import (
     check_verifier,
     format_findings,
 )
-from grpo.report import check_run_dir, log_step, rewind, saved_config, start_run
+from grpo.report import (
+    SHOWN_GROUPS,
+    check_run_dir,
+    keep_thumbnail,
+    log_start,
+    log_step,
+    log_tensorboard,
+    open_tensorboard,
+    rewind,
+    saved_config,
+    start_run,
+)
 from grpo.rollout import Rollouts, sample_rollouts
 from reward.audit import audit, gold_probe, probe
 from reward.caprl import AskVerifier, RewardConfig, Rewards, caption_rewards, load_verifier
@@ -366,6 +378,7 @@ def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
         if rank() == 0:
             start_run(run_dir, asdict(config))
             rewind(run_dir, num_steps)
+            log_start(run_dir, num_steps, world_size())
     return num_steps
 
 
@@ -389,6 +402,7 @@ def train(config: TrainConfig) -> Path:
         f"sampling: temperature {config.temperature}, no top-k or top-p, at most {config.max_new_tokens} tokens, "
         f"EOS {sampler.eos_ids}, never {sampler.forbidden_ids}; the checkpoint's generation_config is not used"
     )
+    tensorboard = open_tensorboard(run_dir, first_step) if config.tensorboard and rank() == 0 else None
     phases = Phases(device, config.timeout_minutes)
     saved_at, skipped_in_a_row = time.monotonic(), 0
     bar = tqdm(range(first_step, config.num_steps), desc="train", unit="step", disable=rank() != 0)
@@ -433,11 +447,15 @@ def train(config: TrainConfig) -> Path:
                     order = {example.id: place for place, example in enumerate(batch)}
                     rows.sort(key=lambda row: order[row["id"]])  # as on one rank
                     found = audit_step(rows, step, sampler, run.verifier, run.examples[: config.probe_images], config)
+                    for example in batch[:SHOWN_GROUPS]:
+                        keep_thumbnail(run_dir, example.id, partial(open_image, example.image))
             timing = phases.take() | {"seconds": time.perf_counter() - started}
             num_tokens = metrics["length"] * config.prompts_per_step * config.group_size
             timing["tokens_per_second"] = num_tokens / timing["seconds"] / world_size()
             if rank() == 0:
                 bar.write(log_step(run_dir, step, metrics, found, timing, rows))
+                if tensorboard:
+                    log_tensorboard(tensorboard, run_dir, step, metrics, found, timing, rows)
                 for sentence in alarms(metrics):
                     bar.write(f"    {sentence}")
 
@@ -462,6 +480,8 @@ def train(config: TrainConfig) -> Path:
 
     export(run, run_dir / "final", config)
     print0(f"trained policy: {run_dir / 'final'}")
+    if rank() == 0:
+        print0(f"report: {write_page(run_dir)}")
     return run_dir / "final"
 
 

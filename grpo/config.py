@@ -126,6 +126,9 @@ class TrainConfig:
     check: bool = False
     """Look at models, data and machine before a run, print what was found and stop: exit code 2 if something is wrong."""
 
+    tensorboard: bool = False
+    """Write the numbers, and now and then images with their captions, for TensorBoard too, to run_dir/tensorboard."""
+
     # checkpoints
     resume: bool = False
     """Go on with the run in run_dir from its latest checkpoint, or from the start where there is none yet."""
@@ -196,7 +199,7 @@ class TrainConfig:
 FREE_ON_RESUME = {
     "run_dir", "num_steps", "check", "resume", "save_every", "save_minutes", "keep_checkpoints", "export_every", "max_skipped",
     "max_failed_share", "replicas", "offload_reference", "timeout_minutes", "micro_batch_tokens", "rollout_tokens",
-    "gradient_checkpointing", "save_dtype",
+    "gradient_checkpointing", "save_dtype", "tensorboard",
 }
 """Settings that a resumed run may change: they say how far and how, not what is computed."""
 

@@ -1,15 +1,137 @@
-"""What a run writes while it goes: config.json, metrics.jsonl, audit.jsonl, timing.jsonl, rollouts/step_000012.jsonl.
+"""What a run writes while it goes, and what each number in it means.
 
-Metrics, audit and rollouts are functions of the settings: a run that was killed and resumed writes the same bytes as one
-that was not. What a clock says stands apart, in timing.jsonl.
+    python -m grpo.report runs/toy                                   # one page to look at a run: runs/toy/report.html
+    python -m grpo.report runs/toy runs/other                        # two runs side by side
+    python -m grpo.report runs/demo/before.jsonl runs/demo/after.jsonl   # what evaluate.py --out wrote, one captioner or two
+
+A run folder holds config.json, starts.jsonl, metrics.jsonl, audit.jsonl, timing.jsonl, rollouts/step_000012.jsonl,
+thumbnails/ and, with --tensorboard, tensorboard/. Metrics, audit and rollouts are functions of the settings: a run that
+was killed and resumed writes the same bytes as one that was not. What a clock or the machine says stands apart, in
+timing.jsonl and starts.jsonl.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-LOGS = ("metrics.jsonl", "audit.jsonl", "timing.jsonl")
+import numpy as np
+import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# ------------------------------------------------------------------------------------------------------------ the key list
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a run writes once per step."""
+
+    key: str
+    unit: str
+    """"share" is 0 to 1, "count" a whole number; a list has one number per letter or one text per question."""
+    what: str
+    panel: str = ""
+    """The curve on which the report page draws it; empty for what is no curve."""
+    on_console: bool = False
+
+
+METRICS = {
+    "metrics.jsonl": (
+        Metric("reward", "", "mean reward of the captions that have one", "reward and its parts", True),
+        Metric("reward_accuracy", "", "the part of `reward` that the verifier's answers earn", "reward and its parts"),
+        Metric("reward_length", "", "the part for length, its weight applied", "reward and its parts"),
+        Metric("reward_repetition", "", "the part for repeated 4-grams, its weight applied; 0 or less", "reward and its parts"),
+        Metric("reward_judge", "", "the judge's rating, 0 to 1, with `--reward judge`", "reward and its parts"),
+        Metric("accuracy", "share", "of the scored questions, answered rightly; ranks weighted by their captions", "accuracy"),
+        Metric("flat_groups", "share", "of groups whose rewards are all equal: they teach nothing", "flat groups", True),
+        Metric("unscored_captions", "count", "captions without any scored question; they count nowhere"),
+        Metric("failed_share", "share", "of the questions, could not be scored", "replies"),
+        Metric("unparsed_share", "share", "of the scored questions, reply not readable", "replies"),
+        Metric("abstain_share", "share", "of the scored questions, abstain option chosen", "replies"),
+        Metric("length", "tokens", "mean per caption, the end token included", "length", True),
+        Metric("truncated_share", "share", "of captions, cut off at `max_new_tokens`", "truncated"),
+        Metric("loss", "", "the clipped surrogate with the KL, at the first inner epoch", "loss"),
+        Metric("ratio", "", "mean of rho, the policy's probability of a token over the old one", "ratio"),
+        Metric("clip_share", "share", "of tokens, on the clipped branch", "clip share", True),
+        Metric("kl", "nats per token", "mean k3 estimate of the KL to the reference", "KL", True),
+        Metric("entropy", "nats", "mean over tokens of the policy's next-token distribution", "entropy", True),
+        Metric("sampler_gap", "nats", "mean absolute difference between the sampler's and the trainer's log-probabilities",
+               "sampler gap"),
+        Metric("grad_norm", "", "before clipping, of the last inner epoch", "gradient norm"),
+        Metric("skipped", "count", "optimizer steps left out because the gradient was not finite"),
+    ),
+    "audit.jsonl": (
+        Metric("gold_letters", "list of shares", "A, B, C, ... of the right options: as even as the numbers of options allow"),
+        Metric("chosen_letters", "list of shares", "A, B, C, ... of the chosen options: without a favourite"),
+        Metric("split_half", "at most 1", "reliability of the reward within groups: 1 if two halves of its questions agree on "
+               "the captions, 0 or less if by chance", "audit of the reward"),
+        Metric("shuffle_agreement", "share", "of pairs of shuffles of a question that lead to the same option, with "
+               "`--num-shuffles` over 1", "audit of the reward"),
+        Metric("length_correlation", "-1 to 1", "of reward and length within groups", "audit of the reward"),
+        Metric("repetition", "share", "of a caption's 4-grams that are repeats, mean", "audit of the reward"),
+        Metric("always_right", "list of questions", "on which a whole group is right, as id:place"),
+        Metric("always_wrong", "list of questions", "on which a whole group is wrong, as id:place"),
+        Metric("probe_accuracy", "share", "of the questions on `--probe-images` fixed images, answered rightly from the "
+               "image's caption; every `--audit-every` steps", "probe and its floors"),
+        Metric("probe_other_image", "share", "the same from another image's caption: a floor", "probe and its floors"),
+        Metric("probe_no_caption", "share", "the same from no caption: the other floor", "probe and its floors"),
+        Metric("probe_shuffle_agreement", "share", "of pairs of shuffles of a probe question that lead to the same option",
+               "audit of the reward"),
+    ),
+    "timing.jsonl": (
+        Metric("seconds", "s", "of the step", "seconds by phase", True),
+        Metric("seconds_rollout", "s", "writing captions; this and the next four are means over ranks", "seconds by phase"),
+        Metric("seconds_reward", "s", "asking the verifier", "seconds by phase"),
+        Metric("seconds_update", "s", "loss, gradient and optimizer", "seconds by phase"),
+        Metric("seconds_weights", "s", "giving the sampler the new weights", "seconds by phase"),
+        Metric("seconds_records", "s", "audit and records", "seconds by phase"),
+        Metric("idle_share", "share", "of all ranks' time, waiting for the slowest rank", "idle share"),
+        Metric("tokens_per_second", "tokens/s", "tokens of captions per second of the step and rank", "tokens per second",
+               True),
+    ),
+}
+"""Every key that a run writes beside `step`, by file, each once. A key of the audit that stands in metrics.jsonl too (of the
+same captions) is defined there. docs/metrics.md is this list."""
+
+LOGS = tuple(METRICS)
+PROBE_LINE = ("probe_accuracy", "probe_other_image", "probe_no_caption", "probe_shuffle_agreement", "split_half",
+              "length_correlation")
+
+
+def metrics_page() -> str:
+    """docs/metrics.md."""
+    lines = [
+        "# Metrics", "",
+        "Written from the list in `grpo/report.py` by",
+        "`python -c \"from grpo.report import metrics_page; print(metrics_page(), end='')\" > docs/metrics.md`.", "",
+        "Each file of a run folder has one line per step, with `step` (0-based) and these keys. Numbers are over all ranks;",
+        "token means are weighted as in the loss. What could not be measured is `null`.",
+    ]
+    for name, metrics in METRICS.items():
+        lines += ["", f"## {name}", "", "| key | unit | what |", "| --- | --- | --- |"]
+        lines += [f"| `{one.key}` | {one.unit} | {one.what} |" for one in metrics]
+    return "\n".join(lines + [
+        "", "`audit.jsonl` repeats `flat_groups`, `unparsed_share` and `abstain_share` of the same captions; "
+        "`python -m reward.caprl audit RUN_DIR`", "prints the whole run's. A reward of another file brings keys of its own, "
+        "`reward_` and the name of each part.", "",
+    ])
+
+
+# ---------------------------------------------------------------------------------------------------------- the run folder
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -23,7 +145,39 @@ def check_run_dir(run_dir: Path) -> None:
 def start_run(run_dir: Path, config: dict) -> None:
     """Makes the folder and writes config.json."""
     (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-    _replace(run_dir / "config.json", json.dumps(config, indent=2) + "\n")
+    _replace(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def log_start(run_dir: Path, step: int, num_ranks: int) -> None:
+    """Appends to starts.jsonl what runs where: a line for the first start, one for each time the run was resumed."""
+    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(to_json({"step": step} | describe_start(num_ranks)) + "\n")
+
+
+def describe_start(num_ranks: int) -> dict:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "ranks": num_ranks,
+        "machine": {
+            "system": platform.platform(terse=True), "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1), "gpus": gpus,
+        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
+    }
+
+
+def _commit() -> str:
+    """Of this code, with "-dirty" where it was changed since; empty where it is not under git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def saved_config(run_dir: Path) -> dict:
@@ -44,17 +198,62 @@ def rewind(run_dir: Path, num_steps: int) -> None:
         steps = [json.loads(line)["step"] for line in kept if line.endswith("\n")]  # a line cut off is of a step to be redone
         if steps != list(range(num_steps)):
             raise ValueError(f"{path}: expected a line for each of {num_steps} steps, found {len(steps)}")
-        _replace(path, "".join(kept))
+        _replace(path, "".join(kept).encode())
     for path in (run_dir / "rollouts").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) >= num_steps:
             path.unlink()
 
 
-def _replace(path: Path, text: str) -> None:
-    """Writes the whole text or, if stopped on the way, nothing."""
+def read_log(path: Path) -> list[dict]:
+    """Rows of a JSONL file that may still be written to: a last line without its end is left out, a missing file is empty.
+    Raises ValueError for any other line that is no JSON object, naming file and line."""
+    rows = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line.decode()) if line.strip() else None
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
+        if row is not None and not isinstance(row, dict):
+            raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
+        rows += [row] if row is not None else []
+    return rows
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes the whole content or, if stopped on the way, nothing."""
     new = path.with_name(f"{path.name}.unfinished")
-    new.write_text(text, encoding="utf-8")
+    new.write_bytes(content)
     new.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pictures
+
+SHOWN_GROUPS = 16
+"""Groups of a step, the first ones, of which thumbnails are kept and the report page shows the captions."""
+THUMBNAIL_SIZE = 256
+"""Longest side in pixels; some 8 kB as WebP."""
+
+
+def thumbnail_file(folder: Path, id: str) -> Path:
+    """Where the thumbnail of the image `id` lies. Ids are any text: what is no plain name is told apart by its hash."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", id)[:60]
+    return folder / "thumbnails" / f"{plain}-{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.webp"
+
+
+def keep_thumbnail(folder: Path, id: str, open_image: Callable[[], Image.Image]) -> None:
+    """Writes the thumbnail of the image `id`, unless it is there: `folder` is a run's, or the one of an evaluation's file."""
+    path = thumbnail_file(folder, id)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".unfinished")
+        picture = open_image()
+        picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        picture.save(new, format="WEBP", quality=80)
+        new.replace(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- every step
 
 
 def log_step(run_dir: Path, step: int, metrics: dict[str, float], audit: dict, timing: dict[str, float],
@@ -65,12 +264,11 @@ def log_step(run_dir: Path, step: int, metrics: dict[str, float], audit: dict, t
     for name, row in zip(LOGS, (metrics, audit, timing), strict=True):
         with (run_dir / name).open("a", encoding="utf-8") as file:
             file.write(to_json({"step": step} | row) + "\n")
-    shown = ("reward", "kl", "ratio", "clip_share", "entropy", "length", "seconds", "tokens_per_second", "idle_share")
+    shown = [one.key for name in LOGS for one in METRICS[name] if one.on_console]
     lines = [f"step {step:4d}  " + _numbers(metrics | timing, shown)]
     if "probe_accuracy" in audit:
-        shown = ("probe_accuracy", "probe_other_image", "probe_no_caption", "probe_shuffle_agreement", "split_half",
-                 "length_correlation")
-        lines.append("    audit  " + _numbers(audit, shown))
+        lines.append("    audit  " + _numbers(audit, PROBE_LINE))
+        lines += [f"    reward {row['reward']:.2f}  {row['id']}: {row['caption'][:300]!r}" for row in rollouts[:1]]
     return "\n".join(lines)
 
 
@@ -89,3 +287,42 @@ def to_json(row: dict) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- TensorBoard
+
+TENSORBOARD_ROLLOUTS = 2
+"""Groups that TensorBoard gets, image and captions, whenever the audit looks at the probe set and at the first step."""
+
+
+def open_tensorboard(run_dir: Path, first_step: int) -> "SummaryWriter":
+    """Steps from `first_step` on, which a killed run may have written, are hidden by what is written now."""
+    from torch.utils.tensorboard import SummaryWriter  # here: most runs do not need it
+
+    return SummaryWriter(run_dir / "tensorboard", purge_step=first_step)
+
+
+def log_tensorboard(writer: "SummaryWriter", run_dir: Path, step: int, metrics: dict[str, float], audit: dict,
+                    timing: dict[str, float], rollouts: list[dict]) -> None:
+    """The step's numbers, and now and then a few groups: image, captions and rewards. What was not measured is left out."""
+    for group, row in (("metrics", metrics), ("audit", audit), ("timing", timing)):
+        for key, value in row.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                writer.add_scalar(f"{group}/{key}", value, step)
+    if step == 0 or "probe_accuracy" in audit:
+        for place, id in enumerate(list(dict.fromkeys(row["id"] for row in rollouts))[:TENSORBOARD_ROLLOUTS]):
+            picture = thumbnail_file(run_dir, id)
+            if picture.exists():
+                writer.add_image(f"image/{place}", np.array(Image.open(picture).convert("RGB")), step, dataformats="HWC")
+            # Indented by four: Markdown shows the words as they are, whatever the policy wrote.
+            group = [row for row in rollouts if row["id"] == id]
+            captions = [f"    reward {row['reward']:.2f}  {' '.join(row['caption'].split())}" for row in group]
+            writer.add_text(f"captions/{place}", "\n".join([f"    {id}", *captions]), step)
+    writer.flush()
+
+
+if __name__ == "__main__":
+    from grpo.config import run_program
+    from grpo.page import main
+
+    run_program(main, sys.argv[1:])

@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of float32 on a CPU
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from data.toy.captioner import build_policy
 from data.toy.verifier import build_verifier
 from data.toy.world import draw, make_scene
+from grpo.config import toy_config
 from grpo.policy import Policy, Prompt
+from train import train
 
 torch.set_num_threads(1)
 
@@ -52,3 +56,15 @@ def prompts(policy) -> list[Prompt]:
 
 def keys(num_prompts: int, group_size: int) -> list[str]:
     return [f"{p}:{g}" for p in range(num_prompts) for g in range(group_size)]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """A real run of two steps with every part of the reward, as train.py leaves it; tests read it and change nothing."""
+    run_dir = tmp_path_factory.mktemp("tiny") / "run"
+    train(toy_config(
+        run_dir=str(run_dir), data="toy:train:8", num_steps=2, prompts_per_step=4, group_size=4, probe_images=2, audit_every=1,
+        num_shuffles=2, abstain=True, length_weight=0.1, length_full=20, length_zero=60, repetition_weight=0.1,
+        tensorboard=True,
+    ))
+    return run_dir

@@ -1,0 +1,532 @@
+"""The report page: its numbers by hand, its text without a browser, and the whole of it in one, where one is installed."""
+
+import base64
+import json
+import math
+import random
+import re
+import shutil
+import zlib
+from contextlib import contextmanager
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from grpo.config import toy_config
+from grpo.page import (
+    PageConfig,
+    Source,
+    browser_data,
+    draw,
+    evaluation_table,
+    evenly,
+    interval,
+    load_source,
+    main,
+    nearest_preset,
+    pack_side,
+    pages_of,
+    panels,
+    question_table,
+    ticks,
+    write_page,
+)
+from grpo.report import keep_thumbnail, log_step, start_run
+
+# ------------------------------------------------------------------------------------------------------------ made-up runs
+
+HOSTILE = (
+    "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> "
+    "'q' \"Q\" שלום &amp; {{7*7}}"
+)
+
+
+def asked(question: str = "What color?", chosen: int | None = 0, gold: int = 0, **changes) -> dict:
+    one = {"question": question, "options": ["red", "blue"], "gold": gold, "abstain": None, "source": 0, "chosen": chosen,
+           "correct": chosen == gold, "score": float(chosen == gold), "probs": [0.75, 0.25], "reply": "", "failure": ""}
+    return one | changes
+
+
+def caption_row(id: str, caption: str = "It is red.", reward: float | None = 1.0, **changes) -> dict:
+    row = {"id": id, "family": "a", "caption": caption, "length": 4, "truncated": False, "reward": reward,
+           "parts": {"accuracy": reward}, "advantage": 0.0, "questions": [asked()]}
+    return row | changes
+
+
+def made_run(run_dir: Path, steps: list[list[dict]], **changes) -> Path:
+    start_run(run_dir, vars(toy_config(run_dir=str(run_dir), **changes)))
+    for step, rows in enumerate(steps):
+        log_step(run_dir, step, {"reward": step / 10, "accuracy": 0.5, "kl": math.nan}, {}, {"seconds": 1.0}, rows)
+    return run_dir
+
+
+def evaluation(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_evenly_spaced_places():
+    assert evenly(9, 3) == [0, 4, 8] and evenly(4, 9) == [0, 1, 2, 3] and evenly(5, 1) == [4] and evenly(0, 5) == []
+    for count in range(2, 40):
+        for at_most in range(2, count + 1):
+            places = evenly(count, at_most)
+            assert len(set(places)) == at_most and places[0] == 0 and places[-1] == count - 1 and places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    "low, high, want",
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.42, 0.71, [0.4, 0.5, 0.6, 0.7, 0.8]), (-3, 47, [-10, 0, 10, 20, 30, 40, 50]),
+     (1, 1, [0.9, 0.95, 1, 1.05, 1.1]), (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]), (2e-9, 9e-9, [2e-9, 4e-9, 6e-9, 8e-9, 1e-8])],
+)
+def test_ticks_are_round_and_cover(low, high, want):
+    assert ticks(low, high) == pytest.approx(want)
+
+
+def test_ticks_cover_whatever_comes():
+    rng = random.Random(0)
+    for _ in range(500):
+        low, high = sorted(rng.gauss(0, 1) * 10 ** rng.uniform(-8, 8) for _ in range(2))
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 8 and found[0] <= low + 1e-6 * (high - low) and found[-1] >= high - 1e-6 * (high - low)
+
+
+def test_interval_by_hand():
+    # mean 0.5; sample deviation sqrt((0.25 + 0.25 + 0) / 2) = 0.5; 1.96 * 0.5 / sqrt(3)
+    assert interval([0.0, 1.0, None, 0.5]) == (0.5, pytest.approx(0.98 / math.sqrt(3)))
+    assert interval([0.3, None]) is None
+
+
+def test_a_curve_by_hand():
+    """Steps 0 to 10 lie between x = 48 and 348, values 0 to 1 between y = 156 and 10; a gap where nothing was measured."""
+    lines = [{"label": "a", "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
+    panel = draw("title", "share", [], lines, [{0: (0.0, 0.2), 10: (0.8, 1.0)}])
+    assert panel["lines"][0]["runs"] == ["48.0,156.0 198.0,83.0"]
+    assert panel["lines"][0]["dots"] == [["48.0", "156.0"], ["198.0", "83.0"], ["348.0", "10.0"]]
+    assert panel["bands"] == ["48.0,126.8 348.0,10.0 348.0,39.2 48.0,156.0"]
+    assert panel["values"]["lines"] == [{"label": "a", "values": [0.0, 0.5, None, 1.0]}]
+    assert panel["x_ticks"] == [(48.0 + 60 * i, str(2 * i)) for i in range(6)] and panel["y_ticks"][1] == (126.8, "0.2")
+    assert panel["summary"] == "a from 0 to 1"
+
+
+def test_the_band_of_the_accuracy_is_over_images(tmp_path):
+    rows = [caption_row(id, questions=[asked(chosen=chosen), asked("Other?", chosen=0)]) for id, chosen in
+            [("1", 0), ("1", 1), ("2", 1), ("2", 1)]]  # images: 0.75 and 0.5
+    source = load_source(made_run(tmp_path / "run", [rows]))
+    half = 1.96 * math.sqrt(2 * 0.125**2) / math.sqrt(2)
+    assert source.bands == {0: (pytest.approx(0.5 - half), pytest.approx(0.5 + half))}
+
+
+def test_what_is_not_in_the_list_is_drawn_all_the_same(tmp_path):
+    """A reward of another file, and two runs: each metric on its own."""
+    def source(name):
+        keys = ("reward", "reward_recall", "reward_style", "seconds", "seconds_update", "new")
+        series = {key: {0: 0.1, 1: 0.2} for key in keys}
+        return Source(name, tmp_path, [], 2, {}, (), series | {"kl": {0: None}}, {})
+
+    titles = {panel["title"]: [line["label"] for line in panel["lines"]] for panel in panels([source("a")])}
+    assert titles == {"reward and its parts": ["reward", "reward_recall", "reward_style"], "new": ["new"],
+                      "seconds by phase": ["seconds", "seconds_update"]}
+    for panel in panels([source("a"), source("b")]):
+        assert [line["label"] for line in panel["lines"]] == ["a", "b"]
+
+
+def test_the_recipe_is_the_one_that_differs_least():
+    assert nearest_preset(vars(toy_config(seed=3, num_steps=7))) == ("toy", {"num_steps": (7, 40), "seed": (3, 0)})
+    assert nearest_preset({"policy": "Qwen/Qwen3-VL-4B-Instruct", "setting of another version": 1}) == ("caprl-plus", {})
+
+
+def test_a_question_stands_once_for_all_captions_that_it_was_put_to():
+    rows = [caption_row("1", questions=[asked(), asked("Other?", chosen=1)]), caption_row("1", questions=[asked(chosen=1)])]
+    side = pack_side(rows, 3)
+    assert [one[0] for one in side["asked"]] == ["What color?", "Other?"] and side["step"] == 3
+    assert [[answer[:3] for answer in caption["answers"]] for caption in side["captions"]] == [
+        [[0, 0, 1.0], [1, 1, 0.0]], [[0, 1, 0.0]]
+    ]
+
+
+def test_the_second_runs_captions_are_those_of_the_nearest_step(tmp_path):
+    def source(steps):
+        return Source("s", tmp_path, [(step, [caption_row(id, f"{id} at {step}")]) for step, id in steps], config={})
+
+    pages = pages_of([source([(0, "x"), (9, "y")]), source([(0, "y"), (7, "y"), (5, "x")])])
+    [x], [y] = pages["step 0"], pages["step 9"]
+    assert (x.id, x.steps, x.sides[1][0]["caption"]) == ("x", [0, 5], "x at 5") and y.steps == [9, 7]
+    [alone] = pages_of([source([(0, "x")]), source([(0, "z")])])["step 0"]
+    assert alone.sides[1] is None
+
+
+def test_tables_of_evaluations_by_hand(tmp_path):
+    def rows(shares):
+        return [
+            {"id": str(place), "family": "ab"[place % 2], "caption": "two words", "accuracy": share,
+             "questions": [asked(chosen=0 if (share or 0) >= 0.5 else 1), asked(f"Only {place}?", chosen=None, source=1)]}
+            for place, share in enumerate(shares)
+        ]
+
+    first = load_source(evaluation(tmp_path / "one.jsonl", rows([1.0, 0.0, 0.5, None])))
+    other = load_source(evaluation(tmp_path / "two.jsonl", rows([0.0, 0.5, 1.0, 0.5])))
+    a, b, both = evaluation_table([first, other])
+    assert (a["family"], b["family"], both["family"]) == ("a", "b", "all")
+    assert [cell["accuracy"] for cell in a["cells"]] == [0.75, 0.5]  # images 0 and 2
+    assert [cell["accuracy"] for cell in b["cells"]] == [0.0, 0.5]  # image 3 has none: no zero
+    assert a["difference"][0] == -0.25 and b["difference"] is None  # one pair has no interval
+    assert both["difference"][0] == pytest.approx((-1 + 0.5 + 0.5) / 3)
+    assert both["cells"][0]["unparsed"] == 0.5 and both["cells"][0]["words"] == 2 and both["cells"][0]["images"] == 4
+    table = question_table([first, other])
+    # "What color?" is right for images 0 and 2 of the first, for 1, 2 and 3 of the second
+    assert len(table) == 5 and table[0]["question"] == "What color?" and table[0]["images"] == 4
+    assert table[0]["shares"] == [0.5, 0.75] and table[0]["difference"] == 0.25
+
+
+def test_pages_that_do_not_fit_are_left_out_evenly(tmp_path):
+    noise = random.Random(0)
+    steps = [[caption_row(f"i{step}", "".join(chr(noise.randrange(33, 9999)) for _ in range(2000)))] for step in range(9)]
+    source = load_source(made_run(tmp_path / "run", steps))
+    whole = browser_data([source], 1e9)
+    assert whole["num_pages"] == len(whole["chunks"]) == 9
+    size = sum(map(len, whole["chunks"]))
+    some = browser_data([source], 0.4 * size)
+    assert [page["title"] for page in some["index"]["pages"]] == ["step 0", "step 4", "step 8"] and some["num_pages"] == 9
+    assert len(browser_data([source], 1)["chunks"]) == 1  # the last is always there
+    text = write_page(tmp_path / "run", max_mb=0.4 * size / 1e6).read_text()
+    assert "3 of 9 steps are shown" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("NONE", "none: expected a run folder or a file of evaluate.py --out, found nothing"),
+        ("EMPTY", "empty: expected a run folder with config.json, found none"),
+        ("BLANK", "blank: expected at least one row, found none"),
+        ("NOCAPTION", "nocaption row 2: expected an id and a caption, got ['id']"),
+        ("NOQUESTION", "noquestion row 1: expected questions as asked, got 'What?'"),
+        ("BROKEN", "broken line 1: expected a JSON object ("),
+        ("RUN BLANKS", "expected two runs or two evaluations, got "),
+    ],
+)
+def test_bad_input_is_named(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    for name, text in {"blank": "", "broken": "{\n", "nocaption": '{"id": "1", "caption": "x"}\n{"id": "2"}\n',
+                       "noquestion": '{"id": "1", "caption": "x", "questions": ["What?"]}\n',
+                       "blanks": '{"id": "1", "caption": "x"}\n'}.items():
+        (tmp_path / name).write_text(text)
+    made_run(tmp_path / "run", [])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main([str(tmp_path / word.lower()) for word in arguments.split()])
+    with pytest.raises(ValueError, match="max_mb 0: expected more than 0"):
+        PageConfig(tmp_path, max_mb=0)
+
+
+# -------------------------------------------------------------------------------------------------------------------- text
+
+
+def scripts(text: str) -> list[tuple[str, str]]:
+    """(attributes, content) of every script element, as a browser cuts them."""
+    return re.findall(r"<script([^>]*)>(.*?)</script", text, re.DOTALL)
+
+
+def test_the_page_of_a_real_run_has_its_curves_without_scripts(tiny_run, tmp_path, capsys):
+    main([str(tiny_run), "--out", str(tmp_path / "r.html")])
+    assert capsys.readouterr().out == f"report: {tmp_path / 'r.html'}\n"
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert text == write_page(tiny_run).read_text(encoding="utf-8") and (tiny_run / "report.html").exists()
+    without = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert without.count("<figure") >= 14 and len(re.findall(r'<polyline points="[\d.]+,[\d.]+ [\d.]+,[\d.]+"', without)) >= 20
+    assert all(word in without for word in ("recipe", "toy, ", "length_weight", "torch 2.", "probe accuracy"))
+    for loads in (r"https?://", r"\bsrc=", r'href="(?!#|data:,)', r"url\(", r"@import"):
+        assert not re.search(loads, without), loads  # no network, nothing beside the file
+
+
+def test_hostile_texts_stay_texts(tmp_path):
+    question = asked(HOSTILE, options=[HOSTILE, "b"], reply=HOSTILE)
+    rows = [caption_row(HOSTILE, HOSTILE, family=HOSTILE, questions=[question])]
+    text = write_page(made_run(tmp_path / "run", [rows], data=HOSTILE), out=tmp_path / "r.html").read_text(encoding="utf-8")
+    executed = [content for attributes, content in scripts(text) if "type=" not in attributes]
+    assert executed == [Path("grpo/page.js").read_text(encoding="utf-8")]  # ours and no other
+    assert "<img" not in text and "49" not in unescape(text.split("<main>")[1].split("<section id=\"curves\"")[0])
+    [chunk] = [content for attributes, content in scripts(text) if 'id="page-0"' in attributes]
+    [[side]] = json.loads(zlib.decompress(base64.b64decode(chunk)))
+    assert side["captions"][0]["text"] == HOSTILE and side["asked"][0][1] == [HOSTILE, "b"]
+    half = {"id": "\ud800", "caption": "half a surrogate pair \ud800", "accuracy": None}  # JSON can say it, UTF-8 cannot
+    assert "half a" not in write_page(evaluation(tmp_path / "half.jsonl", [half])).read_text(encoding="utf-8")
+
+
+def large_run(run_dir: Path) -> Path:
+    """200 steps of 16 groups of 8 captions with 4 questions, photographs in size if not in content."""
+    from PIL import Image
+
+    noise = random.Random(0)
+    words = [f"{a}{b}" for a in ("ta", "ri", "mo", "sel", "ku", "ven") for b in ("ro", "lin", "da", "mek", "pos", "tu", "ha")]
+    photo = Image.effect_noise((40, 30), 60).resize((256, 192)).convert("RGB")
+
+    def row(id, place):
+        names = [words[(place + n) % 42] for n in range(4)]
+        questions = [
+            asked(f"What is the {name} of {id}?", noise.choice([0, 1, None]), source=n, options=words[n : n + 4])
+            for n, name in enumerate(names)
+        ]
+        text = " ".join(noise.choices(words, k=60))
+        return caption_row(id, text, noise.random(), questions=questions, advantage=noise.gauss(0, 1))
+
+    steps = []
+    for step in range(200):
+        ids = [f"image-{(step * 16 + place) % 800}" for place in range(16)]
+        steps.append([row(id, place) for place, id in enumerate(ids) for _ in range(8)])
+        for id in ids:
+            keep_thumbnail(run_dir, id, photo.copy)
+    return made_run(run_dir, steps, num_steps=200)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    return write_page(large_run(tmp_path_factory.mktemp("large") / "run"))
+
+
+def test_a_run_of_200_steps_fits_the_page(large):
+    text = large.read_text(encoding="utf-8")
+    assert len(text) < 20e6 and text.count('type="text/plain" id="page-') == 200 and "are shown, evenly" not in text
+
+
+# ----------------------------------------------------------------------------------------------------------------- browser
+
+
+@pytest.fixture(scope="module")
+def driver():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    browser, service = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not browser or not service:
+        pytest.skip("no browser is installed (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
+    yield found
+    found.quit()
+
+
+def set_size(driver, width: int, height: int = 900) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+@contextmanager
+def opened(driver, page: Path, width: int = 1400):
+    """The page from disk, its captions rendered; at the end, nothing may be on the console."""
+    set_size(driver, width)
+    driver.get_log("browser")
+    driver.get(page.resolve().as_uri())
+    wait(driver, "return !!document.querySelector('#detail .caption')")
+    yield
+    assert driver.get_log("browser") == []
+
+
+def wait(driver, script: str):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    return WebDriverWait(driver, 30, poll_frequency=0.02).until(lambda _: driver.execute_script(script))
+
+
+def text_of(driver, selector: str) -> str:
+    return driver.execute_script("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def press(driver, selector: str, *keys: str) -> None:
+    from selenium.webdriver.common.by import By
+
+    driver.find_element(By.CSS_SELECTOR, selector).send_keys(*keys)
+
+
+def screenshot(driver, path: Path, width: int) -> None:
+    """The whole page, for a careful eye."""
+    set_size(driver, width, min(driver.execute_script("return document.documentElement.scrollHeight"), 12_000))
+    driver.save_screenshot(path)
+    set_size(driver, width)
+
+
+CUT_OFF = """
+const width = document.documentElement.clientWidth, bad = [];
+for (const element of document.querySelectorAll('main *')) {
+  const box = element.getBoundingClientRect();
+  if (!box.width || element.closest('.scroll, #strip, svg')) continue;          // these scroll or scale by themselves
+  if (box.left < -1 || box.right > width + 1) bad.push(element.tagName + '.' + element.className);
+}
+return bad.concat(document.documentElement.scrollWidth > width ? ['page wider than the screen'] : []);
+"""
+OVERLAPS = """
+const bad = [];
+const parents = '.curves, .captions, .cards, #filters, #pager, .caption header, .head, .legend';
+for (const parent of document.querySelectorAll(parents)) {
+  const boxes = [...parent.children].map((child) => child.getBoundingClientRect()).filter((box) => box.width);
+  boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b) => {
+    if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)
+      bad.push(parent.className || parent.id);
+  }));
+}
+return bad;
+"""
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_overlaps_or_is_cut_off(driver, tiny_run, tmp_path, width):
+    with opened(driver, write_page(tiny_run), width):
+        driver.execute_script("document.querySelectorAll('.matrix button, summary').forEach((one) => one.click())")
+        assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+        screenshot(driver, tmp_path / f"report-{width}.png", width)
+
+
+def test_curves_tell_values_to_pointer_and_keys(driver, tiny_run):
+    rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    with opened(driver, write_page(tiny_run)):
+        place = driver.execute_script(
+            "return [...document.querySelectorAll('.curve')].findIndex((one) => one.textContent.includes('entropy'))")
+        svg, figure = f".curve[data-place='{place}'] > svg", f".curve[data-place='{place}']"
+        press(driver, svg, "\ue014")  # right arrow: the first step
+        assert text_of(driver, f"{figure} .at") == "step 0"
+        assert float(text_of(driver, f"{figure} .value")) == pytest.approx(rows[0]["entropy"], rel=1e-3)
+        press(driver, svg, "\ue014", "\ue014")  # the last, and no further
+        assert text_of(driver, f"{figure} .at") == "step 1"
+        assert float(text_of(driver, f"{figure} .value")) == pytest.approx(rows[1]["entropy"], rel=1e-3)
+        driver.execute_script("""
+            const svg = document.querySelector(arguments[0]), box = svg.getBoundingClientRect();
+            svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + 60, clientY: box.top + 20, bubbles: true}));
+        """, svg)
+        assert text_of(driver, f"{figure} .at") == "step 0"
+        press(driver, svg, "\ue012", "\ue007")  # left arrow, Enter: the captions of step 0
+        wait(driver, "return document.getElementById('page').selectedOptions[0].textContent === 'step 0'")
+
+
+def test_steps_images_and_filters(driver, tmp_path):
+    rows = [caption_row(f"{step}{id}", reward=reward, family=family, questions=[asked(question)])
+            for step in range(3) for id, family, question in [("x", "a", "What color?"), ("y", "b", "How many?")]
+            for reward in ((0.0, 1.0) if (step, id) == (1, "y") else (0.5, 0.5))]
+    run = made_run(tmp_path / "run", [[row for row in rows if row["id"][0] == str(step)] for step in range(3)])
+
+    def expect(page, image, count):
+        wait(driver, f"""return document.getElementById('page').selectedOptions[0]?.textContent === "{page}"
+            && document.querySelector('#detail dd')?.textContent === "{image}"
+            && document.getElementById('count').textContent === "{count}" """)
+
+    with opened(driver, write_page(run)):
+        expect("step 2", "2x", "6 of 6 groups")
+        press(driver, "#previous", "\ue007")
+        expect("step 1", "1x", "6 of 6 groups")
+        press(driver, "#strip button", "\ue014")  # right: the other image
+        expect("step 1", "1y", "6 of 6 groups")
+        press(driver, "#strip button", "\ue008\ue012")  # shift left: the other step, the same place
+        expect("step 0", "0y", "6 of 6 groups")
+        press(driver, "#question", "how MANY")
+        expect("step 0 (1)", "0y", "3 of 6 groups")
+        driver.execute_script("""const spread = document.getElementById('spread');
+            spread.value = 1; spread.dispatchEvent(new Event('input', {bubbles: true}));""")
+        expect("step 1 (1)", "1y", "1 of 6 groups")
+        driver.execute_script("""const family = document.getElementById('family');
+            family.value = 'a'; family.dispatchEvent(new Event('input', {bubbles: true}));""")
+        wait(driver, "return document.getElementById('detail').textContent === 'No group passes the filters.'")
+        assert text_of(driver, "#count") == "0 of 6 groups"
+
+
+def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
+    questions = [
+        asked(chosen=0), asked("How many?", chosen=1, source=1), asked("Where?", chosen=None, source=2, reply="hm"),
+        asked("What shape?", chosen=1, source=3, abstain=1, options=["star", "The caption does not say"]),
+        asked("What size?", chosen=None, correct=None, score=None, source=4, failure="too long"),
+    ]
+    text = "A red star, blue sky. What color it is: red."
+    row = caption_row("1", text, 0.25, advantage=-1.5, truncated=True, questions=questions)
+    run = made_run(tmp_path / "run", [[row, caption_row("1", "Nothing.", advantage=1.5)]])
+    with opened(driver, write_page(run)):
+        cells = driver.execute_script(
+            "return [...document.querySelectorAll('.matrix tbody tr:not(.options)')].map((row) => row.textContent)")
+        assert cells == ["1  What color?✓✓", "2  How many?✗", "3  Where??", "4  What shape?\u2013", "5  What size?!"]
+        marks = driver.execute_script(
+            "return [...document.querySelectorAll('mark[data-number]')].map((one) => [one.className, one.textContent])")
+        assert marks == [["wrong", "blue2"], ["right", "red1"]]  # in the sentence that speaks of the color
+        assert text_of(driver, ".caption p") == "A red star, blue2 sky. What color it is: red1."
+        header = text_of(driver, ".caption header")
+        assert all(word in header for word in ("reward 0.25", "advantage -1.50", "4 tokens", "cut off"))
+        bars = driver.execute_script(
+            "return [...document.querySelectorAll('.bar i')].map((one) => [one.className, one.style.width])")
+        assert bars == [["down", "50%"], ["up", "50%"]]
+        press(driver, ".matrix button", "\ue007")
+        options = "A) red  ✓ right  chosen by 1, 2  mean probability 0.75", "B) blue  mean probability 0.25"
+        assert text_of(driver, ".options") == "".join(options)
+        assert driver.execute_script("return document.querySelector('mark.active').textContent") == "red1"
+
+
+def test_hostile_captions_in_a_browser(driver, tmp_path):
+    rows = [caption_row(HOSTILE, HOSTILE, family=HOSTILE, questions=[asked(HOSTILE, options=[HOSTILE, "b"], reply=HOSTILE)])]
+    with opened(driver, write_page(made_run(tmp_path / "run", [rows], data=HOSTILE))):
+        shown = driver.execute_script("return [...document.querySelectorAll('.caption p')].map((one) => one.innerText)")
+        assert shown == [HOSTILE + "1"] and driver.title == "run"  # all of it is an option's text, marked
+        assert driver.execute_script("return document.querySelectorAll('main img, main script').length") == 0
+        assert driver.execute_script("return getComputedStyle(document.querySelector('.caption p')).unicodeBidi") == "plaintext"
+
+
+def test_two_runs_and_two_evaluations_side_by_side(driver, tiny_run, tmp_path):
+    other = shutil.copytree(tiny_run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"seed": 5}
+    (other / "config.json").write_text(json.dumps(config))
+    page = write_page(tiny_run, other, out=tmp_path / "two.html")
+    for width in (400, 1400):
+        with opened(driver, page, width):
+            assert text_of(driver, "#run > .scroll tbody") == "seed05"
+            assert driver.execute_script("return document.querySelectorAll('.curve .legend li').length") >= 40
+            sides = driver.execute_script("return [...document.querySelectorAll('.side h3')].map((one) => one.textContent)")
+            assert sides == ["run, step 1", "other, step 1"]
+            assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+            screenshot(driver, tmp_path / f"two-{width}.png", width)
+    rows = [json.loads(line) for line in (tiny_run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    rows = [
+        {key: row[key] for key in ("id", "family", "caption", "questions")} | {"accuracy": row["parts"]["accuracy"]}
+        for row in rows
+    ]
+    paths = [evaluation(tmp_path / "before.jsonl", rows), evaluation(tmp_path / "after.jsonl", rows[4:])]
+    shutil.copytree(tiny_run / "thumbnails", tmp_path / "thumbnails")
+    for width in (400, 1400):
+        with opened(driver, write_page(*paths), width):
+            assert driver.execute_script("return document.querySelectorAll('#questions tbody tr').length") > 3
+            assert "no captions of this image" in text_of(driver, "#detail")
+            press(driver, "#questions tbody tr button", "\ue007")
+            wait(driver, "return document.querySelectorAll('.side .caption').length === 8")
+            assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+            screenshot(driver, tmp_path / f"evaluation-{width}.png", width)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG 2 defines it, of "rgb(r, g, b)"."""
+    channels = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_no_meaning_is_in_colour_alone_and_contrast_suffices(driver, tiny_run):
+    with opened(driver, write_page(tiny_run)):
+        dashes = driver.execute_script("""return [0, 1, 2, 3, 4, 5].map((i) => {
+            const svg = document.querySelector('.curve > svg'), line = svg.querySelector('.line polyline').cloneNode();
+            const group = document.createElementNS('http://www.w3.org/2000/svg', 'g');
+            group.setAttribute('class', `line line-${i}`); group.append(line); svg.append(group);
+            return [getComputedStyle(line).strokeDasharray, getComputedStyle(line).stroke];
+        })""")
+        assert len({dash for dash, _ in dashes}) == 6 and all((1.05) / (luminance(color) + 0.05) >= 3 for _, color in dashes)
+        cells = driver.execute_script("""return [...document.querySelectorAll('.marks .cell')].map(
+            (one) => [one.textContent, getComputedStyle(one).color, getComputedStyle(one).backgroundColor])""")
+        assert len({symbol for symbol, _, _ in cells}) == 5
+        for _, ink, ground in cells:
+            assert (luminance(ground) + 0.05) / (luminance(ink) + 0.05) >= 4.5
+
+
+def test_the_page_of_a_long_run_opens(driver, large):
+    with opened(driver, large):
+        assert driver.execute_script("return document.querySelectorAll('#strip button').length") == 16
+        for _ in range(3):
+            press(driver, "#previous", "\ue007")
+        wait(driver, "return document.getElementById('page').selectedOptions[0].textContent === 'step 196'")
+        wait(driver, "return document.querySelectorAll('#detail .caption').length === 8")
+        took = driver.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")
+        print(f"a page of {large.stat().st_size / 1e6:.1f} MB opened in {took / 1000:.2f} s")
