@@ -152,8 +152,9 @@
     if (page !== atPage || groups[group] !== place) return; // another one was chosen meanwhile
     const entry = pages[page].groups[place];
     const facts = make("dl", { class: "facts" });
-    const rows = [["image", entry.id], ["family", entry.family], ["reward spread", show(entry.spread)]];
-    index.names.forEach((name, i) => rows.push([index.names.length > 1 ? `mean, ${name}` : "mean reward", show(entry.means[i], 3)]));
+    const rows = [["image", entry.id], ["family", entry.family], [`${index.earned} spread`, show(entry.spread)]];
+    const mean = `mean ${index.earned}`;
+    index.names.forEach((name, i) => rows.push([index.names.length > 1 ? `${mean}, ${name}` : mean, show(entry.means[i], 3)]));
     rows.forEach(([name, value]) => facts.append(make("dt", {}, name), make("dd", { dir: "auto" }, value)));
     const sides = packed[place].map((side, i) => renderSide(side, i)).filter(Boolean);
     byId("detail").replaceChildren(
@@ -197,7 +198,7 @@
   function renderCaption(caption, i, asked, numbers, bound) {
     const advantage = caption.advantage ?? null;
     const parts = Object.entries(caption.parts).map(([name, value]) => `${name} ${show(value)}`).join(", ");
-    const header = make("header", {}, make("b", {}, String(i + 1)), make("span", { title: parts }, `reward ${show(caption.reward)}`),
+    const header = make("header", {}, make("b", {}, String(i + 1)), make("span", { title: parts }, `${index.earned} ${show(caption.reward)}`),
       advantage === null ? null : make("span", {}, `advantage ${signed(advantage)}`),
       caption.length === null ? null : make("span", {}, `${caption.length} tokens`),
       caption.truncated ? make("span", { class: "cut" }, "cut off") : null);
@@ -295,10 +296,10 @@
       const lines = options.map((text, option) => {
         const by = given.filter(({ answer }) => answer[1] === option).map(({ i }) => i).join(", ");
         const probs = given.flatMap(({ answer }) => (answer[5].length ? [answer[5][option]] : []));
-        const mean = probs.length ? `  mean probability ${show(probs.reduce((sum, p) => sum + p, 0) / probs.length)}` : "";
-        const kind = option === gold ? "  ✓ right" : option === abstain ? "  abstains" : "";
-        return make("li", { class: option === gold ? "gold" : "" }, `${"ABCDEFGHIJ"[option]}) `, make("bdi", {}, text), kind,
-          make("span", { class: "by" }, `${by ? `  chosen by ${by}` : ""}${mean}`));
+        const mean = probs.length ? ` · mean probability ${show(probs.reduce((sum, p) => sum + p, 0) / probs.length)}` : "";
+        const kind = option === gold ? " ✓" : option === abstain ? " (abstains)" : "";
+        return make("li", {}, make("span", { class: option === gold ? "gold" : "" }, `${"ABCDEFGHIJ"[option]}) `,
+          make("bdi", {}, text), kind), make("span", { class: "by" }, `${by ? ` · chosen by ${by}` : ""}${mean}`));
       });
       const rest = given.filter(({ answer }) => answer[1] === null || answer[3] || answer[4]).map(({ i, answer }) =>
         make("li", { class: "by" }, `caption ${i}: `, make("bdi", {}, answer[4] || answer[3] || "rated")));

@@ -274,7 +274,8 @@ def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
             })
         index.append({"title": titles[place], "groups": entries})
     return {
-        "index": {"pages": index, "questions": list(texts), "names": [one.name for one in sources]},
+        "index": {"pages": index, "questions": list(texts), "names": [one.name for one in sources],
+                  "earned": "accuracy" if sources[0].config is None else "reward"},
         "chunks": [chunks[place] for place in kept], "pictures": list(pictures.values()), "num_pages": len(pages),
     }
 
@@ -282,7 +283,7 @@ def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
 # ------------------------------------------------------------------------------------------------------------------ curves
 
 WIDTH, HEIGHT = 360, 180
-LEFT, RIGHT, TOP, BOTTOM = 48, 348, 10, 156
+LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 156
 """The drawing area of a curve, in the units of its viewBox; the rest is for the numbers on the axes."""
 
 
@@ -294,6 +295,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(unit * factor for factor in (1, 2, 5, 10) if (high - low) / (unit * factor) <= count)
     places = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
     return [place * step for place in places]
+
+
+def axis_number(value: float) -> str:
+    """Short enough for the axis: 0.95, 37.15, 1.9e-6, 1.156e5."""
+    text = f"{value:.4g}" if abs(value) < 1000 or abs(value) >= 1e5 else f"{value:.0f}"
+    return text.replace("e-0", "e-").replace("e+0", "e")
 
 
 def panels(sources: Sequence[Source]) -> list[dict]:
@@ -317,7 +324,7 @@ def panels(sources: Sequence[Source]) -> list[dict]:
         ]
         bands = [source.bands for source in sources] if "accuracy" in members else []
         unit = listed[members[0]].unit if members[0] in listed else ""
-        what = [f"{key}: {listed[key].unit} {listed[key].what}".replace("`", "") for key in members if key in listed]
+        what = [f"{key}: {listed[key].what}".replace("`", "") for key in members if key in listed]
         found.append(draw(title.replace("_", " "), unit, what, lines, bands))
     return found
 
@@ -361,7 +368,7 @@ def draw(title: str, unit: str, what: list[str], lines: list[dict], bands: list[
         "title": title, "unit": unit, "what": what, "lines": drawn, "bands": outlines, "summary": summary,
         "x_ticks": [(x(int(tick)), f"{tick:.0f}") for tick in ticks(steps[0], steps[-1])
                     if tick == int(tick) and steps[0] <= tick <= steps[-1]] or [(x(steps[0]), str(steps[0]))],
-        "y_ticks": [(y(tick), f"{tick:.6g}" if abs(tick) > 1e-9 * height else "0") for tick in y_ticks],
+        "y_ticks": [(y(tick), axis_number(tick) if abs(tick) > 1e-9 * height else "0") for tick in y_ticks],
         "values": {
             "steps": steps, "x": [x(step) for step in steps],
             "lines": [

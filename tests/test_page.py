@@ -101,14 +101,14 @@ def test_interval_by_hand():
 
 
 def test_a_curve_by_hand():
-    """Steps 0 to 10 lie between x = 48 and 348, values 0 to 1 between y = 156 and 10; a gap where nothing was measured."""
+    """Steps 0 to 10 lie between x = 52 and 352, values 0 to 1 between y = 156 and 10; a gap where nothing was measured."""
     lines = [{"label": "a", "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
     panel = draw("title", "share", [], lines, [{0: (0.0, 0.2), 10: (0.8, 1.0)}])
-    assert panel["lines"][0]["runs"] == ["48.0,156.0 198.0,83.0"]
-    assert panel["lines"][0]["dots"] == [["48.0", "156.0"], ["198.0", "83.0"], ["348.0", "10.0"]]
-    assert panel["bands"] == ["48.0,126.8 348.0,10.0 348.0,39.2 48.0,156.0"]
+    assert panel["lines"][0]["runs"] == ["52.0,156.0 202.0,83.0"]
+    assert panel["lines"][0]["dots"] == [["52.0", "156.0"], ["202.0", "83.0"], ["352.0", "10.0"]]
+    assert panel["bands"] == ["52.0,126.8 352.0,10.0 352.0,39.2 52.0,156.0"]
     assert panel["values"]["lines"] == [{"label": "a", "values": [0.0, 0.5, None, 1.0]}]
-    assert panel["x_ticks"] == [(48.0 + 60 * i, str(2 * i)) for i in range(6)] and panel["y_ticks"][1] == (126.8, "0.2")
+    assert panel["x_ticks"] == [(52.0 + 60 * i, str(2 * i)) for i in range(6)] and panel["y_ticks"][1] == (126.8, "0.2")
     assert panel["summary"] == "a from 0 to 1"
 
 
@@ -356,6 +356,10 @@ for (const element of document.querySelectorAll('main *')) {
   if (!box.width || element.closest('.scroll, #strip, svg')) continue;          // these scroll or scale by themselves
   if (box.left < -1 || box.right > width + 1) bad.push(element.tagName + '.' + element.className);
 }
+for (const label of document.querySelectorAll('.curve > svg text')) {
+  const box = label.getBBox();
+  if (box.x < 0 || box.x + box.width > 360) bad.push('label ' + label.textContent);
+}
 return bad.concat(document.documentElement.scrollWidth > width ? ['page wider than the screen'] : []);
 """
 OVERLAPS = """
@@ -454,7 +458,7 @@ def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
             "return [...document.querySelectorAll('.bar i')].map((one) => [one.className, one.style.width])")
         assert bars == [["down", "50%"], ["up", "50%"]]
         press(driver, ".matrix button", "\ue007")
-        options = "A) red  ✓ right  chosen by 1, 2  mean probability 0.75", "B) blue  mean probability 0.25"
+        options = "A) red ✓ · chosen by 1, 2 · mean probability 0.75", "B) blue · mean probability 0.25"
         assert text_of(driver, ".options") == "".join(options)
         assert driver.execute_script("return document.querySelector('mark.active').textContent") == "red1"
 
