@@ -1,14 +1,27 @@
 """Images into memory: one place that opens them, so that one sentence names the file that does not open."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import struct
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+MAX_PIXELS = 100_000_000
+"""As RGB that is 300 MB. Larger ones are far more often an attack (a few kB of PNG can hold a billion pixels) than a picture."""
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+MAX_ASPECT_RATIO = 200
+"""Longer over shorter side; what the image processors of Qwen's models accept."""
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, ArithmeticError, LookupError, struct.error, zlib.error,
+          MemoryError, Image.DecompressionBombError)
+"""What Pillow's decoders raise on broken files, each their own: SyntaxError for PNG, struct.error for EXIF and TIFF, ..."""
 
 
 @dataclass(frozen=True)
@@ -25,31 +38,75 @@ ImageSource = Path | StoredImage | Image.Image
 
 
 def open_image(image: ImageSource) -> Image.Image:
-    """The picture as RGB, turned the way its EXIF orientation says. Raises ValueError if it cannot be read."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with _opened(image) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGB")
+    """The picture as 8-bit RGB: turned the way its EXIF orientation says, on white where it is transparent, the first one where
+    it moves. Raises ValueError, naming it, if it cannot be read, has over MAX_PIXELS or is over MAX_ASPECT_RATIO."""
+    opened = _open(image)
+    try:
+        opened.load()
+        try:
+            opened = ImageOps.exif_transpose(opened)
+        except BROKEN:  # a picture with a broken EXIF block is still a picture
+            pass
+        return _to_rgb(opened)
+    except BROKEN as error:
+        raise _unreadable(image, error) from None
 
 
 def image_size(image: ImageSource) -> tuple[int, int]:
-    """Width and height in pixels, before turning, from the file's head alone. Raises ValueError if it cannot be read."""
-    if isinstance(image, Image.Image):
-        return image.size
-    with _opened(image) as opened:
-        return opened.size
+    """Width and height in pixels, before turning, from the file's head alone: a model needs as many tokens for a turned picture.
+    Raises as `open_image` does for what the head can tell."""
+    return _open(image).size
 
 
-@contextmanager
-def _opened(image: Path | StoredImage) -> Iterator[Image.Image]:
-    name = image.name if isinstance(image, StoredImage) else image
+def _open(image: ImageSource) -> Image.Image:
+    """Pillow's image, of which only the head has been read."""
+    if isinstance(image, StoredImage):
+        data = image.read()
+    elif isinstance(image, Path):
+        data = image
     try:
-        with Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as opened:
-            yield opened
+        opened = image if isinstance(image, Image.Image) else Image.open(BytesIO(data) if isinstance(data, bytes) else data)
+        width, height = opened.size
     except FileNotFoundError:
-        raise ValueError(f"{name}: expected an image, found nothing") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises SyntaxError on a broken PNG
-        raise ValueError(f"{name}: expected an image that Pillow can read ({error})") from None
+        raise ValueError(f"{image_name(image)}: expected an image, found nothing") from None
+    except BROKEN as error:
+        raise _unreadable(image, error) from None
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{image_name(image)}: expected at most {MAX_PIXELS} pixels, got {width} x {height}")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{image_name(image)}: expected sides of at most {MAX_ASPECT_RATIO} to 1, got {width} x {height}")
+    return opened
+
+
+def _unreadable(image: ImageSource, error: BaseException) -> ValueError:
+    said = str(error).replace("\n", " ") or type(error).__name__
+    return ValueError(f"{image_name(image)}: expected an image that Pillow can read ({said})")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut off at 255: a white picture
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # no common white: from its own darkest to its brightest
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        low, span = values.min(), np.ptp(values) or 1.0
+        return Image.fromarray(((values - low) / span * 255).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_name(image: ImageSource) -> str:
+    """How a message calls it."""
+    return str(image) if isinstance(image, Path) else image.name if isinstance(image, StoredImage) else "an image in memory"
+
+
+def image_bytes(image: ImageSource) -> bytes:
+    """The file as it is; of an image in memory, a PNG."""
+    if isinstance(image, Image.Image):
+        image.save(into := BytesIO(), "PNG")
+        return into.getvalue()
+    return image.read_bytes() if isinstance(image, Path) else image.read()
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -58,3 +115,25 @@ def list_images(folder: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"{folder}: expected images ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
     return paths
+
+
+def image_path(root: Path, written: str) -> Path:
+    """The file that a row means by `written`, below `root`.
+
+    Raises ValueError for one that names a place outside `root`, and where no file is. Links inside `root` are followed:
+    whoever made them decided so.
+    """
+    name = written.replace("\\", "/")
+    absolute = name.startswith("/")
+    path = Path(name) if absolute else root / name
+    inside = path.is_relative_to(root.absolute()) if absolute else True
+    parts = PurePosixPath(name).parts
+    if not inside or ".." in parts or "\0" in name or (parts and parts[0].endswith(":")):
+        raise ValueError(f"image {written!r}: expected a path below {root}")
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for the system
+        found = False
+    if not found:
+        raise ValueError(f"image {path}: expected a file, found nothing")
+    return path

@@ -1,0 +1,125 @@
+"""Rows of parquet files whose pictures stay on disk until they are looked at.
+
+Published sets keep pictures as {"bytes", "path"}, as bare bytes, or as lists of either. Rows are read without those bytes, so
+that an index of a 15 GB set is a few MB; a picture is read with the row group that it is in, of which some are kept.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.images import StoredImage
+
+CACHE_BYTES = 1 << 28
+"""Of row groups with pictures, over all files; the one in use is always kept, however large."""
+
+
+def is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1"
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """Raises ValueError where the file cannot be read."""
+    return _open(path).schema_arrow.names
+
+
+def parquet_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict]]:
+    """(number from 0, row) of each row, row group by row group; of some columns or of all.
+
+    In place of a picture stands a StoredImage, None where there is none. Raises ValueError where the file cannot be read.
+    """
+    file, number = _open(path), 0
+    leaves = {file.schema.column(place).path: (place, file.schema.column(place)) for place in range(len(file.schema))}
+    leaves = {leaf: found for leaf, found in leaves.items() if not columns or _top(leaf) in columns}
+    blobs = [leaf for leaf, (_, column) in leaves.items() if _is_blob(column)]
+    light = [leaf for leaf in leaves if leaf not in blobs]
+    for group in range(file.num_row_groups):
+        # Bytes are read here only where the rest of the row cannot tell whether there is a picture.
+        heavy = [
+            leaf for leaf in blobs if _top(leaf) not in map(_top, light)
+            or _may_be_null(file.metadata.row_group(group).column(leaves[leaf][0]).statistics)
+        ]
+        first = number
+        try:
+            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=light + heavy):
+                for row in batch.to_pylist():
+                    name = f"{path} row {number}"
+                    for leaf in blobs:
+                        blob = partial(_read_blob, path, group, leaf, number - first, name)
+                        row[_top(leaf)] = _stored(row.get(_top(leaf)), leaf in heavy, blob, name)
+                    yield number, row
+                    number += 1
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} row group {group}: expected rows ({_line(error)})") from None
+
+
+def _top(leaf: str) -> str:
+    return leaf.split(".")[0]
+
+
+def _is_blob(column: Any) -> bool:
+    """Bytes that are not text."""
+    return column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE" and column.converted_type == "NONE"
+
+
+def _may_be_null(stats: Any) -> bool:
+    return stats is None or not stats.has_null_count or stats.null_count > 0
+
+
+def _stored(value, has_bytes: bool, blob: partial, name: str):
+    """StoredImages in the shape of `value`, which is a picture's column, its bytes read (`has_bytes`) or left out."""
+    if isinstance(value, list):
+        names = [name] if len(value) == 1 else [f"{name} image {place}" for place in range(len(value))]
+        return [_stored(item, has_bytes, partial(blob, place=place), name) for place, (item, name) in enumerate(zip(value, names))]
+    if value is None or (has_bytes and not (value.get("bytes") if isinstance(value, dict) else value)):
+        return None
+    return StoredImage(name, blob)
+
+
+def _read_blob(path: Path, group: int, leaf: str, row: int, name: str, place: int | None = None) -> bytes:
+    try:
+        value = _groups.column(path, group, leaf)[row].as_py()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{name}: expected a picture ({_line(error)})") from None
+    value = value if place is None else value[place]
+    return (value["bytes"] if isinstance(value, dict) else value) or b""
+
+
+class _Groups:
+    """Columns of pictures of the row groups read last, CACHE_BYTES of them."""
+
+    def __init__(self):
+        self.kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def column(self, path: Path, group: int, leaf: str) -> pa.ChunkedArray:
+        key = (path, group, leaf)
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = _open(path).read_row_group(group, columns=[leaf]).column(0)
+                while len(self.kept) > 1 and sum(column.nbytes for column in self.kept.values()) > CACHE_BYTES:
+                    self.kept.popitem(last=False)
+            self.kept.move_to_end(key)
+            return self.kept[key]
+
+
+_groups = _Groups()
+
+
+@lru_cache(maxsize=64)
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: expected a parquet file ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return str(error).replace("\n", " ")[:200]
