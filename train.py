@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.examples import MAX_CHOICES, Example, load_examples, scan_examples
+from data.examples import MAX_CHOICES, Example, load_examples, read_manifest, scan_examples
 from data.images import image_size, open_image
 from grpo.advantage import group_advantages
 from grpo.checkpoint import (
@@ -398,6 +398,8 @@ def train(config: TrainConfig) -> Path:
     first_step = begin(run_dir, run, config)
     sampler, scorer = run.sampler, run.scorer
     print0(f"{len(run.examples)} images, {world_size()} rank(s) on {device.type}, {config}")
+    if listed := read_manifest(config.data):
+        print0(f"{len(listed)} rows and questions of {config.data} are left out, as its manifest lists")
     print0(
         f"sampling: temperature {config.temperature}, no top-k or top-p, at most {config.max_new_tokens} tokens, "
         f"EOS {sampler.eos_ids}, never {sampler.forbidden_ids}; the checkpoint's generation_config is not used"
@@ -503,7 +505,8 @@ def check(config: TrainConfig) -> None:
     counts = [len(example.questions) for example in examples]
     bad = [*refused, *unreadable]
     findings.append(Finding(
-        "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} questions",
+        "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} questions, "
+        f"{len(read_manifest(config.data))} rows and questions left out as the manifest lists",
         f"{len(refused)} rows and {len(unreadable)} images cannot be used: {'; '.join(bad[:5])}" if bad else "",
     ))
     examples = [example for example in examples if example.id in sizes]

@@ -1,19 +1,38 @@
-"""An image and its multiple-choice questions: the two types that everything passes around, and the project's JSONL.
+"""An image and its multiple-choice questions: the two types that everything passes around, and the files they come from.
 
-One JSON object per line:
+Files are read as they are published, and told apart by what is in them, not by their names:
+
+- CapRL-QA-75K, parquet: `id`, `image`, `reward_model.ground_truth` with `question`, `choices`, `answer` (a letter);
+- CaptionQA, parquet: `id`, `images`, `questions` with `question`, `choices`, `answer` (a text), and `domain`;
+- what the released question generator writes, JSONL: `image_path`, `qa_response` (see `parse_questions`);
+- this project's JSONL, one object per line, with `image` below the file's folder or in base64:
     {"id": "chart-7", "image": "images/chart-7.png", "family": "bars",
      "questions": [{"question": "How many bars are there?", "choices": ["two", "three"], "answer_index": 1}]}
-`image` is a path relative to the file. `family` (default "all") groups results; a question may also carry `kind`
-and `needs_image`. Choices may carry their letters ("A) two", "B) three"): these are taken off, once, here.
+- a folder of these.
+
+Each row is taken or refused by itself, and each question in it. A run leaves out only what has been written down before:
+
+    python -m data.examples caprl-qa               # counts what is there; refused rows go to caprl-qa.manifest.jsonl
+    python -m data.examples part_0.jsonl --image-root photos --out set    # the same as this project's JSONL with its images
 """
 
+import base64
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
-from data.images import ImageSource
+import tyro
+from tqdm import tqdm
+
+from data.images import ImageSource, StoredImage, image_bytes, image_path, image_size, list_images, open_image
+from data.parquet import is_parquet, parquet_columns, parquet_rows
 
 MAX_CHOICES = 10
 """Options are shown under the letters A to J."""
@@ -60,102 +79,280 @@ class Example:
     family: str = "all"
 
 
-def load_examples(source: str) -> list[Example]:
-    """Examples of a JSONL file, or of "toy:SPLIT:NUM", NUM images of the toy world drawn on the spot.
+# ---------------------------------------------------------------------------------------------------- sets of examples
 
-    Raises ValueError naming file, line, expected and found at the first row that does not fit; also for an empty set.
+MANIFEST_SUFFIX = ".manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What of a file cannot be used: a row, or a question of one."""
+
+    file: Path
+    row: str
+    """"line 3", counted from 1, in text; "row 2", counted from 0, in parquet."""
+    reason: str
+    id: str = ""
+    question: int | None = None
+    """Its place in the row; None for the whole row."""
+
+    def __str__(self) -> str:
+        who = "" if self.question is None else f"id {self.id!r}, question {self.question}: "
+        return f"{self.file} {self.row}: {who}{self.reason}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file, read: its example, if it makes one, and what of it is refused."""
+
+    file: Path
+    row: str
+    example: Example | None
+    refused: tuple[Refused, ...]
+
+
+def load_examples(source: str) -> list[Example]:
+    """Examples of a file, of a folder of files, or of "toy:SPLIT:NUM", NUM images of the toy world drawn on the spot.
+
+    Images are opened later. Raises ValueError naming file, row, expected and found at the first row or question that does not
+    fit, unless the set's manifest lists it; also for an empty set.
     """
     examples, refused = scan_examples(source)
     if refused:
-        raise ValueError(refused[0])
+        advice = f" (1 of {len(refused)}; `python -m data.examples {source}` lists them, and what it lists is left out)"
+        raise ValueError(refused[0] + advice)
+    if not examples:
+        raise ValueError(f"{source}: expected at least one image with questions, found none")
     return examples
 
 
 def scan_examples(source: str) -> tuple[list[Example], list[str]]:
-    """The examples whose rows fit, and a sentence on each row that does not. Raises ValueError where no rows can be read."""
+    """The examples whose rows fit, and a sentence on each row or question that does not. What the set's manifest lists is
+    in neither. Raises ValueError where no rows can be read."""
     if source.startswith("toy:"):
         from data.toy.world import toy_examples  # here, because the toy world builds on the types above
 
         return toy_examples(source), []
-    path, examples, first_line, refused = Path(source), [], {}, []
-    for number, row in read_jsonl(path):
-        try:
-            example = _parse_row(row, path.parent)
-            if example.id in first_line:
-                raise ValueError(f"id {example.id!r} was used before, on line {first_line[example.id]}")
-        except ValueError as error:
-            refused.append(f"{path} line {number}: {error}")
-            continue
-        first_line[example.id] = number
-        examples.append(example)
+    examples, refused, listed = [], [], read_manifest(source)
+    for row in scan_rows(source):
+        where = (_name_in(source, row.file), row.row)
+        refused += [str(one) for one in row.refused if (*where, one.question) not in listed]
+        if row.example and (*where, None) not in listed:
+            examples.append(row.example)
     return examples, refused
 
 
-def load_images(path: Path) -> list[tuple[str, Path]]:
-    """(id, image file) of each row of a JSONL file; the id is the row's `id`, or else its `image` as written."""
+def scan_rows(source: str, image_root: str = "") -> Iterator[Row]:
+    """Every row of a file or of a folder's files, in order. Paths of images are below `image_root` or, without one, below
+    the folder of the file that names them."""
+    first: dict[str, str] = {}
+    for file in data_files(source):
+        root = Path(image_root) if image_root else file.parent
+        for where, content in _contents(file):
+            if isinstance(content, str):  # why there is none
+                yield Row(file, where, None, (Refused(file, where, content),))
+                continue
+            try:
+                id, image, family, entries = _read_row(content, file, where, root)
+            except ValueError as error:
+                yield Row(file, where, None, (Refused(file, where, str(error)),))
+                continue
+            questions, refused = [], []
+            for place, entry in enumerate(entries):
+                try:
+                    questions.append(read_question(entry))
+                except ValueError as error:
+                    refused.append(Refused(file, where, str(error), id, place))
+            if id in first:
+                refused.append(Refused(file, where, f"id {id!r} was used before, on {first[id]}", id))
+            elif not questions:
+                refused.append(Refused(file, where, f"id {id!r}: expected a sound question, found none", id))
+            is_sound = bool(questions) and id not in first
+            first.setdefault(id, where if file == Path(source) else f"{where} of {_name_in(source, file)}")
+            yield Row(file, where, Example(id, image, tuple(questions), family) if is_sound else None, tuple(refused))
+
+
+def data_files(source: str) -> list[Path]:
+    """The file, or every *.parquet and *.jsonl below the folder. Raises ValueError where there is none."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{source}: expected a file or a folder of files with questions, found nothing")
+    files = (file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl") and file.is_file())
+    files = sorted(file for file in files if not file.name.endswith(MANIFEST_SUFFIX))
+    if not files:
+        raise ValueError(f"{source}: expected *.parquet or *.jsonl in the folder, found none")
+    return files
+
+
+def load_images(path: Path) -> list[tuple[str, ImageSource]]:
+    """(id, image) of each image of a folder, or row of a parquet or JSONL file; questions are not looked at.
+
+    In JSONL the id is the row's `id`, or else its `image` as written; in parquet, the row's `id` or number. Raises
+    ValueError at the first row without an image.
+    """
+    if path.is_dir():
+        return [(image.relative_to(path).as_posix(), image) for image in list_images(path)]
     images = []
-    for number, row in read_jsonl(path):
-        if not isinstance(row.get("image"), str):
-            raise ValueError(f"{path} line {number}: expected a path in 'image', got {row.get('image')!r}")
+    for where, content in _contents(path):
         try:
-            images.append((str(row.get("id", row["image"])), _image_file(path.parent / row["image"])))
+            if isinstance(content, str):
+                raise ValueError(content)
+            image = _image(content, path, where, path.parent)
+            written = content.get("image") or content.get("image_path")
+            fallback = written if isinstance(written, str) and isinstance(image, Path) else where
+            images.append((str(content.get("id", fallback)), image))
         except ValueError as error:
-            raise ValueError(f"{path} line {number}: {error}") from None
+            raise ValueError(f"{path} {where}: {error}") from None
     return images
+
+
+# --------------------------------------------------------------------------------------------------------- rows of files
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not empty. Raises ValueError for a missing, empty or broken file."""
+    for where, content in _json_rows(path):
+        if isinstance(content, str):
+            raise ValueError(f"{path} {where}: {content}")
+        yield int(where.removeprefix("line ")), content
+
+
+def _contents(file: Path) -> Iterator[tuple[str, dict | str]]:
+    """(where, the row or why it cannot be read) of a parquet or JSONL file."""
+    if file.is_file() and is_parquet(file):
+        columns = parquet_columns(file)
+        known = [name for name in ("id", "image", "images", "reward_model", "questions", "domain") if name in columns]
+        if not known:
+            raise ValueError(f"{file}: expected columns like id, image, reward_model or questions, got {columns}")
+        for number, row in parquet_rows(file, known):
+            yield f"row {number}", row
+    else:
+        yield from _json_rows(file)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'nothing'}")
-    found = False
+    found, offset = False, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode())
-            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are such
-                raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
-            found = True
-            yield number, row
+            if line.strip():
+                found = True
+                yield f"line {number}", _json_row(line, offset)
+            offset += len(line)
     if not found:
         raise ValueError(f"{path}: expected at least one row, found none")
 
 
-def _parse_row(row: dict, folder: Path) -> Example:
-    if missing := [key for key in ("id", "image", "questions") if key not in row]:
+class _Line(dict):
+    """A row that knows where in its file it starts, in bytes: a picture inside it is read from there."""
+
+    offset = 0
+
+
+def _json_row(line: bytes, offset: int = 0) -> dict | str:
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are such
+        return f"expected a JSON object ({error})"
+    if not isinstance(row, dict):
+        return f"expected a JSON object, got {type(row).__name__}"
+    row = _Line(row)
+    row.offset = offset
+    return row
+
+
+def _read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageSource, str, list]:
+    """id, image, family and the questions as written. Raises ValueError for a row that has them not."""
+    if "qa_response" in row:
+        if not isinstance(row["qa_response"], str):
+            raise ValueError(f"expected text in 'qa_response', got {_short(row['qa_response'])}")
+        questions, dropped = parse_questions(row["qa_response"])
+        image = _image(row, file, where, root)
+        return str(row.get("id", row.get("image_path"))), image, str(row.get("family", "all")), [*questions, *dropped]
+    is_published = "reward_model" in row
+    wanted = ("id", "reward_model") if is_published else ("id", "questions")
+    keys = [*wanted, *([] if {"images", "image_path"} & set(row) else ["image"])]
+    if missing := [key for key in sorted(keys, key=("id image questions reward_model").index) if key not in row]:
         raise ValueError(f"expected the key {missing[0]!r}, got {sorted(row)}")
-    if not isinstance(row["image"], str):
-        raise ValueError(f"expected a path in 'image', got {row['image']!r}")
-    if not isinstance(row["questions"], list) or not row["questions"]:
-        raise ValueError(f"expected a list with at least one question, got {row['questions']!r}")
-    questions = []
-    for place, entry in enumerate(row["questions"]):
-        where = f"id {row['id']!r}, question {place}"
-        try:
-            choices = entry["choices"]
-            if not isinstance(choices, list):
-                raise ValueError(f"expected a list of choices, got {choices!r}")
-            fields = {key: entry[key] for key in ("kind", "needs_image") if key in entry}
-            questions.append(Question(str(entry["question"]), strip_labels(choices), entry["answer_index"], **fields))
-        except (KeyError, TypeError):
-            raise ValueError(f"{where}: expected question, choices and answer_index, got {entry!r}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    return Example(str(row["id"]), _image_file(folder / row["image"]), tuple(questions), str(row.get("family", "all")))
+    if not isinstance(row["id"], str | int) or row["id"] == "":
+        raise ValueError(f"expected a text in 'id', got {_short(row['id'])}")
+    entries = row[wanted[1]]
+    if is_published:
+        entries = entries.get("ground_truth") if isinstance(entries, dict) else None
+    image = _image(row, file, where, root)
+    if not isinstance(entries, list) or not entries:
+        name = "'reward_model.ground_truth'" if is_published else "'questions'"
+        raise ValueError(f"expected a list with at least one question in {name}, got {_short(entries)}")
+    return str(row["id"]), image, str(row.get("family") or row.get("domain") or "all"), entries
+
+
+def _image(row: dict, file: Path, where: str, root: Path) -> ImageSource:
+    """The row's one picture: stored in the row, written into it in base64, or a path."""
+    key = next((key for key in ("image", "images", "image_path") if row.get(key) is not None), "image")
+    image = row.get(key)
+    if isinstance(image, list):
+        if len(image) != 1:
+            raise ValueError(f"expected one image in {key!r}, got {len(image)}")
+        image = image[0]
+    if isinstance(image, StoredImage):
+        return image
+    if not isinstance(image, str):
+        raise ValueError(f"expected {'a picture' if not isinstance(row, _Line) else 'a path'} in {key!r}, got {_short(image)}")
+    if image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image):  # no path: it has no dot
+        return StoredImage(f"{file} {where}", partial(_read_inline, file, where, row.offset, key))
+    return image_path(root, image)
+
+
+def _read_inline(file: Path, where: str, offset: int, key: str) -> bytes:
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        image = json.loads(opened.readline())[key]
+    image = image[0] if isinstance(image, list) else image
+    try:
+        return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", image), validate=True)
+    except ValueError as error:
+        raise ValueError(f"{file} {where}: expected a picture in base64 ({error})") from None
+
+
+def read_question(entry: Any) -> Question:
+    """From an object with `question`, `choices` and `answer_index`, or `answer`: a letter, a choice's text, or both."""
+    if isinstance(entry, Question):
+        return entry
+    if isinstance(entry, Dropped):
+        raise ValueError(f"{entry.reason}: {_short(entry.text)}")
+    try:
+        text, choices = entry["question"], entry["choices"]
+        answer = entry["answer_index"] if "answer_index" in entry else entry["answer"]
+    except (KeyError, TypeError):
+        raise ValueError(f"expected question, choices and answer_index or answer, got {_short(entry)}") from None
+    if not isinstance(text, str):
+        raise ValueError(f"expected text in 'question', got {_short(text)}")
+    if not isinstance(choices, list):
+        raise ValueError(f"expected a list of choices, got {_short(choices)}")
+    choices = strip_labels(choices)
+    if "answer_index" not in entry:
+        Question(text, choices, 0)  # that the choices are sound comes before which one is right
+        answer = find_answer(answer, choices)
+    kind = entry.get("kind") or "/".join(map(str, entry.get("category") or ()))
+    return Question(text, choices, answer, kind, entry.get("needs_image", True))
+
+
+# The second signs are the wide ones of Chinese text: brackets ff08 and ff09, colon ff1a, full stop ff0e, list comma 3001.
+_LABEL = r"[(\uff08]?([A-J])[)\uff09]|([A-J])(?:[.:](?=\s)|[\u3001\uff0e\uff1a])"
+_LABELLED = re.compile(rf"\s*(?:{_LABEL})\s*(.*)", re.DOTALL)
 
 
 def strip_labels(choices: list[str]) -> tuple[str, ...]:
-    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: " and "(A) ". Options are given letters when they
-    are shuffled.
+    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: ", "(A) " and their Chinese
+    forms. Options are given letters when they are shuffled.
 
     Choices are taken as they are unless every one carries a label. Raises ValueError where labels with a bracket are not
     A, B, C, ... in order: which choice the answer means would be a guess.
     """
-    found = [re.fullmatch(r"\s*(?:\(?([A-J])\)|([A-J])[.:](?=\s))\s*(.*)", str(choice), re.DOTALL) for choice in choices]
+    found = [_LABELLED.fullmatch(str(choice)) for choice in choices]
     if not choices or not all(found):
         return tuple(choices)
     labels = [match[1] or match[2] for match in found]
@@ -166,11 +363,150 @@ def strip_labels(choices: list[str]) -> tuple[str, ...]:
     return tuple(choices)  # "B. Obama", "A. Lincoln": names
 
 
-def _image_file(path: Path) -> Path:
-    """Looked for when the rows are read, not days later when its turn comes."""
-    if not path.is_file():
-        raise ValueError(f"image {path}: expected a file, found nothing")
-    return path
+def find_answer(answer: Any, choices: tuple[str, ...]) -> int:
+    """Place of the choice that an answer key means: "C", "C)", "C) green" or "green". Choices come without their labels.
+
+    Raises ValueError where that is none or not the only one; where letter and text disagree, both are in doubt.
+    """
+    if not isinstance(answer, str) or not answer.strip(" *_"):
+        raise ValueError(f"expected the answer's letter or text, got {_short(answer)}")
+    said, texts = answer.strip(" \t\n*_"), [fold_choice(choice) for choice in choices]
+    by_text = texts.index(fold_choice(said)) if texts.count(fold_choice(said)) == 1 else None
+    if by_text is not None and len(said) > 1:
+        return by_text
+    match = re.fullmatch(rf"(?:{_LABEL}|([A-J]))[.*]*\s*(.*)", said, re.DOTALL)
+    letter, rest = (match[1] or match[2] or match[3], fold_choice(match[4])) if match else ("", "")
+    by_letter = "ABCDEFGHIJ".index(letter) if letter and (not match[3] or not rest) else None
+    if by_letter is None:
+        if by_text is None:
+            raise ValueError(f"expected an answer among the choices {list(choices)}, got {answer!r}")
+        return by_text
+    if by_letter >= len(choices):
+        raise ValueError(f"expected a letter of the {len(choices)} choices as the answer, got {answer!r}")
+    if (rest and rest != texts[by_letter]) or (by_text is not None and by_text != by_letter):
+        raise ValueError(f"letter and text of the answer disagree: {answer!r}, where {letter} is {choices[by_letter]!r}")
+    return by_letter
+
+
+# ------------------------------------------------------------------------------------------- questions written by a model
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A block of a model's text that is no sound question. `reason` is one of a few phrases, to be counted by."""
+
+    reason: str
+    text: str
+
+
+_NUMBER = r"(?:Q(?:uestion)?[ \t]*)?\d+[.):\uff1a\u3001]"
+_HEADER = re.compile(rf"^[ \t]*(?:#{{1,6}}[ \t]+|\**{_NUMBER}[\s*])", re.IGNORECASE)
+_RULE = re.compile(r"^\s*[-_*=—]{3,}\s*$")
+_OPTION = re.compile(r"^[\s\-*•]*[(\uff08]?([A-J])\**[)\uff09.:\u3001\uff0e\uff1a]\**\s*(.*?)\s*$")
+_ANSWER = re.compile(
+    r"^[\s\-*#>]*(?:the\s+)?(?:correct\s+)?(?:answer|答案)\**\s*(?:is)?\s*[:\uff1a]\**\s*(.*?)\s*$", re.IGNORECASE
+)
+
+
+def parse_questions(text: str) -> tuple[list[Question], list[Dropped]]:
+    """The questions in a model's text, and the blocks of it that are none. A block, as the prompt of data.curate asks for it:
+
+        #### 1. **How many bars are there?**
+           - A) two
+           - B) three
+        **Answer:** B) three
+        ------
+
+    Letter and text of the answer must agree where both are given. What is neither question, option nor answer is passed over.
+    """
+    questions, dropped = [], []
+    for block in _blocks(text):
+        try:
+            questions.append(_parse_block(block))
+        except ValueError as error:
+            dropped.append(Dropped(str(error), "\n".join(block).strip()))
+    return questions, dropped
+
+
+def _blocks(text: str) -> list[list[str]]:
+    """Lines of each block. What stands before the first header or after a rule counts only if it has options or an answer."""
+    blocks: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if _RULE.match(line):
+            blocks.append([])
+        elif _HEADER.match(line):
+            blocks.append([line])
+        else:
+            blocks[-1].append(line)
+    return [block for block in blocks if block and any(_HEADER.match(x) or _OPTION.match(x) or _ANSWER.match(x) for x in block)]
+
+
+def _parse_block(block: list[str]) -> Question:
+    """Raises ValueError with one of a few phrases, to be counted by; the block itself tells the rest."""
+    words, options, answers = [], [], []
+    for line in [_HEADER.sub("", block[0]), *block[1:]]:
+        if match := _ANSWER.match(line):
+            answers.append(match[1])
+        elif answers:
+            continue  # an explanation
+        elif (match := _OPTION.match(line)) and words:
+            options.append((match[1], match[2].strip("*")))
+        elif options and line.strip():
+            options[-1] = (options[-1][0], f"{options[-1][1]} {line.strip()}")
+        elif line.strip():
+            words.append(re.sub(rf"^{_NUMBER}\s*", "", line.strip(" \t#*")).strip(" *"))
+    if not (question := " ".join(words).strip()):
+        raise ValueError("no question")
+    if len(options) < 2:
+        raise ValueError("fewer than two options")
+    if "".join(letter for letter, _ in options) != "ABCDEFGHIJ"[: len(options)]:
+        raise ValueError("options not lettered A, B, C, ... in order")
+    if len(answers) != 1 or not answers[0].strip(" *_"):
+        raise ValueError("no answer" if len(answers) < 2 else "more than one answer")
+    choices = tuple(text for _, text in options)
+    try:
+        Question(question, choices, 0)
+    except ValueError:
+        raise ValueError("options empty or alike") from None
+    try:
+        return Question(question, choices, find_answer(answers[0], choices))
+    except ValueError:
+        raise ValueError("answer is none of the options, or its letter and text disagree") from None
+
+
+# -------------------------------------------------------------------------------------------------- manifest and export
+
+
+def read_manifest(source: str) -> set[tuple[str, str, int | None]]:
+    """(file, row, question or None) of all that `python -m data.examples` refused; empty where it was not run.
+
+    Raises ValueError if a file has changed since.
+    """
+    path = manifest_path(source)
+    if not path.exists():
+        return set()
+    (_, head), *rows = read_jsonl(path)
+    for file in data_files(source):
+        name, size = _name_in(source, file), file.stat().st_size
+        if head.get("files", {}).get(name) != size:
+            raise ValueError(f"{path}: expected a manifest of the files as they are, found another size of {name}; "
+                             f"write it anew with `python -m data.examples {source}`")
+    return {(row["file"], row["row"], row["question"]) for _, row in rows}
+
+
+def manifest_path(source: str) -> Path:
+    """Beside the file or the folder."""
+    return Path(os.path.normpath(source) + MANIFEST_SUFFIX)
+
+
+def _name_in(source: str, file: Path) -> str:
+    return file.name if Path(source).is_file() else file.relative_to(source).as_posix()
+
+
+def _short(value: Any) -> str:
+    """For messages: a picture in base64 is a long word."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def example_row(example: Example, image: str) -> dict:
@@ -181,3 +517,90 @@ def example_row(example: Example, image: str) -> dict:
         for q in example.questions
     ]
     return {"id": example.id, "image": image, "family": example.family, "questions": questions}
+
+
+def write_examples(folder: Path, examples: Iterable[Example]) -> int:
+    """Writes `folder`/examples.jsonl with the pictures beside it, in images/: files as links, all others as they are stored.
+
+    Returns the number of examples. Written as a whole or not at all; pictures that are there are left as they are.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    target, num = folder / "examples.jsonl", 0
+    unfinished = target.with_name("examples.jsonl.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for example in examples:
+            name = f"images/{_file_name(example)}"
+            _write_image(example.image, folder / name)
+            file.write(json.dumps(example_row(example, name), ensure_ascii=False) + "\n")
+            num += 1
+    unfinished.replace(target)
+    return num
+
+
+def _file_name(example: Example) -> str:
+    """The id made fit for a file's name, and something of its hash, since two ids may become alike."""
+    plain = re.sub(r"[^\w.-]", "_", example.id)[:80]
+    suffix = example.image.suffix if isinstance(example.image, Path) else ""
+    return plain.removesuffix(suffix) + f"-{hashlib.sha256(example.id.encode()).hexdigest()[:8]}{suffix}"
+
+
+def _write_image(image: ImageSource, path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        return
+    if isinstance(image, Path):
+        path.symlink_to(os.path.relpath(image.absolute(), path.parent.resolve()))
+        return
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(image_bytes(image))
+    unfinished.replace(path)
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Settings of `python -m data.examples`."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A file or a folder."""
+    image_root: str = ""
+    """The folder that paths of images must lie in; without it, that of the file that names them. Needs `out`."""
+    out: str = ""
+    """A folder for the set as this project's JSONL, with its images."""
+    decode: bool = False
+    """Decode every image, not only its head."""
+
+
+def inspect(config: InspectConfig) -> dict[str, int]:
+    """Reads all rows and the heads of all images, prints counts and writes the manifest; returns the counts."""
+    if config.image_root and not config.out:
+        raise ValueError("image_root: expected `out` with it, since a run looks for images beside the file")
+    kept, refused, num_rows = [], [], 0
+    for row in tqdm(scan_rows(config.source, config.image_root), desc="rows", unit="row"):
+        num_rows += 1
+        refused += row.refused
+        if row.example:
+            try:
+                (open_image if config.decode else image_size)(row.example.image)
+                kept.append(row.example)
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{row.file} {row.row}: ")  # how a picture in a row is called
+                refused.append(Refused(row.file, row.row, reason, row.example.id))
+    counts = {"rows": num_rows, "images": len(kept), "questions": sum(len(example.questions) for example in kept),
+              "refused rows": sum(one.question is None for one in refused),
+              "refused questions": sum(one.question is not None for one in refused)}
+    files = {_name_in(config.source, file): file.stat().st_size for file in data_files(config.source)}
+    rows = [{"file": _name_in(config.source, one.file), "row": one.row, "question": one.question, "id": one.id,
+             "reason": one.reason} for one in refused]
+    path = manifest_path(config.source)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"files": files} | counts, *rows]]
+    path.write_text("".join(lines), encoding="utf-8")
+    print("\n".join([*(f"{value:8d} {name}" for name, value in counts.items()), *(f"refused  {one}" for one in refused[:5])]))
+    print(f"manifest: {path}")
+    if config.out:
+        print(f"{write_examples(Path(config.out), kept)} images: {Path(config.out) / 'examples.jsonl'}")
+    return counts
+
+
+if __name__ == "__main__":
+    from grpo.config import run_program
+
+    run_program(lambda arguments: inspect(tyro.cli(InspectConfig, args=arguments)), sys.argv[1:])

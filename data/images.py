@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 MAX_PIXELS = 100_000_000
-"""As RGB that is 300 MB. Larger ones are far more often an attack (a few kB of PNG can hold a billion pixels) than a picture."""
+"""As RGB that is 300 MB. A larger one is more often an attack (a few kB of PNG can hold a billion pixels) than a picture."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 MAX_ASPECT_RATIO = 200
@@ -43,18 +44,16 @@ def open_image(image: ImageSource) -> Image.Image:
     opened = _open(image)
     try:
         opened.load()
-        try:
+        with suppress(*BROKEN):  # a picture with a broken EXIF block is still a picture
             opened = ImageOps.exif_transpose(opened)
-        except BROKEN:  # a picture with a broken EXIF block is still a picture
-            pass
         return _to_rgb(opened)
     except BROKEN as error:
         raise _unreadable(image, error) from None
 
 
 def image_size(image: ImageSource) -> tuple[int, int]:
-    """Width and height in pixels, before turning, from the file's head alone: a model needs as many tokens for a turned picture.
-    Raises as `open_image` does for what the head can tell."""
+    """Width and height in pixels, before turning, from the file's head alone: a turned picture takes as many tokens. Raises as
+    `open_image` does, for what the head can tell."""
     return _open(image).size
 
 

@@ -52,7 +52,7 @@ def parquet_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int,
                 for row in batch.to_pylist():
                     name = f"{path} row {number}"
                     for leaf in blobs:
-                        blob = partial(_read_blob, path, group, leaf, number - first, name)
+                        blob = partial(_read_blob, path, group, leaf, number - first, name=name)
                         row[_top(leaf)] = _stored(row.get(_top(leaf)), leaf in heavy, blob, name)
                     yield number, row
                     number += 1
@@ -77,7 +77,8 @@ def _stored(value, has_bytes: bool, blob: partial, name: str):
     """StoredImages in the shape of `value`, which is a picture's column, its bytes read (`has_bytes`) or left out."""
     if isinstance(value, list):
         names = [name] if len(value) == 1 else [f"{name} image {place}" for place in range(len(value))]
-        return [_stored(item, has_bytes, partial(blob, place=place), name) for place, (item, name) in enumerate(zip(value, names))]
+        blobs = [partial(blob, name=name, place=place) for place, name in enumerate(names)]
+        return [_stored(item, has_bytes, blob, name) for item, blob, name in zip(value, blobs, names)]
     if value is None or (has_bytes and not (value.get("bytes") if isinstance(value, dict) else value)):
         return None
     return StoredImage(name, blob)

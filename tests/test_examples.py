@@ -1,11 +1,30 @@
+# ruff: noqa: RUF001 - Chinese text has its own punctuation
+import base64
 import json
+import random
+import struct
+import zlib
+from io import BytesIO
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.examples import Question, example_row, load_examples, load_images
-from data.images import StoredImage, image_size, list_images, open_image
+from data import parquet
+from data.examples import (
+    InspectConfig,
+    Question,
+    example_row,
+    find_answer,
+    inspect,
+    load_examples,
+    load_images,
+    parse_questions,
+    scan_examples,
+)
+from data.images import open_image
 
 ROW = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices": ["x", "y"], "answer_index": 1}]}
 
@@ -90,9 +109,9 @@ def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, row, message):
 
 
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(ValueError, match="nothing.jsonl: expected a JSONL file, found nothing"):
+    with pytest.raises(ValueError, match="nothing.jsonl: expected a file or a folder of files with questions"):
         load_examples(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(ValueError, match="expected a JSONL file, found a folder"):
+    with pytest.raises(ValueError, match=r"expected \*.parquet or \*.jsonl in the folder, found none"):
         load_examples(str(tmp_path))
     with pytest.raises(ValueError, match="expected at least one row, found none"):
         load_examples(write(tmp_path / "q.jsonl"))
@@ -115,50 +134,326 @@ def test_load_images(tmp_path):
         load_images(Path(write(tmp_path / "j.jsonl", {"id": "a"})))
 
 
-@pytest.mark.parametrize("mode, color", [("RGBA", (255, 0, 0, 9)), ("P", 3), ("L", 80), ("CMYK", (9, 9, 9, 9)), ("I;16", 999)])
-def test_any_kind_of_picture_becomes_rgb(tmp_path, mode, color):
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new(mode, (30, 20), color).save(path)
-    assert open_image(path).mode == "RGB" and open_image(path).size == (30, 20)
+# ------------------------------------------------------------------------------------------------------ published files
+
+ENTRY = pa.struct({"question": pa.string(), "choices": pa.list_(pa.string()), "answer": pa.string()})
+CAPRL = pa.schema({
+    "id": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    "prompt": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})), "data_source": pa.string(),
+    "reward_model": pa.struct({"ground_truth": pa.list_(ENTRY)}),
+})
+CAPTIONQA = pa.schema({
+    "id": pa.string(), "images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()})),
+    "questions": pa.list_(pa.struct({**{field.name: field.type for field in ENTRY}, "category": pa.list_(pa.string())})),
+    "domain": pa.string(), "image_paths": pa.list_(pa.string()),
+})
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter
-    Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
-    assert open_image(tmp_path / "x.jpg").size == (20, 30)
+def png(width: int = 8, height: int = 6, color: str = "red") -> bytes:
+    Image.new("RGB", (width, height), color).save(into := BytesIO(), "PNG")
+    return into.getvalue()
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    Image.new("RGB", (300, 200)).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-40])
-    for name in ("broken.png", "cut.png"):
-        with pytest.raises(ValueError, match=f"{name}: expected an image that Pillow can read"):
-            open_image(tmp_path / name)
-    with pytest.raises(ValueError, match=r"none.png: expected an image, found nothing"):
-        open_image(tmp_path / "none.png")
+def caprl(id: str, **changes) -> dict:
+    """A row of CapRL-QA-75K. A change to a key of the question is made to its first and only question."""
+    entry = {"question": "Color?", "choices": ["A) red", "B) blue"], "answer": "B"}
+    entry |= {key: changes.pop(key) for key in list(changes) if key in entry}
+    prompt = [{"role": "user", "content": "<image> Please describe this image in detail."}]
+    return {"id": id, "image": {"bytes": png(), "path": f"{id}.png"}, "prompt": prompt, "data_source": "x",
+            "reward_model": {"ground_truth": [entry]}} | changes
 
 
-def test_list_images_goes_into_subfolders_and_refuses_an_empty_one(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("b.PNG", "deep/a.jpg", "note.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in list_images(tmp_path)] == ["b.PNG", "a.jpg"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: expected images"):
-        list_images(tmp_path / "empty")
+def captionqa(id: str, **changes) -> dict:
+    entry = {"question": "Color?", "choices": ["red", "blue"], "answer": "blue", "category": ["look", "color"]}
+    entry |= {key: changes.pop(key) for key in list(changes) if key in entry}
+    return {"id": id, "images": [{"bytes": png(), "path": None}], "questions": [entry], "domain": "natural"} | changes
 
 
-def test_a_picture_inside_a_larger_file_is_read_when_it_is_needed_and_named(tmp_path):
-    Image.new("L", (30, 20)).save(tmp_path / "x.png")
-    reads = []
+def own(id: str, **changes) -> dict:
+    return ROW | {"id": id} | changes
 
-    def read():
-        reads.append(1)
-        return (tmp_path / "x.png").read_bytes()
 
-    stored = StoredImage("set.parquet row 7", read)
-    assert not reads and image_size(stored) == (30, 20) and open_image(stored).mode == "RGB" and len(reads) == 2
-    with pytest.raises(ValueError, match=r"set.parquet row 8: expected an image that Pillow can read"):
-        open_image(StoredImage("set.parquet row 8", lambda: b"no image"))
+BLOCKS = """Here are the questions:
+
+#### 1. **What color is the car?**
+   - A) red
+   - B) blue
+**Answer:** B) blue
+------
+"""
+
+
+def raw(id: str, **changes) -> dict:
+    return {"id": id, "image_path": "a.png", "qa_response": BLOCKS} | changes
+
+
+def write_parquet(path: Path, rows: list[dict], schema: pa.Schema = CAPRL, row_group_size: int = 2) -> str:
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=row_group_size)
+    return str(path)
+
+
+def write_set(folder: Path, rows: list, name: str = "set") -> str:
+    """Rows of any one format, in a file whose name tells nothing."""
+    Image.new("RGB", (8, 6)).save(folder / "a.png")
+    first = rows[0]
+    if "reward_model" in first or "images" in first:
+        return write_parquet(folder / name, rows, CAPRL if "reward_model" in first else CAPTIONQA)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / name).write_bytes(b"\n".join(lines) + b"\n")
+    return str(folder / name)
+
+
+def test_the_published_parquet_is_read_with_nulls_labels_and_chinese(tmp_path):
+    entries = [
+        {"question": "图中有几只猫？", "choices": ["A) 一只", "B) 两只", "C) 三只"], "answer": "B"},
+        {"question": "Color?", "choices": ["A. Black", "B. White"], "answer": "A"},
+        {"question": "Which?", "choices": ["left", "right"], "answer": "B"},
+        {"question": "谁？", "choices": ["A、甲", "B、乙"], "answer": "A、甲"},
+    ]
+    rows = [
+        caprl("cat", reward_model={"ground_truth": entries}, data_source=None, prompt=None),
+        caprl("none", reward_model=None),
+        caprl("dog", image={"bytes": png(color="blue"), "path": None}),
+    ]
+    examples, refused = scan_examples(write_parquet(tmp_path / "x.bin", rows))
+    assert [example.id for example in examples] == ["cat", "dog"]
+    assert [(q.question, q.choices[q.answer_index]) for q in examples[0].questions] == [
+        ("图中有几只猫？", "两只"), ("Color?", "Black"), ("Which?", "right"), ("谁？", "甲")
+    ]
+    assert examples[0].questions[0].choices == ("一只", "两只", "三只")
+    assert open_image(examples[1].image).getpixel((0, 0)) == (0, 0, 255)
+    assert len(refused) == 1 and "x.bin row 1: expected a list with at least one question" in refused[0]
+
+
+def test_captionqa_is_read_as_training_data(tmp_path):
+    [example] = load_examples(write_set(tmp_path, [captionqa("n1")]))
+    assert example.family == "natural" and example.questions == (Question("Color?", ("red", "blue"), 1, "look/color"),)
+    assert open_image(example.image).size == (8, 6)
+
+
+def test_generator_output_is_read_and_its_bad_blocks_are_refused_one_by_one(tmp_path):
+    bad = "#### 2. **Which?**\n - A) x\n - B) y\n**Answer:** B) x\n"
+    examples, refused = scan_examples(write_set(tmp_path, [raw("a", qa_response=BLOCKS + bad)]))
+    assert examples[0].questions == (Question("What color is the car?", ("red", "blue"), 1),)
+    assert len(refused) == 1 and "line 1: id 'a', question 1: answer is none of the options, or its letter" in refused[0]
+
+
+def test_a_folder_is_read_file_by_file_and_ids_are_unique_in_all_of_it(tmp_path):
+    (tmp_path / "set/data").mkdir(parents=True)
+    write_parquet(tmp_path / "set/data/train-0.parquet", [caprl("a"), caprl("b")])
+    write_set(tmp_path / "set", [own("c"), own("a")], "more.jsonl")
+    examples, refused = scan_examples(str(tmp_path / "set"))
+    assert [example.id for example in examples] == ["a", "b", "c"]
+    [sentence] = refused
+    assert sentence.endswith("more.jsonl line 2: id 'a' was used before, on row 0 of data/train-0.parquet")
+
+
+def test_a_picture_may_be_written_in_base64(tmp_path):
+    text = base64.b64encode(png(color="blue")).decode()
+    rows = [own("a"), own("b", image=text), own("c", image=f"data:image/png;base64,{text}")]
+    examples = load_examples(write_set(tmp_path, rows))
+    assert [open_image(example.image).getpixel((0, 0)) for example in examples] == [(0, 0, 0), (0, 0, 255), (0, 0, 255)]
+    assert load_images(tmp_path / "set")[1][0] == "b" and open_image(load_images(tmp_path / "set")[1][1]).size == (8, 6)
+
+
+def bomb() -> bytes:
+    """A PNG's head that promises 12,000 x 12,000 pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + b"\0\0\0\4IDATmore"
+
+
+def picture(data: bytes | None) -> dict:
+    return {"image": {"bytes": data, "path": "x.png"}}
+
+
+BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
+    (caprl, dict(id=None), "expected a text in 'id', got None"),
+    (caprl, dict(id=""), "expected a text in 'id', got ''"),
+    (caprl, dict(id="first"), "id 'first' was used before, on row 0"),
+    (caprl, dict(image=None), "expected a picture in 'image', got None"),
+    (caprl, picture(None), "expected a picture in 'image', got None"),
+    (caprl, picture(b""), "an image that Pillow can read"),
+    (caprl, picture(b"no picture"), "an image that Pillow can read"),
+    (caprl, picture(png()[:20]), "an image that Pillow can read"),
+    (caprl, picture(png(99, 99)[:-30]), "an image that Pillow can read"),
+    (caprl, picture(bomb()), "expected at most 100000000 pixels, got 12000 x 12000"),
+    (caprl, picture(png(402, 2)), "expected sides of at most 200 to 1, got 402 x 2"),
+    (caprl, dict(reward_model=None), "at least one question in 'reward_model.ground_truth', got None"),
+    (caprl, dict(reward_model={"ground_truth": None}), "at least one question in 'reward_model.ground_truth', got None"),
+    (caprl, dict(reward_model={"ground_truth": []}), "at least one question in 'reward_model.ground_truth', got []"),
+    (caprl, dict(reward_model={"ground_truth": [None]}), "expected question, choices and answer_index or answer, got None"),
+    (caprl, dict(question=None), "expected text in 'question', got None"),
+    (caprl, dict(question=" "), "the question text is empty"),
+    (caprl, dict(choices=None), "expected a list of choices, got None"),
+    (caprl, dict(choices=[]), "expected 2 to 10 choices, got 0"),
+    (caprl, dict(choices=["A) red"]), "expected 2 to 10 choices, got 1"),
+    (caprl, dict(choices=[f"choice {i}" for i in range(11)]), "expected 2 to 10 choices, got 11"),
+    (caprl, dict(choices=["red", None]), "expected non-empty text in every choice"),
+    (caprl, dict(choices=["A) red", "B) "]), "expected non-empty text in every choice"),
+    (caprl, dict(choices=["A) red", "B) Red."]), "expected distinct choices"),
+    (caprl, dict(choices=["B) red", "A) blue"]), "expected choices labelled A, B, C, ... in order"),
+    (caprl, dict(answer=None), "expected the answer's letter or text, got None"),
+    (caprl, dict(answer=""), "expected the answer's letter or text, got ''"),
+    (caprl, dict(answer="E"), "expected a letter of the 2 choices as the answer, got 'E'"),
+    (caprl, dict(answer="green"), "expected an answer among the choices ['red', 'blue'], got 'green'"),
+    (caprl, dict(answer="B) red"), "letter and text of the answer disagree: 'B) red', where B is 'blue'"),
+    (captionqa, dict(images=[]), "expected one image in 'images', got 0"),
+    (captionqa, dict(images=2 * [{"bytes": png(), "path": None}]), "expected one image in 'images', got 2"),
+    (captionqa, dict(answer="green"), "expected an answer among the choices"),
+    (captionqa, dict(choices=["B", "A"], answer="A"), "letter and text of the answer disagree"),
+    (captionqa, dict(questions=None), "at least one question in 'questions', got None"),
+    (own, b"{", "expected a JSON object ("),
+    (own, b"[1]", "expected a JSON object, got list"),
+    (own, b'{"id": "\xe9"}', "expected a JSON object ('utf-8' codec"),
+    (own, b"[" * 100_000, "expected a JSON object (maximum recursion depth"),
+    (own, dict(image="../a.png"), "image '../a.png': expected a path below"),
+    (own, dict(image="x/../../a.png"), "image 'x/../../a.png': expected a path below"),
+    (own, dict(image="/etc/hostname"), "image '/etc/hostname': expected a path below"),
+    (own, dict(image="none.png"), "none.png: expected a file, found nothing"),
+    (own, dict(image="a\0.png"), "expected a path below"),
+    (own, dict(image="x" * 5000 + ".png"), "expected a file, found nothing"),
+    (own, dict(image="ab" * 50), "an image that Pillow can read"),
+    (own, dict(image="data:image/png;base64,%%%"), "expected a picture in base64"),
+    (own, dict(id=None), "expected a text in 'id', got None"),
+    (own, dict(questions={"question": "What?"}), "expected a list with at least one question"),
+    (own, dict(questions=[ROW["questions"][0] | {"answer_index": 2}]), "answer_index 2 outside 2 choices"),
+    (raw, dict(qa_response=None), "expected text in 'qa_response', got None"),
+    (raw, dict(qa_response="I cannot see it."), "expected a sound question, found none"),
+    (raw, dict(qa_response=BLOCKS.replace("B) blue\n**", "C) blue\n**")), "options not lettered A, B, C, ... in order"),
+    (raw, dict(image_path=None), "expected a path in 'image', got None"),
+    (raw, dict(image_path="../a.png"), "expected a path below"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("make, broken, message", BROKEN)
+def test_what_is_broken_is_refused_with_file_row_and_reason_while_the_rest_goes_on(tmp_path, make, broken, message):
+    row = broken if isinstance(broken, bytes) else make(**{"id": "broken"} | broken)
+    source = write_set(tmp_path, [make("first"), row, make("last")])
+    counts = inspect(InspectConfig(source, decode=True))
+    head, *listed = [json.loads(line) for line in Path(source + ".manifest.jsonl").read_text().splitlines()]
+    assert counts["images"] == 2 and counts["rows"] == 3 and counts["refused rows"] == 1
+    assert head["images"] == 2 and listed
+    assert all(one["file"] == "set" and one["row"] == ("row 1" if make in (caprl, captionqa) else "line 2") for one in listed)
+    assert message in listed[0]["reason"] and "row 1" not in listed[0]["reason"] and "\n" not in listed[0]["reason"]
+    assert [example.id for example in load_examples(source)] == ["first", "last"]
+
+
+def test_a_run_leaves_out_only_what_is_written_down(tmp_path):
+    source = write_set(tmp_path, [caprl("a"), caprl("b", answer="E"), caprl("c", answer="F")])
+    with pytest.raises(ValueError, match=r"set row 1: id 'b', question 0: expected a letter .*1 of 4; `python -m data"):
+        load_examples(source)
+    inspect(InspectConfig(source))
+    assert [example.id for example in load_examples(source)] == ["a"]
+    assert scan_examples(source)[1] == []
+    write_set(tmp_path, [caprl("a"), caprl("b"), caprl("longer", answer="F")])
+    with pytest.raises(ValueError, match="expected a manifest of the files as they are, found another size of set"):
+        load_examples(source)
+
+
+def test_one_bad_question_does_not_cost_the_others(tmp_path):
+    entries = [{"question": "Color?", "choices": ["red", "blue"], "answer": letter} for letter in "AXB"]
+    source = write_set(tmp_path, [caprl("a", reward_model={"ground_truth": entries})])
+    counts = inspect(InspectConfig(source))
+    assert counts == {"rows": 1, "images": 1, "questions": 2, "refused rows": 0, "refused questions": 1}
+    assert [q.answer_index for q in load_examples(source)[0].questions] == [0, 1]
+
+
+def test_any_set_becomes_one_of_ours(tmp_path):
+    source = write_set(tmp_path, [caprl("a/1"), caprl("a_1", image={"bytes": png(color="blue"), "path": None})])
+    inspect(InspectConfig(source, out=str(tmp_path / "out")))
+    ours, published = load_examples(str(tmp_path / "out/examples.jsonl")), load_examples(source)
+    assert [(e.id, e.questions) for e in ours] == [(e.id, e.questions) for e in published]
+    assert [open_image(e.image).getpixel((0, 0)) for e in ours] == [(255, 0, 0), (0, 0, 255)]
+    (tmp_path / "qa").mkdir()
+    write_set(tmp_path / "qa", [raw("x"), raw("y", image_path=str(tmp_path / "a.png"))])
+    with pytest.raises(ValueError, match="expected a path below"):
+        load_examples(str(tmp_path / "qa/set"))
+    inspect(InspectConfig(str(tmp_path / "qa/set"), image_root=str(tmp_path), out=str(tmp_path / "qa/out")))
+    assert [e.id for e in load_examples(str(tmp_path / "qa/out/examples.jsonl"))] == ["x", "y"]
+
+
+def test_pictures_of_a_parquet_file_are_read_in_any_order_from_a_bounded_cache(tmp_path, monkeypatch):
+    colors = [(i, 255 - i, 7) for i in range(60)]
+    rows = [caprl(str(i), image={"bytes": png(color=color), "path": None}) for i, color in enumerate(colors)]
+    examples = load_examples(write_parquet(tmp_path / "x.parquet", rows, row_group_size=10))
+    group = sum(len(row["image"]["bytes"]) for row in rows[:10])
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * group)
+    order = random.Random(0).sample(range(60), 60)
+    for i in order:
+        assert open_image(examples[i].image).getpixel((0, 0)) == colors[i]
+        assert sum(column.nbytes for column in parquet._groups.kept.values()) <= 3 * group
+    assert 1 <= len(parquet._groups.kept) <= 3
+
+
+@pytest.mark.parametrize(
+    "answer, choices, want",
+    [
+        ("C", ("x", "y", "z"), 2), ("C)", ("x", "y", "z"), 2), ("**C) z**", ("x", "y", "z"), 2), ("(B) y", ("x", "y"), 1),
+        ("b", ("a", "b"), 1), ("y.", ("x", "Y"), 1), ("A. Lincoln", ("B. Obama", "A. Lincoln"), 1),
+        ("A man", ("A dog", "A man"), 1),
+        ("B", ("A", "B"), 1), ("yes", ("yes", "no"), 0), ("B、乙", ("甲", "乙"), 1), ("D. 3.5", ("1", "2", "3", "3.5"), 3),
+    ],
+)
+def test_an_answer_is_found_by_letter_or_text(answer, choices, want):
+    assert find_answer(answer, choices) == want
+
+
+def test_a_models_text_is_read_block_by_block_and_what_is_dropped_is_named():
+    text = """Sure! Here are some questions.
+
+#### 1. **How many
+cats are there?**
+   - A) one
+   - B) two cats
+     in a basket
+   - C) 3. three
+**Answer:** B) two cats in a basket
+Because there are two.
+------
+**2. 颜色？**
+A) 红
+B）蓝
+答案：B
+---
+### Question 3: Which?
+- **A)** x
+- **B)** y
+- Correct answer: **A**
+1. no options here
+**Answer:** A
+#### 5. **Two answers?**
+ - A) x
+ - B) y
+**Answer:** A
+**Answer:** B
+#### 6. **Alike?**
+ - A) x
+ - B) X
+**Answer:** A
+#### 7. **Out of order?**
+ - A) x
+ - C) y
+**Answer:** A
+#### 8. **Which disagrees?**
+ - A) x
+ - B) y
+**Answer:** A) y
+#### 9.
+ - A) x
+ - B) y
+**Answer:** A
+#### 10. **Cut off?**
+ - A) x
+ - B) y"""
+    questions, dropped = parse_questions(text)
+    assert [(q.question, q.choices, q.answer_index) for q in questions] == [
+        ("How many cats are there?", ("one", "two cats in a basket", "3. three"), 1), ("颜色？", ("红", "蓝"), 1),
+        ("Which?", ("x", "y"), 0),
+    ]
+    assert [one.reason for one in dropped] == [
+        "fewer than two options", "more than one answer", "options empty or alike",
+        "options not lettered A, B, C, ... in order", "answer is none of the options, or its letter and text disagree",
+        "no question", "no answer",
+    ]
+    assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == ([], [])
