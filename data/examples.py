@@ -23,7 +23,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -511,12 +511,12 @@ def _short(value: Any) -> str:
 
 def example_row(example: Example, image: str) -> dict:
     """The JSONL row of an example whose picture lies at `image`; `load_examples` reads it back."""
-    questions = [
-        {"question": q.question, "choices": list(q.choices), "answer_index": q.answer_index, "kind": q.kind,
-         "needs_image": q.needs_image}
-        for q in example.questions
-    ]
-    return {"id": example.id, "image": image, "family": example.family, "questions": questions}
+    return {"id": example.id, "image": image, "family": example.family, "questions": list(map(question_row, example.questions))}
+
+
+def question_row(question: Question) -> dict:
+    """What `read_question` reads back."""
+    return asdict(question) | {"choices": list(question.choices)}
 
 
 def write_examples(folder: Path, examples: Iterable[Example]) -> int:
