@@ -54,14 +54,14 @@ def write_set(path: Path, config: BenchConfig) -> list[bytes]:
         noise = Image.fromarray(rng.integers(0, 256, (config.side, config.side, 3), dtype=np.uint8))
         noise.save(into := BytesIO(), "JPEG", quality=config.quality)
         pictures.append(into.getvalue())
-    entry = {"question": "What color is the car on the left of the picture?", "choices": ["A) red", "B) blue", "C) 绿", "D) white"],
-             "answer": "C"}
+    choices = ["A) red", "B) blue", "C) 绿", "D) white"]
+    entry = {"question": "What color is the car on the left of the picture?", "choices": choices, "answer": "C"}
     prompt = [{"role": "user", "content": "<image> Please describe this image in detail."}]
     writer = None
     for start in range(0, config.rows, config.row_group):
         rows = [
-            {"id": f"image-{i}", "image": {"bytes": pictures[i % len(pictures)] + i.to_bytes(4), "path": f"{i}.jpg"}, "prompt": prompt,
-             "data_source": "bench", "reward_model": {"ground_truth": [entry] * config.questions}}
+            {"id": f"image-{i}", "image": {"bytes": pictures[i % len(pictures)] + i.to_bytes(4), "path": f"{i}.jpg"},
+             "prompt": prompt, "data_source": "bench", "reward_model": {"ground_truth": [entry] * config.questions}}
             for i in range(start, min(start + config.row_group, config.rows))
         ]
         table = pa.Table.from_pylist(rows)

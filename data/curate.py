@@ -5,14 +5,13 @@
     python -m data.curate filter   --data written/examples.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --out set
     python train.py --data set/examples.jsonl
 
-Each takes `torchrun --nproc-per-node 8 -m data.curate ...` too, and each may be stopped in any way and started again. A line per
-input goes to OUT/rows/, as soon as the input is done; what is in there is not done again, by however many ranks. When nothing
-is left, rank 0 writes OUT/examples.jsonl, with the images beside it, and OUT/report.md. Nothing is deleted.
+Each runs under torchrun too (`torchrun --nproc-per-node 8 -m data.curate ...`). Each may be stopped in any way and started
+again: a line per input goes to OUT/rows/ when it is done, and what is in there is not done again, by however many ranks. When
+nothing is left, rank 0 writes OUT/examples.jsonl, with the images beside it, and OUT/report.md. Nothing is deleted.
 """
 
 import base64
 import copy
-import hashlib
 import json
 import math
 import random
@@ -48,6 +47,7 @@ from data.examples import (
     write_examples,
 )
 from data.images import ImageSource, open_image
+from data.likeness import detail, digest, hash_distances, image_hash, near_duplicates, semantic_duplicates
 from grpo.config import run_program
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.policy import Policy, load_policy
@@ -141,8 +141,8 @@ WRITING_INSTRUCTION = """\
 Write {num} multiple-choice questions about this image. They are for someone who cannot see it and has only read a description \
 of it: whoever read a good description can answer all of them, and whoever guesses is right no more often than by chance.
 
-Ask about what can be seen: objects, their number, colors, places and relations, what is written, what a chart says. Ask about \
-a different detail each time. Give four options of the same kind, of which exactly one is right and none is silly. Do not let a \
+Ask about what can be seen: objects, their number, colors, places and relations, what is written, what a chart says, about a \
+different detail each time. Give four options of the same kind, of which exactly one is right and none is silly. Do not let a \
 question, or another one, tell the answer, and ask nothing that general knowledge can answer.
 
 Keep to this layout:
@@ -181,7 +181,7 @@ class GenerateConfig:
 
     def __post_init__(self):
         if min(self.num_questions, self.max_new_tokens, self.attempts, self.batch_size) < 1 or not self.temperature > 0:
-            raise ValueError("num_questions, max_new_tokens, attempts, batch_size: expected at least 1 each; temperature: over 0")
+            raise ValueError("expected num_questions, max_new_tokens, attempts, batch_size of at least 1, temperature over 0")
 
 
 WriteTexts = Callable[[Sequence[Image.Image], Sequence[str]], list[tuple[str, bool]]]
@@ -232,7 +232,8 @@ def write_batch(batch: Sequence[tuple[str, ImageSource]], write: WriteTexts, con
     return list(rows.values())
 
 
-def write_texts(model: Policy, images: Sequence[Image.Image], keys: Sequence[str], config: GenerateConfig) -> list[tuple[str, bool]]:
+def write_texts(model: Policy, images: Sequence[Image.Image], keys: Sequence[str],
+                config: GenerateConfig) -> list[tuple[str, bool]]:
     prompts = [model.prompt(image, WRITING_INSTRUCTION.format(num=config.num_questions)) for image in images]
     rollouts = sample_rollouts(model, prompts, keys, config.max_new_tokens, config.temperature)
     return list(zip(rollouts.captions, rollouts.truncated.tolist()))
@@ -482,11 +483,11 @@ class ImagesConfig:
     """A folder for decisions.jsonl and the chosen images."""
     min_side: int = 64
     """Pixels of the shorter side."""
-    min_entropy: float = 1.0
-    """Bits per pixel of the gray values' histogram; a blank page has 0, a photograph 7."""
+    min_entropy: float = 0.2
+    """Bits per pixel of the gray values' histogram; a blank page has 0, one of text under 1, a photograph 7."""
     min_edges: float = 0.002
     """Share of pixels with an edge."""
-    max_hash_distance: int = 20
+    max_hash_distance: int = 32
     """Of 255 bits, up to which two pictures are near duplicates; unrelated ones differ in about 128."""
     benchmarks: tuple[str, ...] = ()
     """Folders, JSONL or parquet files whose images must not be trained on."""
@@ -554,37 +555,8 @@ def measure_batch(batch: Sequence[tuple[str, ImageSource]], extra: dict[str, Mea
         opened.append((rows[-1], image))
     for name, measure in extra.items():
         for (row, _), value in zip(opened, measure([image for _, image in opened]) if opened else [], strict=True):
-            row[name] = value
+            row |= {"fate": "failed", "reason": f"{name}: not finite"} if value is None else {name: value}
     return rows
-
-
-def digest(image: Image.Image) -> str:
-    """The same for two files with the same pixels."""
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
-
-
-def detail(image: Image.Image) -> tuple[float, float]:
-    """Entropy of the gray values in bits, and the share of pixels whose gray changes by over 1/8 of the range to a neighbour."""
-    gray = np.asarray(image.convert("L"), dtype=np.int16)
-    shares = np.bincount(gray.ravel(), minlength=256) / gray.size
-    shares = shares[shares > 0]
-    changed = np.zeros(gray.shape, dtype=bool)
-    changed[:, 1:] |= np.abs(np.diff(gray, axis=1)) > 32
-    changed[1:] |= np.abs(np.diff(gray, axis=0)) > 32
-    return float(-(shares * np.log2(shares)).sum()), float(changed.mean())
-
-
-HASH_SIDE = 64
-_PLACES = np.arange(HASH_SIDE)
-_COSINES = np.cos(np.pi * np.arange(16)[:, None] * (2 * _PLACES + 1) / (2 * HASH_SIDE))  # (16, 64)
-
-
-def image_hash(image: Image.Image) -> np.ndarray:
-    """(4,) uint64, the perceptual hash: which of the 255 lowest frequencies of the picture, in gray and shrunk to 64 x 64, are
-    over their median. Scaling, compression and brightness hardly change it."""
-    small = np.asarray(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float64)
-    frequencies = (_COSINES @ small @ _COSINES.T).ravel()[1:]  # without the mean
-    return np.packbits(np.append(frequencies > np.median(frequencies), False)).view(np.uint64)
 
 
 def load_encoder(path: str, device: torch.device) -> Measure:
@@ -592,14 +564,15 @@ def load_encoder(path: str, device: torch.device) -> Measure:
     model, processor = _load(AutoModel, path, device)
 
     @torch.no_grad()
-    def embed(images: Sequence[Image.Image]) -> list[str]:
+    def embed(images: Sequence[Image.Image]) -> list[str | None]:
         pixels = processor(images=list(images), return_tensors="pt").pixel_values.to(device, model.dtype)
-        out = model.get_image_features(pixel_values=pixels) if hasattr(model, "get_image_features") else model(pixel_values=pixels)
+        see = model.get_image_features if hasattr(model, "get_image_features") else model
+        out = see(pixel_values=pixels)
         if not isinstance(out, Tensor):
             pooled = getattr(out, "pooler_output", None)
             out = out.last_hidden_state.mean(1) if pooled is None else pooled
         vectors = F.normalize(out.flatten(1).float(), dim=-1).half().cpu().numpy()
-        return [base64.b64encode(vector.tobytes()).decode() for vector in vectors]
+        return [base64.b64encode(vector.tobytes()).decode() if np.isfinite(vector).all() else None for vector in vectors]
 
     return embed
 
@@ -612,9 +585,10 @@ def load_classifier(path: str, label: str, device: torch.device) -> Measure:
         raise ValueError(f"{path}: expected the label {label!r}, found {list(model.config.id2label.values())[:20]}")
 
     @torch.no_grad()
-    def classify(images: Sequence[Image.Image]) -> list[float]:
+    def classify(images: Sequence[Image.Image]) -> list[float | None]:
         pixels = processor(images=list(images), return_tensors="pt").pixel_values.to(device, model.dtype)
-        return [round(p, 5) for p in model(pixel_values=pixels).logits.float().softmax(-1)[:, int(places[0])].tolist()]
+        probs = model(pixel_values=pixels).logits.float().softmax(-1)[:, int(places[0])].tolist()
+        return [round(p, 5) if math.isfinite(p) else None for p in probs]
 
     return classify
 
@@ -640,76 +614,33 @@ def decide(rows: Sequence[dict], benchmark: dict[str, np.ndarray], config: Image
             "unsafe": row.get("unsafe", 0.0) > config.max_unsafe,
         }
         row["fate"] = next((reason for reason, holds in reasons.items() if holds), "kept")
-    hashes = {row["id"]: np.frombuffer(bytes.fromhex(row["hash"]), dtype=np.uint64) for row in decisions if "hash" in row}
+    kept = [row for row in decisions if row["fate"] == "kept"]
+    hashes = {row["id"]: np.frombuffer(bytes.fromhex(row["hash"]), dtype=np.uint64) for row in kept}
     if benchmark:
-        names, known = list(benchmark), np.stack(list(benchmark.values()))
-        for row in (one for one in decisions if one["fate"] == "kept"):
+        names, known = list(benchmark), np.stack(list(benchmark.values()), axis=1)
+        for row in kept:
             distances = hash_distances(known, hashes[row["id"]])
             row["benchmark_distance"] = int(distances.min())
             if row["benchmark_distance"] <= config.max_hash_distance:
                 row |= {"fate": "in a benchmark", "of": names[int(distances.argmin())]}
     by_size = sorted((row for row in decisions if row["fate"] == "kept"), key=lambda row: -row["width"] * row["height"])
-    seen: dict[str, str] = {}
-    known, names = np.empty((len(by_size), 4), dtype=np.uint64), []
-    for row in by_size:
-        distances = hash_distances(known[: len(names)], hashes[row["id"]])
-        nearest = int(distances.argmin()) if names else -1
-        if row["digest"] in seen:
-            row |= {"fate": "exact duplicate", "of": seen[row["digest"]]}
-            continue
-        if names:
-            row["hash_distance"] = int(distances[nearest])
-        if names and distances[nearest] <= config.max_hash_distance:
-            row |= {"fate": "near duplicate", "of": names[nearest]}
-        else:
-            known[len(names)] = hashes[row["id"]]
-            names.append(row["id"])
-        seen.setdefault(row["digest"], row["id"])
-    if config.encoder:
-        vectors = {row["id"]: np.frombuffer(base64.b64decode(row["embedding"]), dtype=np.float16) for row in rows if "embedding" in row}
-        chosen = [row for row in decisions if row["fate"] == "kept"]
-        similar = semantic_duplicates(np.stack([vectors[row["id"]] for row in chosen]).astype(np.float32), config) if chosen else []
-        for row, (other, cosine) in zip(chosen, similar):
-            row["similarity"] = round(cosine, 4)
-            if cosine > config.max_similarity:
-                row |= {"fate": "similar", "of": chosen[other]["id"]}
+    if by_size:
+        near = near_duplicates(np.stack([hashes[row["id"]] for row in by_size]), config.max_hash_distance)
+        for row, (other, distance) in zip(by_size, near, strict=True):
+            row["hash_distance"] = distance
+            if distance is not None and distance <= config.max_hash_distance:
+                is_exact = row["digest"] == by_size[other]["digest"]
+                row |= {"fate": "exact duplicate" if is_exact else "near duplicate", "of": by_size[other]["id"]}
+    chosen = [place for place, row in enumerate(decisions) if row["fate"] == "kept"]
+    if config.encoder and chosen:
+        stored = [base64.b64decode(rows[place]["embedding"]) for place in chosen]
+        vectors = np.stack([np.frombuffer(one, dtype=np.float16) for one in stored]).astype(np.float32)
+        near = semantic_duplicates(vectors, config.max_similarity, config.clusters, config.seed)
+        for place, (other, cosine) in zip(chosen, near, strict=True):
+            decisions[place]["similarity"] = cosine
+            if cosine is not None and cosine > config.max_similarity:
+                decisions[place] |= {"fate": "similar", "of": decisions[chosen[other]]["id"]}
     return decisions
-
-
-def hash_distances(hashes: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Bits in which each of (n, 4) hashes differs from one (4,)."""
-    return np.bitwise_count(hashes ^ one).sum(-1, dtype=np.int64)
-
-
-def semantic_duplicates(vectors: np.ndarray, config: ImagesConfig) -> list[tuple[int, float]]:
-    """For each of n vectors of length 1: the nearest of those that stay before it in its cluster, and their cosine; (-1, 0)
-    for the first. In a cluster the farthest from the centre come first and stay, as in SemDeDup: they are its rarest."""
-    clusters = config.clusters or math.ceil(len(vectors) / 1000)
-    labels, centres = k_means(vectors, min(clusters, len(vectors)), config.seed)
-    found: list[tuple[int, float]] = [(-1, 0.0)] * len(vectors)
-    for cluster, centre in enumerate(centres):
-        members = np.flatnonzero(labels == cluster)
-        stay: list[int] = []
-        for place in members[np.argsort(vectors[members] @ centre, kind="stable")]:
-            if stay:
-                cosines = vectors[stay] @ vectors[place]
-                found[place] = (stay[int(cosines.argmax())], float(cosines.max()))
-            if found[place][1] <= config.max_similarity:
-                stay.append(int(place))
-    return found
-
-
-def k_means(vectors: np.ndarray, count: int, seed: int, rounds: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) and centres (count, d) of length 1, by the cosine."""
-    rng = np.random.default_rng(seed)
-    centres = vectors[rng.choice(len(vectors), count, replace=False)]
-    for _ in range(rounds):
-        labels = (vectors @ centres.T).argmax(1)
-        sums = np.zeros_like(centres)
-        np.add.at(sums, labels, vectors)
-        lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-        centres = np.where(lengths > 0, sums / np.maximum(lengths, 1e-12), centres)
-    return (vectors @ centres.T).argmax(1), centres
 
 
 def main(arguments: list[str]) -> None:

@@ -1,0 +1,488 @@
+# ruff: noqa: RUF001 - Chinese text has its own punctuation
+"""Questions written and filtered, images chosen: by hand, by brute force, and through a kill in the middle."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from data import curate
+from data.curate import (
+    BLIND,
+    SEEING,
+    FilterConfig,
+    GenerateConfig,
+    ImagesConfig,
+    answer_by_options,
+    choose_images,
+    filter_questions,
+    generate,
+    judge_question,
+    main,
+    mend,
+    select_questions,
+    similarity,
+    tells_answer,
+)
+from data.examples import Example, Question, example_row, load_examples
+from data.likeness import detail, hash_distances, image_hash, k_means, near_duplicates, semantic_duplicates
+from data.toy.export import ExportConfig, export
+from data.toy.world import draw, make_scene
+from grpo.config import toy_config
+from reward.caprl import Answer, Asked, PromptWriter, shuffle_options
+from train import train
+
+BLOCK = "#### 1. **What color is the {id}?**\n - A) red\n - B) blue\n - C) green\n - D) pink\n**Answer:** B) blue\n------\n"
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted((folder / "rows").glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def scenes(folder: Path, num: int) -> Path:
+    folder.mkdir(parents=True)
+    for index in range(num):
+        draw(make_scene("train", index)).save(folder / f"{index:02d}.png")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- answering
+
+
+def asked_of(scene_index: int, num: int) -> list[Asked]:
+    from data.toy.world import scene_questions
+
+    questions = scene_questions(make_scene("train", scene_index))
+    return [shuffle_options(questions[n % len(questions)], n, random.Random(n)) for n in range(num)]
+
+
+def test_answers_are_those_of_the_whole_prompt_run_by_itself(policy):
+    """The cached head, the padding and the batches against one plain forward pass per question."""
+    image, asked = draw(make_scene("train", 0)), asked_of(0, 7)
+    writer = PromptWriter(policy.tokenizer)
+    example = Example("a", image, ())
+    for with_image in (True, False):
+        found = answer_by_options(policy, writer, example, with_image, asked, batch_size=3)
+        for one, answer in zip(asked, found, strict=True):
+            options = "\n".join(f"{letter}) {text}" for letter, text in zip("ABCD", one.options))
+            words = f"{SEEING if with_image else BLIND} {one.question}\n{options}"
+            if with_image:
+                prompt = policy.prompt(image, words, "The answer is")
+                out = policy.model(
+                    input_ids=prompt.input_ids[None], position_ids=prompt.position_ids[:, None],
+                    pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid,
+                )
+            else:
+                text = policy.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+                )
+                out = policy.model(input_ids=policy.tokenizer(text + "The answer is", return_tensors="pt").input_ids)
+            letters = [policy.tokenizer.encode(f" {letter}")[0] for letter in "ABCD"[: len(one.options)]]
+            want = out.logits[0, -1, letters].softmax(-1)
+            assert torch.allclose(torch.tensor(answer.probs), want, atol=1e-5)
+            assert answer.chosen == int(want.argmax()) and not answer.failure
+    alone = answer_by_options(policy, writer, example, True, asked, batch_size=1)
+    whole = answer_by_options(policy, writer, example, True, asked, batch_size=99)
+    assert torch.allclose(torch.tensor([a.probs for a in alone[:2]]), torch.tensor([a.probs for a in whole[:2]]), atol=1e-5)
+
+
+def test_a_broken_model_gives_failures_and_no_answers(policy):
+    with torch.no_grad():
+        policy.model.lm_head.weight.fill_(torch.nan)
+    [answer] = answer_by_options(policy, PromptWriter(policy.tokenizer), Example("a", None, ()), False, asked_of(0, 1), 8)
+    assert answer.chosen is None and "not finite" in answer.failure
+
+
+# ---------------------------------------------------------------------------------------------------------- the rule
+
+QUESTION = Question("What color is the cup?", ("red", "blue", "green", "pink"), 1)
+
+
+def verdict(right_seen: int, right_blind: int, prior: float, question: Question = QUESTION, **changes) -> str:
+    """Fate of a question answered rightly so often of 4 with the image and without it."""
+    asked = [shuffle_options(question, 0, random.Random(n)) for n in range(4)]
+
+    def answers(right: int, p: float) -> list[Answer]:
+        other = (1 - p) / (len(question.choices) - 1)
+        return [
+            Answer(one.gold if n < right else (one.gold + 1) % 4, tuple(p if i == one.gold else other for i in range(4)))
+            for n, one in enumerate(asked)
+        ]
+
+    config = replace(FilterConfig(data="", out=""), **changes)
+    return judge_question(question, asked, answers(right_seen, 0.9), answers(right_blind, prior), config)["fate"]
+
+
+@pytest.mark.parametrize(
+    "seen, blind, prior, changes, fate",
+    [
+        (4, 0, 0.2, {}, "kept"),
+        (3, 0, 0.2, {}, "wrong with the image"),
+        (3, 0, 0.2, {"min_with_image": 3}, "kept"),
+        (4, 1, 0.2, {}, "right without the image"),
+        (4, 1, 0.2, {"max_without_image": 1}, "kept"),
+        (4, 0, 0.37, {}, "kept"),  # 1.5 times 1/4 is 0.375
+        (4, 0, 0.38, {}, "likely without the image"),
+        (4, 0, 0.38, {"max_prior": 2}, "kept"),
+        (0, 4, 0.9, {}, "wrong with the image"),
+    ],
+)
+def test_the_rule(seen, blind, prior, changes, fate):
+    assert verdict(seen, blind, prior, **changes) == fate
+
+
+def test_a_question_that_could_not_be_scored_is_neither_kept_nor_wrong():
+    asked = [shuffle_options(QUESTION, 0, random.Random(0))]
+    failed = [Answer(None, failure="too long")]
+    fine = [Answer(asked[0].gold, (0.25,) * 4)]
+    config = FilterConfig(data="", out="", tries=1, min_with_image=1)
+    assert judge_question(QUESTION, asked, failed, fine, config) == {"fate": "could not be scored", "failure": "too long"}
+
+
+def test_zero_of_four_lets_a_third_of_guesses_through_and_the_prior_catches_who_leans():
+    """Who guesses among four options misses four times in 0.75 ** 4 = 32%; who holds the right one for likely is caught."""
+    assert verdict(4, 0, 0.6) == "likely without the image"
+
+
+@pytest.mark.parametrize(
+    "text, choices, tells",
+    [
+        ("What color is the red car?", ("red", "blue"), True),
+        ("Is the car red or blue?", ("red", "blue"), False),
+        ("What color is the infrared lamp?", ("red", "blue"), False),
+        ("Which sign says Exit-Only?", ("exit only", "stop"), True),
+        ("猫是黑色吗？", ("黑色", "白色"), True),
+        ("What is next to the cat?", ("a cat", "a dog"), False),
+    ],
+)
+def test_questions_that_tell_their_answer(text, choices, tells):
+    assert tells_answer(Question(text, choices, 0)) == tells
+
+
+def test_repeats_go_and_of_two_alike_the_harder_stays():
+    def ask(text, answer):
+        return Question(text, (answer, "gray", "brown", "olive"), 0)
+
+    questions = [
+        ask("What color is the cup?", "red"), ask("What color is the cup", "Red"), ask("What color is the cap?", "blue"),
+        ask("What color is the big cup?", "red"), ask("Where is the cup?", "left"),
+    ]
+    kept = [{"fate": "kept", "prior": prior} for prior in (0.3, 0.2, 0.1, 0.25, 0.15)]
+    config = FilterConfig(data="", out="", max_similarity=0.75)
+    fates = [one["fate"] for one in select_questions(questions, kept, config)]
+    assert fates == ["repeated", "kept", "kept", "repeated", "kept"]  # 5 of 6 words are alike: 0.83
+    assert similarity(questions[0], questions[3]) == pytest.approx(5 / 6) and similarity(questions[0], questions[2]) == 0
+    fates = [one["fate"] for one in select_questions(questions, kept, replace(config, max_similarity=1, max_questions=3))]
+    assert fates == ["repeated", "kept", "kept", "over the cap", "kept"]
+    wrong = [{"fate": "wrong with the image", "prior": 0.0}, *kept[1:]]
+    assert select_questions(questions, wrong, config)[1]["fate"] == "kept"  # what is out repeats nothing
+    assert kept[0] == {"fate": "kept", "prior": 0.3}
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def scripted(images, keys):
+    """Writes a question for images 0 and 3 at once, for image 1 at the second attempt, and for 2 never."""
+    replies = []
+    for key in keys:
+        _, id, _, attempt = key.split(":")
+        sound = id.startswith(("00", "03")) or (id.startswith("01") and attempt == "1")
+        replies.append((BLOCK.format(id=id) if sound else "I am not sure.", False))
+    return replies
+
+
+def sees(example, with_image, asked):
+    """Right with the image; without it always the option after the right one."""
+    return [
+        Answer(one.gold if with_image else (one.gold + 1) % 4, (0.97, 0.01, 0.01, 0.01) if with_image else (0.2, 0.2, 0.2, 0.4))
+        for one in asked
+    ]
+
+
+def test_writing_tries_again_and_records_what_failed(tmp_path, capsys):
+    photos = scenes(tmp_path / "photos", 4)
+    (photos / "03.png").write_bytes(b"no picture")
+    generate(GenerateConfig(str(photos), str(tmp_path / "out"), batch_size=3, attempts=2), scripted)
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out")}
+    assert [(rows[f"{n:02d}.png"]["fate"], len(rows[f"{n:02d}.png"]["attempts"])) for n in range(4)] == [
+        ("written", 1), ("written", 2), ("failed", 2), ("failed", 0)
+    ]
+    assert rows["02.png"]["reason"] == "no sound question" and rows["02.png"]["attempts"][0]["text"] == "I am not sure."
+    assert "expected an image that Pillow can read" in rows["03.png"]["reason"]
+    examples = load_examples(str(tmp_path / "out/examples.jsonl"))
+    assert [example.id for example in examples] == ["00.png", "01.png"]
+    assert examples[0].questions == (Question("What color is the 00.png?", ("red", "blue", "green", "pink"), 1),)
+    assert "2 questions" in capsys.readouterr().out and "no sound question" in (tmp_path / "out/report.md").read_text()
+
+    draw(make_scene("train", 3)).save(photos / "03.png")
+    generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2), scripted)
+    assert len(load_examples(str(tmp_path / "out/examples.jsonl"))) == 2  # what failed is not tried again unless told
+    generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, retry_failed=True), scripted)
+    assert len(load_examples(str(tmp_path / "out/examples.jsonl"))) == 3 and len(rows_of(tmp_path / "out")) == 4
+    with pytest.raises(ValueError, match=r"settings.json: expected seed 1 as now asked for, found 0; take another --out"):
+        generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, seed=1), scripted)
+
+
+def test_from_a_folder_of_pictures_to_a_training_step(tmp_path):
+    photos = scenes(tmp_path / "photos", 6)
+    Image.new("RGB", (140, 112), "white").save(photos / "blank.png")
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "chosen")))
+    generate(GenerateConfig(str(tmp_path / "chosen/examples.jsonl"), str(tmp_path / "written")),
+             lambda images, keys: [(BLOCK.format(id=key.split(":")[1]), False) for key in keys])
+    filter_questions(FilterConfig(str(tmp_path / "written/examples.jsonl"), str(tmp_path / "set")), sees)
+    source = str(tmp_path / "set/examples.jsonl")
+    assert sorted(example.id for example in load_examples(source)) == [f"{n:02d}.png" for n in range(6)]
+    final = train(toy_config(data=source, run_dir=str(tmp_path / "run"), num_steps=1, prompts_per_step=3, group_size=2,
+                             probe_images=2, max_new_tokens=24))
+    assert (final / "model.safetensors").exists()
+
+
+def test_the_tiny_policy_runs_through_both_commands(tmp_path):
+    """It writes no questions and knows no letters; every row still has its fate."""
+    export(ExportConfig(tmp_path / "toy", num=2))
+    photos, model = str(tmp_path / "toy/images"), ["--model", "data/toy/policy"]
+    main(["generate", "--images", photos, "--out", str(tmp_path / "w"), *model, "--attempts", "2", "--max-new-tokens", "40"])
+    rows = rows_of(tmp_path / "w")
+    assert [row["fate"] for row in rows] == ["failed", "failed"] and all(len(row["attempts"]) == 2 for row in rows)
+    assert any(row["attempts"][0]["text"] != row["attempts"][1]["text"] for row in rows)
+    main(["filter", "--data", str(tmp_path / "toy/examples.jsonl"), "--out", str(tmp_path / "f"), *model, "--tries", "2",
+          "--min-with-image", "1", "--max-without-image", "1"])
+    verdicts = [one for row in rows_of(tmp_path / "f") for one in row["questions"]]
+    examples = load_examples(str(tmp_path / "toy/examples.jsonl"))
+    assert len(verdicts) == sum(len(example.questions) for example in examples)
+    assert all(0 <= one["prior"] <= 1 and 0 <= one["with_image"] <= 2 for one in verdicts)
+    assert "likelier than chance in" in (tmp_path / "f/report.md").read_text()
+
+
+def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
+    export(ExportConfig(tmp_path / "toy", num=3))
+    (tmp_path / "toy/images/train-000001.png").write_bytes(b"no picture")
+
+    def answer(example, with_image, asked):
+        from data.images import open_image
+
+        open_image(example.image)
+        return sees(example, with_image, asked)
+
+    source = str(tmp_path / "toy/examples.jsonl")
+    filter_questions(FilterConfig(source, str(tmp_path / "out"), max_questions=2), answer)
+    rows = rows_of(tmp_path / "out")
+    assert [row["fate"] for row in rows] == ["filtered", "failed", "filtered"]
+    kept = load_examples(str(tmp_path / "out/examples.jsonl"))
+    assert [len(example.questions) for example in kept] == [2, 2] and kept[1].family == "cards"
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| over the cap |" in report and "## over the cap" in report and "train-000001.png" in report
+
+
+# ----------------------------------------------------------------------------------------------------- killed and rerun
+
+
+def slowly(images, keys):
+    time.sleep(0.03)
+    return [(BLOCK.format(id=key.split(":")[1]), False) for key in keys]
+
+
+def answers_slowly(example, with_image, asked):
+    time.sleep(0.02)
+    return sees(example, with_image, asked)
+
+
+@pytest.mark.parametrize("command", ["generate", "filter"])
+def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_path, monkeypatch, command):
+    photos, out = scenes(tmp_path / "photos", 1), tmp_path / "out"
+    for n in range(1, 30):
+        (photos / f"{n:02d}.png").write_bytes((photos / "00.png").read_bytes())
+    with (tmp_path / "photos/examples.jsonl").open("w") as file:
+        for n in range(30):
+            file.write(json.dumps(example_row(Example(f"{n:02d}.png", Path(), (QUESTION,)), f"{n:02d}.png")) + "\n")
+
+    def run():
+        if command == "generate":
+            generate(GenerateConfig(str(photos), str(out), batch_size=2), slowly)
+        else:
+            filter_questions(FilterConfig(str(photos / "examples.jsonl"), str(out)), answers_slowly)
+
+    def finished() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in (out / "rows").glob("*.jsonl")) if out.exists() else 0
+
+    for number, (this_rank, ranks) in enumerate([(0, 1), (1, 3), (0, 2), (2, 3)]):  # of each group one rank's share
+        monkeypatch.setattr(curate, "rank", lambda r=this_rank: r)
+        monkeypatch.setattr(curate, "world_size", lambda w=ranks: w)
+        if this_rank:  # what rank 0 has done before the others start
+            for path in (out / "rows").glob("*.jsonl"):
+                mend(path, False)
+        before = finished()
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        while finished() < before + 3 and process.is_alive():
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        rows = sorted((out / "rows").glob("*.jsonl"))
+        with rows[0].open("ab") as file:  # what a kill in the middle of a write leaves
+            file.write(b'{"id": "%02d.png", "fate": "wri' % (29 - number))
+        assert before < finished() < 30 and not (out / "examples.jsonl").exists()
+    monkeypatch.setattr(curate, "rank", lambda: 0)
+    monkeypatch.setattr(curate, "world_size", lambda: 1)
+    run()
+    ids = [row["id"] for row in rows_of(out)]
+    assert len(ids) == 30 and sorted(ids) == [f"{n:02d}.png" for n in range(30)]
+    kept = load_examples(str(out / "examples.jsonl"))
+    assert [example.id for example in kept] == [f"{n:02d}.png" for n in range(30)]  # in the order of the input
+    run()
+    assert len(rows_of(out)) == 30
+
+
+def test_two_real_ranks_share_the_work_and_one_finds_it_done(tmp_path):
+    photos = scenes(tmp_path / "photos", 7)
+    arguments = ["-m", "data.curate", "images", "--images", str(photos), "--out", str(tmp_path / "out"), "--batch-size", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out/rows").glob("*.jsonl"))] == [4, 3]
+    before = (tmp_path / "out/decisions.jsonl").read_text()
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "out")))
+    assert (tmp_path / "out/decisions.jsonl").read_text() == before and len(rows_of(tmp_path / "out")) == 7
+
+
+def test_ids_must_be_unique(tmp_path):
+    photos = scenes(tmp_path / "photos", 1)
+    (photos / "x.jsonl").write_text('{"id": "a", "image": "00.png"}\n' * 2)
+    with pytest.raises(ValueError, match="expected ids that are unique, found 'a' more than once"):
+        generate(GenerateConfig(str(photos / "x.jsonl"), str(tmp_path / "out")), scripted)
+
+
+# ----------------------------------------------------------------------------------------------------------- the images
+
+
+def test_detail_by_hand():
+    assert detail(Image.new("RGB", (8, 8), "white")) == (0.0, 0.0)
+    halves = Image.fromarray(np.repeat([[0, 255]], 4, axis=0).astype(np.uint8).repeat(4, axis=1))  # 4 x 8, one edge down
+    assert detail(halves) == (1.0, 4 / 32)
+    assert detail(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))[0] == 8.0
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    image.save(into := BytesIO(), "JPEG", quality=quality)
+    return Image.open(into).convert("RGB")
+
+
+def test_the_hash_stays_where_the_eye_sees_the_same_and_differs_elsewhere():
+    pictures = [draw(make_scene("train", index)) for index in range(24)]
+    for picture in pictures:
+        w, h = picture.size
+        for changed in (jpeg(picture, 60), picture.resize((2 * w, 2 * h), Image.Resampling.BICUBIC),
+                        ImageEnhance.Brightness(picture).enhance(0.9)):
+            assert int(hash_distances(image_hash(picture)[:, None], image_hash(changed))[0]) <= 32
+    hashes = [image_hash(picture) for picture in pictures]
+    apart = [int(hash_distances(a[:, None], b)[0]) for i, a in enumerate(hashes) for b in hashes[:i]]
+    assert min(apart) > 32 and np.median(apart) > 60
+    bits = [[int(bit) for word in one for bit in f"{int(word):064b}"] for one in hashes[:2]]
+    assert apart[0] == sum(a != b for a, b in zip(*bits))
+
+
+def test_near_duplicates_against_a_plain_loop():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, (12, 4), dtype=np.uint64)[rng.integers(12, size=40)]
+    hashes ^= np.uint64(1) << rng.integers(0, 60, (40, 4), dtype=np.uint64)
+    stay: list[int] = []
+    for place, (other, distance) in enumerate(near_duplicates(hashes, 10)):
+        want = [(sum(bin(int(a ^ b)).count("1") for a, b in zip(hashes[place], hashes[s])), s) for s in stay]
+        assert (distance, other) == ((None, -1) if not want else (min(want)[0], other))
+        assert not want or (distance, other) in want
+        if not want or distance > 10:
+            stay.append(place)
+    assert 3 < len(stay) < 40
+
+
+def test_semantic_duplicates_against_a_plain_loop():
+    rng = np.random.default_rng(1)
+    vectors = np.repeat(rng.normal(size=(8, 5)), 6, axis=0) + 0.3 * rng.normal(size=(48, 5))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    labels, centres = k_means(vectors, 4, seed=0)
+    assert np.allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-6) and len(set(labels.tolist())) == 4
+    for label in range(4):  # k-means has settled: each centre is the direction of its own vectors' sum
+        total = vectors[labels == label].sum(0)
+        assert np.allclose(centres[label], total / np.linalg.norm(total), atol=1e-5)
+    found, gone = semantic_duplicates(vectors, 0.9, clusters=4, seed=0), 0
+    for label in range(4):
+        stay: list[int] = []
+        for place in sorted(np.flatnonzero(labels == label), key=lambda i: sum(vectors[i] * centres[labels[i]])):
+            cosines = {other: sum(x * y for x, y in zip(vectors[place], vectors[other])) for other in stay}
+            nearest = max(cosines, key=cosines.get, default=-1)
+            assert found[place][0] == nearest and (found[place][1] is None) == (not stay)
+            assert not stay or found[place][1] == pytest.approx(cosines[nearest], abs=1e-4)
+            if not stay or cosines[nearest] <= 0.9:
+                stay.append(int(place))
+            else:
+                gone += 1
+    assert 5 < gone < 43
+    assert sum(cosine is None for _, cosine in semantic_duplicates(vectors, 0.9)) == 1  # one cluster, one first
+
+
+def test_every_picture_gets_a_decision_with_its_score(tmp_path):
+    photos, marks = scenes(tmp_path / "photos", 5), tmp_path / "benchmark"
+    picture = draw(make_scene("train", 0))
+    (photos / "copy.png").write_bytes((photos / "00.png").read_bytes())
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.BICUBIC).save(photos / "large.png")
+    Image.new("RGB", (140, 112), "white").save(photos / "blank.png")
+    draw(make_scene("train", 9)).resize((50, 50)).save(photos / "tiny.png")
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    marks.mkdir()
+    jpeg(draw(make_scene("train", 3)), 70).save(marks / "asked.png")
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "out"), benchmarks=(str(marks),)))
+    decisions = {row["id"]: row for row in map(json.loads, (tmp_path / "out/decisions.jsonl").read_text().splitlines())}
+    assert {id: row["fate"] for id, row in decisions.items()} == {
+        "00.png": "near duplicate", "01.png": "kept", "02.png": "kept", "03.png": "in a benchmark", "04.png": "kept",
+        "copy.png": "near duplicate", "large.png": "kept", "blank.png": "too simple", "tiny.png": "low resolution",
+        "broken.jpg": "failed",
+    }
+    assert decisions["00.png"]["of"] == decisions["copy.png"]["of"] == "large.png"
+    assert decisions["03.png"]["of"].endswith("asked.png") and decisions["03.png"]["benchmark_distance"] <= 32
+    assert decisions["blank.png"]["entropy"] == 0 and decisions["tiny.png"]["width"] == 50
+    assert len(list(photos.iterdir())) == 10  # nothing is deleted
+    (photos / "large.png").unlink()
+    (tmp_path / "out2").mkdir()
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "out2")))
+    decisions = {row["id"]: row for row in map(json.loads, (tmp_path / "out2/decisions.jsonl").read_text().splitlines())}
+    assert decisions["copy.png"]["fate"] == "exact duplicate" and decisions["copy.png"]["of"] == "00.png"
+
+
+def test_an_encoder_and_a_classifier_by_name(tmp_path):
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    CLIPVisionModel(CLIPVisionConfig(**size)).save_pretrained(tmp_path / "encoder")
+    ViTForImageClassification(ViTConfig(**size, id2label={0: "fine", 1: "nsfw"})).save_pretrained(tmp_path / "classifier")
+    for name in ("encoder", "classifier"):
+        processor.save_pretrained(tmp_path / name)
+    photos = scenes(tmp_path / "photos", 5)
+    flags = dict(encoder=str(tmp_path / "encoder"), classifier=str(tmp_path / "classifier"), max_similarity=0.9999)
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "out"), **flags))
+    rows = rows_of(tmp_path / "out")
+    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    assert all(0 < row["unsafe"] < 1 and "embedding" in row for row in rows)
+    assert all("embedding" not in row for row in decisions)
+    assert [row["fate"] for row in decisions] == ["unsafe" if row["unsafe"] > 0.5 else "kept" for row in rows]
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "out"), **flags | {"max_similarity": -1.0, "max_unsafe": 1.0}))
+    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    assert sorted(row["fate"] for row in decisions) == ["kept", *["similar"] * 4]  # thresholds change, measures stay
+    with pytest.raises(ValueError, match=r"expected the label 'violence', found \['fine', 'nsfw'\]"):
+        choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), classifier=flags["classifier"], unsafe_label="violence"))
+    with pytest.raises(ValueError, match="nowhere: expected a vision model"):
+        choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=str(tmp_path / "nowhere")))
