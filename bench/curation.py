@@ -1,0 +1,204 @@
+"""How well the filters of data/curate.py find what is planted in the toy world.
+
+    python bench/curation.py
+
+Questions: the toy world's own and, planted among them, questions that need no image, wrong answers, questions that tell their
+answer, and repeats (the same question shuffled, or in other words). No shipped model answers from images, so two stand-ins play
+the vision-language model: the toy verifier with the scene's true dense caption sees the image, the same verifier with an empty
+caption does not. What the tables show is the rule and its bookkeeping, not how a real model sees.
+
+Images: drawn scenes and, planted among them, blank ones, thumbnails, exact copies, and near copies (saved as JPEG, larger, or
+darker). Of a copy and its original one is to go, whichever: the two count once.
+
+found      share of what was planted that was removed for that reason
+removed    for any reason
+precision  of what was removed for that reason, the share that was planted
+"""
+
+import contextlib
+import json
+import random
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image, ImageEnhance
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.curate import FilterConfig, ImagesConfig, choose_images, filter_questions
+from data.examples import Example, Question, write_examples
+from data.toy.world import draw, make_scene, scene_questions, write_caption
+from reward.caprl import Answer, load_verifier
+
+REMOVED_BY = {
+    "needs no image": {"right without the image", "likely without the image"},
+    "wrong answer": {"wrong with the image"},
+    "tells its answer": {"tells its answer"},
+    "repeated": {"repeated"},
+    "blank": {"too simple"},
+    "thumbnail": {"low resolution"},
+    "exact copy": {"exact duplicate", "near duplicate"},
+    "near copy": {"near duplicate", "exact duplicate"},
+}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Sizes of the measurement."""
+
+    images: int = 120
+    verifier: str = "data/toy/verifier"
+
+
+def plant(question: Question, defect: str, rng: random.Random) -> Question:
+    """The question with the defect."""
+    right = question.choices[question.answer_index]
+    if defect == "wrong answer":
+        others = [place for place in range(len(question.choices)) if place != question.answer_index]
+        return replace(question, answer_index=rng.choice(others))
+    if defect == "tells its answer":
+        return replace(question, question=f"It is {right}, as anyone can see. {question.question}")
+    choices = rng.sample(question.choices, len(question.choices))
+    text = rng.choice([question.question, f"In this picture: {question.question}", question.question.rstrip("?") + " here?"])
+    return replace(question, question=text, choices=tuple(choices), answer_index=choices.index(right))
+
+
+@dataclass
+class Planted:
+    """What is wrong with each item ("" with a sound one), and of which other one it is a copy."""
+
+    defects: dict
+    originals: dict
+
+
+def planted_questions(num: int) -> tuple[list[Example], Planted, dict[str, str]]:
+    """Examples, what is planted by (id, place), and each scene's caption. A fifth of the questions get a defect."""
+    examples, planted, captions = [], Planted({}, {}), {}
+    for index in range(num):
+        scene, rng = make_scene("heldout", index), random.Random(f"planted:{index}")
+        questions: list[Question] = []
+
+        def add(question: Question, defect: str, scene=scene, questions=questions) -> None:
+            planted.defects[scene.id, len(questions)] = defect
+            if defect == "repeated":
+                planted.originals[scene.id, len(questions)] = (scene.id, len(questions) - 1)
+            questions.append(question)
+
+        for question in scene_questions(scene):
+            defect = rng.choice(["wrong answer", "tells its answer", "repeated"]) if rng.random() < 0.2 else ""
+            if not question.needs_image:
+                add(question, "needs no image")
+            elif defect == "repeated":
+                add(question, "")
+                add(plant(question, defect, rng), defect)
+            else:
+                add(plant(question, defect, rng) if defect else question, defect)
+        examples.append(Example(scene.id, draw(scene), tuple(questions), scene.family))
+        captions[scene.id] = write_caption(scene.family, scene.facts)
+    return examples, planted, captions
+
+
+def planted_images(folder: Path, num: int) -> Planted:
+    """Writes scenes, and for every third one something planted."""
+    folder.mkdir()
+    planted = Planted({}, {})
+
+    def save(image: Image.Image, name: str, defect: str, original: str = "") -> None:
+        image.save(folder / name)
+        planted.defects[name] = defect
+        if original:
+            planted.originals[name] = original
+
+    for index in range(num):
+        rng, image = random.Random(f"images:{index}"), draw(make_scene("heldout", index))
+        name, other = f"{index:04d}.png", f"{index:04d}-planted.png"
+        save(image, name, "")
+        defect = rng.choice(["blank", "thumbnail", "exact copy", "near copy", "near copy"]) if index % 3 == 0 else ""
+        if defect == "blank":
+            save(Image.new("RGB", image.size, rng.choice(["white", "black", "gray"])), other, defect)
+        elif defect == "thumbnail":
+            new = draw(make_scene("heldout", num + index))
+            save(new.resize((new.width // 3, new.height // 3)), other, defect)
+        elif defect == "exact copy":
+            save(image, other, defect, name)
+        elif defect == "near copy":
+            image.save(packed := BytesIO(), "JPEG", quality=70)
+            larger = image.resize((image.width * 3 // 2, image.height * 3 // 2))
+            darker = ImageEnhance.Brightness(image).enhance(0.8)
+            save(rng.choice([Image.open(packed).convert("RGB"), larger, darker]), other, defect, name)
+    return planted
+
+
+def table(fates: dict, planted: Planted) -> list[str]:
+    """Rows by defect. Of a pair of copies, the one that was removed as a copy stands for the planted one."""
+    fates = dict(fates)
+    for copy, original in planted.originals.items():
+        if fates[copy] == "kept" and fates[original] in REMOVED_BY[planted.defects[copy]]:
+            fates[copy], fates[original] = fates[original], "kept"
+    lines = ["| planted | number | found | removed | precision |", "| --- | ---: | ---: | ---: | ---: |"]
+    for defect in dict.fromkeys(planted.defects.values()):
+        found = [fates[key] for key, kind in planted.defects.items() if kind == defect]
+        removed = sum(fate != "kept" for fate in found) / len(found)
+        if not defect:
+            sound = f"| sound | {len(found)} | | {removed:.3f} | |"
+            continue
+        reasons = REMOVED_BY[defect]
+        alike = {kind for kind, names in REMOVED_BY.items() if names == reasons}
+        taken = [planted.defects[key] in alike for key, fate in fates.items() if fate in reasons]
+        precision = f"{sum(taken) / len(taken):.3f}" if taken else ""
+        hits = sum(fate in reasons for fate in found) / len(found)
+        lines.append(f"| {defect} | {len(found)} | {hits:.3f} | {removed:.3f} | {precision} |")
+    return [*lines, sound, ""]
+
+
+RULES = {
+    "published: 4 of 4 with the image, 0 of 4 without": {"max_prior": 99.0},
+    "published, and the answer prior at most 1.5 times chance": {},
+    "4 of 4 with the image, at most 2 of 4 without, and the prior": {"max_without_image": 2},
+    "4 of 4 with the image, and the prior": {"max_without_image": 4},
+}
+
+
+def main(config: BenchConfig) -> None:
+    verifier = load_verifier(config.verifier, torch.device("cpu"))
+    examples, planted, captions = planted_questions(config.images)
+
+    @cache
+    def stand_in(id: str, with_image: bool, asked: tuple) -> list[Answer]:
+        return verifier([captions[id] if with_image else ""], [asked], [id])[0]
+
+    def rows(path: Path) -> list[dict]:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_examples(folder / "planted", examples)
+        for number, (rule, changes) in enumerate(RULES.items()):
+            out = folder / f"set-{number}"
+            settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), **changes)
+            with contextlib.redirect_stdout(None):
+                filter_questions(settings, lambda e, with_image, asked: stand_in(e.id, with_image, tuple(asked)))
+            verdicts = {
+                (row["id"], place): one for row in rows(out / "rows/rank-000.jsonl") for place, one in enumerate(row["questions"])
+            }
+            print("\n".join([f"{rule}:", "", *table({key: one["fate"] for key, one in verdicts.items()}, planted)]), flush=True)
+        free, sound = ([verdicts[key] for key, kind in planted.defects.items() if kind == one] for one in ("needs no image", ""))
+        for kind, group in (("that need no image", free), ("that are sound", sound)):
+            passed = [one for one in group if one.get("without_image") == 0]
+            leaning = sum(one["prior"] > 1.5 / 4 for one in group if "prior" in one)
+            print(f"of {len(group)} {kind}, {len(passed)} are answered wrongly 4 times of 4 without the image; "
+                  f"of {leaning} the right option has more than 0.375")
+        planted = planted_images(folder / "photos", config.images)
+        with contextlib.redirect_stdout(None):
+            choose_images(ImagesConfig(str(folder / "photos"), str(folder / "chosen")))
+        print("\n".join(["", *table({row["id"]: row["fate"] for row in rows(folder / "chosen/decisions.jsonl")}, planted)]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig))
