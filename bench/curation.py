@@ -183,10 +183,9 @@ def main(config: BenchConfig) -> None:
             out = folder / f"set-{number}"
             settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), **changes)
             with contextlib.redirect_stdout(None):
-                filter_questions(settings, lambda e, with_image, asked: stand_in(e.id, with_image, tuple(asked)))
-            verdicts = {
-                (row["id"], place): one for row in rows(out / "rows/rank-000.jsonl") for place, one in enumerate(row["questions"])
-            }
+                filter_questions(settings, lambda one, with_image, asked: stand_in(one.id, with_image, tuple(asked)))
+            found = rows(out / "rows/rank-000.jsonl")
+            verdicts = {(row["id"], place): one for row in found for place, one in enumerate(row["questions"])}
             print("\n".join([f"{rule}:", "", *table({key: one["fate"] for key, one in verdicts.items()}, planted)]), flush=True)
         free, sound = ([verdicts[key] for key, kind in planted.defects.items() if kind == one] for one in ("needs no image", ""))
         for kind, group in (("that need no image", free), ("that are sound", sound)):

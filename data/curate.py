@@ -274,6 +274,7 @@ class FilterConfig:
     batch_size: int = 32
     """Questions put to the model at a time; any value gives the same answers."""
     retry_failed: bool = False
+    """Try again the images that could not be opened or had a question that could not be scored."""
     seed: int = 0
 
     def __post_init__(self):
@@ -329,7 +330,9 @@ def filter_batch(batch: Sequence[tuple[str, Example]], answer: AnswerQuestions, 
             part = slice(start, start + config.tries)
             verdicts.append(judge_question(question, asked[part], seen[part], blind[part], config))
         verdicts = select_questions(example.questions, verdicts, config)
-        rows.append({"id": id, "fate": "filtered", "reason": "", "questions": verdicts})
+        unscored = [one["failure"] for one in verdicts if "failure" in one]
+        fate = {"fate": "failed", "reason": unscored[0]} if unscored else {"fate": "filtered", "reason": ""}
+        rows.append({"id": id} | fate | {"questions": verdicts})
     return rows
 
 
@@ -505,7 +508,12 @@ class ImagesConfig:
     """Its probability, over which an image goes."""
     batch_size: int = 32
     retry_failed: bool = False
+    """Try again what could not be opened or measured in an earlier run."""
     seed: int = 0
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.clusters < 0:
+            raise ValueError("batch_size: expected at least 1; clusters: 0 or more")
 
 
 Measure = Callable[[Sequence[Image.Image]], list[Any]]

@@ -539,7 +539,7 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> int:
 
 def _file_name(example: Example) -> str:
     """The id made fit for a file's name, and something of its hash, since two ids may become alike."""
-    plain = re.sub(r"[^\w.-]", "_", example.id)[:80]
+    plain = re.sub(r"[^\w.-]", "_", example.id)[:60]
     suffix = example.image.suffix if isinstance(example.image, Path) else ""
     return plain.removesuffix(suffix) + f"-{hashlib.sha256(example.id.encode()).hexdigest()[:8]}{suffix}"
 

@@ -285,6 +285,10 @@ def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
     kept = load_examples(str(tmp_path / "out/examples.jsonl"))
     assert [len(example.questions) for example in kept] == [2, 2] and kept[1].family == "cards"
     report = (tmp_path / "out/report.md").read_text()
+    mute = Answer(None, failure="too long")
+    filter_questions(FilterConfig(source, str(tmp_path / "mute")), lambda *given: [mute] * len(given[2]))
+    assert {(row["fate"], row["reason"]) for row in rows_of(tmp_path / "mute")} == {("failed", "too long")}
+    assert "| could not be scored |" in (tmp_path / "mute/report.md").read_text()
     assert "| over the cap |" in report and "## over the cap" in report and "train-000001.png" in report
 
 
