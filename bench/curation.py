@@ -186,7 +186,8 @@ def main(config: BenchConfig) -> None:
                 filter_questions(settings, lambda one, with_image, asked: stand_in(one.id, with_image, tuple(asked)))
             found = rows(out / "rows/rank-000.jsonl")
             verdicts = {(row["id"], place): one for row in found for place, one in enumerate(row["questions"])}
-            print("\n".join([f"{rule}:", "", *table({key: one["fate"] for key, one in verdicts.items()}, planted)]), flush=True)
+            fates = {key: one["fate"] for key, one in verdicts.items()}
+            print("\n".join([f"{rule}:", "", *table(fates, planted)]), flush=True)
         free, sound = ([verdicts[key] for key, kind in planted.defects.items() if kind == one] for one in ("needs no image", ""))
         for kind, group in (("that need no image", free), ("that are sound", sound)):
             passed = [one for one in group if one.get("without_image") == 0]

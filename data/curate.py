@@ -35,6 +35,7 @@ from transformers import AutoModel, AutoModelForImageClassification, DynamicCach
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from data.examples import (
+    Dropped,
     Example,
     Question,
     fold_choice,
@@ -224,8 +225,10 @@ def write_batch(batch: Sequence[tuple[str, ImageSource]], write: WriteTexts, con
         keys = [f"{config.seed}:{id}:questions:{attempt}" for id in waiting]
         texts = write(list(waiting.values()), keys) if waiting else []
         for id, (text, truncated) in zip(list(waiting), texts, strict=True):
-            questions, dropped = parse_questions(text)
-            rows[id]["attempts"].append({"text": text, "truncated": truncated, "dropped": [asdict(one) for one in dropped]})
+            found = parse_questions(text)
+            questions = [one for one in found if isinstance(one, Question)]
+            dropped = [asdict(one) for one in found if isinstance(one, Dropped)]
+            rows[id]["attempts"].append({"text": text, "truncated": truncated, "dropped": dropped})
             if questions:
                 rows[id] |= {"fate": "written", "reason": "", "questions": list(map(question_row, questions))}
                 del waiting[id]

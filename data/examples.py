@@ -202,7 +202,7 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
             image = _image(content, path, where, path.parent)
             written = content.get("image") or content.get("image_path")
             fallback = written if isinstance(written, str) and isinstance(image, Path) else where
-            images.append((str(content.get("id", fallback)), image))
+            images.append((str(fallback if content.get("id") is None else content["id"]), image))
         except ValueError as error:
             raise ValueError(f"{path} {where}: {error}") from None
     return images
@@ -265,13 +265,13 @@ def _json_row(line: bytes, offset: int = 0) -> dict | str:
 
 
 def _read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageSource, str, list]:
-    """id, image, family and the questions as written. Raises ValueError for a row that has them not."""
+    """id, image, family and the questions as written. Raises ValueError for a row without one of them."""
     if "qa_response" in row:
         if not isinstance(row["qa_response"], str):
             raise ValueError(f"expected text in 'qa_response', got {_short(row['qa_response'])}")
-        questions, dropped = parse_questions(row["qa_response"])
-        image = _image(row, file, where, root)
-        return str(row.get("id", row.get("image_path"))), image, str(row.get("family", "all")), [*questions, *dropped]
+        image, id = _image(row, file, where, root), row.get("id")
+        id = row.get("image_path") if id is None else id
+        return str(id), image, str(row.get("family", "all")), parse_questions(row["qa_response"])
     is_published = "reward_model" in row
     wanted = ("id", "reward_model") if is_published else ("id", "questions")
     keys = [*wanted, *([] if {"images", "image_path"} & set(row) else ["image"])]
@@ -301,7 +301,8 @@ def _image(row: dict, file: Path, where: str, root: Path) -> ImageSource:
         return image
     if not isinstance(image, str):
         raise ValueError(f"expected {'a picture' if not isinstance(row, _Line) else 'a path'} in {key!r}, got {_short(image)}")
-    if image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image):  # no path: it has no dot
+    is_base64 = image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image)  # no path: it has no dot
+    if is_base64 and isinstance(row, _Line):
         return StoredImage(f"{file} {where}", partial(_read_inline, file, where, row.offset, key))
     return image_path(root, image)
 
@@ -336,7 +337,8 @@ def read_question(entry: Any) -> Question:
     if "answer_index" not in entry:
         Question(text, choices, 0)  # that the choices are sound comes before which one is right
         answer = find_answer(answer, choices)
-    kind = entry.get("kind") or "/".join(map(str, entry.get("category") or ()))
+    kind = entry.get("kind") or entry.get("category") or ""
+    kind = "/".join(map(str, kind)) if isinstance(kind, list) else str(kind)
     return Question(text, choices, answer, kind, entry.get("needs_image", True))
 
 
@@ -408,8 +410,8 @@ _ANSWER = re.compile(
 )
 
 
-def parse_questions(text: str) -> tuple[list[Question], list[Dropped]]:
-    """The questions in a model's text, and the blocks of it that are none. A block, as the prompt of data.curate asks for it:
+def parse_questions(text: str) -> list[Question | Dropped]:
+    """The questions in a model's text, and in their places the blocks that are none. A block, as data.curate asks for it:
 
         #### 1. **How many bars are there?**
            - A) two
@@ -419,13 +421,13 @@ def parse_questions(text: str) -> tuple[list[Question], list[Dropped]]:
 
     Letter and text of the answer must agree where both are given. What is neither question, option nor answer is passed over.
     """
-    questions, dropped = [], []
+    found: list[Question | Dropped] = []
     for block in _blocks(text):
         try:
-            questions.append(_parse_block(block))
+            found.append(_parse_block(block))
         except ValueError as error:
-            dropped.append(Dropped(str(error), "\n".join(block).strip()))
-    return questions, dropped
+            found.append(Dropped(str(error), "\n".join(block).strip()))
+    return found
 
 
 def _blocks(text: str) -> list[list[str]]:
@@ -592,7 +594,11 @@ def inspect(config: InspectConfig) -> dict[str, int]:
              "reason": one.reason} for one in refused]
     path = manifest_path(config.source)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"files": files} | counts, *rows]]
-    path.write_text("".join(lines), encoding="utf-8")
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: expected to write the manifest beside the set ({error.strerror}); "
+                         f"link the set into a folder of your own") from None
     print("\n".join([*(f"{value:8d} {name}" for name, value in counts.items()), *(f"refused  {one}" for one in refused[:5])]))
     print(f"manifest: {path}")
     if config.out:

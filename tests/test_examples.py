@@ -14,6 +14,7 @@ from PIL import Image
 
 from data import parquet
 from data.examples import (
+    Dropped,
     InspectConfig,
     Question,
     example_row,
@@ -446,7 +447,9 @@ B）蓝
 #### 10. **Cut off?**
  - A) x
  - B) y"""
-    questions, dropped = parse_questions(text)
+    found = parse_questions(text)
+    questions, dropped = ([one for one in found if isinstance(one, kind)] for kind in (Question, Dropped))
+    assert [isinstance(one, Question) for one in found] == 3 * [True] + 7 * [False]
     assert [(q.question, q.choices, q.answer_index) for q in questions] == [
         ("How many cats are there?", ("one", "two cats in a basket", "3. three"), 1), ("颜色？", ("红", "蓝"), 1),
         ("Which?", ("x", "y"), 0),
@@ -456,4 +459,4 @@ B）蓝
         "options not lettered A, B, C, ... in order", "answer is none of the options, or its letter and text disagree",
         "no question", "no answer",
     ]
-    assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == ([], [])
+    assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == []

@@ -1,0 +1,122 @@
+"""A tiny question writer: the shipped policy taught to write questions on toy images in the layout of data/curate.py.
+
+    python -m data.toy.writer runs/writer --steps 1500
+    python -m data.curate generate --images runs/images --model runs/writer --num-questions 2 --max-new-tokens 160 --out runs/written
+
+It is no part of the shipped files: `generate` can be tried on it end to end. What it asks about is in the world's grammar; how often
+its answers are right is printed.
+"""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from data.curate import WRITING_INSTRUCTION
+from data.examples import Question, parse_questions
+from data.toy.captioner import FAMILY_SHARES, SHARPNESS, sharpen_
+from data.toy.fit import fit
+from data.toy.world import FAMILIES, Scene, draw, make_scene, scene_questions
+from grpo.checkpoint import export_policy
+from grpo.config import run_program
+from grpo.logprobs import CompletionScorer
+from grpo.policy import Policy, load_policy
+from grpo.rollout import Rollouts, sample_rollouts
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class WriterConfig:
+    """Settings of the writer's training."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Gets the model; refused if one is there."""
+    policy: str = "data/toy/policy"
+    """What it starts from: it sees already."""
+    steps: int = 1500
+    batch: int = 16
+    num_questions: int = 2
+    """In each text, and in the instruction."""
+    num_images: int = 60
+    """Held-out images that the printed numbers are of."""
+    seed: int = 0
+
+
+def write_blocks(questions: Sequence[Question]) -> str:
+    """The layout that `parse_questions` reads."""
+    blocks = []
+    for number, question in enumerate(questions, start=1):
+        options = [f"{letter}) {text}" for letter, text in zip(LETTERS, question.choices)]
+        lines = [f"#### {number}. **{question.question}**", *(f"   - {option}" for option in options), "",
+                 f"**Answer:** {options[question.answer_index]}", "------"]
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
+
+
+def lesson(scene: Scene, num: int, rng: random.Random) -> str:
+    asked = [question for question in scene_questions(scene) if question.needs_image]
+    return write_blocks(rng.sample(asked, num))
+
+
+def as_rollouts(policy: Policy, scenes: Sequence[Scene], texts: Sequence[str], instruction: str) -> Rollouts:
+    """Given texts, one per scene, in the form the scorer takes: each ended by EOS, none sampled."""
+    rows = [policy.tokenizer.encode(text, add_special_tokens=False) + [policy.tokenizer.eos_token_id] for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_id)
+    prompts = [policy.prompt(draw(scene), instruction) for scene in scenes]
+    lengths = torch.tensor([len(row) for row in rows])
+    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), torch.zeros(len(rows), dtype=torch.bool), list(texts))
+
+
+def train_writer(config: WriterConfig) -> Policy:
+    policy = load_policy(config.policy, torch.device("cpu"))
+    with torch.no_grad():  # as it was before it was sharpened, so that `sharpen_` can be applied anew
+        policy.model.model.language_model.norm.weight.mul_(SHARPNESS)
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    instruction = WRITING_INSTRUCTION.format(num=config.num_questions)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"writer:{config.seed}:{step}")
+        families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=config.batch)
+        scenes = [make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family) for family in families]
+        rollouts = as_rollouts(policy, scenes, [lesson(scene, config.num_questions, rng) for scene in scenes], instruction)
+        logprobs, _ = scorer(rollouts)  # (B, L)
+        return -logprobs.sum() / rollouts.lengths.sum(), {}
+
+    fit(policy.model, loss_at, config.steps, "writer", warmup_share=0.05, decay_share=1 / 3)
+    sharpen_(policy)
+    return policy
+
+
+def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
+    """Of the texts on held-out images: sound questions per image, blocks dropped, and the share of the questions on a fact of
+    the scene whose answer is right."""
+    scenes = [make_scene("heldout", index) for index in range(config.num_images)]
+    prompts = [policy.prompt(draw(scene), WRITING_INSTRUCTION.format(num=config.num_questions)) for scene in scenes]
+    texts = sample_rollouts(policy, prompts, [f"writer:{scene.id}" for scene in scenes], 80 * config.num_questions).captions
+    found = [[one for one in parse_questions(text)] for text in texts]
+    right = []
+    for scene, blocks in zip(scenes, found):
+        truth = {question.question: question.choices[question.answer_index] for question in scene_questions(scene)}
+        right += [q.choices[q.answer_index] == truth[q.question] for q in blocks if isinstance(q, Question) and q.question in truth]
+    sound = sum(isinstance(one, Question) for blocks in found for one in blocks)
+    return {"sound questions per image": sound / len(scenes), "blocks dropped": sum(map(len, found)) - sound,
+            "questions on a fact of the scene": len(right), "of these answered rightly": sum(right) / max(len(right), 1)}
+
+
+def main(config: WriterConfig) -> None:
+    if (config.folder / "config.json").exists():
+        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
+    policy = train_writer(config)
+    export_policy(policy, config.folder, torch.float32)
+    print("\n".join(f"{value:8.3f} {name}" for name, value in measure(policy, config).items()))
+
+
+if __name__ == "__main__":
+    run_program(lambda arguments: main(tyro.cli(WriterConfig, args=arguments)), sys.argv[1:])
