@@ -184,11 +184,12 @@ def main(config: BenchConfig) -> None:
             settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), **changes)
             with contextlib.redirect_stdout(None):
                 filter_questions(settings, lambda one, with_image, asked: stand_in(one.id, with_image, tuple(asked)))
-            found = rows(out / "rows/rank-000.jsonl")
-            verdicts = {(row["id"], place): one for row in found for place, one in enumerate(row["questions"])}
+            found = {row["id"]: row["questions"] for row in rows(out / "rows/rank-000.jsonl")}
+            verdicts = {(id, place): one for id, given in found.items() for place, one in enumerate(given)}
             fates = {key: one["fate"] for key, one in verdicts.items()}
             print("\n".join([f"{rule}:", "", *table(fates, planted)]), flush=True)
-        free, sound = ([verdicts[key] for key, kind in planted.defects.items() if kind == one] for one in ("needs no image", ""))
+        kinds = ("needs no image", "")
+        free, sound = ([verdicts[key] for key, kind in planted.defects.items() if kind == one] for one in kinds)
         for kind, group in (("that need no image", free), ("that are sound", sound)):
             passed = [one for one in group if one.get("without_image") == 0]
             leaning = sum(one["prior"] > 1.5 / 4 for one in group if "prior" in one)

@@ -144,6 +144,10 @@ def test_the_rule(seen, blind, prior, changes, fate):
     assert verdict(seen, blind, prior, **changes) == fate
 
 
+def test_a_question_that_tells_its_answer_goes_however_it_is_answered():
+    assert verdict(4, 0, 0.2, replace(QUESTION, question="What color is the blue cup?")) == "tells its answer"
+
+
 def test_a_question_that_could_not_be_scored_is_neither_kept_nor_wrong():
     asked = [shuffle_options(QUESTION, 0, random.Random(0))]
     failed = [Answer(None, failure="too long")]

@@ -39,7 +39,7 @@ def test_what_is_transparent_is_white():
 
 
 def test_more_than_eight_bits_keep_their_brightness():
-    gray = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    gray = Image.fromarray(np.array([[0, 256 * 100 + 7, 65535]], dtype=np.uint16))
     assert [open_image(stored(gray)).getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
     depth = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32))
     assert [open_image(stored(depth, "TIFF")).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]

@@ -1,10 +1,10 @@
 """A tiny question writer: the shipped policy taught to write questions on toy images in the layout of data/curate.py.
 
     python -m data.toy.writer runs/writer --steps 1500
-    python -m data.curate generate --images runs/images --model runs/writer --num-questions 2 --max-new-tokens 160 --out runs/written
+    python -m data.curate generate --images IMAGES --model runs/writer --num-questions 2 --max-new-tokens 160 --out runs/written
 
-It is no part of the shipped files: `generate` can be tried on it end to end. What it asks about is in the world's grammar; how often
-its answers are right is printed.
+It is no part of the shipped files: `generate` can be tried on it end to end. What it asks about is in the world's grammar; how
+often its answers are right is printed.
 """
 
 import random
@@ -100,13 +100,14 @@ def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
     scenes = [make_scene("heldout", index) for index in range(config.num_images)]
     prompts = [policy.prompt(draw(scene), WRITING_INSTRUCTION.format(num=config.num_questions)) for scene in scenes]
     texts = sample_rollouts(policy, prompts, [f"writer:{scene.id}" for scene in scenes], 80 * config.num_questions).captions
-    found = [[one for one in parse_questions(text)] for text in texts]
-    right = []
-    for scene, blocks in zip(scenes, found):
+    right, num_sound, num_dropped = [], 0, 0
+    for scene, text in zip(scenes, texts):
         truth = {question.question: question.choices[question.answer_index] for question in scene_questions(scene)}
-        right += [q.choices[q.answer_index] == truth[q.question] for q in blocks if isinstance(q, Question) and q.question in truth]
-    sound = sum(isinstance(one, Question) for blocks in found for one in blocks)
-    return {"sound questions per image": sound / len(scenes), "blocks dropped": sum(map(len, found)) - sound,
+        blocks = parse_questions(text)
+        sound = [one for one in blocks if isinstance(one, Question)]
+        num_sound, num_dropped = num_sound + len(sound), num_dropped + len(blocks) - len(sound)
+        right += [one.choices[one.answer_index] == truth[one.question] for one in sound if one.question in truth]
+    return {"sound questions per image": num_sound / len(scenes), "blocks dropped": num_dropped,
             "questions on a fact of the scene": len(right), "of these answered rightly": sum(right) / max(len(right), 1)}
 
 
