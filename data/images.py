@@ -44,8 +44,9 @@ def open_image(image: ImageSource) -> Image.Image:
     opened = _open(image)
     try:
         opened.load()
-        with suppress(*BROKEN):  # a picture with a broken EXIF block is still a picture
-            opened = ImageOps.exif_transpose(opened)
+        if opened is not image:  # one in memory is the caller's
+            with suppress(*BROKEN):  # a picture with a broken EXIF block is still a picture
+                ImageOps.exif_transpose(opened, in_place=True)
         return _to_rgb(opened)
     except BROKEN as error:
         raise _unreadable(image, error) from None

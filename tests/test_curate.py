@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
-from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from data import curate
 from data.curate import (
@@ -37,10 +38,11 @@ from data.curate import (
     similarity,
     tells_answer,
 )
-from data.examples import Example, Question, example_row, load_examples
+from data.examples import Example, Question, example_row, load_examples, parse_questions
 from data.likeness import detail, hash_distances, image_hash, k_means, near_duplicates, semantic_duplicates
 from data.toy.export import ExportConfig, export
-from data.toy.world import draw, make_scene
+from data.toy.world import draw, make_scene, scene_questions
+from data.toy.writer import write_blocks
 from grpo.config import toy_config
 from reward.caprl import Answer, Asked, PromptWriter, shuffle_options
 from train import train
@@ -63,8 +65,6 @@ def scenes(folder: Path, num: int) -> Path:
 
 
 def asked_of(scene_index: int, num: int) -> list[Asked]:
-    from data.toy.world import scene_questions
-
     questions = scene_questions(make_scene("train", scene_index))
     return [shuffle_options(questions[n % len(questions)], n, random.Random(n)) for n in range(num)]
 
@@ -366,6 +366,12 @@ def test_two_real_ranks_share_the_work_and_one_finds_it_done(tmp_path):
     before = (tmp_path / "out/decisions.jsonl").read_text()
     choose_images(ImagesConfig(str(photos), str(tmp_path / "out")))
     assert (tmp_path / "out/decisions.jsonl").read_text() == before and len(rows_of(tmp_path / "out")) == 7
+
+
+def test_the_toy_writers_lessons_are_read_back():
+    scene = make_scene("train", 4)
+    asked = [replace(question, kind="", needs_image=True) for question in scene_questions(scene)]
+    assert parse_questions(write_blocks(asked)) == asked
 
 
 def test_ids_must_be_unique(tmp_path):
