@@ -5,6 +5,7 @@ dense or wrong. What reinforcement learning has to find afterwards is within it,
 """
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.logprobs import CompletionScorer
-from grpo.policy import Policy, make_policy
+from grpo.policy import INSTRUCTION, Policy, make_policy
 from grpo.rollout import Rollouts
 
 SEEING = 0.8
@@ -61,13 +62,14 @@ def weak_caption(scene: Scene, rng: random.Random) -> str:
     return write_caption(scene.family, [f for f in facts if rng.random() < kept] or facts[:1])
 
 
-def as_rollouts(policy: Policy, scenes: list[Scene], captions: list[str]) -> Rollouts:
-    """Given captions, one per scene, in the form the scorer takes: each ended by EOS, none sampled."""
+def as_rollouts(policy: Policy, scenes: Sequence[Scene], captions: Sequence[str], instruction: str = INSTRUCTION) -> Rollouts:
+    """Given texts, one per scene, in the form the scorer takes: each ended by EOS, none sampled."""
     rows = [policy.tokenizer.encode(c, add_special_tokens=False) + [policy.tokenizer.eos_token_id] for c in captions]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_id)
-    prompts = [policy.prompt(draw(scene)) for scene in scenes]
-    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), torch.zeros(len(rows), dtype=torch.bool), captions)
+    prompts = [policy.prompt(draw(scene), instruction) for scene in scenes]
+    never = torch.zeros(len(rows), dtype=torch.bool)
+    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), never, list(captions))
 
 
 def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int, batch: int = 32) -> Policy:

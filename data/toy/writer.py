@@ -20,14 +20,14 @@ from torch import Tensor
 
 from data.curate import WRITING_INSTRUCTION
 from data.examples import Question, parse_questions
-from data.toy.captioner import FAMILY_SHARES, SHARPNESS, sharpen_
+from data.toy.captioner import FAMILY_SHARES, SHARPNESS, as_rollouts, sharpen_
 from data.toy.fit import fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, scene_questions
 from grpo.checkpoint import export_policy
 from grpo.config import run_program
 from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy, load_policy
-from grpo.rollout import Rollouts, sample_rollouts
+from grpo.rollout import sample_rollouts
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -63,15 +63,6 @@ def write_blocks(questions: Sequence[Question]) -> str:
 def lesson(scene: Scene, num: int, rng: random.Random) -> str:
     asked = [question for question in scene_questions(scene) if question.needs_image]
     return write_blocks(rng.sample(asked, num))
-
-
-def as_rollouts(policy: Policy, scenes: Sequence[Scene], texts: Sequence[str], instruction: str) -> Rollouts:
-    """Given texts, one per scene, in the form the scorer takes: each ended by EOS, none sampled."""
-    rows = [policy.tokenizer.encode(text, add_special_tokens=False) + [policy.tokenizer.eos_token_id] for text in texts]
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_id)
-    prompts = [policy.prompt(draw(scene), instruction) for scene in scenes]
-    lengths = torch.tensor([len(row) for row in rows])
-    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), torch.zeros(len(rows), dtype=torch.bool), list(texts))
 
 
 def train_writer(config: WriterConfig) -> Policy:
