@@ -8,7 +8,8 @@ On a GPU the step is recorded once as a CUDA graph and replayed, as its thousand
 run. A recording has fixed addresses and sizes: all rows take part, room for captions doubles, and whoever drops groups does so
 seldom. It is made again after every change of the cache.
 
-H hidden size, D head size, K key-value heads, R query heads per key-value head, T longest prompt, A longest caption so far.
+H hidden size, D head size, K key-value heads, R query heads per key-value head, T longest prompt, A longest caption so far,
+B = P * G rows of which n are still being written.
 """
 
 import warnings
@@ -44,8 +45,8 @@ class Decoder:
         self.rotary = text.rotary_emb
         self.layers = [_Layer(layer) for layer in text.layers]
         self.prefix: list[tuple[Tensor, Tensor]] = []  # per layer: keys (P, K, D, T), values (P, K, T, D)
-        self.suffix: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values (P * G, K, capacity, D)
-        self.prefix_bias = torch.empty(0)  # (P, 1, 1, T) 0 on prompt tokens, -inf on padding
+        self.suffix: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values (P, K, G, room, D)
+        self.prefix_bias = torch.empty(0)  # (P, 1, 1, 1, T) 0 on prompt tokens, -inf on padding
         self.ages = torch.empty(0)  # (P,) caption tokens so far
         self.longest = 0  # the oldest group's age
         self.uses_graphs = self.embed.device.type == "cuda"
@@ -59,27 +60,25 @@ class Decoder:
         """Groups after their prompts' prefill; mask: (P, T), 1 on prompt tokens, padding on the left."""
         self.recording = None
         bias = torch.zeros(mask.shape, device=mask.device)
-        bias = bias.masked_fill(mask == 0, -torch.inf)[:, None, None]
+        bias = bias.masked_fill(mask == 0, -torch.inf)[:, None, None, None]
         new = [(layer.keys.transpose(-1, -2), layer.values) for layer in cache.layers]
         if not self.num_groups:
             self.prefix, self.prefix_bias, self.ages = new, bias, mask.new_zeros(len(mask))
-            empty = new[0][1].new_empty(len(mask) * self.group_size, self.num_kv, 0, new[0][1].shape[-1])
+            empty = new[0][1].new_empty(len(mask), self.num_kv, self.group_size, 0, new[0][1].shape[-1])
             self.suffix = [(empty, empty) for _ in new]
             return
-        count = len(mask) * self.group_size
         for i, (keys, values) in enumerate(new):  # one layer at a time, as in _grow
             self.prefix[i] = _join_left(self.prefix[i][0], keys, dim=-1), _join_left(self.prefix[i][1], values, dim=-2)
-            self.suffix[i] = tuple(torch.cat([part, part.new_zeros(count, *part.shape[1:])]) for part in self.suffix[i])
+            self.suffix[i] = tuple(torch.cat([part, part.new_zeros(len(mask), *part.shape[1:])]) for part in self.suffix[i])
         self.prefix_bias = _join_left(self.prefix_bias, bias, dim=-1, value=-torch.inf)
         self.ages = torch.cat([self.ages, self.ages.new_zeros(len(mask))])
 
     def keep(self, groups: Tensor) -> None:
         """Only these groups (indices) stay, in this order."""
         self.recording = None
-        rows = (groups[:, None] * self.group_size + torch.arange(self.group_size, device=groups.device)).flatten()
         for i in range(len(self.layers)):  # one layer at a time, as in _grow
             self.prefix[i] = tuple(part[groups] for part in self.prefix[i])
-            self.suffix[i] = tuple(part[rows] for part in self.suffix[i])
+            self.suffix[i] = tuple(part[groups] for part in self.suffix[i])
         self.prefix_bias, self.ages = self.prefix_bias[groups], self.ages[groups]
         self.longest = int(self.ages.max()) if len(groups) else 0
 
@@ -104,7 +103,7 @@ class Decoder:
     def _replay(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:
         """The step by its recording; None, and never again, where none can be made."""
         if self.recording is None:
-            batch, room = self.num_groups * self.group_size, self.suffix[0][0].shape[2]
+            batch, room = self.num_groups * self.group_size, self.suffix[0][0].shape[3]
             inputs = tokens.new_zeros(batch), positions.new_zeros(batch), self.ages.clone()
             everyone = torch.arange(batch, device=rows.device)
             try:
@@ -121,52 +120,51 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor, longest: int) -> Tensor:
         """Logits (n, V). ages (P,); `longest` places of the captions' room are read."""
-        num_groups, size, num_kv = self.num_groups, self.group_size, self.num_kv
-        batch, per_kv = num_groups * size, self.num_heads // num_kv
-        ages = ages.repeat_interleave(size)  # (B,)
-        late = torch.arange(longest, device=ages.device) > ages[:, None]  # (B, A): not written yet
-        suffix_bias = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)[:, None, None]
+        shape = (self.num_groups, self.num_kv, self.group_size, self.num_heads // self.num_kv)  # P, K, G, R
+        group, member = rows // self.group_size, rows % self.group_size
+        written = ages[group]
+        is_whole = len(rows) == self.num_groups * self.group_size  # rows ascend, so these are all of them in order
+        late = torch.arange(longest, device=ages.device) > ages[:, None]  # (P, A): not written yet
+        late = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)[:, None, None, None]
+        bias = torch.cat([self.prefix_bias, late], dim=-1)  # (P, 1, 1, 1, T + A)
+        width = self.prefix_bias.shape[-1]
         x = F.embedding(tokens, self.embed)  # (n, H)
         angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
         scaling = self.rotary.attention_scaling
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
-        written = ages[rows]
         for layer, (prefix_keys, prefix_values), (keys, values) in zip(self.layers, self.prefix, self.suffix):
             head_dim = keys.shape[-1]
             normed = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
             heads = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(x), -1, head_dim)  # (n, R * K + 2 * K, D)
-            q, k, v = heads.split([self.num_heads, num_kv, num_kv], dim=1)
+            qk, v = heads[:, : -self.num_kv], heads[:, -self.num_kv :]
             if layer.q_norm is not None:
+                q, k = qk.split([self.num_heads, self.num_kv], dim=1)
                 q = F.rms_norm(q, (head_dim,), layer.q_norm, self.eps)
-                k = F.rms_norm(k, (head_dim,), layer.k_norm, self.eps)
-            qk = torch.cat([q, k], dim=1)
+                qk = torch.cat([q, F.rms_norm(k, (head_dim,), layer.k_norm, self.eps)], dim=1)
             low, high = qk.chunk(2, dim=-1)
             qk = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-            keys[rows, :, written], values[rows, :, written] = qk[:, self.num_heads :], v
-            q = x.new_zeros(batch, self.num_heads, head_dim)
-            q[rows] = qk[:, : self.num_heads]
-            # Scores on the prompt: all queries of a group against one set of keys, (P, K, G * R, T).
-            grouped = q.view(num_groups, size, num_kv, per_kv, head_dim).transpose(1, 2)
-            grouped = grouped.reshape(num_groups, num_kv, size * per_kv, head_dim)
-            on_prompt = _scores(grouped, prefix_keys) + self.prefix_bias
-            on_prompt = on_prompt.view(num_groups, num_kv, size, per_kv, -1)
-            on_prompt = on_prompt.transpose(1, 2).reshape(batch, num_kv, per_kv, -1)  # (B, K, R, T)
-            own_keys, own_values = keys[:, :, :longest].transpose(-1, -2), values[:, :, :longest]
-            on_caption = _scores(q.view(batch, num_kv, per_kv, head_dim), own_keys) + suffix_bias  # (B, K, R, A)
-            probs = torch.cat([on_prompt, on_caption], dim=-1).softmax(-1).to(x.dtype)
-            width = on_prompt.shape[-1]
-            shared = probs[..., :width].reshape(num_groups, size, num_kv, per_kv, width).transpose(1, 2)
-            shared = shared.reshape(num_groups, num_kv, size * per_kv, width) @ prefix_values
-            shared = shared.view(num_groups, num_kv, size, per_kv, head_dim).transpose(1, 2)
-            out = shared.reshape(batch, num_kv, per_kv, head_dim) + probs[..., width:] @ own_values
-            x = x + F.linear(out.reshape(batch, -1)[rows], layer.out)
+            keys[group, :, member, written], values[group, :, member, written] = qk[:, self.num_heads :], v
+            q = qk[:, : self.num_heads]
+            if not is_whole:
+                q = x.new_zeros(shape[0] * shape[2], self.num_heads, head_dim).index_copy(0, rows, q)
+            q = q.view(shape[0], shape[2], shape[1], shape[3], head_dim).transpose(1, 2).contiguous()  # (P, K, G, R, D)
+            # On the prompt all queries of a group meet one set of keys, on the captions each row's its own.
+            on_prompt = _scores(q.flatten(2, 3).flatten(0, 1), prefix_keys.flatten(0, 1)).view(*shape, -1)
+            own_keys, own_values = (part.flatten(0, 2)[:, :longest] for part in (keys, values))  # (P * K * G, A, D)
+            on_caption = _scores(q.flatten(0, 2), own_keys.transpose(1, 2)).view(*shape, -1)
+            scores = torch.cat([on_prompt, on_caption], dim=-1)
+            probs = torch.add(bias, scores, alpha=head_dim**-0.5).softmax(-1).to(x.dtype)  # (P, K, G, R, T + A)
+            shared = probs[..., :width].flatten(2, 3) @ prefix_values  # (P, K, G * R, D)
+            own = probs[..., width:].flatten(0, 2) @ own_values  # (P * K * G, R, D)
+            out = (shared.view(q.shape) + own.view(q.shape)).transpose(1, 2).flatten(2, 4).flatten(0, 1)  # (B, R * K * D)
+            x = x + F.linear(out if is_whole else out[rows], layer.out)
             gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps), layer.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, layer.down)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:
         """Doubles the room for captions when it is used up, so that short ones never pay for `max_new_tokens`."""
-        room = self.suffix[0][0].shape[2]
+        room = self.suffix[0][0].shape[3]
         if length > room:
             self.recording = None
             more = min(max(2 * room, 64), self.max_new_tokens) - room
@@ -215,13 +213,11 @@ def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """Scaled products (..., n, T) of (..., n, D) and (..., D, T), float32 whatever the weights are, as in the kernels that the
+    """Products (rows, n, T) of (rows, n, D) and (rows, D, T), float32 whatever the weights are, as in the kernels that the
     trainer uses."""
-    scale = queries.shape[-1] ** -0.5
     if queries.dtype != torch.float32 and queries.is_cuda:
-        product = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
-        return product.unflatten(0, queries.shape[:2]) * scale
-    return queries.float() * scale @ keys.float()
+        return torch.bmm(queries, keys, out_dtype=torch.float32)
+    return torch.bmm(queries.float(), keys.float())
 
 
 def _join_left(first: Tensor, second: Tensor, dim: int, value: float = 0.0) -> Tensor:

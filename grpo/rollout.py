@@ -113,9 +113,9 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         tokens[rows, steps] = token
         logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
         ended = torch.isin(token, eos_ids)
-        lengths[rows[ended]], truncated[rows[ended]] = steps[ended] + 1, False
         on = ~ended & (steps + 1 < max_new_tokens)
         if not on.all():
+            lengths[rows[ended]], truncated[rows[ended]] = steps[ended] + 1, False
             rows, places, steps, positions, token = (each[on] for each in (rows, places, steps, positions, token))
             alive, number = torch.unique(places // group_size, return_inverse=True)
             num_done = decoder.num_groups - len(alive)
