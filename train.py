@@ -57,7 +57,7 @@ from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.memory import estimate_memory
 from grpo.page import write_page
-from grpo.policy import Policy, load_policy
+from grpo.policy import Policy, encode_images, load_policy
 from grpo.preflight import (
     TRIAL_TOKENS,
     Finding,
@@ -120,6 +120,8 @@ def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: Tr
     """G captions of each image."""
     with all_or_none("images"):
         prompts = [sampler.prompt(open_image(example.image)) for example in batch]
+    if config.freeze == "vision+merger":  # the reference's tower, the policy's and the sampler's are one for the whole run
+        prompts = encode_images(sampler, prompts)
     keys = [f"{config.seed}:{step}:{example.id}:caption:{g}" for example in batch for g in range(config.group_size)]
     return sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens)
 

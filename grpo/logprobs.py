@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from grpo.policy import image_inputs
 from grpo.rollout import Rollouts, temper_logits_
 
 HEAD_ROWS = 512
@@ -119,15 +120,15 @@ class CompletionScorer(nn.Module):
         0 beyond each completion's length. Gradients flow through the logprobs; entropies are for logging.
         """
         packed, device = pack_groups(rollouts), rollouts.tokens.device
-        hidden = self.model.model(
-            input_ids=packed.input_ids,
-            attention_mask=torch.empty(1, 1, 1, 0, device=device),  # of four dimensions, so that transformers makes none
-            segments=packed.segments,
-            position_ids=packed.position_ids,
-            pixel_values=torch.cat([prompt.pixel_values for prompt in rollouts.prompts]).to(device),
-            image_grid_thw=torch.cat([prompt.grid for prompt in rollouts.prompts]).to(device),
-            use_cache=False,
-        ).last_hidden_state  # (1, S, H)
+        with image_inputs(self.model, rollouts.prompts) as images:
+            hidden = self.model.model(
+                input_ids=packed.input_ids,
+                attention_mask=torch.empty(1, 1, 1, 0, device=device),  # of four dimensions, so that transformers makes none
+                segments=packed.segments,
+                position_ids=packed.position_ids,
+                use_cache=False,
+                **images,
+            ).last_hidden_state  # (1, S, H)
         hidden = hidden[0, packed.sources]  # (N, H)
         logprobs, entropies = HeadLogprobs.apply(
             hidden, self.model.lm_head.weight, packed.targets, self.temperature, self.forbidden_ids, HEAD_ROWS

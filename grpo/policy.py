@@ -4,8 +4,9 @@ Tokenizer and image processor are loaded apart and image tokens expanded here: t
 needs torchvision for videos, which captions do not.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # From its module: `transformers.AutoImageProcessor` of 5.17 wants torchvision before it looks which backend is asked for.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -36,6 +38,7 @@ class Prompt:
     position_ids: Tensor  # (3, T) int64: time, height and width of M-RoPE
     pixel_values: Tensor  # (N, D) float32
     grid: Tensor  # (1, 3) int64: patches in time, height and width
+    features: Tensor | None = None  # (image tokens, H): what a frozen vision tower makes of the pixels, once it is known
 
     @property
     def next_position(self) -> int:
@@ -81,6 +84,35 @@ class Policy:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts with their features, for a vision tower that no step changes. Qwen3-VL's, which feeds several layers, are
+    left out: its tower runs in every pass."""
+    inner = policy.model.model
+    if hasattr(inner.visual, "deepstack_merger_list"):
+        return list(prompts)
+    device = policy.model.device
+    found = [inner.get_image_features(p.pixel_values.to(device), p.grid.to(device)).pooler_output[0] for p in prompts]
+    return [replace(prompt, features=features) for prompt, features in zip(prompts, found)]
+
+
+@contextmanager
+def image_inputs(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[dict[str, Tensor]]:
+    """What a forward over these prompts, run inside, is given of their images. The tower is not run where features are
+    known: transformers of all our versions ask this method for them, the older ones take no argument instead."""
+    inner, known = model.model, [prompt.features for prompt in prompts]
+    if is_known := all(features is not None for features in known):
+        inner.get_image_features = lambda *_, **__: BaseModelOutputWithPooling(pooler_output=known)
+    try:
+        yield {
+            "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(model.device),
+            "image_grid_thw": torch.cat([prompt.grid for prompt in prompts]).to(model.device),
+        }
+    finally:
+        if is_known:
+            del inner.get_image_features
 
 
 def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Policy:

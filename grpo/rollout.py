@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from grpo.decode import Decoder
-from grpo.policy import Policy, Prompt
+from grpo.policy import Policy, Prompt, image_inputs
 
 PREFILL_PROMPTS = 16
 """Images and prompts run through the model at one time."""
@@ -142,10 +142,9 @@ def prefill(policy: Policy, prompts: Sequence[Prompt]):
         position_ids[:, row, -len(prompt.input_ids) :] = prompt.position_ids
     cache = DynamicCache(config=policy.model.config.get_text_config())
     mask = mask.to(device)
-    out = policy.model(
-        input_ids=ids.to(device), attention_mask=mask, position_ids=position_ids.to(device),
-        pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
-        image_grid_thw=torch.cat([prompt.grid for prompt in prompts]).to(device),
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    )
+    with image_inputs(policy.model, prompts) as images:
+        out = policy.model(
+            input_ids=ids.to(device), attention_mask=mask, position_ids=position_ids.to(device), past_key_values=cache,
+            use_cache=True, logits_to_keep=1, **images,
+        )
     return out.logits[:, -1], cache, mask, torch.tensor([p.next_position for p in prompts], device=device)

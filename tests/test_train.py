@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from data.examples import Example, Question
 from grpo.config import toy_config
 from grpo.logprobs import CompletionScorer
-from grpo.policy import load_policy
+from grpo.policy import encode_images, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import RewardConfig, Rewards
@@ -78,6 +78,29 @@ def test_micro_batches_do_not_change_the_step(policy, batch, reduction):
         assert metrics == pytest.approx(whole_metrics, abs=1e-4, rel=1e-5)
         for name, want in whole.items():
             assert torch.allclose(change[name], want, atol=1e-5 + 1e-4 * want.abs().max().item()), name
+
+
+def test_a_frozen_tower_runs_once_an_image_with_the_same_step(policy, batch, monkeypatch):
+    """Features made for the rollout serve sampler, reference and policy: same captions, values and gradients."""
+    frozen = dict(freeze="vision+merger", micro_batch_tokens=1)
+    want_metrics, want = one_update(policy, batch, **frozen)
+    rollouts, *rest = batch
+    num_images = []
+    tower = type(policy.model.model.visual)
+    original = tower.forward
+
+    def spy(self, *args, grid_thw, **kwargs):
+        num_images.append(len(grid_thw))
+        return original(self, *args, grid_thw=grid_thw, **kwargs)
+
+    monkeypatch.setattr(tower, "forward", spy)
+    prompts = encode_images(policy, rollouts.prompts)
+    again = sample_rollouts(policy, prompts, keys(4, 2), 10)
+    metrics, change = one_update(policy, (again, *rest), **frozen)
+    assert num_images == [1] * 4 and "get_image_features" not in vars(policy.model.model)
+    assert torch.equal(again.tokens, rollouts.tokens) and metrics == pytest.approx(want_metrics, abs=1e-5)
+    for name, one in want.items():
+        assert torch.allclose(change[name], one, atol=1e-6), name
 
 
 def test_micro_batches_hand_computed(batch, monkeypatch):
