@@ -43,7 +43,7 @@ def hash_distances(hashes: np.ndarray, one: np.ndarray) -> np.ndarray:
 
 def near_duplicates(hashes: np.ndarray, max_distance: int) -> list[tuple[int, int | None]]:
     """For each of (n, 4) hashes in turn: the nearest of those that stay before it and the distance; (-1, None) for the first.
-    One stays if it is farther than `max_distance` from all that do. The work grows as n * n: 100,000 pictures take a minute."""
+    One stays if it is farther than `max_distance` from all that do. The work grows as n * n."""
     found: list[tuple[int, int | None]] = []
     stay, kept = np.empty(hashes.T.shape, dtype=np.uint64), []
     for place, one in enumerate(hashes):
