@@ -527,6 +527,7 @@ def choose_images(config: ImagesConfig) -> None:
     device, folder = init_distributed(A_WEEK), Path(config.out)
     with all_or_none("start"):
         images = load_images(Path(config.images))
+        benchmarks = [(f"{source} {id}", image) for source in config.benchmarks for id, image in load_images(Path(source))]
         extra: dict[str, Measure] = {}
         if config.encoder:
             extra["embedding"] = load_encoder(config.encoder, device)
@@ -537,11 +538,8 @@ def choose_images(config: ImagesConfig) -> None:
     rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work, "images")
     lines, examples = [], []
     if rank() == 0:
-        benchmark = {}
-        for source in config.benchmarks:
-            for id, image in tqdm(load_images(Path(source)), desc=source, unit="image"):
-                benchmark[f"{source} {id}"] = image_hash(open_image(image))
-        decisions = decide(rows, benchmark, config)
+        bar = tqdm(benchmarks, desc="benchmarks", unit="image", disable=not benchmarks)
+        decisions = decide(rows, {name: image_hash(open_image(image)) for name, image in bar}, config)
         with (folder / "decisions.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(to_json(row) + "\n" for row in decisions)
         sources = dict(images)

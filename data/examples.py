@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from data.images import ImageSource, StoredImage, image_bytes, image_path, image_size, list_images, open_image
+from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, image_bytes, image_path, image_size, list_images, open_image
 from data.parquet import is_parquet, parquet_columns, parquet_rows
 
 MAX_CHOICES = 10
@@ -187,24 +187,27 @@ def data_files(source: str) -> list[Path]:
 
 
 def load_images(path: Path) -> list[tuple[str, ImageSource]]:
-    """(id, image) of each image of a folder, or row of a parquet or JSONL file; questions are not looked at.
+    """(id, image) of each image file of a folder; of each row of a parquet or JSONL file, or of a folder with such files and no
+    images. Questions are not looked at.
 
     In JSONL the id is the row's `id`, or else its `image` as written; in parquet, the row's `id` or number. Raises
     ValueError at the first row without an image.
     """
-    if path.is_dir():
+    has_pictures = path.is_dir() and any(found.suffix.lower() in IMAGE_SUFFIXES for found in path.rglob("*"))
+    if has_pictures:
         return [(image.relative_to(path).as_posix(), image) for image in list_images(path)]
     images = []
-    for where, content in _contents(path):
-        try:
-            if isinstance(content, str):
-                raise ValueError(content)
-            image = _image(content, path, where, path.parent)
+    for file in data_files(str(path)) if path.is_dir() else [path]:
+        for where, content in _contents(file):
+            try:
+                if isinstance(content, str):
+                    raise ValueError(content)
+                image = _image(content, file, where, file.parent)
+            except ValueError as error:
+                raise ValueError(f"{file} {where}: {error}") from None
             written = content.get("image") or content.get("image_path")
             fallback = written if isinstance(written, str) and isinstance(image, Path) else where
             images.append((str(fallback if content.get("id") is None else content["id"]), image))
-        except ValueError as error:
-            raise ValueError(f"{path} {where}: {error}") from None
     return images
 
 

@@ -249,6 +249,17 @@ def test_a_folder_is_read_file_by_file_and_ids_are_unique_in_all_of_it(tmp_path)
     assert sentence.endswith("more.jsonl line 2: id 'a' was used before, on row 0 of data/train-0.parquet")
 
 
+def test_pictures_are_listed_from_a_folder_of_parquet_files_too(tmp_path):
+    (tmp_path / "set").mkdir()
+    for number, id in enumerate("ab"):
+        write_parquet(tmp_path / f"set/train-{number}.parquet", [caprl(id, reward_model=None)])
+    found = load_images(tmp_path / "set")
+    assert [id for id, _ in found] == ["a", "b"] and open_image(found[1][1]).size == (8, 6)
+    write_parquet(tmp_path / "set/train-2.parquet", [caprl("c", image=None)])
+    with pytest.raises(ValueError, match="train-2.parquet row 0: expected a picture in 'image', got None"):
+        load_images(tmp_path / "set")
+
+
 def test_a_picture_may_be_written_in_base64(tmp_path):
     text = base64.b64encode(png(color="blue")).decode()
     rows = [own("a"), own("b", image=text), own("c", image=f"data:image/png;base64,{text}")]
