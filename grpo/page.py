@@ -13,7 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 
@@ -484,8 +484,7 @@ def question_table(sources: Sequence[Source]) -> list[dict]:
 
 def script_json(value) -> str:
     """JSON that may stand inside a script element, whatever is in it."""
-    text = json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return text
+    return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def write_page(first: Path, other: Path | None = None, out: Path | None = None, max_mb: float = 16.0) -> Path:
@@ -496,7 +495,7 @@ def write_page(first: Path, other: Path | None = None, out: Path | None = None, 
         raise ValueError(f"expected two runs or two evaluations, got {first} and {other}")
     if len(sources) > 1 and sources[0].name == sources[1].name:  # runs/a/final.jsonl and runs/b/final.jsonl
         paths = [str(first), str(other)]
-        sources = [Source(**vars(source) | {"name": path}) for source, path in zip(sources, paths)]
+        sources = [replace(source, name=path) for source, path in zip(sources, paths)]
     script = (Path(__file__).parent / "page.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
