@@ -52,12 +52,13 @@ def chartqapro(prediction: str, answers: Sequence[str], question_type: str, year
     """ChartQAPro: the mean over the items of a list answer ("[2010, 2014]"), in order; a missing or extra item scores 0.
 
     An item whose year flag is YES, and every item of the types in EXACT_TYPES, has to be equal; other numbers may be 5%
-    off, percent signs dropped; other texts score their ANLS, here only above 0.5. `answers` has one entry per turn of a
-    conversation, and the last one is asked for. Raises ValueError for no answer, or an empty one.
+    off, percent signs dropped; other texts score their ANLS, here only above 0.5. Full stops at the end are dropped.
+    `answers` has one entry per turn of a conversation, and the last one is asked for. Raises ValueError for no answer, or an
+    empty one.
     """
     if not answers:
         raise ValueError("expected at least one gold answer, found none")
-    wanted, found = _items(_gold(answers[-1])), _items(prediction)
+    wanted, found = (_items(text.strip().rstrip(".").rstrip()) for text in (_gold(answers[-1]), prediction))
     flags = list(year_flags[-1:] if question_type == "Conversational" else year_flags) or ["NO"]
     if len(flags) < len(wanted):
         flags *= len(wanted)

@@ -1,0 +1,243 @@
+"""Each public format, written here from its documented columns, is read back question for question."""
+
+import base64
+import csv
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data.benchmarks import KINDS, FreeQuestion, _inline_options, load_benchmark
+from data.examples import Question
+from data.images import open_image
+
+
+def png(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def b64(color: str) -> str:
+    return base64.b64encode(png(color)).decode()
+
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def write_tsv(path, rows: list[dict]):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_parquet(path, rows: list[dict], **settings):
+    pq.write_table(pa.Table.from_pylist(rows), path, **settings)
+    return path
+
+
+def asked(benchmark) -> list[tuple]:
+    """(picture's color, item id, family, question) of every item."""
+    return [
+        (open_image(picture.image).getpixel((0, 0)), item.id, item.family, item.question)
+        for picture in benchmark.pictures for item in picture.items
+    ]
+
+
+def test_vlmevalkit_choice_tsv(tmp_path):
+    common = {"category": "color", "l2-category": "x", "hint": "", "C": "", "D": ""}
+    rows = [
+        common
+        | {"index": 0, "image": b64("red"), "question": 'Which\tcolor, "it"?\nSay.', "A": "red", "B": "blue", "answer": "A"},
+        common
+        | {"index": 1, "image": b64("blue"), "question": "Which?", "A": "1", "B": "2", "C": "3", "answer": "C", "hint": "Look."},
+        common | {"index": 2, "image": "0", "question": "And?", "A": "yes", "B": "no", "answer": "B", "category": "shape"},
+        common | {"index": 3, "image": str([b64("blue")]), "question": "Listed?", "A": "a b", "B": "no\u2028w", "answer": "B"},
+    ]
+    found = load_benchmark(f"choice:{write_tsv(tmp_path / 'Any.tsv', rows)}")
+    assert not found.refused and found.metric == "choice" and [p.id for p in found.pictures] == ["0", "1"]
+    assert asked(found) == [  # two questions on each of two pictures
+        (RED, "0", "color", Question('Which\tcolor, "it"?\nSay.', ("red", "blue"), 0, "color")),
+        (RED, "2", "shape", Question("And?", ("yes", "no"), 1, "shape")),
+        (BLUE, "1", "color", Question("Look.\nWhich?", ("1", "2", "3"), 2, "color")),
+        (BLUE, "3", "color", Question("Listed?", ("a b", "no\u2028w"), 1, "color")),
+    ]
+
+
+def test_vlmevalkit_free_tsv(tmp_path):
+    rows = [
+        {"index": 10, "image": b64("red"), "question": "Sum?", "answer": "45%", "split": "test_human"},
+        {"index": 11, "image": b64("blue"), "question": "List?", "answer": "[1, 2]", "split": "test_augmented"},
+    ]
+    path = write_tsv(tmp_path / "docvqa_in_the_name.tsv", rows)
+    found = load_benchmark(f"chartqa:{path}")
+    assert found.metric == "relaxed"  # whatever the path says
+    assert asked(found) == [
+        (RED, "10", "test_human", FreeQuestion("Sum?", ("45%",))),
+        (BLUE, "11", "test_augmented", FreeQuestion("List?", ("[1, 2]",))),
+    ]
+    rows[0]["answer"] = "['ITC Limited', 'itc ltd']"
+    found = load_benchmark(f"docvqa:{write_tsv(path, rows)}")
+    assert found.metric == "anls" and found.pictures[0].items[0].question.answers == ("ITC Limited", "itc ltd")
+    assert load_benchmark(f"infovqa:{path}").metric == "anls" and load_benchmark(f"exact:{path}").metric == "exact"
+
+
+def test_lmms_lab_parquet_free(tmp_path):
+    def image(color):
+        return {"bytes": png(color), "path": None}
+
+    chart = [{"type": "human_test", "question": "How many?", "answer": "3", "image": image("red")},
+             {"type": "augmented_test", "question": "Which?", "answer": "2016", "image": image("red")}]
+    found = load_benchmark(f"chartqa:{write_parquet(tmp_path / 'c.parquet', chart)}")
+    assert asked(found) == [(RED, "0", "human_test", FreeQuestion("How many?", ("3",))),
+                            (RED, "1", "augmented_test", FreeQuestion("Which?", ("2016",)))]
+    doc = [{"questionId": "65", "question": "What?", "answers": ["Actual", "actual"], "image": image("blue"), "docId": 1}]
+    found = load_benchmark(f"docvqa:{write_parquet(tmp_path / 'd.parquet', doc)}")
+    assert asked(found) == [(BLUE, "65", "all", FreeQuestion("What?", ("Actual", "actual")))]
+
+
+def test_lmms_lab_parquet_choice(tmp_path):
+    seed = [{"question": "Where?", "choice_a": "in", "choice_b": "out", "choice_c": "up", "choice_d": "off", "answer": "D",
+             "question_id": "101", "question_type_id": 5, "data_id": "x", "image": [{"bytes": png("red"), "path": None}]}]
+    found = load_benchmark(f"seed:{write_parquet(tmp_path / 's.parquet', seed)}")
+    assert asked(found) == [(RED, "101", "5", Question("Where?", ("in", "out", "up", "off"), 3))]
+    ai2d = [{"question": "Which stage?", "options": ["egg", "larva", "3"], "answer": "2",
+             "image": {"bytes": png("blue"), "path": "a.png"}}]
+    found = load_benchmark(f"ai2d:{write_parquet(tmp_path / 'a.parquet', ai2d)}")
+    assert asked(found) == [(BLUE, "0", "all", Question("Which stage?", ("egg", "larva", "3"), 2))]
+    mmstar = [{"index": 7, "question": "Which one?\nOptions: A: red, B: blue, or so, C: 1: 2", "answer": "B",
+               "image": png("red"), "category": "coarse perception", "l2_category": "x"}]
+    found = load_benchmark(f"mmstar:{write_parquet(tmp_path / 'm.parquet', mmstar)}")
+    question = Question("Which one?", ("red", "blue, or so", "1: 2"), 1, "coarse perception")
+    assert asked(found) == [(RED, "7", "coarse perception", question)]
+
+
+def test_options_in_the_text():
+    assert _inline_options("Q?\nChoices:\n(A) 90\n(B) 45, 46\n(C) (x)") == ("Q?", ["90", "45, 46", "(x)"])
+    assert _inline_options("Options: none?\nOptions: A: a,B: b") == ("Options: none?", ["a", "b"])
+    with pytest.raises(ValueError, match="expected options in columns"):
+        _inline_options("How many?")
+
+
+def test_chartqapro(tmp_path):
+    rows = [
+        {"Question": ["Is it?"], "Answer": ["True"], "Question Type": "Fact Checking", "Year": ["NO"], "Paragraph": "",
+         "image": png("red")},
+        {"Question": ["When?", "And then?"], "Answer": ["2010", "[2012, 2014]"], "Question Type": "Conversational",
+         "Year": ["YES", "YES"], "Paragraph": "A text.", "image": png("blue")},
+    ]
+    expected = [
+        (RED, "0", "Fact Checking", FreeQuestion("Is it?", ("True",), "Fact Checking", ("NO",))),
+        (BLUE, "1", "Conversational", FreeQuestion("A text.\nWhen?\n2010\nAnd then?", ("2010", "[2012, 2014]"),
+                                                   "Conversational", ("YES", "YES"))),
+    ]
+    found = load_benchmark(f"chartqapro:{write_parquet(tmp_path / 'p.parquet', rows)}")
+    assert asked(found) == expected
+    table = [{"index": n, "image": base64.b64encode(row["image"]).decode(), "question": str(row["Question"]),
+              "answer": str(row["Answer"]), "year": str(row["Year"]), "question_type": row["Question Type"],
+              "paragraph": row["Paragraph"]} for n, row in enumerate(rows)]
+    found = load_benchmark(f"chartqapro:{write_tsv(tmp_path / 'p.tsv', table)}")
+    assert [a[:2] + a[3:] for a in asked(found)] == [a[:2] + a[3:] for a in expected]
+    assert found.pictures[1].items[0].question.score("chartqapro", "[2012, 2013]") == 0.5
+
+
+def test_captionqa_parquet(tmp_path):
+    rows = [{"id": "nat_001", "images": [{"bytes": png("red"), "path": None}], "domain": "natural", "image_paths": ["x.jpg"],
+             "questions": [{"question": "What color?", "choices": ["red", "blue"], "answer": "red",
+                            "category": ["Attribute", "Color"]},
+                           {"question": "What size?", "choices": ["s", "m"], "answer": "xl", "category": []}]}]
+    found = load_benchmark(f"captionqa:{write_parquet(tmp_path / 'q.parquet', rows)}")
+    assert asked(found) == [(RED, "nat_001:0", "natural", Question("What color?", ("red", "blue"), 0, "Attribute"))]
+    (refusal,) = found.refused
+    assert "question 1: answer 'xl': expected the text of exactly one of ['s', 'm']" in refusal
+    assert found.pictures[0].id == "nat_001" and found.metric == "captionqa"
+
+
+def test_own_jsonl_and_the_toy_world(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    question = {"question": "C?", "choices": ["x", "y"], "answer_index": 1}
+    row = {"id": "a", "image": "a.png", "family": "f", "questions": [question]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    for source in (f"{tmp_path}/own.jsonl", f"choice:{tmp_path}/own.jsonl"):
+        assert asked(load_benchmark(source)) == [(RED, "a:0", "f", Question("C?", ("x", "y"), 1))]
+    assert load_benchmark(f"{tmp_path}/own.jsonl").name == "own" and load_benchmark("toy:heldout:3").name == "toy:heldout:3"
+    (tmp_path / "free.jsonl").write_text(json.dumps({"id": "b", "image": "a.png", "question": "N?", "answer": 12}) + "\n")
+    assert asked(load_benchmark(f"chartqa:{tmp_path}/free.jsonl")) == [(RED, "b", "all", FreeQuestion("N?", ("12",)))]
+
+
+def test_a_folder_is_one_split_and_rows_are_counted_over_its_files(tmp_path):
+    for name, color in (("test-00000-of-00002", "red"), ("test-00001-of-00002", "blue")):
+        row = {"question": "Q?", "answer": "1", "image": {"bytes": png(color), "path": ""}}
+        write_parquet(tmp_path / f"{name}.parquet", [row])
+    assert [a[:2] for a in asked(load_benchmark(f"chartqa:{tmp_path}"))] == [(RED, "0"), (BLUE, "1")]
+    write_parquet(tmp_path / "val-00000-of-00001.parquet", [{"question": "Q?"}])
+    with pytest.raises(ValueError, match=r"expected parquet files of one split .* found \['test', 'val'\]"):
+        load_benchmark(f"chartqa:{tmp_path}")
+    assert len(load_benchmark(f"chartqa:{tmp_path}/test-*.parquet").pictures) == 2
+
+
+def test_pictures_come_from_the_right_row_group(tmp_path):
+    """A picture is read by its place in its row group, groups of several batches included."""
+    rows = [{"question": f"Q{n}?", "answer": "1", "image": {"bytes": png(f"rgb({n},0,0)"), "path": ""}} for n in range(200)]
+    found = load_benchmark(f"chartqa:{write_parquet(tmp_path / 'x.parquet', rows, row_group_size=150)}")
+    assert [color[0] for color, *_ in asked(found)] == list(range(200))
+
+
+BAD_ROWS = [
+    ({"answer": ""}, "expected answer, found columns"),
+    ({"answer": "E"}, "answer 'E': expected the letter of one of 2 options"),
+    ({"answer": "AB"}, "answer 'AB': expected the letter of one of 2 options"),
+    ({"B": ""}, "expected 2 to 10 choices, got 1"),
+    ({"A": "", "B": "x"}, "expected non-empty text in every choice"),
+    ({"B": "a"}, "expected distinct choices"),
+    ({"question": ""}, "expected question, found columns"),
+    ({"image": ""}, "expected an image, found an empty cell"),
+    ({"image": "99"}, "image '99': expected base64 text or the index of a row above"),
+    ({"image": "!" * 65}, "expected base64 text"),
+    ({"image": "['x', 'y']"}, "expected one image, found 2"),
+    ({"image": "[__import__('os')]"}, "expected a list in"),
+    ({"index": "0"}, "id '0' was used before"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_ROWS)
+def test_a_bad_row_is_refused_and_counted(tmp_path, change, reason):
+    good = {"index": "0", "image": b64("red"), "question": "Q?", "A": "a", "B": "b", "answer": "A"}
+    path = write_tsv(tmp_path / "x.tsv", [good, good | {"index": "1"} | change])
+    found = load_benchmark(f"choice:{path}")
+    assert [a[1] for a in asked(found)] == ["0"]
+    assert len(found.refused) == 1 and found.refused[0].startswith(f"{path} row 1: ") and reason in found.refused[0]
+
+
+@pytest.mark.parametrize(("kind", "row", "reason"), [
+    ("chartqa", {"question": "Q?", "answer": "1", "image": [{"bytes": b"a"}, {"bytes": b"b"}]}, "expected one image, found 2"),
+    ("docvqa", {"question": "Q?", "answers": [], "image": {"bytes": b"a"}}, "expected answers or answer, found columns"),
+    ("docvqa", {"question": "Q?", "answers": ["a", " "], "image": {"bytes": b"a"}}, "expected answers in words"),
+    ("docvqa", {"question": "Q?", "answer": "[open", "image": {"bytes": b"a"}}, "expected a list in '[open'"),
+    ("chartqapro", {"Question": ["a", "b"], "Answer": ["1"], "image": b"a"}, "expected an answer for each of 2 questions"),
+    ("ai2d", {"question": "Q?", "options": ["a", "b"], "answer": "2", "image": {"bytes": b"a"}}, "answer_index 2 outside"),
+    ("chartqa", {"question": "Q?", "answer": "1", "image": {"bytes": None, "path": "x"}}, "expected the bytes of an image"),
+])
+def test_nothing_to_ask_is_an_error(tmp_path, kind, row, reason):
+    path = write_parquet(tmp_path / "x.parquet", [row])
+    with pytest.raises(ValueError, match=f"expected questions of kind {kind}, found none") as error:
+        load_benchmark(f"{kind}:{path}")
+    assert reason in str(error.value)
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    (tmp_path / "x.tsv").write_bytes(b"index\timage\n\xff\n")
+    (tmp_path / "x.csv").write_text("a")
+    for name, reason in (("x.parquet", "expected a parquet file"), ("x.tsv", "expected tab-separated UTF-8 text"),
+                         ("x.csv", "expected a .tsv, .parquet or .jsonl file"), ("none.tsv", "found nothing")):
+        with pytest.raises(ValueError, match=reason):
+            load_benchmark(f"chartqa:{tmp_path / name}")
+    with pytest.raises(ValueError, match="toy:SPLIT:NUM or KIND:PATH with KIND one of chartqa, chartqapro"):
+        load_benchmark("chartq:x.parquet")
+    assert set(KINDS.values()) == {"choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"}
