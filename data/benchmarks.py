@@ -16,6 +16,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -261,22 +262,35 @@ def _decode(text: str) -> bytes:
 
 
 def _parquet_rows(files: list[Path]) -> Iterator[Row]:
-    number = -1
     for path in files:
-        try:
-            with pq.ParquetFile(path) as file:
-                place = 0
-                for group in range(file.num_row_groups):
-                    inside = 0
-                    for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group]):
-                        for cells in batch.to_pylist():
-                            number += 1
-                            picture = _parquet_picture(path, place, group, inside, cells)
-                            id = str(next((cells[key] for key in ID_COLUMNS if cells.get(key) is not None), number))
-                            yield Row(f"{path} row {place}", id, cells, picture)
-                            place, inside = place + 1, inside + 1
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: expected a parquet file ({str(error).splitlines()[0]})") from None
+        for group in range(len(parquet_groups(path))):
+            yield from parquet_rows(path, group)
+
+
+def parquet_groups(path: Path) -> list[int]:
+    """Rows of each row group. Raises ValueError if it is no parquet file."""
+    with _as_parquet(path), pq.ParquetFile(path) as file:
+        return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+
+
+def parquet_rows(path: Path, group: int) -> Iterator[Row]:
+    """The rows of one row group. Raises ValueError if they cannot be read. A row without an id has its place for one."""
+    first = sum(parquet_groups(path)[:group])
+    with _as_parquet(path), pq.ParquetFile(path) as file:
+        place = first
+        for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group]):
+            for cells in batch.to_pylist():
+                id = str(next((cells[key] for key in ID_COLUMNS if cells.get(key) is not None), f"{path.stem}:{place}"))
+                yield Row(f"{path} row {place}", id, cells, _parquet_picture(path, place, group, place - first, cells))
+                place += 1
+
+
+@contextmanager
+def _as_parquet(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: expected a parquet file ({str(error).splitlines()[0]})") from None
 
 
 ID_COLUMNS = ("id", "index", "questionId", "question_id", "data_id")
@@ -339,7 +353,7 @@ def _items(row: Row, metric: Metric) -> list[Item | str]:
         if not items:
             raise ValueError("expected at least one question, found none")
         return items
-    family = row.text("split", "category", "type", "Question Type", "question_type_id") or "all"
+    family = row.text("split", "category", "type", "Question Type", "question_type", "question_type_id") or "all"
     return [Item(row.id, _question(row, metric), family)]
 
 
