@@ -1,35 +1,64 @@
-"""Captions of a folder or a JSONL file of images, one JSON line per image.
+"""Captions of a folder, a JSONL list, parquet files or tar shards of images: JSONL shards, one line per image.
 
-    python caption.py --policy data/toy/policy --images some/folder --out captions.jsonl
-    torchrun --nproc-per-node 8 caption.py --policy runs/caprl-3b/final --images images.jsonl --out captions.jsonl
+    python caption.py --policy data/toy/policy --images some/folder --out captions
+    torchrun --nproc-per-node 8 --max-restarts 100 caption.py --policy runs/caprl-3b/final --images tars --out captions
+    python caption.py --out captions --export llava      # when all is captioned: captions/llava.json
+    python caption.py --check captions/llava.json --images some/folder
+
+Any number of workers, on any number of machines that share the folder of `--out`, may run the same command, whenever they like.
+They do not talk to each other: each takes the next free shard and holds it by a lease file that it touches while it is alive.
+A shard whose worker has died is taken over after `--lease-seconds`, and goes on where the last whole line was written.
+So a run can be killed at any time and started again. (torchrun ends its other workers when one dies and, with
+--max-restarts, starts all again; workers that are started one by one go on.)
+
+The folder of `--out`:
+    about.json                what is captioned and how; a worker with other settings is refused
+    shard-000000.jsonl        finished: a line for each image, in the order of the input
+    shard-000001.part-0000    what its worker has written so far; 0000 counts the workers that it has had
+    shard-000001.lease-0000   touched by that worker while it lives
 """
 
+import hashlib
+import json
+import os
 import sys
-from collections.abc import Sequence
+import tarfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
-from data.examples import load_images
-from data.images import list_images, open_image
+from data.benchmarks import parquet_groups, parquet_rows
+from data.examples import read_jsonl
+from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_images, open_image
 from grpo.config import run_program
-from grpo.distributed import gather_rows, init_distributed, print0, rank, world_size
-from grpo.policy import INSTRUCTION, Policy, load_policy
+from grpo.policy import INSTRUCTION, Policy, Prompt, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
+
+PIXEL_BYTES = 1 << 31
+"""Pixel values in memory at a time; a batch ends when it has more."""
 
 
 @dataclass(frozen=True)
 class CaptionConfig:
     """Settings of caption.py."""
 
-    images: str
-    """A folder, searched with its subfolders, or a JSONL file whose rows have `image` and may have `id`."""
-    out: str
-    """The JSONL file to write: id, image, caption, length in tokens, whether it was cut off."""
+    images: str = ""
+    """A folder of images, searched with its subfolders; a JSONL file whose rows have `image` (or `image_path`) and may have
+    `id`; a parquet file or a tar file (WebDataset's layout), or a folder of these."""
+    out: str = ""
+    """The folder of captions. Run again, a program that was stopped goes on."""
     policy: str = "runs/caprl/final"
     """The captioner, a local folder or a hub name."""
     instruction: str = INSTRUCTION
@@ -38,53 +67,537 @@ class CaptionConfig:
     """0 takes the most likely token."""
     max_new_tokens: int = 4096
     """Longest caption in tokens."""
-    batch_size: int = 16
-    """Images captioned at a time; any value gives the same captions."""
     seed: int = 0
+    """A caption is a function of the seed and the image's id."""
+    shard_size: int = 1024
+    """Images of a shard, from a folder or a JSONL file. Otherwise a tar file or a row group of a parquet file is one."""
+    batch_size: int = 256
+    """Images in memory at a time, at most; captions are written when all of these have one."""
+    rollout_tokens: int = 524_288
+    """Tokens that the sampler's cache has room for; finished captions make room for waiting ones."""
+    loaders: int = 4
+    """Threads that open and resize images while others are captioned."""
+    lease_seconds: float = 120.0
+    """A worker that has not touched its lease for so long is taken for dead. More than the machines' clocks differ."""
+    export: Literal["", "llava", "sharegpt"] = ""
+    """Write the finished captions of `out` as one JSON file: LLaVA's format, or LLaMA-Factory's with its dataset_info.json."""
+    check: str = ""
+    """An exported file to check, row by row; with `images`, a folder, that the pictures are there too."""
 
     def __post_init__(self):
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise ValueError("max_new_tokens and batch_size: expected at least 1 each")
+        for name in ("max_new_tokens", "batch_size", "shard_size", "rollout_tokens", "loaders"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if not self.temperature >= 0:
             raise ValueError(f"temperature {self.temperature}: expected 0 or more")
+        if not self.lease_seconds > 0:
+            raise ValueError(f"lease_seconds {self.lease_seconds}: expected more than 0")
+        if not self.check and not self.out:
+            raise ValueError("expected a folder in out, or a file to check")
+        if not self.check and not self.images and not self.export:
+            raise ValueError("expected images to caption, or an export of captions")
 
 
-def caption(config: CaptionConfig) -> None:
-    """Captions every image, batch by batch. Raises ValueError for one that cannot be read."""
-    device = init_distributed()
-    out, source = Path(config.out), Path(config.images)
-    if out.exists():
-        raise ValueError(f"{out}: expected a new file, found one")
+# --------------------------------------------------------------------------------------------------- from images to rows
+
+
+def caption_batches(policy: Policy, images: Iterable[tuple[str, ImageSource]], *, num_captions: int = 1,
+                    instruction: str = INSTRUCTION, temperature: float, max_new_tokens: int, seed: int, batch_size: int = 256,
+                    rollout_tokens: int = 524_288, loaders: int = 4) -> Iterator[list[list[dict]]]:
+    """For each batch of images, in their order: the image's captions, each with its tokens and why it ended ("stop", or
+    "length" where it was cut off), or one row with the `error` that kept the image from being opened.
+
+    `images` has (name, image): the name, with the seed, is of the image's random streams. No batch, no thread and no
+    budget changes a caption.
+    """
+
+    def load(image: ImageSource) -> Prompt | str:
+        try:
+            picture = open_image(image)
+        except Exception as error:  # a broken file may make Pillow raise anything; what it is goes into the row
+            return str(error) or type(error).__name__
+        try:
+            return policy.prompt(picture, instruction)
+        except ValueError as error:
+            return str(error)
+
+    def captions(batch: list[tuple[str, Prompt | str]]) -> list[list[dict]]:
+        opened = [(name, prompt) for name, prompt in batch if isinstance(prompt, Prompt)]
+        rows = iter(())
+        if opened:
+            keys = [f"{seed}:{name}:caption:{k}" for name, _ in opened for k in range(num_captions)]
+            prompts = [prompt for _, prompt in opened]
+            found = sample_rollouts(policy, prompts, keys, max_new_tokens, temperature, rollout_tokens)
+            rows = zip(found.captions, found.lengths.tolist(), found.truncated.tolist())
+        return [
+            [{"error": prompt}] if isinstance(prompt, str) else [
+                {"caption": text, "tokens": tokens, "finish_reason": "length" if truncated else "stop"}
+                for text, tokens, truncated in (next(rows) for _ in range(num_captions))
+            ]
+            for _, prompt in batch
+        ]
+
+    policy.prompt(Image.new("RGB", (56, 56)), instruction)  # an instruction that cannot be used is no fault of the images
+    batch, size = [], 0
+    for name, prompt in _load_ahead(load, images, loaders):
+        batch.append((name, prompt))
+        size += prompt.pixel_values.nbytes if isinstance(prompt, Prompt) else 0
+        if len(batch) == batch_size or size > PIXEL_BYTES:
+            yield captions(batch)
+            batch, size = [], 0
+    if batch:
+        yield captions(batch)
+
+
+def _load_ahead(load: Callable, images: Iterable[tuple[str, ImageSource]], threads: int) -> Iterator[tuple[str, Prompt | str]]:
+    """(name, load(image)) in order; a few images are loaded before they are asked for."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[str, Future]] = deque()
+        for name, image in images:
+            waiting.append((name, pool.submit(load, image)))
+            if len(waiting) > 2 * threads:
+                name, future = waiting.popleft()
+                yield name, future.result()
+        for name, future in waiting:
+            yield name, future.result()
+
+
+def model_hash(policy: Policy) -> str:
+    """16 hexadecimal digits of all that makes the captioner: weights, shapes, tokenizer, chat template, image processor."""
+    config = {key: value for key, value in policy.model.config.to_dict().items() if key not in ("transformers_version",)}
+    parts = [config, policy.image_processor.to_dict(), policy.tokenizer.chat_template, policy.eos_ids]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    digest.update(policy.tokenizer.backend_tokenizer.to_str().encode())
+    for name, parameter in policy.model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------- the shards
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the images that one worker captions. `images` yields (id, how the row calls the image, image), in order."""
+
+    images: Callable[[], Iterator[tuple[str, str, ImageSource]]]
+    key: str
+    """Of its contents, for about.json."""
+
+
+def plan_shards(source: Path, shard_size: int) -> list[Shard]:
+    """The same list for every worker. Raises ValueError where there are no images."""
     if source.is_dir():
-        images = [(path.relative_to(source).as_posix(), path) for path in list_images(source)]
+        files = sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".tar"))
+        if not files:
+            named = [path.relative_to(source).as_posix() for path in list_images(source)]
+            return _chunks([(name, name) for name in named], source, shard_size)
     else:
-        images = load_images(source)
-    policy = load_policy(config.policy, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    stride = config.batch_size * world_size()
-    for start in tqdm(range(0, len(images), stride), desc="captions", unit="batch", disable=rank() != 0):
-        mine = images[start : start + stride][rank() * config.batch_size : (rank() + 1) * config.batch_size]
-        rows = gather_rows(caption_batch(policy, mine, config) if mine else [])
-        if rank() == 0:  # written as it goes: a run that is stopped keeps what it has
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(to_json(row) + "\n" for row in rows)
-    print0(f"{len(images)} captions: {out}")
+        files = [source]
+    kinds = {path.suffix for path in files}
+    if kinds == {".tar"}:
+        return [Shard(lambda path=path: _tar_images(path), f"{path.name} {_size(path)}") for path in files]
+    if kinds == {".parquet"}:
+        return [
+            Shard(lambda path=path, group=group: _parquet_images(path, group), f"{path.name} {group} {rows}")
+            for path in files for group, rows in enumerate(parquet_groups(path))
+        ]
+    if kinds == {".jsonl"}:
+        return _chunks(list(_jsonl_images(source)), source.parent, shard_size)
+    raise ValueError(f"{source}: expected a folder, .jsonl, .parquet or .tar files of one kind, found {sorted(kinds)}")
 
 
-def caption_batch(policy: Policy, images: Sequence[tuple[str, Path]], config: CaptionConfig) -> list[dict]:
-    prompts = [policy.prompt(open_image(path), config.instruction) for _, path in images]
-    keys = [f"{config.seed}:{id}:caption:0" for id, _ in images]
-    rollouts = sample_rollouts(policy, prompts, keys, config.max_new_tokens, config.temperature)
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, found nothing")
+    return path.stat().st_size
+
+
+def _chunks(images: list[tuple[str, str]], folder: Path, size: int) -> list[Shard]:
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
     return [
-        {"id": id, "image": str(path), "caption": text, "length": length, "truncated": truncated}
-        for (id, path), text, length, truncated in zip(
-            images, rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist()
-        )
+        Shard(lambda part=part: ((id, name, folder / name) for id, name in part), text_hash("\n".join(id for id, _ in part)))
+        for part in parts
     ]
 
 
+def _jsonl_images(path: Path) -> Iterator[tuple[str, str]]:
+    """(id, path as written). Whether an image is there is seen when its turn comes: looking for millions first takes hours."""
+    first_line: dict[str, int] = {}
+    for number, row in read_jsonl(path):
+        image = row.get("image", row.get("image_path"))
+        if not isinstance(image, str):
+            raise ValueError(f"{path} line {number}: expected a path in 'image', got {image!r}")
+        id = str(row.get("id", image))
+        if id in first_line:
+            raise ValueError(f"{path} line {number}: id {id!r} was used before, on line {first_line[id]}")
+        first_line[id] = number
+        yield id, image
+
+
+def _parquet_images(path: Path, group: int) -> Iterator[tuple[str, str, ImageSource]]:
+    try:
+        for row in parquet_rows(path, group):
+            name = row.where.replace(str(path), path.name)
+            try:
+                yield row.id, name, row.picture()[1]
+            except ValueError as error:
+                yield row.id, name, _unreadable(name, error)
+    except ValueError as error:
+        yield f"{path.stem}:group {group}", path.name, _unreadable(path.name, error)
+
+
+def _tar_images(path: Path) -> Iterator[tuple[str, str, ImageSource]]:
+    """The images of a tar file by the place of their bytes, so that threads may read them. Ids are the tar's name and the
+    member's without its ending (WebDataset's key)."""
+    seen: set[str] = set()
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                key, _, ending = member.name.rpartition(".")
+                if member.isfile() and f".{ending.lower()}" in IMAGE_SUFFIXES:
+                    id = f"{path.stem}/{member.name if key in seen else key}"
+                    seen.add(key)
+                    name, span = f"{path.name}/{member.name}", (member.offset_data, member.size)
+                    yield id, name, StoredImage(name, lambda span=span: _read_span(path, *span))
+            if _read_span(path, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("cut off: expected its end, a block of zeros")  # of which tarfile says nothing
+    except (OSError, tarfile.TarError) as error:
+        yield path.stem, path.name, _unreadable(path.name, error)
+
+
+def _read_span(path: Path, start: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def _unreadable(name: str, reason: Exception) -> StoredImage:
+    """So that a file that breaks off leaves a row with the reason, and neither stops its worker nor the next one."""
+    def read() -> bytes:
+        raise OSError(str(reason))
+
+    return StoredImage(name, read)
+
+
+# ---------------------------------------------------------------------------------------------------------- the leases
+
+
+class Lease:
+    """The right to write a shard. Each worker that a shard has had is a generation of its own, with its own lease and its own
+    part, and only the newest may finish: whoever comes back from a long sleep can spoil nothing.
+    """
+
+    def __init__(self, out: Path, name: str, generation: int, seconds: float):
+        self.out, self.name, self.generation = out, name, generation
+        self.path = out / f"{name}.lease-{generation:04d}"
+        self.part = out / f"{name}.part-{generation:04d}"
+        self.finished = out / f"{name}.jsonl"
+        self._released = threading.Event()
+        threading.Thread(target=self._touch, args=(seconds / 4,), daemon=True).start()
+
+    def _touch(self, every: float) -> None:
+        while not self._released.wait(every):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:  # the shard was taken over and finished
+                return
+
+    def release(self) -> None:
+        self._released.set()
+
+    @property
+    def is_lost(self) -> bool:
+        return self.finished.exists() or (self.out / f"{self.name}.lease-{self.generation + 1:04d}").exists()
+
+    def finish(self) -> None:
+        """The part becomes the finished shard, unless another worker has finished it, and what else was left of it goes."""
+        try:
+            os.link(self.part, self.finished)  # unlike a rename, it never replaces
+        except (FileExistsError, FileNotFoundError):
+            return
+        for path in self.out.glob(f"{self.name}.*-*"):
+            path.unlink(missing_ok=True)
+
+
+def take_lease(out: Path, name: str, seconds: float) -> Lease | None:
+    """None if the shard is finished, or in the hands of a worker that was alive within the last `seconds`."""
+    if (out / f"{name}.jsonl").exists():
+        return None
+    held = sorted(out.glob(f"{name}.lease-*"))
+    generation = int(held[-1].name[-4:]) + 1 if held else 0
+    try:
+        if held and time.time() - held[-1].stat().st_mtime < seconds:
+            return None
+        (out / f"{name}.lease-{generation:04d}").touch(exist_ok=False)  # one of many workers makes it
+    except (FileExistsError, FileNotFoundError):  # another was quicker, or has just finished
+        return None
+    lease = Lease(out, name, generation, seconds)
+    if lease.finished.exists():  # finished, and its leases gone, between the first look and the touch
+        lease.release()
+        lease.path.unlink(missing_ok=True)
+        return None
+    return lease
+
+
+@contextmanager
+def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]]:
+    """How many rows earlier workers have left, now in this one's part, and a function that appends more.
+
+    What was cut off in the middle of a line is dropped. The file is opened once: if the shard is taken over, finished and
+    cleared away, later rows go nowhere.
+    """
+    parts = sorted(lease.out.glob(f"{lease.name}.part-*"))
+    whole = [b"".join(path.read_bytes().rpartition(b"\n")[:2]) for path in parts]
+    kept = max(whole, key=len, default=b"")
+    with lease.part.open("wb") as file:
+        def append(rows: list[dict]) -> None:
+            file.write("".join(to_json(row) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+        file.write(kept)
+        file.flush()
+        yield kept.count(b"\n"), append
+
+
+# ---------------------------------------------------------------------------------------------------------- the program
+
+
+def caption(config: CaptionConfig) -> None:
+    """One worker's run: it takes shard after shard until all are finished, by whomever."""
+    worker, num_workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = _device()
+    out = Path(config.out)
+    if out.is_file():
+        raise ValueError(f"{out}: expected a folder for the captions, found a file")
+    shards = plan_shards(Path(config.images), config.shard_size)
+    policy = load_policy(config.policy, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    about = {
+        "images": config.images, "model": model_hash(policy), "instruction": config.instruction,
+        "temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "seed": config.seed,
+        "shards": len(shards), "contents": text_hash("\n".join(shard.key for shard in shards)),
+    }
+    _agree(out, about)
+    names = [f"shard-{number:06d}" for number in range(len(shards))]
+    order = deque(range(len(shards)))
+    order.rotate(-(worker * len(shards) // num_workers))  # workers begin far from each other
+    totals = {"images": 0, "unreadable": 0, "tokens": 0}
+    started = time.perf_counter()
+    with tqdm(total=len(shards), initial=_num_finished(out), desc="captions", unit="shard", disable=worker != 0) as bar:
+
+        def show(rows: list[dict]) -> None:
+            totals["images"] += len(rows)
+            totals["unreadable"] += sum("error" in row for row in rows)
+            totals["tokens"] += sum(row.get("tokens", 0) for row in rows)
+            bar.set_postfix_str(_speed(totals, time.perf_counter() - started))
+
+        while (finished := _num_finished(out)) < len(shards):
+            bar.update(finished - bar.n)
+            is_idle = True
+            for number in order:
+                if lease := take_lease(out, names[number], config.lease_seconds):
+                    is_idle = False
+                    _caption_shard(policy, shards[number], lease, about["model"], config, show)
+                    bar.update(_num_finished(out) - bar.n)
+            if is_idle:
+                time.sleep(min(config.lease_seconds / 4, 5))
+        bar.update(len(shards) - bar.n)
+    for path in out.glob("shard-*.*-*"):  # of workers that were killed while they cleared up
+        path.unlink(missing_ok=True)
+    speed = _speed(totals, time.perf_counter() - started)
+    print(f"{out}: {len(shards)} shards finished; this worker captioned {totals['images']} images, "
+          f"{totals['unreadable']} of them unreadable; {speed}", flush=True)
+
+
+def _caption_shard(policy: Policy, shard: Shard, lease: Lease, model: str, config: CaptionConfig,
+                   show: Callable[[list[dict]], None]) -> None:
+    prompt = text_hash(config.instruction)
+    try:
+        with _new_part(lease) as (num_done, append):
+            images = list(shard.images())[num_done:]
+            batches = caption_batches(
+                policy, ((id, image) for id, _, image in images), instruction=config.instruction,
+                temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed,
+                batch_size=config.batch_size, rollout_tokens=config.rollout_tokens, loaders=config.loaders,
+            )
+            done = 0
+            for batch in batches:
+                if lease.is_lost:
+                    return
+                rows = [
+                    {"id": id, "image": name} | row | {"model": model, "prompt": prompt}
+                    for (id, name, _), (row,) in zip(images[done : done + len(batch)], batch, strict=True)
+                ]
+                append(rows)
+                show(rows)
+                done += len(batch)
+        if not lease.is_lost:
+            lease.finish()
+    finally:
+        lease.release()
+
+
+def _agree(out: Path, about: dict) -> None:
+    """The first worker writes about.json; the others hold their own settings against it."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, own = out / "about.json", out / f"about.json.{os.uname().nodename}-{os.getpid()}"
+    own.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    try:
+        os.link(own, path)  # whole or not at all, and never over another's
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+    for name, value in read_about(out).items():
+        if name != "images" and about.get(name) != value:  # machines may see the images under different paths
+            raise ValueError(f"{path}: expected captions with {name} {about.get(name)!r}, found a run with {value!r}")
+
+
+def read_about(out: Path) -> dict:
+    try:
+        return json.loads((out / "about.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out}: expected a folder that caption.py has written ({error})") from None
+
+
+def _num_finished(out: Path) -> int:
+    return sum(1 for _ in out.glob("shard-*.jsonl"))
+
+
+def _speed(totals: dict[str, int], seconds: float) -> str:
+    return f"{totals['images'] / seconds:.1f} images/s, {totals['tokens'] / seconds:.0f} tokens/s"
+
+
+def _device() -> torch.device:
+    """Of this worker alone: no process group, in which a lost worker would hold up the others."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------- the export
+
+
+def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
+    """("shard-000000.jsonl line 1", row) of all shards, in the order of the input. Raises ValueError if some are missing."""
+    about = read_about(out)
+    if (found := _num_finished(out)) != about["shards"]:
+        raise ValueError(f"{out}: expected {about['shards']} finished shards, found {found}")
+    for number in range(about["shards"]):
+        path = out / f"shard-{number:06d}.jsonl"
+        if path.stat().st_size:  # a tar file without images leaves an empty one
+            for line, row in read_jsonl(path):
+                yield f"{path} line {line}", row
+
+
+PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+"""What the trainers replace by a picture or the like, wherever it stands."""
+
+
+def export_captions(out: Path, layout: str) -> Path:
+    """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out and counted."""
+    about, target = read_about(out), out / f"{layout}.json"
+    instruction, left_out, num_rows, num_cut = about["instruction"], {}, 0, 0
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for where, row in finished_rows(out):
+            if ".tar/" in row["image"] or ".parquet row " in row["image"]:
+                raise ValueError(f"{where}: expected images that are files, for a trainer to open, got {row['image']!r}")
+            if reason := _not_exported(row):
+                left_out[reason] = left_out.get(reason, 0) + 1
+                continue
+            turns = [{"from": "human", "value": f"<image>\n{instruction}"}, {"from": "gpt", "value": row["caption"]}]
+            new = {"id": row["id"], "image": row["image"], "conversations": turns}
+            if layout == "sharegpt":
+                new = {"conversations": turns, "images": [row["image"]]}
+            file.write((",\n" if num_rows else "[\n") + to_json(new))
+            num_rows, num_cut = num_rows + 1, num_cut + (row["finish_reason"] == "length")
+        file.write("\n]\n" if num_rows else "[]\n")
+    unfinished.replace(target)
+    if layout == "sharegpt":
+        columns = {"messages": "conversations", "images": "images"}
+        entry = {"captions": {"file_name": target.name, "formatting": "sharegpt", "columns": columns}}
+        (out / "dataset_info.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    print(f"{target}: {num_rows} rows, {num_cut} of them cut off at {about['max_new_tokens']} tokens; images below "
+          f"{about['images']}; left out: {left_out or 'none'}")
+    return target
+
+
+def _not_exported(row: dict) -> str:
+    """Why not, or empty."""
+    if "error" in row:
+        return "image unreadable"
+    if not row["caption"].strip():
+        return "caption empty"
+    return "caption with a placeholder" if any(mark in row["caption"] for mark in PLACEHOLDERS) else ""
+
+
+def check_export(path: Path, images: Path | None = None) -> int:
+    """The number of rows of a file in LLaVA's or LLaMA-Factory's format. Raises ValueError at the first row that a trainer
+    would stumble over; with `images`, also for a picture that is not there."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file ({error})") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        try:
+            _check_row(row, images)
+            if "id" in row and seen.setdefault(row["id"], number) != number:
+                raise ValueError(f"id {row['id']!r} was used before, in row {seen[row['id']]}")
+        except ValueError as error:
+            raise ValueError(f"{path} row {number}: {error}") from None
+    return len(rows)
+
+
+def _check_row(row: dict, images: Path | None) -> None:
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise ValueError(f"expected an object with conversations, got {row!r:.80}")
+    if "images" in row:
+        pictures = row["images"]
+    elif not isinstance(row.get("id"), str):
+        raise ValueError(f"expected a text in id, got {row.get('id')!r}")
+    else:
+        pictures = [row["image"]] if "image" in row else []
+    if not isinstance(pictures, list) or not all(isinstance(name, str) and name for name in pictures):
+        raise ValueError(f"expected paths of images, got {pictures!r}")
+    turns = row["conversations"]
+    if len(turns) < 2 or len(turns) % 2:
+        raise ValueError(f"expected turns of human and gpt, got {len(turns)} turns")
+    for place, turn in enumerate(turns):
+        speaker = ("human", "gpt")[place % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            raise ValueError(f"turn {place}: expected one from {speaker}, got {turn!r:.80}")
+        if not isinstance(turn.get("value"), str) or not turn["value"].strip():
+            raise ValueError(f"turn {place}: expected words in value, got {turn.get('value')!r}")
+        marks = turn["value"].count("<image>")
+        wanted = len(pictures) if place == 0 else 0
+        if marks != wanted or any(mark in turn["value"] for mark in PLACEHOLDERS[1:]):
+            raise ValueError(f"turn {place}: expected {wanted} <image> and no other placeholder, got {turn['value']!r:.80}")
+    if images is not None and (missing := [name for name in pictures if not (images / name).is_file()]):
+        raise ValueError(f"image {images / missing[0]}: expected a file, found nothing")
+
+
 def main(arguments: list[str]) -> None:
-    caption(tyro.cli(CaptionConfig, args=arguments))
+    config = tyro.cli(CaptionConfig, args=arguments)
+    if config.check:
+        num_rows = check_export(Path(config.check), Path(config.images) if config.images else None)
+        print(f"{config.check}: {num_rows} rows, all as expected")
+        return
+    if config.images:
+        caption(config)
+    if config.export:
+        export_captions(Path(config.out), config.export)
 
 
 if __name__ == "__main__":

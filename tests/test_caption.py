@@ -1,0 +1,335 @@
+"""Captioning at scale: every kind of input, leases, kills, corrupt files, exports."""
+
+import io
+import json
+import os
+import random
+import tarfile
+import threading
+import time
+from multiprocessing import Process, get_context
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import caption as program
+from caption import CaptionConfig, caption, caption_batches, check_export, main, model_hash, plan_shards, take_lease
+from data.images import open_image
+from data.toy.world import draw, make_scene
+from grpo.policy import load_policy
+
+TOY = dict(policy="data/toy/policy", max_new_tokens=96, temperature=0.0, lease_seconds=2.0)
+
+
+def png(index: int) -> bytes:
+    buffer = io.BytesIO()
+    draw(make_scene("train", index)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Six images in two folders."""
+    path = tmp_path_factory.mktemp("images")
+    (path / "sub").mkdir()
+    for n in range(6):
+        (path / ("sub" if n > 3 else ".") / f"{n}.png").write_bytes(png(n))
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory) -> list[str]:
+    """The six captions, each written alone."""
+    policy = load_policy("data/toy/policy", torch.device("cpu"))
+    images = [(str(n), draw(make_scene("train", n))) for n in range(6)]
+    batches = caption_batches(policy, images, temperature=0.0, max_new_tokens=96, seed=0, batch_size=1)
+    return [row["caption"] for batch in batches for (row,) in batch]
+
+
+def rows_of(out: Path) -> list[dict]:
+    return [json.loads(line) for path in sorted(out.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
+    caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, batch_size=3, **TOY))
+    rows = rows_of(tmp_path / "a")
+    assert [row["caption"] for row in rows] == expected
+    names = [*(f"{n}.png" for n in range(4)), "sub/4.png", "sub/5.png"]
+    assert [row["id"] for row in rows] == [row["image"] for row in rows] == names
+    assert all(row["finish_reason"] == "stop" and row["tokens"] > 3 for row in rows)
+    policy = load_policy("data/toy/policy", torch.device("cpu"))
+    assert {row["model"] for row in rows} == {model_hash(policy)} and len({row["prompt"] for row in rows}) == 1
+    left = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert left == ["about.json", "shard-000000.jsonl", "shard-000001.jsonl"]
+    assert "this worker captioned 6 images, 0 of them unreadable" in capsys.readouterr().out
+    caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, **TOY))  # again: nothing is left to do
+    assert "this worker captioned 0 images" in capsys.readouterr().out and rows_of(tmp_path / "a") == rows
+    with pytest.raises(ValueError, match="expected captions with seed 1, found a run with 0"):
+        caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, seed=1, **TOY))
+    with pytest.raises(ValueError, match="expected captions with shards 3, found a run with 2"):
+        caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=2, **TOY))
+
+
+def test_the_hash_is_of_the_weights(policy):
+    before = model_hash(policy)
+    assert before == model_hash(policy)
+    with torch.no_grad():
+        policy.model.lm_head.weight[5, 5] += 1
+    assert model_hash(policy) != before
+
+
+def test_jsonl_parquet_and_tar(folder, expected, tmp_path):
+    """The same images in each container: the same captions, in order, with ids and references of the container."""
+    names = [*(f"{n}.png" for n in range(4)), "sub/4.png", "sub/5.png"]
+    lines = [json.dumps({"id": f"i{n}", "image_path" if n % 2 else "image": name}) for n, name in enumerate(names)]
+    (folder / "list.jsonl").write_text("\n".join(lines) + "\n")
+    table = pa.Table.from_pylist([{"id": n, "image": {"bytes": png(n), "path": None}} for n in range(6)])
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(table.slice(0, 4), tmp_path / "parquet" / "a.parquet", row_group_size=3)
+    pq.write_table(table.slice(4, 2).drop_columns(["id"]), tmp_path / "parquet" / "b.parquet")
+    (tmp_path / "tars").mkdir()
+    for name, part in (("00000", range(4)), ("00001", range(4, 6))):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as archive:
+            for n in part:
+                for ending, content in (("json", b"{}"), ("PNG", png(n))):
+                    info = tarfile.TarInfo(f"s/{n}.{ending}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    found = {}
+    for name, source in (("jsonl", folder / "list.jsonl"), ("parquet", tmp_path / "parquet"), ("tar", tmp_path / "tars")):
+        caption(CaptionConfig(str(source), str(tmp_path / f"{name}-captions"), shard_size=4, **TOY))
+        found[name] = rows_of(tmp_path / f"{name}-captions")
+        assert [row["caption"] for row in found[name]] == expected
+    assert [row["id"] for row in found["jsonl"]] == [f"i{n}" for n in range(6)] and found["jsonl"][5]["image"] == "sub/5.png"
+    assert [row["id"] for row in found["parquet"]] == ["0", "1", "2", "3", "b:0", "b:1"]
+    assert found["parquet"][3]["image"] == "a.parquet row 3"
+    assert [row["id"] for row in found["tar"]] == [f"00000/s/{n}" for n in range(4)] + ["00001/s/4", "00001/s/5"]
+    assert found["tar"][0]["image"] == "00000.tar/s/0.PNG"
+    (folder / "list.jsonl").unlink()
+
+
+def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "0.png").write_bytes(png(0))
+    (images / "1.png").write_bytes(png(1)[:60])  # cut off
+    (images / "2.png").write_bytes(b"")
+    Image.new("RGB", (2000, 4)).save(images / "3.png")  # more than 200 times as wide as high
+    (images / "4.png").write_bytes(png(1))
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": f"images/{n}.png"}) + "\n" for n in (0, 1, 2, 3, 4, 9)))
+    caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(tmp_path / "out"), **TOY))
+    rows = rows_of(tmp_path / "out")
+    assert [row.get("caption") for row in rows] == [expected[0], None, None, None, expected[1], None]
+    for n, reason in ((1, "expected an image that Pillow can read"), (2, "expected an image that Pillow can read"),
+                      (3, "ratio"), (5, "expected an image, found nothing")):
+        assert reason in rows[n]["error"] and "tokens" not in rows[n]
+    with tarfile.open(tmp_path / "whole.tar", "w") as archive:
+        for n in range(2):
+            info = tarfile.TarInfo(f"{n}.png")
+            info.size = len(png(n))
+            archive.addfile(info, io.BytesIO(png(n)))
+    second = 512 + -(-len(png(0)) // 512) * 512  # where the second member begins
+    cuts = (("at a member", second, 2), ("in a header", second + 99, 2), ("in a picture", second + 600, 3))
+    for name, length, num_rows in cuts:
+        (tmp_path / f"{name}.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:length])
+        (shard,) = plan_shards(tmp_path / f"{name}.tar", 4)
+        (id, _, image), *_, (_, _, end) = found = list(shard.images())
+        assert len(found) == num_rows and id == f"{name}/0" and open_image(image).size[0] > 50
+        with pytest.raises(ValueError, match=f"{name}.tar: expected an image that Pillow can read"):
+            open_image(end)
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ('{"id": "a"}', "list.jsonl line 2: expected a path in 'image', got None"),
+    ('{"image": "a.png"}', "list.jsonl line 2: id 'a.png' was used before, on line 1"),
+])
+def test_lists_that_do_not_fit(tmp_path, row, reason):
+    (tmp_path / "list.jsonl").write_text('{"image": "a.png"}\n' + row + "\n")
+    with pytest.raises(ValueError, match=reason):
+        plan_shards(tmp_path / "list.jsonl", 4)
+    with pytest.raises(ValueError, match=r"expected a folder, .jsonl, .parquet or .tar files of one kind, found \['.txt'\]"):
+        plan_shards(tmp_path / "x.txt", 4)
+    (tmp_path / "a.tar").touch()
+    (tmp_path / "b.parquet").touch()
+    with pytest.raises(ValueError, match="of one kind, found"):
+        plan_shards(tmp_path, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------- leases
+
+
+def test_one_of_many_workers_gets_the_lease(tmp_path):
+    """50 threads at once, ten shards: each shard has one holder."""
+    got, start = [], threading.Barrier(50)
+
+    def work():
+        start.wait()
+        got.extend(lease.name for n in range(10) if (lease := take_lease(tmp_path, f"shard-{n:06d}", 100.0)))
+
+    threads = [threading.Thread(target=work) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [f"shard-{n:06d}" for n in range(10)]
+
+
+def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path):
+    first = take_lease(tmp_path, "shard-000000", 0.4)
+    time.sleep(0.8)
+    assert take_lease(tmp_path, "shard-000000", 0.4) is None  # the holder lives: its thread touches the lease
+    first.release()  # as if it had died
+    os.utime(first.path, (time.time() - 10, time.time() - 10))
+    first.part.write_bytes(b'{"id": 0}\n{"id": 1}\n{"i')
+    second = take_lease(tmp_path, "shard-000000", 0.4)
+    assert second.generation == 1 and first.is_lost and not second.is_lost
+    with program._new_part(second) as (num_done, append):
+        assert num_done == 2  # what was cut off in the middle of a line is gone
+        append([{"id": 2}])
+    second.finish()
+    second.release()
+    assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2]
+    first.finish()  # the first one wakes up: nothing changes
+    assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2] and take_lease(tmp_path, "shard-000000", 0.4) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
+
+
+def num_lines(out: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("shard-*") if "lease" not in path.name)
+
+
+def test_two_workers_killed_four_times_write_every_row_once(tmp_path):
+    """kill -9 of either worker, at a random moment of its work: 60 rows, those of an undisturbed run."""
+    (tmp_path / "images").mkdir()
+    for n in range(60):
+        (tmp_path / "images" / f"{n:02d}.png").write_bytes(png(n))
+    caption(CaptionConfig(str(tmp_path / "images"), str(tmp_path / "calm"), shard_size=60, **TOY))
+    out, rng = tmp_path / "out", random.Random(0)
+    config = CaptionConfig(str(tmp_path / "images"), str(out), shard_size=20, batch_size=5, **TOY)
+    context = get_context("forkserver")  # its server imports torch once; a worker is a fork of it
+    context.set_forkserver_preload(["caption"])
+
+    def start() -> Process:
+        worker = context.Process(target=caption, args=(config,))
+        worker.start()
+        return worker
+
+    workers = [start(), start()]
+    for kill in range(4):
+        target, deadline = num_lines(out) + rng.randrange(1, 8), time.monotonic() + 120
+        while num_lines(out) < min(target, 55) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.random() / 4)
+        workers[kill % 2].kill()
+        workers[kill % 2].join()
+        assert workers[kill % 2].exitcode in (-9, 0)  # 0: it had just finished
+        workers[kill % 2] = start()
+    for worker in workers:
+        worker.join(timeout=300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert rows_of(out) == rows_of(tmp_path / "calm") and len({row["id"] for row in rows_of(out)}) == 60
+    assert sorted(path.name for path in out.iterdir()) == ["about.json", *(f"shard-00000{n}.jsonl" for n in range(3))]
+
+
+# ------------------------------------------------------------------------------------------------------------- exports
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """Two finished shards as `caption` leaves them, without a model; the good rows are a and e."""
+    out = tmp_path / "captions"
+    out.mkdir()
+    about = {"images": "photos", "instruction": "Describe.", "max_new_tokens": 9, "shards": 2}
+    (out / "about.json").write_text(json.dumps(about))
+    rows = [{"id": "a", "image": "a.png", "caption": "A \"red\"\nsquare.", "finish_reason": "stop"},
+            {"id": "b", "image": "b.png", "error": "broken"},
+            {"id": "c", "image": "c.png", "caption": " ", "finish_reason": "stop"},
+            {"id": "d", "image": "d.png", "caption": "An <image> of", "finish_reason": "stop"},
+            {"id": "e", "image": "x/e.png", "caption": "Blue", "finish_reason": "length"}]
+    for number, part in enumerate((rows[:3], rows[3:])):
+        (out / f"shard-00000{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return out
+
+
+def test_llava_export_field_by_field(finished, capsys):
+    main(["--out", str(finished), "--export", "llava"])
+    assert json.loads((finished / "llava.json").read_text()) == [
+        {"id": id, "image": image,
+         "conversations": [{"from": "human", "value": "<image>\nDescribe."}, {"from": "gpt", "value": text}]}
+        for id, image, text in (("a", "a.png", 'A "red"\nsquare.'), ("e", "x/e.png", "Blue"))
+    ]
+    printed = capsys.readouterr().out
+    assert "2 rows, 1 of them cut off at 9 tokens" in printed
+    assert "{'image unreadable': 1, 'caption empty': 1, 'caption with a placeholder': 1}" in printed
+    assert check_export(finished / "llava.json") == 2
+    with pytest.raises(ValueError, match=r"llava.json row 0: image .*a.png: expected a file, found nothing"):
+        main(["--check", str(finished / "llava.json"), "--images", str(finished)])
+
+
+def test_llama_factory_export_field_by_field(finished):
+    """As LLaMA-Factory documents it: dataset_info.json names file, formatting and columns; the tags are its defaults."""
+    main(["--out", str(finished), "--export", "sharegpt"])
+    info = json.loads((finished / "dataset_info.json").read_text())["captions"]
+    assert info["formatting"] == "sharegpt" and set(info) == {"file_name", "formatting", "columns"}
+    rows = json.loads((finished / info["file_name"]).read_text())
+    assert len(rows) == 2
+    for row in rows:
+        turns, images = row[info["columns"]["messages"]], row[info["columns"]["images"]]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] and all(isinstance(turn["value"], str) for turn in turns)
+        assert sum(turn["value"].count("<image>") for turn in turns) == len(images) == 1
+    assert check_export(finished / "sharegpt.json") == 2
+
+
+def test_an_export_wants_all_shards_and_files(finished):
+    (finished / "shard-000001.jsonl").rename(finished / "x")
+    with pytest.raises(ValueError, match="expected 2 finished shards, found 1"):
+        main(["--out", str(finished), "--export", "llava"])
+    row = {"id": "t", "image": "0.tar/t.png", "caption": "x", "finish_reason": "stop"}
+    (finished / "shard-000001.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="expected images that are files, for a trainer to open, got '0.tar/t.png'"):
+        main(["--out", str(finished), "--export", "llava"])
+
+
+GOOD = {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]}
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"id": 1}, "row 1: expected a text in id, got 1"),
+    ({"id": "z"}, "row 1: id 'z' was used before, in row 0"),
+    ({"image": ""}, "row 1: expected paths of images, got"),
+    ({"conversations": "x"}, "row 1: expected an object with conversations"),
+    ({"conversations": GOOD["conversations"][:1]}, "row 1: expected turns of human and gpt, got 1 turns"),
+    ({"conversations": GOOD["conversations"][::-1]}, "row 1: turn 0: expected one from human"),
+    ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": " "}]}, "row 1: turn 1: expected words in value"),
+    ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "turn 0: expected 1 <image>"),
+    ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "<image>"}]}, "turn 1: expected 0 <image>"),
+    ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "a <video>"}]}, "and no other placeholder"),
+    ({"images": ["a.png", "b.png"]}, "turn 0: expected 2 <image>"),
+])
+def test_the_validator_finds(tmp_path, change, reason):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([GOOD | {"id": "z"}, GOOD | change]))
+    with pytest.raises(ValueError, match=reason):
+        check_export(path)
+    text_only = {"id": "t", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    path.write_text(json.dumps([GOOD, text_only]))
+    assert check_export(path) == 2
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="expected a list of rows, found none"):
+        check_export(path)
+
+
+@pytest.mark.parametrize(("settings", "reason"), [
+    (dict(), "expected a folder in out, or a file to check"),
+    (dict(out="x"), "expected images to caption, or an export of captions"),
+    (dict(out="x", images="y", batch_size=0), "batch_size 0: expected at least 1"),
+    (dict(out="x", images="y", temperature=-1.0), "temperature -1.0: expected 0 or more"),
+    (dict(out="x", images="y", lease_seconds=0.0), "lease_seconds 0.0: expected more than 0"),
+])
+def test_settings_that_do_not_fit(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        CaptionConfig(**settings)
