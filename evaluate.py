@@ -1,177 +1,676 @@
-"""How much a text-only model learns from captions: Prism evaluation (paper, section 4.3).
+"""How much can be answered from captions: Prism evaluation (paper, section 4.3), beside its floors and the model that looks.
 
     python evaluate.py prism --policy data/toy/policy --verifier data/toy/verifier --data toy:heldout:96
-    python evaluate.py prism --captions captions.jsonl --verifier Qwen/Qwen2.5-3B-Instruct --data qa.jsonl
+    python evaluate.py prism --policy base=Qwen/Qwen2.5-VL-3B-Instruct ours=runs/caprl-3b/final --captions gpt=captions \\
+        --floors --data chartqa:ChartQA/data/test-*.parquet mmstar:MMStar.tsv heldout.jsonl --out table3.jsonl
+    python evaluate.py floor --policy ours=runs/caprl-3b/final --data mmstar:MMStar.tsv
+    python evaluate.py direct --policy Qwen/Qwen2.5-VL-3B-Instruct --data chartqa:ChartQA/data/test-*.parquet
     torchrun --nproc-per-node 8 evaluate.py prism --policy runs/caprl-3b/final --data qa.jsonl
 
-A policy captions each image (or captions are read from a file), the verifier answers the image's questions from the
-caption, and the share of right answers is printed per family with a bootstrap 95% interval over images.
+prism: a captioner writes K captions of each image, or they are read from a file; a text-only model answers the image's
+questions from each. floor: the same without a caption, and with another image's. direct: a vision-language model looks itself.
+
+Benchmarks and their metrics are those of data/benchmarks.py. Every question counts once, with the mean over the captions
+(the paper's Table 3 is that mean over 4). Intervals are bootstrap 95% intervals over images, differences are taken on the
+same questions.
 """
 
+import hashlib
+import json
 import math
+import os
+import random
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
-from data.examples import Example, load_examples, read_jsonl
-from data.images import open_image
+from caption import caption_batches, finished_rows, model_hash, text_hash
+from data.benchmarks import Benchmark, FreeQuestion, Item, Metric, Picture, load_benchmark
+from data.examples import read_jsonl
+from data.images import ImageSource, StoredImage, open_image
+from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
-from grpo.distributed import gather_rows, init_distributed, print0, rank, world_size
-from grpo.policy import Policy, load_policy
+from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
+from grpo.policy import INSTRUCTION, Policy, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
-from reward.caprl import AskVerifier, RewardConfig, caption_rewards, load_verifier
+from reward.caprl import (
+    ANSWER_START,
+    CAPTION_END,
+    CAPTION_START,
+    LETTERS,
+    Answer,
+    Asked,
+    AskVerifier,
+    Verifier,
+    answer_record,
+    load_verifier,
+    parse_choice,
+    shuffle_options,
+)
+from reward.judge import as_plain_text
+
+CAPTIONQA_ABSTAIN = "Cannot answer from the caption"
+WORDS_START = "Answer:"
+"""The answerer's turn is begun with this where it answers in words; the rest of the line is the answer."""
+WORDS_FORM = "Reply with the answer alone, on one line: a number, a name or a few words, without a sentence around it."
+
+WORDS_TASK = f"""\
+Answer a question about an image that you cannot see. All that you know about the image is its caption. \
+Use no outside knowledge: what the caption does not say, you do not know. \
+{WORDS_FORM} Several answers are written as a list, [first, second].
+
+Caption: {CAPTION_START} A bar chart of rainfall. May has 40 mm, June has 55 mm. {CAPTION_END}
+Question: How much rain fell in June?
+{WORDS_START} 55 mm
+
+Caption: {CAPTION_START} A poster in red letters says: Summer fair, 12 July, Town Hall. {CAPTION_END}
+Question: Where is the fair?
+{WORDS_START} Town Hall"""
+
+PAPER_TABLE = {  # arXiv 2509.22647, Table 3, in percent
+    "Qwen2.5-VL-3B": {"chartqa": 65.6, "chartqapro": 27.1, "infovqa": 40.2, "mmstar": 46.4, "seed": 64.1},
+    "Qwen2.5-VL-72B": {"chartqa": 80.2, "chartqapro": 38.0, "infovqa": 60.8, "mmstar": 55.0, "seed": 69.3},
+    "UnifiedReward as judge, 3B": {"chartqa": 54.9, "chartqapro": 25.1, "infovqa": 33.6, "mmstar": 45.4, "seed": 61.2},
+    "Qwen2.5-VL as judge, 3B": {"chartqa": 71.4, "chartqapro": 34.2, "infovqa": 49.3, "mmstar": 47.7, "seed": 64.5},
+    "CapRL-3B": {"chartqa": 80.5, "chartqapro": 39.9, "infovqa": 64.8, "mmstar": 55.0, "seed": 70.6},
+}
+
+PICTURES_AT_A_TIME = 8
+"""Pictures whose questions are handed to the answerer together; it makes its own batches of them."""
 
 
 @dataclass(frozen=True)
-class PrismConfig:
+class EvalConfig:
+    """What all three evaluations share."""
+
+    data: tuple[str, ...] = ("caprl-qa.jsonl",)
+    """Benchmarks: KIND:PATH (docs/formats.md), a JSONL file of images with questions, or toy:SPLIT:NUM."""
+    limit: int = 0
+    """Only the first so many images of each benchmark; 0 for all."""
+    answer_tokens: int = 32
+    """Longest answer in words, in tokens."""
+    seed: int = 0
+    out: str = ""
+    """A new file for a JSON line per caption with every question and answer; the tables go beside it, as .md and .json."""
+
+    def __post_init__(self):
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens {self.answer_tokens}: expected at least 1")
+        if self.limit < 0:
+            raise ValueError(f"limit {self.limit}: expected 0 or more")
+        if not self.data:
+            raise ValueError("data: expected at least one benchmark")
+
+
+@dataclass(frozen=True)
+class PrismConfig(EvalConfig):
     """Settings of `evaluate.py prism`."""
 
-    data: str = "caprl-qa.jsonl"
-    """JSONL of images with questions (format: data/examples.py), or toy:SPLIT:NUM."""
-    policy: str = ""
-    """The captioner, a local folder or a hub name; or else `captions`."""
-    captions: str = ""
-    """JSONL with `id` and `caption`, one or more captions per image, as caption.py writes it."""
+    policy: tuple[str, ...] = ()
+    """Captioners, local folders or hub names; NAME=PATH gives one a name in the tables."""
+    captions: tuple[str, ...] = ()
+    """Captions that are written already: a folder of caption.py, or JSONL with `id` and `caption`, one or more per image."""
     verifier: str = "Qwen/Qwen2.5-3B-Instruct"
     """The text-only model that answers from captions."""
     verifier_mode: Literal["sample", "logits"] = "logits"
-    """Answer by the likeliest offered letter, or by a sampled and parsed reply (the release)."""
+    """Take the likeliest offered letter and the likeliest words, or sample replies (the release)."""
     verifier_temperature: float = 1.0
     """Of the replies in mode "sample", as in the release's evaluation."""
+    verifier_max_new_tokens: int = 10
+    """Longest reply to a question with options in mode "sample"."""
     num_captions: int = 4
-    """Captions per image; the accuracy is the mean over them (the paper's Table 3 takes 4)."""
+    """K, captions per image; at temperature 0 there is one."""
+    instruction: str = INSTRUCTION
+    """What the captioner is told."""
     temperature: float = 1.0
     """Of captioning; 0 takes the most likely token."""
     max_new_tokens: int = 4096
     """Longest caption in tokens."""
-    num_questions: int = 0
-    """Questions per caption, drawn as in training; 0 asks every question of the image once."""
-    prompts_per_rollout: int = 16
-    """Images captioned at a time."""
-    seed: int = 0
-    out: str = ""
-    """A file for one JSON line per caption, with every question and answer."""
+    batch_size: int = 64
+    """Images captioned at a time; any value gives the same captions."""
+    rollout_tokens: int = 524_288
+    """Tokens that the sampler's cache has room for."""
+    floors: bool = False
+    """Add rows without a caption, and with another image's captions."""
+    cache: str = "runs/captions"
+    """Captions are kept here by model, image, instruction and settings, and never written twice; empty for nowhere."""
 
     def __post_init__(self):
-        if bool(self.policy) == bool(self.captions):
-            raise ValueError("expected either policy or captions, got " + ("both" if self.policy else "neither"))
-        if self.num_captions < 1 or self.max_new_tokens < 1 or self.prompts_per_rollout < 1:
-            raise ValueError("num_captions, max_new_tokens and prompts_per_rollout: expected at least 1 each")
-        for name in ("temperature", "num_questions"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+        super().__post_init__()
+        for name in ("num_captions", "max_new_tokens", "batch_size", "rollout_tokens", "verifier_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature {self.temperature}: expected 0 or more")
         if not self.verifier_temperature > 0:
             raise ValueError(f"verifier_temperature {self.verifier_temperature}: expected more than 0")
+        if not (self.policy or self.captions or isinstance(self, FloorConfig)):
+            raise ValueError("expected captioners in policy or captions, got neither")
+        if len(names := [name for name, _ in self.captioners]) > len(set(names)):
+            raise ValueError(f"expected captioners of different names (NAME=PATH), got {names}")
+
+    @property
+    def captioners(self) -> list[tuple[str, str]]:
+        """(name, path), policies first."""
+        return [(path, path) if Path(path).exists() or "=" not in path else tuple(path.split("=", 1))
+                for path in (*self.policy, *self.captions)]
 
 
-def write_captions(policy: Policy, examples: Sequence[Example], config: PrismConfig) -> list[list[dict]]:
-    """`num_captions` captions of each image, each with its length in tokens and whether it was cut off."""
-    captions: list[list[dict]] = []
-    size = config.prompts_per_rollout
-    for start in tqdm(range(0, len(examples), size), desc="captions", unit="batch", disable=rank() != 0):
-        part = examples[start : start + size]
-        prompts = [policy.prompt(open_image(example.image)) for example in part]
-        keys = [f"{config.seed}:{example.id}:caption:{k}" for example in part for k in range(config.num_captions)]
-        rollouts = sample_rollouts(policy, prompts, keys, config.max_new_tokens, config.temperature)
-        rows = [
-            {"caption": caption, "length": length, "truncated": truncated}
-            for caption, length, truncated in zip(rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist())
-        ]
-        captions += [rows[i : i + config.num_captions] for i in range(0, len(rows), config.num_captions)]
-    return captions
+@dataclass(frozen=True)
+class FloorConfig(PrismConfig):
+    """Settings of `evaluate.py floor`: prism without a caption and, for each captioner, with another image's captions."""
 
 
-def read_captions(path: str, examples: Sequence[Example]) -> list[list[dict]]:
-    """Captions of each example from a JSONL file. Raises ValueError for a broken line or an image without a caption."""
+@dataclass(frozen=True)
+class DirectConfig(EvalConfig):
+    """Settings of `evaluate.py direct`."""
+
+    policy: tuple[str, ...] = ("runs/caprl/final",)
+    """Vision-language models that see the image, local folders or hub names."""
+    temperature: float = 0.0
+    """Of their answers; 0 takes the most likely token."""
+    batch_size: int = 64
+    """Questions answered at a time."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature {self.temperature}: expected 0 or more")
+        if self.batch_size < 1 or not self.policy:
+            raise ValueError("expected at least one policy, and a batch_size of at least 1")
+
+
+# --------------------------------------------------------------------------------------------------------- the captions
+
+
+def write_captions(policy: Policy, pictures: Sequence[Picture], config: PrismConfig) -> list[list[dict]]:
+    """K captions of each picture, from the cache where they are there: rows with caption, tokens and finish reason, or one
+    with the `error` that kept the image from being opened."""
+    num = config.num_captions if config.temperature else 1
+    keys = [image_hash(picture.image) for picture in pictures]
+    settings = f"{config.instruction}\n{config.temperature} {config.max_new_tokens} {config.seed}"
+    folder = Path(config.cache) / f"{model_hash(policy)}-{text_hash(settings)}" if config.cache else None
+    known = _read_cache(folder) if folder else {}
+    missing = {key: picture.image for key, picture in zip(keys, pictures) if any((key, k) not in known for k in range(num))}
+    batches = caption_batches(
+        policy, missing.items(), num_captions=num, instruction=config.instruction, temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens, seed=config.seed, batch_size=config.batch_size,
+        rollout_tokens=config.rollout_tokens,
+    )
+    waiting = iter(missing)
+    if missing and folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "about.txt").write_text(settings, encoding="utf-8")
+    with tqdm(total=len(missing), desc="captions", unit="image", disable=rank() != 0 or not missing) as bar:
+        for batch in batches if missing else ():
+            new = [(next(waiting), rows) for rows in batch]
+            known |= {(key, k): row for key, rows in new for k, row in enumerate(rows)}
+            if folder:  # a file of its own for each batch: nobody else writes to it, and it is whole or not there
+                lines = [to_json({"image": key, "k": k} | row) + "\n" for key, rows in new for k, row in enumerate(rows)
+                         if "error" not in row]
+                with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
+                    file.writelines(lines)
+                os.replace(file.name, f"{file.name.removesuffix('.tmp')}.jsonl")
+            bar.update(len(batch))
+    return [[known[key, k] for k in range(num) if (key, k) in known] for key in keys]
+
+
+def _read_cache(folder: Path) -> dict[tuple[str, int], dict]:
+    known = {}
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            known[row.pop("image"), row.pop("k")] = row
+    return known
+
+
+def image_hash(image: ImageSource) -> str:
+    """16 hexadecimal digits of a file's bytes, or of a drawn picture's pixels; the name's, if it cannot be read."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:16]
+    try:
+        content = image.read() if isinstance(image, StoredImage) else image.read_bytes()
+    except (OSError, ValueError):
+        return text_hash(str(image))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[dict]]:
+    """Captions of each picture by its id. Raises ValueError for a broken line or a picture without a row."""
+    rows = finished_rows(Path(path)) if Path(path).is_dir() else (
+        (f"{path} line {number}", row) for number, row in read_jsonl(Path(path))
+    )
     by_id: dict[str, list[dict]] = {}
-    for number, row in read_jsonl(Path(path)):
-        if not isinstance(row.get("caption"), str) or "id" not in row:
-            raise ValueError(f"{path} line {number}: expected an object with id and caption, got {sorted(row)}")
-        by_id.setdefault(str(row["id"]), []).append({"caption": row["caption"]})
-    if missing := [example.id for example in examples if example.id not in by_id]:
+    for where, row in rows:
+        if "id" not in row or not (isinstance(row.get("caption"), str) or "error" in row):
+            raise ValueError(f"{where}: expected an object with id and caption, got {sorted(row)}")
+        kept = {key: row[key] for key in ("caption", "tokens", "finish_reason", "error") if key in row}
+        by_id.setdefault(str(row["id"]), []).append(kept)
+    if missing := [picture.id for picture in pictures if picture.id not in by_id]:
         raise ValueError(f"{path}: expected a caption of every image, found none of {len(missing)}, first {missing[0]!r}")
-    return [by_id[example.id] for example in examples]
+    return [by_id[picture.id] for picture in pictures]
 
 
-def prism(examples: Sequence[Example], captions: list[list[dict]], verifier: AskVerifier, config: PrismConfig) -> list[dict]:
-    """One row per caption: id, family, caption, accuracy (NaN if it could not be measured) and the questions as asked."""
-    rows, settings = [], RewardConfig(num_questions=config.num_questions)
-    for example, written in zip(tqdm(examples, desc="answers", unit="image", disable=rank() != 0), captions, strict=True):
-        texts = [row["caption"] for row in written]
-        lengths = [row.get("length", 0) for row in written]  # they enter no reward here
-        result = caption_rewards(
-            texts, [example] * len(texts), [f"{config.seed}:{example.id}"] * len(texts), lengths, verifier, settings
-        )
-        rows += [
-            {"id": example.id, "family": example.family} | row | {"accuracy": accuracy, "questions": record}
-            for row, accuracy, record in zip(written, result.rewards.tolist(), result.records)
+def others_captions(captions: Sequence[list[dict]], seed: int) -> list[list[dict]]:
+    """Each picture with the captions of another one. Raises ValueError where there is only one."""
+    if len(captions) < 2:
+        raise ValueError("floor: expected at least 2 images, one takes another's captions")
+    order = random.Random(f"{seed}:others").sample(range(len(captions)), len(captions))
+    taken = dict(zip(order, [*order[1:], order[0]]))
+    return [captions[taken[place]] for place in range(len(captions))]
+
+
+# ---------------------------------------------------------------------------------------------------------- the answers
+
+
+def ask_item(item: Item, metric: Metric, seed: int, from_caption: bool = True) -> Asked:
+    """The question with its options shuffled, always alike for the same seed and id, whatever else is asked.
+
+    CaptionQA's abstain option is among the options of its captions' questions, see `captionqa_offers_abstain`.
+    """
+    question = item.question
+    if isinstance(question, FreeQuestion):
+        return Asked(question.question, (), gold=-1, source=0)
+    offers = from_caption and metric == "captionqa" and captionqa_offers_abstain(question.question, question.choices)
+    asked = shuffle_options(question, 0, random.Random(f"{seed}:{item.id}:options"), offers)
+    if not offers:
+        return asked
+    options = tuple(CAPTIONQA_ABSTAIN if n == asked.abstain else text for n, text in enumerate(asked.options))
+    return replace(asked, options=options)
+
+
+def answer_line(reply: str) -> str | None:
+    """The answer: the one line that was asked for. None if there is none."""
+    lines = reply.strip().splitlines()
+    line = lines[0].strip().removeprefix(WORDS_START).strip() if lines else ""
+    return line or None
+
+
+def record(item: Item, asked: Asked, answer: Answer, metric: Metric) -> dict:
+    """The question as asked and answered, and its `score`: None where it could not be asked (`failure`), 0 where the answer
+    cannot be read (`unparsed`)."""
+    row = {"id": item.id, "family": item.family} | answer_record(asked, answer, soft=False)
+    if isinstance(item.question, FreeQuestion):
+        line = None if answer.failure else answer_line(answer.reply)
+        row |= {"answers": list(item.question.answers), "prediction": line, "unparsed": not answer.failure and line is None}
+        if not answer.failure:
+            row["score"] = 0.0 if line is None else item.question.score(metric, line)
+            row["correct"] = row["score"] == 1
+        return row
+    row["unparsed"] = not answer.failure and answer.chosen is None
+    if metric == "captionqa" and asked.abstain is not None and answer.chosen == asked.abstain:
+        row["score"] = captionqa_abstain_credit(len(item.question.choices))
+    return row
+
+
+def ask_all(captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str], choose: AskVerifier,
+            write: AskVerifier | None) -> list[list[Answer]]:
+    """As `choose`, which wants the abstain option on all questions of a call or on none, but for questions of all sorts."""
+    found: list[list] = [[None] * len(group) for group in asked]
+    for answerer, options, abstain in ((write, False, False), (choose, True, False), (choose, True, True)):
+        places = [
+            [n for n, one in enumerate(group) if (bool(one.options), one.abstain is not None) == (options, abstain)]
+            for group in asked
         ]
+        rows = [row for row, group in enumerate(places) if group]
+        if rows:
+            questions = [[asked[row][n] for n in places[row]] for row in rows]
+            answers = answerer([captions[row] for row in rows], questions, [names[row] for row in rows])
+            for row, given in zip(rows, answers, strict=True):
+                for n, answer in zip(places[row], given, strict=True):
+                    found[row][n] = answer
+    return found
+
+
+def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerifier, seed: int = 0,
+          write: AskVerifier | None = None) -> list[dict]:
+    """One row per caption: id and family of its picture, the caption, each question as asked, and its mean score as `accuracy`
+    (NaN if none could be asked).
+
+    `choose` answers questions with options, `write` those without, see `word_answerer`.
+    """
+    rows = []
+    pairs = list(zip(benchmark.pictures, captions, strict=True))
+    for start in tqdm(range(0, len(pairs), PICTURES_AT_A_TIME), desc="answers", unit="batch", disable=rank() != 0):
+        part = [
+            (picture, k, row) for picture, group in pairs[start : start + PICTURES_AT_A_TIME] for k, row in enumerate(group)
+        ]
+        asked = [[ask_item(item, benchmark.metric, seed) for item in picture.items] for picture, _, _ in part]
+        names = [f"{seed}:{picture.id}:{k}" for picture, k, _ in part]
+        told = [n for n, (_, _, row) in enumerate(part) if "error" not in row]
+        answers = iter(ask_all([part[n][2]["caption"] for n in told], [asked[n] for n in told], [names[n] for n in told],
+                               choose, write))
+        for (picture, _, row), group in zip(part, asked, strict=True):
+            given = [Answer(None, failure=row["error"])] * len(group) if "error" in row else next(answers)
+            rows.append(_row(benchmark, picture, group, given) | row)
     return rows
 
 
-def summarize(rows: Sequence[dict], seed: int = 0, num_resamples: int = 2000) -> dict[str, dict[str, float]]:
-    """Per family and over "all": accuracy with a bootstrap 95% interval, caption length in words, number of images.
+def _row(benchmark: Benchmark, picture: Picture, asked: Sequence[Asked], answers: Sequence[Answer]) -> dict:
+    questions = [
+        record(item, one, answer, benchmark.metric) for item, one, answer in zip(picture.items, asked, answers, strict=True)
+    ]
+    scores = [question["score"] for question in questions if question["score"] is not None]
+    mean = sum(scores) / len(scores) if scores else math.nan
+    return {"id": picture.id, "family": picture.items[0].family, "caption": "", "accuracy": mean, "questions": questions}
 
-    An image counts once, with the mean over its captions; images are resampled, questions and captions are not.
+
+def word_answerer(verifier: Verifier, config: PrismConfig) -> Verifier:
+    """The same model, answering in words: likeliest ones where the verifier takes the likeliest letter."""
+    temperature = config.verifier_temperature if config.verifier_mode == "sample" else 1e-4
+    return Verifier(
+        verifier.model, verifier.tokenizer, "sample", temperature, config.answer_tokens, task=WORDS_TASK,
+        answer_start=WORDS_START,
+    )
+
+
+def direct(benchmark: Benchmark, policy: Policy, config: DirectConfig) -> list[dict]:
+    """As `prism`, but of answers that the policy gives looking at the picture: one row per picture, without a caption."""
+    asked = [
+        [ask_item(item, benchmark.metric, config.seed, from_caption=False) for item in picture.items]
+        for picture in benchmark.pictures
+    ]
+    flat = [(picture, item, one) for picture, group in zip(benchmark.pictures, asked)
+            for item, one in zip(picture.items, group)]
+    answers: list[Answer] = []
+    for start in tqdm(range(0, len(flat), config.batch_size), desc="answers", unit="batch", disable=rank() != 0):
+        part = flat[start : start + config.batch_size]
+        prompts, failures = [], []
+        for picture, _, one in part:
+            task = "Reply with the letter of one option." if one.options else WORDS_FORM
+            lines = [one.question, *(f"{letter}) {text}" for letter, text in zip(LETTERS, one.options)), task]
+            try:
+                prompts.append(policy.prompt(open_image(picture.image), as_plain_text("\n".join(lines), policy),
+                                             ANSWER_START if one.options else WORDS_START))
+                failures.append("")
+            except ValueError as error:
+                failures.append(str(error))
+        keys = [f"{config.seed}:{item.id}:direct" for (_, item, _), failure in zip(part, failures) if not failure]
+        found = sample_rollouts(policy, prompts, keys, config.answer_tokens, config.temperature).captions if keys else []
+        replies = iter(found)
+        for (_, _, one), failure in zip(part, failures):
+            reply = "" if failure else next(replies)
+            chosen = parse_choice(reply, one.options) if one.options and not failure else None
+            answers.append(Answer(chosen, reply=reply, failure=failure))
+    given = iter(answers)
+    return [
+        _row(benchmark, picture, group, [next(given) for _ in group]) for picture, group in zip(benchmark.pictures, asked)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def question_scores(rows: Sequence[dict]) -> dict[str, dict[str, tuple[str, float]]]:
+    """image id -> question id -> (family, mean score over the captions), of what could be asked."""
+    found: dict[str, dict[str, tuple[str, list[float]]]] = {}
+    for row in rows:
+        for question in row["questions"]:
+            if question["score"] is not None:
+                scores = found.setdefault(row["id"], {}).setdefault(question["id"], (question["family"], []))[1]
+                scores.append(question["score"])
+    return {image: {id: (family, sum(s) / len(s)) for id, (family, s) in group.items()} for image, group in found.items()}
+
+
+def interval(sums: Sequence[float], counts: Sequence[int], seed: int, num_resamples: int = 2000) -> tuple[float, float]:
+    """Bootstrap 95% interval of sum(sums) / sum(counts) over images, each of which brings its sum and its count along."""
+    rng = np.random.default_rng(seed)
+    sums, counts = np.asarray(sums, dtype=float), np.asarray(counts)
+    means = []
+    for _ in range(num_resamples):
+        drawn = rng.integers(len(sums), size=len(sums))
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def summarize(rows: Sequence[dict], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Per family and over "all": the mean `accuracy` (score) over questions with its interval `low`, `high`; `best`, with the
+    image's best caption; numbers of `images` and `questions`; shares of answers `unparsed`, `abstained` and `right`, and of
+    captions `cut` off; `failed` questions, which count nowhere else; `words` and `tokens` per caption.
+
+    NaN where nothing was measured.
     """
+    scores = question_scores(rows)
     by_image: dict[str, list[dict]] = {}
     for row in rows:
         by_image.setdefault(row["id"], []).append(row)
-    families = sorted({row["family"] for row in rows})
+    families = sorted({question["family"] for row in rows for question in row["questions"]})
     table = {}
     for family in [*families, "all"] if families != ["all"] else ["all"]:
-        images = [group for group in by_image.values() if family in ("all", group[0]["family"])]
-        scores = [[row["accuracy"] for row in group if not math.isnan(row["accuracy"])] for group in images]
-        means = np.array([np.mean(score) for score in scores if score] or [math.nan])
-        rng = np.random.default_rng(seed)
-        resampled = means[rng.integers(len(means), size=(num_resamples, len(means)))].mean(1)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        words = np.mean([len(row["caption"].split()) for group in images for row in group])
-        table[family] = {"accuracy": float(means.mean()), "low": float(low), "high": float(high), "words": float(words),
-                         "images": len(means)}
+        def belongs(name: str, family: str = family) -> bool:
+            return family in ("all", name)
+
+        asked = [q for row in rows for q in row["questions"] if belongs(q["family"])]
+        answered = [q for q in asked if q["score"] is not None]
+        images = [[score for name, score in group.values() if belongs(name)] for group in scores.values()]
+        images = [group for group in images if group]
+        sums, counts = [sum(group) for group in images], [len(group) for group in images]
+        best = []
+        for group in by_image.values():
+            found = [
+                [q["score"] for q in row["questions"] if belongs(q["family"]) and q["score"] is not None] for row in group
+            ]
+            if found := [scored for scored in found if scored]:
+                best.append(max((sum(scored) / len(scored), len(scored)) for scored in found))
+        told = [row for row in rows if any(belongs(q["family"]) for q in row["questions"]) and "error" not in row]
+        low, high = interval(sums, counts, seed) if images else (math.nan, math.nan)
+        table[family] = {
+            "accuracy": _share(sum(sums), sum(counts)), "low": low, "high": high,
+            "best": _share(sum(mean * number for mean, number in best), sum(number for _, number in best)),
+            "images": len(images), "questions": sum(counts),
+            "unparsed": _share(sum(q["unparsed"] for q in answered), len(answered)),
+            "abstained": _share(sum(q["abstain"] is not None and q["chosen"] == q["abstain"] for q in answered), len(answered)),
+            "right": _share(sum(q["correct"] for q in answered), len(answered)),
+            "failed": len({q["id"] for q in asked} - {q["id"] for q in answered}),
+            "words": _share(sum(len(row["caption"].split()) for row in told), len(told)),
+            "tokens": _share(sum(row.get("tokens", math.nan) for row in told), len(told)),
+            "cut": _share(sum(row.get("finish_reason") == "length" for row in told), len(told)),
+        }
     return table
 
 
-def format_table(table: dict[str, dict[str, float]]) -> str:
-    lines = ["| family | images | accuracy | 95% interval | words |", "| --- | ---: | ---: | --- | ---: |"]
-    for family, row in table.items():
-        interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        lines.append(f"| {family} | {row['images']} | {row['accuracy']:.3f} | {interval} | {row['words']:.1f} |")
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def paired_difference(rows: Sequence[dict], others: Sequence[dict], seed: int = 0) -> dict[str, float]:
+    """Mean score of `others` less that of `rows` on the questions that both answered, with a bootstrap interval over images."""
+    first, second = question_scores(rows), question_scores(others)
+    differences = [
+        [second[image][id][1] - score for id, (_, score) in group.items() if id in second[image]]
+        for image, group in first.items() if image in second
+    ]
+    differences = [group for group in differences if group]
+    if not differences:
+        return {"difference": math.nan, "low": math.nan, "high": math.nan, "questions": 0}
+    sums, counts = [sum(group) for group in differences], [len(group) for group in differences]
+    low, high = interval(sums, counts, seed)
+    return {"difference": sum(sums) / sum(counts), "low": low, "high": high, "questions": sum(counts)}
+
+
+Found = dict[tuple[str, str], list[dict]]
+"""(benchmark, captioner) -> a row per caption"""
+Tables = dict[tuple[str, str], dict[str, dict[str, float]]]
+"""(benchmark, captioner) -> `summarize`"""
+
+
+def format_table(tables: Tables) -> str:
+    lines = [
+        "| benchmark | captioner | family | images | questions | score | 95% interval | best caption | words | tokens | cut | "
+        "unparsed | failed |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (benchmark, captioner), table in tables.items():
+        for family, row in table.items():
+            lines.append(
+                f"| {benchmark} | {captioner} | {family} | {row['images']} | {row['questions']} | {_number(row['accuracy'])} | "
+                f"{_number(row['low'])} to {_number(row['high'])} | {_number(row['best'])} | {_number(row['words'], 1)} | "
+                f"{_number(row['tokens'], 1)} | {_number(row['cut'])} | {_number(row['unparsed'])} | {row['failed']} |"
+            )
     return "\n".join(lines)
 
 
-def run_prism(config: PrismConfig) -> list[dict]:
-    """The whole evaluation; every rank returns all rows."""
+def _number(value: float, digits: int = 3) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def report(benchmarks: Sequence[Benchmark], rows: Found, tables: Tables, seed: int) -> str:
+    """All tables as Markdown: scores, differences to the first captioner, CaptionQA's shares, the paper's rows."""
+    parts = [format_table(tables)]
+    first = {benchmark: captioner for benchmark, captioner in reversed(rows)}
+    differences = [
+        (benchmark, captioner, paired_difference(rows[benchmark, first[benchmark]], found, seed))
+        for (benchmark, captioner), found in rows.items() if captioner != first[benchmark]
+    ]
+    if differences:
+        lines = ["| benchmark | captioner | less | questions | difference | 95% interval |",
+                 "| --- | --- | --- | ---: | ---: | --- |"]
+        lines += [
+            f"| {benchmark} | {captioner} | {first[benchmark]} | {row['questions']} | {row['difference']:+.3f} | "
+            f"{row['low']:+.3f} to {row['high']:+.3f} |" for benchmark, captioner, row in differences
+        ]
+        parts.append("Paired, on the same questions:\n\n" + "\n".join(lines))
+    kinds = {benchmark.name: benchmark.kind for benchmark in benchmarks}
+    if "captionqa" in kinds.values():
+        lines = ["| captioner | score | accuracy | abstained |", "| --- | ---: | ---: | ---: |"]
+        for (benchmark, captioner), table in tables.items():
+            if kinds[benchmark] == "captionqa":
+                row = [_number(table["all"][key]) for key in ("accuracy", "right", "abstained")]
+                lines.append(f"| {captioner} | {' | '.join(row)} |")
+        parts.append("CaptionQA:\n\n" + "\n".join(lines))
+    columns = [benchmark for benchmark in benchmarks if benchmark.kind in PAPER_TABLE["CapRL-3B"]]
+    if columns:
+        lines = ["| captioner | " + " | ".join(b.name for b in columns) + " |", "| --- |" + " ---: |" * len(columns)]
+        for captioner in dict.fromkeys(captioner for _, captioner in tables):
+            cells = [tables.get((b.name, captioner), {}).get("all", {}).get("accuracy", math.nan) * 100 for b in columns]
+            lines.append(f"| {captioner} | " + " | ".join(_number(cell, 1) for cell in cells) + " |")
+        lines += [f"| paper: {name} | " + " | ".join(str(row[b.kind]) for b in columns) + " |"
+                  for name, row in PAPER_TABLE.items()]
+        parts.append("Beside the paper's Table 3, in percent (its answerer, its prompts and its looser metrics):\n\n"
+                     + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- the programs
+
+
+def load_benchmarks(config: EvalConfig) -> list[Benchmark]:
+    """Each of `data`. Says how many rows were refused, and the first reason. Raises ValueError for two of one name."""
+    found = []
+    for source in config.data:
+        benchmark = load_benchmark(source)
+        if benchmark.refused:
+            print0(f"{benchmark.name}: {len(benchmark.refused)} rows or questions refused, the first: {benchmark.refused[0]}")
+        kept = benchmark.pictures[: config.limit or None]
+        found.append(replace(benchmark, pictures=kept))
+    if len({benchmark.name for benchmark in found}) < len(found):  # two files of one kind
+        found = [replace(benchmark, name=source) for benchmark, source in zip(found, config.data)]
+    return found
+
+
+def _mine(benchmark: Benchmark) -> Benchmark:
+    """This rank's pictures."""
+    return replace(benchmark, pictures=benchmark.pictures[rank() :: world_size()])
+
+
+def _gather(benchmark: Benchmark, rows: Sequence[dict]) -> list[dict]:
+    """All ranks' rows in the benchmark's order, on every rank."""
+    place = {picture.id: n for n, picture in enumerate(benchmark.pictures)}
+    return sorted(gather_rows(list(rows)), key=lambda row: place[row["id"]])  # stable: captions keep their order
+
+
+def prism_rows(config: PrismConfig, benchmarks: Sequence[Benchmark]) -> Iterator[tuple[str, str, list[dict]]]:
+    """(benchmark, captioner, rows) of each pair; every rank gets all rows."""
     device = init_distributed()
-    if config.out and Path(config.out).exists():
-        raise ValueError(f"{config.out}: expected a new file, found one")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    examples = load_examples(config.data)[rank() :: world_size()]
-    if config.policy:
-        captions = write_captions(load_policy(config.policy, device, dtype), examples, config)
-    else:
-        captions = read_captions(config.captions, examples)
-    verifier = load_verifier(config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature)
-    rows = gather_rows(prism(examples, captions, verifier, config))
-    if unscored := sum(math.isnan(row["accuracy"]) for row in rows):
-        print0(f"{unscored} of {len(rows)} captions could not be scored and are left out")
-    if rank() == 0 and config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
-    return rows
+    captions: dict[tuple[str, str], list[list[dict]]] = {}  # of all pictures
+    for number, (name, path) in enumerate(config.captioners):
+        with all_or_none("captions"):
+            policy = load_policy(path, device, dtype) if number < len(config.policy) else None
+            for benchmark in benchmarks:
+                pictures = _mine(benchmark).pictures
+                found = write_captions(policy, pictures, config) if policy else read_captions(path, pictures)
+                captions[benchmark.name, name] = found
+        del policy  # before the next one is loaded
+        for benchmark in benchmarks:
+            pairs = zip(_mine(benchmark).pictures, captions[benchmark.name, name])
+            whole = _gather(benchmark, [{"id": picture.id, "captions": group} for picture, group in pairs])
+            captions[benchmark.name, name] = [row["captions"] for row in whole]
+    with all_or_none("verifier"):
+        verifier = load_verifier(
+            config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature,
+            max_new_tokens=config.verifier_max_new_tokens,
+        )
+    write = word_answerer(verifier, config)
+    only_floors = isinstance(config, FloorConfig)
+    for benchmark in benchmarks:
+        given = {name: captions[benchmark.name, name] for name, _ in config.captioners}
+        told = {} if only_floors else dict(given)
+        if only_floors or config.floors:
+            told |= {f"{name}, another image's": others_captions(found, config.seed) for name, found in given.items()}
+            told["no caption"] = [[{"caption": ""}]] * len(benchmark.pictures)
+        for name, found in told.items():
+            rows = prism(_mine(benchmark), found[rank() :: world_size()], verifier, config.seed, write)
+            yield benchmark.name, name, _gather(benchmark, rows)
+
+
+def direct_rows(config: DirectConfig, benchmarks: Sequence[Benchmark]) -> Iterator[tuple[str, str, list[dict]]]:
+    """As `prism_rows`."""
+    device = init_distributed()
+    for path in config.policy:
+        with all_or_none("policy"):
+            policy = load_policy(path, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        for benchmark in benchmarks:
+            yield benchmark.name, f"{path}, looking", _gather(benchmark, direct(_mine(benchmark), policy, config))
+
+
+def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
+    """The whole evaluation, each pair of benchmark and captioner written as it comes. Every rank returns all rows."""
+    init_distributed()
+    out = Path(config.out) if config.out else None
+    if out and out.exists():
+        raise ValueError(f"{out}: expected a new file, found one")
+    if out and out.suffix != ".jsonl":
+        raise ValueError(f"{out}: expected a name that ends in .jsonl")
+    with all_or_none("data"):
+        benchmarks = load_benchmarks(config)
+    found: Found = {}
+    make: Callable = direct_rows if isinstance(config, DirectConfig) else prism_rows
+    for benchmark, captioner, rows in make(config, benchmarks):
+        found[benchmark, captioner] = rows
+        if rank() == 0 and out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a", encoding="utf-8") as file:
+                file.writelines(to_json({"benchmark": benchmark, "captioner": captioner} | row) + "\n" for row in rows)
+    return benchmarks, found
 
 
 def main(arguments: list[str]) -> None:
-    config = tyro.extras.subcommand_cli_from_dict({"prism": PrismConfig}, args=arguments)
-    print0(format_table(summarize(run_prism(config), config.seed)))
+    programs = {"prism": PrismConfig, "floor": FloorConfig, "direct": DirectConfig}
+    config = tyro.extras.subcommand_cli_from_dict(programs, args=arguments)
+    benchmarks, found = run(config)
+    if rank() == 0:
+        tables = {key: summarize(rows, config.seed) for key, rows in found.items()}
+        text = report(benchmarks, found, tables, config.seed)
+        print0(text)
+        if config.out:
+            Path(config.out).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+            plain = {
+                "tables": [{"benchmark": b, "captioner": c, "families": table} for (b, c), table in tables.items()],
+                "refused": {benchmark.name: benchmark.refused for benchmark in benchmarks},
+            }
+            Path(config.out).with_suffix(".json").write_text(to_json(plain) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import hashlib
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.examples import Question, fold_choice, load_examples, read_jsonl, strip_labels
+from data.examples import Example, Question, fold_choice, load_examples, read_jsonl, strip_labels
 from data.images import ImageSource, StoredImage
 from data.metrics import anls, captionqa_offers_abstain, chartqapro, exact_match, relaxed_accuracy
 
@@ -100,34 +100,36 @@ def load_benchmark(source: str) -> Benchmark:
     if not (colon and kind in KINDS):
         if colon and kind != "toy" and not Path(source).exists():
             raise ValueError(f"{source}: expected a JSONL file, toy:SPLIT:NUM or KIND:PATH with KIND one of {', '.join(KINDS)}")
-        pictures = [
-            Picture(e.id, e.image, tuple(Item(f"{e.id}:{n}", q, e.family) for n, q in enumerate(e.questions)))
-            for e in load_examples(source)
-        ]
-        return Benchmark(source if kind == "toy" else Path(source).stem, "choice", "choice", pictures, [])
+        return example_benchmark(source if kind == "toy" else Path(source).stem, load_examples(source))
     metric = KINDS[kind]
     refused: list[str] = []
     found: dict[str, tuple[str, ImageSource, list[Item]]] = {}  # by the picture's bytes: questions on one share its captions
     seen: set[str] = set()
     for row in _rows(Path(rest)):
         try:
+            if row.id in seen:
+                raise ValueError(f"id {row.id!r} was used before")
             items = _items(row, metric)
             key, image = row.picture()
         except ValueError as error:
             refused.append(f"{row.where}: {error}")
             continue
-        for item in items:
-            if isinstance(item, str):
-                refused.append(f"{row.where}, {item}")
-            elif item.id in seen:
-                refused.append(f"{row.where}: id {item.id!r} was used before")
-            else:
-                seen.add(item.id)
-                found.setdefault(key, (row.id, image, []))[2].append(item)
+        seen.add(row.id)
+        refused += [f"{row.where}, {item}" for item in items if isinstance(item, str)]
+        if asked := [item for item in items if isinstance(item, Item)]:
+            found.setdefault(key, (row.id, image, []))[2].extend(asked)
     if not found:
         raise ValueError(f"{rest}: expected questions of kind {kind}, found none ({refused[0] if refused else 'no rows'})")
     pictures = [Picture(id, image, tuple(items)) for id, image, items in found.values()]
     return Benchmark(kind, kind, metric, pictures, refused)
+
+
+def example_benchmark(name: str, examples: Sequence[Example]) -> Benchmark:
+    """The project's own examples, all their questions asked."""
+    pictures = [
+        Picture(e.id, e.image, tuple(Item(f"{e.id}:{n}", q, e.family) for n, q in enumerate(e.questions))) for e in examples
+    ]
+    return Benchmark(name, "choice", "choice", pictures, [])
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

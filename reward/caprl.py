@@ -190,10 +190,12 @@ class PromptWriter:
     no caption can change the tokens around it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False):
-        examples = f"{WORKED_EXAMPLE}\n\n{ABSTAIN_EXAMPLE if abstain else SECOND_EXAMPLE}"
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, task: str = "",
+                 answer_start: str = ANSWER_START):
+        """task: instruction and worked examples, where the question has no options and is answered in words."""
+        task = task or f"{INSTRUCTION}\n\n{WORKED_EXAMPLE}\n\n{ABSTAIN_EXAMPLE if abstain else SECOND_EXAMPLE}"
         # The space before caption and question comes with them: tokenizers join it to the word that follows.
-        content = f"{INSTRUCTION}\n\n{examples}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
+        content = f"{task}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
         if tokenizer.chat_template:
             messages = [{"role": "user", "content": content}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -207,7 +209,7 @@ class PromptWriter:
         added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
         self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")  # also where two overlap
         self.head_ids, self.middle_ids = self._template_ids(head), self._template_ids(middle)
-        self.tail_ids = self._template_ids(tail + ANSWER_START)
+        self.tail_ids = self._template_ids(tail + answer_start)
         letters = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
         if any(len(ids) != 1 for ids in letters):
             raise ValueError("expected the verifier's tokenizer to write each of the letters ' A' to ' J' as one token")
@@ -310,17 +312,19 @@ class Verifier:
     mode "logits": the offered letter of highest probability at the answer's position; no sampling noise, no parsing.
     mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, read by `parse_choice` (the paper's way).
     At most `token_budget` tokens are in the cache at a time, but always one caption with its questions.
+    With a `task` of its own (see `PromptWriter`), questions without options are answered in words, in mode "sample".
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str = "logits",
-                 temperature: float = 0.6, max_new_tokens: int = 10, token_budget: int = 262_144):
+                 temperature: float = 0.6, max_new_tokens: int = 10, token_budget: int = 262_144, task: str = "",
+                 answer_start: str = ANSWER_START):
         if mode not in ("logits", "sample"):
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
         if not temperature > 0:
             raise ValueError(f"expected a verifier temperature above 0, got {temperature}")
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
-        self.writers = {abstain: PromptWriter(tokenizer, abstain) for abstain in (False, True)}
+        self.writers = {abstain: PromptWriter(tokenizer, abstain, task, answer_start) for abstain in (False, True)}
 
     def prompt_tokens(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest prompt beside the caption: head, question and options."""
@@ -522,7 +526,7 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
     asked = [ask(example.questions, config, name) for example, name in zip(examples, question_names, strict=True)]
     answers = verifier(captions, asked, reply_names)
     records = [
-        [_record(one, answer, config.soft) for one, answer in zip(group, given, strict=True)]
+        [answer_record(one, answer, config.soft) for one, answer in zip(group, given, strict=True)]
         for group, given in zip(asked, answers, strict=True)
     ]
     parts = {"accuracy": torch.tensor([_mean([r["score"] for r in record if not r["failure"]]) for record in records])}
@@ -534,7 +538,7 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
     return Rewards(sum(parts.values()), parts, records, answer_stats(records))
 
 
-def _record(asked: Asked, answer: Answer, soft: bool) -> dict:
+def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
     """A question as asked and answered; `score` is what it earned, None where it could not be scored."""
     if soft and not answer.probs and not answer.failure:
         raise ValueError('soft: expected a verifier that gives probabilities (mode "logits"), got one that replies')

@@ -41,7 +41,7 @@ def judge_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Se
     logits = []
     for start in range(0, len(captions), batch_size):
         prompts = [
-            judge.prompt(open_image(example.image), INSTRUCTION + _as_plain_text(caption, judge), ANSWER_START)
+            judge.prompt(open_image(example.image), INSTRUCTION + as_plain_text(caption, judge), ANSWER_START)
             for caption, example in zip(captions[start : start + batch_size], examples[start : start + batch_size])
         ]
         logits.append(prefill(judge, prompts)[0][:, digit_ids].float().cpu())  # (b, 5)
@@ -56,7 +56,7 @@ def judge_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Se
     return Rewards(rewards, {"judge": rewards}, records, {"failed_share": sum(map(bool, failures)) / len(captions)})
 
 
-def _as_plain_text(caption: str, judge: Policy) -> str:
+def as_plain_text(caption: str, judge: Policy) -> str:
     """The caption without the brackets of special tokens, which the chat template would take for real ones."""
     tokens = [token for token in judge.tokenizer.get_added_vocab() if token.strip("<|>") != token]
     while found := [token for token in tokens if token in caption]:

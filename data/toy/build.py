@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from data.benchmarks import example_benchmark
 from data.examples import Question
 from data.toy.captioner import train_policy
 from data.toy.tokenizer import build_tokenizer
@@ -122,12 +123,13 @@ def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     device = torch.device("cpu")
     policy, verifier = load_policy(str(folder / "policy"), device), load_verifier(str(folder / "verifier"), device)
     examples = [toy_example(scene) for scene in scenes]
-    config = PrismConfig(policy=str(folder / "policy"), num_captions=4, max_new_tokens=96, seed=seed)
-    rows = prism(examples, write_captions(policy, examples, config), verifier, config)
+    config = PrismConfig(policy=(str(folder / "policy"),), num_captions=4, max_new_tokens=96, seed=seed, cache="")
+    benchmark = example_benchmark("toy:heldout", examples)
+    rows = prism(benchmark, write_captions(policy, benchmark.pictures, config), verifier, seed)
     well_formed = sum(is_well_formed(row["caption"]) for row in rows) / len(rows)
     groups = torch.tensor([row["accuracy"] for row in rows]).view(-1, 4)
     return (
-        f"{format_table(summarize(rows))}\n\nwell-formed captions: {well_formed:.3f}"
+        f"{format_table({(benchmark.name, 'policy'): summarize(rows)})}\n\nwell-formed captions: {well_formed:.3f}"
         f"\nstandard deviation of the accuracy between captions of one image: {groups.std(1).mean():.3f}"
     )
 

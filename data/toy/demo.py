@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from evaluate import PrismConfig, run_prism, summarize
+from evaluate import PrismConfig, run, summarize
 from grpo.config import run_program, toy_config
 from train import train
 
@@ -32,15 +32,15 @@ def demo(config: DemoConfig) -> None:
         shutil.rmtree(config.run_dir)
     training = toy_config(seed=config.seed, num_steps=config.num_steps, run_dir=str(config.run_dir))
     evaluation = PrismConfig(
-        data=f"toy:heldout:{config.num_images}", policy=training.policy, verifier=training.verifier, seed=config.seed,
-        max_new_tokens=training.max_new_tokens, out=str(config.run_dir / "before.jsonl"), prompts_per_rollout=24,
+        data=(f"toy:heldout:{config.num_images}",), policy=(training.policy,), verifier=training.verifier, seed=config.seed,
+        max_new_tokens=training.max_new_tokens, out=str(config.run_dir / "before.jsonl"), cache="",
     )
     print("1. The shipped captioner on held-out images")
-    before_rows = run_prism(evaluation)
+    (before_rows,) = run(evaluation)[1].values()
     print(f"2. Training: {training.num_steps} steps of {training.prompts_per_step} images x {training.group_size} captions")
     final = train(training)
     print("3. The trained captioner on the same images")
-    after_rows = run_prism(replace(evaluation, policy=str(final), out=str(config.run_dir / "after.jsonl")))
+    (after_rows,) = run(replace(evaluation, policy=(str(final),), out=str(config.run_dir / "after.jsonl")))[1].values()
 
     before, after = summarize(before_rows), summarize(after_rows)
     print("\nWhat a verifier that never sees the image answers rightly from the captions (held-out images):\n")
