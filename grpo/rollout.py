@@ -88,6 +88,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
 
     longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
     slots = max(1, token_budget // (longest_prompt + group_size * max_new_tokens))
+    # Groups leave and come several at a time: each time the cache is copied, and one prefill is cheaper than many.
+    patience = max(1, slots // 4)
     decoder = Decoder(policy.model, group_size, max_new_tokens)
     waiting = list(range(len(prompts)))
     # Of the n rows that are being written: which completion each is, its place in the decoder, its next token's
@@ -95,7 +97,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     rows = places = steps = positions = torch.empty(0, dtype=torch.long, device=device)
     logits = torch.empty(0, policy.model.lm_head.weight.shape[0], device=device)  # (n, V)
     while waiting or len(rows):
-        while waiting and decoder.num_groups < slots:
+        while waiting and slots - decoder.num_groups >= patience:
             room = min(slots - decoder.num_groups, PREFILL_PROMPTS)
             new, waiting = torch.tensor(waiting[:room], device=device), waiting[room:]
             new_logits, cache, mask, new_positions = prefill(policy, [prompts[i] for i in new])
@@ -119,7 +121,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
             rows, places, steps, positions, token = (each[on] for each in (rows, places, steps, positions, token))
             alive, number = torch.unique(places // group_size, return_inverse=True)
             num_done = decoder.num_groups - len(alive)
-            if num_done and (waiting or decoder.is_worth_dropping(num_done)):
+            if num_done >= patience if waiting else num_done and decoder.is_worth_dropping(num_done):
                 decoder.keep(alive)
                 places = number * group_size + places % group_size
         logits = decoder.step(token, positions, places).float() if len(rows) else logits[:0]

@@ -7,10 +7,11 @@ from transformers import GenerationConfig
 
 from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene
+from grpo import rollout
 from grpo.decode import Decoder
 from grpo.logprobs import CompletionScorer
 from grpo.policy import make_policy
-from grpo.rollout import draw_tokens, sample_rollouts, temper_logits_
+from grpo.rollout import draw_tokens, prefill, sample_rollouts, temper_logits_
 
 
 def steer(policy, token_logits: dict[int, float]):
@@ -238,6 +239,23 @@ def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, m
     assert torch.equal(got.tokens, want.tokens)
     said = [str(warning.message) for warning in recwarn if "CUDA graphs" in str(warning.message)]
     assert said == ["decoding without CUDA graphs, several times slower (operation not permitted when stream is capturing)"]
+
+
+def test_groups_are_refilled_a_quarter_of_the_room_at_a_time(policy, monkeypatch):
+    """24 prompts in room for 8: one prefill of 8, then never fewer than 2 at a time while there are as many."""
+
+    def end_often(module, args, output):
+        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5
+        return output
+
+    policy.model.lm_head.register_forward_hook(end_often)
+    prompts = [policy.prompt(draw(make_scene("train", 0)))] * 24
+    whole = sample_rollouts(policy, prompts, keys(24, 1), 30)
+    sizes = []
+    monkeypatch.setattr(rollout, "prefill", lambda policy, some: sizes.append(len(some)) or prefill(policy, some))
+    refilled = sample_rollouts(policy, prompts, keys(24, 1), 30, token_budget=8 * (len(prompts[0].input_ids) + 30))
+    assert sizes[0] == 8 and min(sizes[1:-1]) >= 2 and sum(sizes) == 24
+    assert refilled.captions == whole.captions
 
 
 def test_the_cache_grows_and_refills_past_its_first_room(policy, prompts):
