@@ -197,8 +197,10 @@ def plan_shards(source: Path, shard_size: int) -> list[Shard]:
         if not files:
             named = [path.relative_to(source).as_posix() for path in list_images(source)]
             return _chunks([(name, name) for name in named], source, shard_size)
-    else:
+    elif source.is_file():
         files = [source]
+    else:
+        raise ValueError(f"{source}: expected a folder or a file of images, found nothing")
     kinds = {path.suffix for path in files}
     if kinds == {".tar"}:
         return [Shard(lambda path=path: _tar_images(path), f"{path.name} {_size(path)}") for path in files]

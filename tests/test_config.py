@@ -103,7 +103,7 @@ def test_groups_are_not_split_over_ranks():
 @pytest.mark.parametrize(
     "program, arguments, message",
     [
-        (train, "toy --data none.jsonl", "none.jsonl: expected a JSONL file, found nothing"),
+        (train, "toy --data none.jsonl", "none.jsonl: expected a file or a folder of files with questions, found nothing"),
         (train, "toy --policy tests", "tests: expected a model folder with *.safetensors, found no weights"),
         (train, "toy --verifier tests", "tests: expected a model folder with *.safetensors, found no weights"),
         (train, "toy --policy BROKEN", "BROKEN: expected a policy's folder or a hub name ("),
@@ -122,13 +122,13 @@ def test_groups_are_not_split_over_ranks():
         (train, "toy --offload-reference", "offload_reference: expected GPUs, there is nothing to offload from"),
         (train, "toy --replicas 2", "replicas 2: expected a divisor of the 1 ranks"),
         (train, "toy --resume --run-dir FULL", "FULL/config.json: expected the settings of a run ("),
-        (train, "toy --check --data none.jsonl", "none.jsonl: expected a JSONL file, found nothing"),
+        (train, "toy --check --data none.jsonl", "none.jsonl: expected a file or a folder of files with questions, found"),
         (train, "toy --check --prompts-per-step 500", "prompts_per_step 500: expected at most the 480 images there are"),
         (audit, "replay none.jsonl --verifier data/toy/verifier", "none.jsonl: expected a JSONL file, found nothing"),
         (audit, "audit tests", "tests: expected a run folder with rollouts/step_*.jsonl, found none"),
         (audit, "replay BADGOLD --verifier data/toy/verifier", "BADGOLD line 1: expected the key 'caption', got"),
         (caption, "--images EMPTY --out x.jsonl --policy data/toy/policy", "EMPTY: expected images ("),
-        (caption, "--images none --out x.jsonl --policy data/toy/policy", "none: expected a JSONL file, found nothing"),
+        (caption, "--images none --out x --policy data/toy/policy", "none: expected a folder or a file of images, found"),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, message, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
     [
         ("train.py toy --group-size 1", "group_size 1: expected at least 2"),
         ("train.py toy --group-sise 4", "--group-sise"),
-        ("evaluate.py prism --data toy:heldout:1", "expected either policy or captions, got neither"),
+        ("evaluate.py prism --data toy:heldout:1", "expected captioners in policy or captions, got"),
     ],
 )
 def test_bad_flags_end_with_exit_code_2_and_no_traceback(arguments, message):

@@ -36,14 +36,16 @@ NOT_RUN = {
 }
 """What is only read, with the reason; the flags must be the program's all the same."""
 FORKED = "--reward recall"
-HUB = re.compile(r"Qwen/|\bqa\.jsonl|caprl")
+HUB = re.compile(r"Qwen/|\bqa\.jsonl|caprl|CapRL")
 """Models and data of the hub, and what was made of them."""
-OF_ONES_OWN = re.compile(r"(?<![\w/-])(?:RUN_DIR|[A-Z]*DIR|FOLDER|RECORDS|NAME|HOST|N|OTHER\w*)(?![\w/-])")
+OF_ONES_OWN = re.compile(
+    r"(?<![\w/-])(?:RUN_DIR|[A-Z]*DIR|FOLDER|RECORDS|NAME|HOST|N|OTHER\w*|SOURCE|IMAGES|photos|some/folder|part_0\.jsonl)(?![\w-])"
+)
 
 
 def commands_of_page(path: Path) -> list[str]:
     """Lines of code blocks and code in sentences that call a program."""
-    found, text = [], path.read_text(encoding="utf-8")
+    found, text = [], re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))  # commands over two lines
     is_command = re.compile(r"(?:\S+=\S+ )*(?:python3?|torchrun|make|\.venv/bin/\w+) ")
     for line in text.splitlines():
         code = [line.strip()] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
@@ -54,7 +56,7 @@ def commands_of_page(path: Path) -> list[str]:
 
 def commands_of_module(path: Path) -> list[str]:
     docstring = re.match(r'\s*"""(.*?)"""', path.read_text(encoding="utf-8"), re.DOTALL)
-    lines = docstring[1].splitlines() if docstring else []
+    lines = re.sub(r"\\\\\n\s*", "", docstring[1]).splitlines() if docstring else []
     return [line.split("  #")[0].strip() for line in lines if re.match(r"    (?:python|torchrun) ", line)]
 
 
