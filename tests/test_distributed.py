@@ -47,11 +47,11 @@ def whole_batch(policy):
     return rollouts, advantages, valid
 
 
-def step_on_rank(out: Path, replicas: int) -> None:
+def step_on_rank(out: Path, replicas: int, freeze: str) -> None:
     """What each rank runs: one SGD step on its share of the batch; rank 0 saves metrics, gradient and sampler."""
     torch.set_num_threads(1)
     device = init_distributed()
-    config = toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas)
+    config = toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas, freeze=freeze)
     run = load_run(config, device, load_examples("toy:train:12"))
     sampler, scorer = run.sampler, run.scorer
     rollouts, advantages, valid = whole_batch(sampler)
@@ -82,15 +82,18 @@ def torchrun(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
     return result
 
 
-RANKS = {"one": (1, 1), "two": (2, 1), "four": (4, 1), "two times two": (4, 2)}
-"""Ranks, and replicas: groups of ranks over each of which the weights are sharded."""
+RANKS = {
+    "one": (1, 1, "none"), "two": (2, 1, "none"), "four": (4, 1, "none"), "two times two": (4, 2, "none"),
+    "one, frozen": (1, 1, "vision"), "two, frozen": (2, 1, "vision"),
+}
+"""Ranks; replicas, groups of ranks over each of which the weights are sharded; what is not trained."""
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for name, (num_ranks, replicas) in RANKS.items():
-        torchrun(num_ranks, __file__, str(folder / f"{name}.pt"), str(replicas))
+    for name, (num_ranks, replicas, freeze) in RANKS.items():
+        torchrun(num_ranks, __file__, str(folder / f"{name}.pt"), str(replicas), freeze)
     return {name: torch.load(folder / f"{name}.pt") for name in RANKS}
 
 
@@ -102,6 +105,16 @@ def test_ranks_take_the_step_of_one(steps, name):
     for key, change in one["change"].items():
         assert change.abs().max() > 0, key
         assert torch.allclose(more["change"][key], change, rtol=1e-3, atol=2e-8 + 1e-3 * change.abs().max().item()), key
+
+
+def test_ranks_leave_the_frozen_tower_alone(steps):
+    """A block with frozen weights has nothing to reduce; the merger behind it still takes the step of one rank."""
+    one, two = steps["one, frozen"], steps["two, frozen"]
+    assert two["sharded"] and two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
+    for key, change in one["change"].items():
+        is_frozen = "visual" in key and "visual.merger" not in key
+        assert (change.abs().max() == 0) == is_frozen and (not is_frozen or (two["change"][key] == 0).all()), key
+        assert torch.allclose(two["change"][key], change, rtol=1e-3, atol=2e-8 + 1e-3 * change.abs().max().item()), key
 
 
 def test_the_new_weights_reach_the_sampler(steps):
@@ -189,7 +202,7 @@ def test_times_and_waiting_add_up():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        step_on_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) == 4:
+        step_on_rank(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     else:
         leave_early(sys.argv[1])

@@ -1,0 +1,47 @@
+"""The benches run, at their tiniest: what they print is a measurement, not a test."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench.gpu import training_work
+from bench.step import StepConfig, measure
+
+
+def test_the_worker_of_step_takes_its_turns(tmp_path):
+    """Ours alone, so that TRL need not be installed: a warm-up and one step, every phase measured."""
+    config = StepConfig(vocab=1024, hidden=64, layers=1, verifier_hidden=64, verifier_layers=1, sizes=(56,), prompts=1,
+                        group_size=2, tokens=8, questions=1, engines=("ours",), repeats=1)
+    (first, second), = measure(config, tmp_path).values()
+    assert all(second["seconds"][phase] > 0 for phase in ("rollout", "verifier", "reference pass", "forward + backward"))
+    assert second["seconds"]["whole step"] >= sum(second["seconds"].values()) / 2 and first["memory"]["rollout"] >= 0
+    assert json.loads(json.dumps(second)) == second
+
+
+def test_gpu_runs_small_on_a_cpu():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "bench/gpu.py", "--smoke"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"decoding: \d+ tokens/s, \d+% of the \d+ that bandwidth allows", done.stdout)
+    assert re.search(r"forward \+ backward: [\d.]+ TFLOP/s, \d+% of the product's", done.stdout)
+    refused = subprocess.run([sys.executable, "bench/gpu.py"], capture_output=True, text=True, env=environment)
+    assert refused.returncode == 1 and "expected a GPU, found none" in refused.stderr
+
+
+def test_work_of_a_pass_by_hand(policy, prompts):
+    """Prompt of T tokens, captions of 3 and 1: each weight of a layer meets T + 4 tokens, the head 4, the tower each patch."""
+    inner, text = policy.model.model, policy.model.config.get_text_config()
+    width = len(prompts[0].input_ids)
+    linear = sum(p.numel() for p in inner.language_model.layers.parameters())
+    tower = sum(p.numel() for p in inner.visual.parameters())
+    want = 6 * linear * (width + 4) + 6 * text.vocab_size * text.hidden_size * 4 + 6 * tower * len(prompts[0].pixel_values)
+    pairs = width * width / 2 + 3 * width + 9 / 2 + width + 1 / 2
+    want += 12 * pairs * text.hidden_size * text.num_hidden_layers
+    rollouts = SimpleNamespace(prompts=prompts[:1], lengths=torch.tensor([3, 1]))
+    assert training_work(policy, rollouts) == pytest.approx(want)
