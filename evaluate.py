@@ -23,7 +23,9 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +43,7 @@ from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.policy import INSTRUCTION, Policy, load_policy
-from grpo.report import to_json
+from grpo.report import keep_thumbnail, to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import (
     ANSWER_START,
@@ -635,6 +637,10 @@ def direct_rows(config: DirectConfig, benchmarks: Sequence[Benchmark]) -> Iterat
             yield benchmark.name, f"{path}, looking", _gather(benchmark, direct(_mine(benchmark), policy, config))
 
 
+THUMBNAILS = 400
+"""Pictures of a benchmark, the first ones, that are kept small beside `--out`, for the page of grpo/report.py."""
+
+
 def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
     """The whole evaluation, each pair of benchmark and captioner written as it comes. Every rank returns all rows."""
     init_distributed()
@@ -653,6 +659,12 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
                 file.writelines(to_json({"benchmark": benchmark, "captioner": captioner} | row) + "\n" for row in rows)
+    if rank() == 0 and out:
+        for benchmark in benchmarks:
+            for picture in benchmark.pictures[:THUMBNAILS]:
+                id = picture.id if len(benchmarks) == 1 else f"{benchmark.name}:{picture.id}"  # as grpo/page.py names it
+                with suppress(ValueError):  # one that cannot be opened has its sentence in the rows
+                    keep_thumbnail(out.parent, id, partial(open_image, picture.image))
     return benchmarks, found
 
 

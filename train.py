@@ -447,12 +447,14 @@ def train(config: TrainConfig) -> Path:
             with phases("records"):
                 metrics = measured | metrics
                 rows = gather_rows(rollout_rows(by_caption, rollouts, result, advantages))
-                if rank() == 0:
-                    order = {example.id: place for place, example in enumerate(batch)}
-                    rows.sort(key=lambda row: order[row["id"]])  # as on one rank
-                    found = audit_step(rows, step, sampler, run.verifier, run.examples[: config.probe_images], config)
-                    for example in batch[:SHOWN_GROUPS]:
-                        keep_thumbnail(run_dir, example.id, partial(open_image, example.image))
+                with all_or_none("records"):
+                    if rank() == 0:
+                        order = {example.id: place for place, example in enumerate(batch)}
+                        rows.sort(key=lambda row: order[row["id"]])  # as on one rank
+                        probes = run.examples[: config.probe_images]
+                        found = audit_step(rows, step, sampler, run.verifier, probes, config)
+                        for example in batch[:SHOWN_GROUPS]:
+                            keep_thumbnail(run_dir, example.id, partial(open_image, example.image))
             timing = phases.take() | {"seconds": time.perf_counter() - started}
             num_tokens = metrics["length"] * config.prompts_per_step * config.group_size
             timing["tokens_per_second"] = num_tokens / timing["seconds"] / world_size()

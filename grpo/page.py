@@ -38,6 +38,8 @@ class PageConfig:
     """A run folder, or a file that `evaluate.py --out` wrote."""
     other: tyro.conf.Positional[Path | None] = None
     """Another one of the same kind, to compare with the first."""
+    captioners: tuple[str, ...] = ()
+    """Of evaluations with more than two captioners, the one or two to show; without it, the first two."""
     out: Path | None = None
     """The page; without it, report.html in the run folder, and NAME.html beside an evaluation's NAME.jsonl."""
     max_mb: float = 16.0
@@ -71,16 +73,25 @@ class Source:
     """step -> 95% interval of the accuracy, over images"""
 
 
-def load_source(path: Path) -> Source:
-    """Raises ValueError if there is neither a run nor an evaluation, or for a row that is not one."""
+def load_sources(path: Path) -> list[Source]:
+    """The run, or each captioner of the evaluation. Raises ValueError if there is neither, or for a row that is not one."""
     if path.is_dir():
-        return load_run(path)
+        return [load_run(path)]
     if not path.is_file():
         raise ValueError(f"{path}: expected a run folder or a file of evaluate.py --out, found nothing")
     rows = read_rows(path)
     if not rows:
         raise ValueError(f"{path}: expected at least one row, found none")
-    return Source(path.stem, path.parent, [(None, group) for group in by_image(rows)])
+    several = len({row.get("benchmark") for row in rows}) > 1
+    by_captioner: dict[str, list[dict]] = {}
+    for row in rows:
+        if several:  # ids are unique in a benchmark, and so are families
+            family = f"{row['benchmark']} {row.get('family', 'all')}"
+            row |= {"id": f"{row['benchmark']}:{row['id']}", "family": family}
+        by_captioner.setdefault(row.get("captioner", path.stem), []).append(row)
+    if len(by_captioner) == 1:
+        return [Source(path.stem, path.parent, [(None, group) for group in by_image(rows)])]
+    return [Source(name, path.parent, [(None, group) for group in by_image(part)]) for name, part in by_captioner.items()]
 
 
 def load_run(run_dir: Path) -> Source:
@@ -487,9 +498,17 @@ def script_json(value) -> str:
     return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def write_page(first: Path, other: Path | None = None, out: Path | None = None, max_mb: float = 16.0) -> Path:
+def write_page(first: Path, other: Path | None = None, captioners: Sequence[str] = (), out: Path | None = None,
+               max_mb: float = 16.0) -> Path:
     """Writes the page and returns where it lies. Raises ValueError for what is neither a run nor an evaluation."""
-    sources = [load_source(path) for path in (first, other) if path is not None]
+    loaded = [load_sources(path) for path in (first, other) if path is not None]
+    sources = [parts[0] for parts in loaded] if len(loaded) > 1 and not captioners else [one for parts in loaded for one in parts]
+    if captioners:
+        by_name = {source.name: source for source in sources}
+        if missing := [name for name in captioners if name not in by_name]:
+            raise ValueError(f"captioners: expected among {list(by_name)}, got {missing[0]!r}")
+        sources = [by_name[name] for name in captioners]
+    sources = sources[:2]  # a page has two sides
     is_run = sources[0].config is not None
     if any((source.config is not None) != is_run for source in sources):
         raise ValueError(f"expected two runs or two evaluations, got {first} and {other}")

@@ -22,7 +22,7 @@ from grpo.page import (
     evaluation_table,
     evenly,
     interval,
-    load_source,
+    load_sources,
     main,
     nearest_preset,
     pack_side,
@@ -115,7 +115,7 @@ def test_a_curve_by_hand():
 def test_the_band_of_the_accuracy_is_over_images(tmp_path):
     rows = [caption_row(id, questions=[asked(chosen=chosen), asked("Other?", chosen=0)]) for id, chosen in
             [("1", 0), ("1", 1), ("2", 1), ("2", 1)]]  # images: 0.75 and 0.5
-    source = load_source(made_run(tmp_path / "run", [rows]))
+    [source] = load_sources(made_run(tmp_path / "run", [rows]))
     half = 1.96 * math.sqrt(2 * 0.125**2) / math.sqrt(2)
     assert source.bands == {0: (pytest.approx(0.5 - half), pytest.approx(0.5 + half))}
 
@@ -167,8 +167,8 @@ def test_tables_of_evaluations_by_hand(tmp_path):
             for place, share in enumerate(shares)
         ]
 
-    first = load_source(evaluation(tmp_path / "one.jsonl", rows([1.0, 0.0, 0.5, None])))
-    other = load_source(evaluation(tmp_path / "two.jsonl", rows([0.0, 0.5, 1.0, 0.5])))
+    [first] = load_sources(evaluation(tmp_path / "one.jsonl", rows([1.0, 0.0, 0.5, None])))
+    [other] = load_sources(evaluation(tmp_path / "two.jsonl", rows([0.0, 0.5, 1.0, 0.5])))
     a, b, both = evaluation_table([first, other])
     assert (a["family"], b["family"], both["family"]) == ("a", "b", "all")
     assert [cell["accuracy"] for cell in a["cells"]] == [0.75, 0.5]  # images 0 and 2
@@ -182,10 +182,30 @@ def test_tables_of_evaluations_by_hand(tmp_path):
     assert table[0]["shares"] == [0.5, 0.75] and table[0]["difference"] == 0.25
 
 
+def test_one_evaluation_of_several_captioners_and_benchmarks_is_taken_apart(tmp_path):
+    rows = [
+        {"benchmark": benchmark, "captioner": captioner, "id": "0", "family": "all", "caption": "c", "accuracy": share,
+         "questions": [asked(options=[], gold=None, chosen=None, reply="red", correct=None)]}
+        for captioner, share in (("base", 0.0), ("ours", 1.0), ("no caption", 0.5)) for benchmark in ("a", "b")
+    ]
+    path = evaluation(tmp_path / "table.jsonl", rows)
+    sources = load_sources(path)
+    assert [source.name for source in sources] == ["base", "ours", "no caption"]
+    assert [group[0]["id"] for _, group in sources[0].groups] == ["a:0", "b:0"]
+    table = evaluation_table(sources[:2])
+    assert [row["family"] for row in table] == ["a all", "b all", "all"]
+    assert [cell["accuracy"] for cell in table[2]["cells"]] == [0.0, 1.0]
+    text = write_page(path).read_text()
+    assert "base and ours" in text
+    assert "no caption and base" in write_page(path, captioners=["no caption", "base"]).read_text()
+    with pytest.raises(ValueError, match=r"captioners: expected among \['base', 'ours', 'no caption'\], got 'x'"):
+        write_page(path, captioners=["x"])
+
+
 def test_pages_that_do_not_fit_are_left_out_evenly(tmp_path):
     noise = random.Random(0)
     steps = [[caption_row(f"i{step}", "".join(chr(noise.randrange(33, 9999)) for _ in range(2000)))] for step in range(9)]
-    source = load_source(made_run(tmp_path / "run", steps))
+    [source] = load_sources(made_run(tmp_path / "run", steps))
     whole = browser_data([source], 1e9)
     assert whole["num_pages"] == len(whole["chunks"]) == 9
     size = sum(map(len, whole["chunks"]))
