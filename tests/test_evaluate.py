@@ -255,6 +255,19 @@ def test_captions_from_a_file_must_cover_the_data(tmp_path):
         run(PrismConfig(data=("toy:heldout:2",), captions=(str(path),), **TOY))
 
 
+def test_captions_of_a_folder_of_shards(tmp_path):
+    """As caption.py leaves them; an image that could not be opened keeps its reason."""
+    (tmp_path / "about.json").write_text('{"shards": 2}')
+    (tmp_path / "shard-000000.jsonl").write_text('{"id": "b", "error": "broken", "model": "m"}\n')
+    pictures = [Picture(id, Path("x.png"), ()) for id in ("a", "b")]
+    with pytest.raises(ValueError, match="expected 2 finished shards, found 1"):
+        evaluate.read_captions(str(tmp_path), pictures)
+    (tmp_path / "shard-000001.jsonl").write_text('{"id": "a", "caption": "x", "tokens": 2, "finish_reason": "stop"}\n')
+    assert evaluate.read_captions(str(tmp_path), pictures) == [
+        [{"caption": "x", "tokens": 2, "finish_reason": "stop"}], [{"error": "broken"}]
+    ]
+
+
 @pytest.mark.parametrize(("settings", "reason"), [
     (dict(), "expected captioners in policy or captions, got neither"),
     (dict(policy=("a", "a")), "expected captioners of different names"),
