@@ -502,7 +502,7 @@ def write_page(first: Path, other: Path | None = None, captioners: Sequence[str]
                max_mb: float = 16.0) -> Path:
     """Writes the page and returns where it lies. Raises ValueError for what is neither a run nor an evaluation."""
     loaded = [load_sources(path) for path in (first, other) if path is not None]
-    sources = [parts[0] for parts in loaded] if len(loaded) > 1 and not captioners else [one for parts in loaded for one in parts]
+    sources = [source for parts in loaded for source in (parts[:1] if len(loaded) > 1 and not captioners else parts)]
     if captioners:
         by_name = {source.name: source for source in sources}
         if missing := [name for name in captioners if name not in by_name]:
