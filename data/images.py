@@ -61,7 +61,10 @@ def image_size(image: ImageSource) -> tuple[int, int]:
 def _open(image: ImageSource) -> Image.Image:
     """Pillow's image, of which only the head has been read."""
     if isinstance(image, StoredImage):
-        data = image.read()
+        try:
+            data = image.read()
+        except OSError as error:
+            raise _unreadable(image, error) from None
     elif isinstance(image, Path):
         data = image
     try:

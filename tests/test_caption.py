@@ -125,7 +125,7 @@ def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
     rows = rows_of(tmp_path / "out")
     assert [row.get("caption") for row in rows] == [expected[0], None, None, None, expected[1], None]
     for n, reason in ((1, "expected an image that Pillow can read"), (2, "expected an image that Pillow can read"),
-                      (3, "ratio"), (5, "expected an image, found nothing")):
+                      (3, "sides of at most 200 to 1"), (5, "expected an image, found nothing")):
         assert reason in rows[n]["error"] and "tokens" not in rows[n]
     with tarfile.open(tmp_path / "whole.tar", "w") as archive:
         for n in range(2):
@@ -151,8 +151,11 @@ def test_lists_that_do_not_fit(tmp_path, row, reason):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png"}\n' + row + "\n")
     with pytest.raises(ValueError, match=reason):
         plan_shards(tmp_path / "list.jsonl", 4)
+    (tmp_path / "x.txt").touch()
     with pytest.raises(ValueError, match=r"expected a folder, .jsonl, .parquet or .tar files of one kind, found \['.txt'\]"):
         plan_shards(tmp_path / "x.txt", 4)
+    with pytest.raises(ValueError, match="none: expected a folder or a file of images, found nothing"):
+        plan_shards(tmp_path / "none", 4)
     (tmp_path / "a.tar").touch()
     (tmp_path / "b.parquet").touch()
     with pytest.raises(ValueError, match="of one kind, found"):
