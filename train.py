@@ -180,7 +180,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
             rows = slice(start * config.group_size, stop * config.group_size)
             if reference is not None and epoch == 0:
                 with torch.no_grad():
-                    ref_logprobs[start], _ = reference(part)
+                    ref_logprobs[start], _ = reference(part, with_entropy=False)
             logprobs, entropies = scorer(part)  # (b, L)
             if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities from here on
                 old_logprobs[start] = part.logprobs if config.sampler_logprobs else logprobs.detach()

@@ -210,9 +210,9 @@ def run_ours(config: StepConfig) -> None:
     captions = [make_caption(config)] * len(by_caption)
     advantages, valid = torch.randn(len(by_caption)), torch.ones(len(by_caption), dtype=torch.bool)
 
-    def reference(part):
+    def reference(part, **how):
         with phases("reference pass"):
-            return frozen(part)
+            return frozen(part, **how)
 
     while True:
         _wait_for_turn()

@@ -114,10 +114,11 @@ class CompletionScorer(nn.Module):
         self.model, self.pad_id, self.forbidden_ids, self.temperature = model, pad_id, tuple(forbidden_ids), temperature
         model.set_attn_implementation({"text_config": GROUP_ATTENTION})  # to everyone else it is SDPA, see there
 
-    def forward(self, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    def forward(self, rollouts: Rollouts, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Logprobs (natural log) and entropies (nats) of the distribution sampled from: (B, L) float32 each.
 
-        0 beyond each completion's length. Gradients flow through the logprobs; entropies are for logging.
+        0 beyond each completion's length. Gradients flow through the logprobs; entropies are for logging, and cost half of
+        the head at a large vocabulary: 0 without `with_entropy`.
         """
         packed, device = pack_groups(rollouts), rollouts.tokens.device
         with image_inputs(self.model, rollouts.prompts) as images:
@@ -131,7 +132,7 @@ class CompletionScorer(nn.Module):
             ).last_hidden_state  # (1, S, H)
         hidden = hidden[0, packed.sources]  # (N, H)
         logprobs, entropies = HeadLogprobs.apply(
-            hidden, self.model.lm_head.weight, packed.targets, self.temperature, self.forbidden_ids, HEAD_ROWS
+            hidden, self.model.lm_head.weight, packed.targets, self.temperature, self.forbidden_ids, HEAD_ROWS, with_entropy
         )
         mask = rollouts.completion_mask
         empty = torch.zeros(mask.shape, device=device)
@@ -147,16 +148,17 @@ class HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, forbidden_ids, rows):
-        logprobs, entropies, norms = torch.empty(3, len(hidden), device=hidden.device)
+    def forward(ctx, hidden, weight, targets, temperature, forbidden_ids, rows, with_entropy=True):
+        logprobs, entropies, norms = torch.zeros(3, len(hidden), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = temper_logits_((hidden[part] @ weight.T).float(), temperature, forbidden_ids)  # (rows, V)
             norms[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - norms[part]
-            probs = (logits - norms[part, None]).exp_()
-            logits[:, list(forbidden_ids)] = 0.0  # 0 * -inf would be nan
-            entropies[part] = norms[part] - probs.mul_(logits).sum(-1)
+            if with_entropy:
+                probs = (logits - norms[part, None]).exp_()
+                logits[:, list(forbidden_ids)] = 0.0  # 0 * -inf would be nan
+                entropies[part] = norms[part] - probs.mul_(logits).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, norms)
         ctx.temperature, ctx.forbidden_ids, ctx.rows = temperature, forbidden_ids, rows
         ctx.mark_non_differentiable(entropies)
@@ -178,4 +180,4 @@ class HeadLogprobs(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[part])
             else:  # the product in the dtype that the hardware is fast in, the sum over chunks in float32
                 grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None

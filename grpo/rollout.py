@@ -52,15 +52,30 @@ def temper_logits_(logits: Tensor, temperature: float, forbidden_ids: Sequence[i
     return logits
 
 
+DRAW_BLOCK = 512
+"""Near the square root of a vocabulary of 152k."""
+
+
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     """(B,) token ids from (B, V) probabilities by inverse CDF, one uniform number in [0, 1) per row.
 
-    A row's draw depends on its own number only, so neither batch-mates nor their number change it. (On CPU this is also
-    many times faster than torch.multinomial at a vocabulary of 152k.)
+    A row's draw depends on its own number only, so neither batch-mates nor their number change it. First the block of
+    DRAW_BLOCK tokens, then the token in it: one pass over a vocabulary of 152k. A token of probability 0 is never drawn.
     """
     # In float64: CUDA's float32 cumsum can fall by a rounding error, and an impossible token would own the gap.
-    cdf = probs.double().cumsum(-1)
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    width = min(DRAW_BLOCK, probs.shape[1])
+    whole = probs.shape[1] // width * width
+    sums = probs[:, :whole].unflatten(1, (-1, width)).sum(-1, dtype=torch.float64)
+    ends = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1).cumsum(-1)  # (B, blocks)
+    target = uniforms[:, None].double() * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
+    before = torch.cat([torch.zeros_like(target), ends], dim=1).gather(1, block)
+    places = block * width + torch.arange(width, device=probs.device)  # (B, width)
+    inside = probs.gather(1, places.clamp(max=probs.shape[1] - 1)).double()
+    cdf = inside.masked_fill(places >= probs.shape[1], 0.0).cumsum(-1)
+    # A sum in another order differs by a rounding error, and must not lead past the last possible token.
+    within = torch.minimum(target - before, cdf[:, -1:] * (1 - 1e-12))
+    return torch.searchsorted(cdf, within, right=True).squeeze(-1) + block.squeeze(-1) * width
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from data.examples import Example, Question, fold_choice
+from grpo.rollout import draw_tokens
 
 LETTERS = "ABCDEFGHIJ"
 ABSTAIN = "The caption does not say"
@@ -400,12 +401,12 @@ class RowSampler(LogitsProcessor):
         """Rows whose logits were not finite at some token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)  # float64: CUDA's float32 cumsum may fall
-        threshold = self.uniform[:, self.step, None].to(cdf.device) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)
-        self.is_broken |= cdf[:, -1].isnan().cpu()
+        probs = (scores.float() / self.temperature).softmax(-1)  # (B, V)
+        is_broken = probs[:, 0].isnan()  # as is all of the row then
+        token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
+        self.is_broken |= is_broken.cpu()
         self.step += 1
-        return torch.full_like(scores, -math.inf).scatter(1, token, 0.0)  # generate takes the arg-max of this
+        return torch.full_like(scores, -math.inf).scatter(1, token[:, None], 0.0)  # generate takes the arg-max of this
 
 
 def _batches(items: list[int], tokens: list[int], budget: int):

@@ -146,6 +146,26 @@ def test_first_tokens_of_a_group_are_drawn_apart(policy, prompts):
     assert len(set(sample_rollouts(policy, prompts[:1], keys(1, 32), 1).tokens[:, 0].tolist())) == 2
 
 
+@pytest.mark.parametrize("vocab", [3, 512, 700, 1024, 5000])
+def test_draw_tokens_block_by_block_is_the_inverse_cdf(vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    probs = torch.rand(400, vocab, generator=generator)
+    probs[torch.rand(400, vocab, generator=generator) < 0.7] = 0.0
+    probs[:, 1] += 0.01
+    probs /= probs.sum(1, keepdim=True)
+    uniforms = torch.rand(400, generator=generator)
+    uniforms[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    drawn = draw_tokens(probs, uniforms)
+    assert (probs.gather(1, drawn[:, None]) > 0).all()
+    for row, uniform, token in zip(probs.double(), uniforms.tolist(), drawn.tolist()):
+        total, target = 0.0, uniform * row.sum().item()
+        for place, p in enumerate(row.tolist()):
+            total += p
+            if total > target:
+                break
+        assert place == token or abs(total - target) < 1e-9 or abs(total - p - target) < 1e-9
+
+
 def test_draw_tokens_never_takes_an_impossible_one():
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     top = torch.tensor(1 - 2**-24)  # the largest float32 below 1
