@@ -30,8 +30,8 @@ from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer
 from grpo.policy import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
+from grpo.update import prepare_training_, update_policy
 from reward.caprl import RewardConfig, Verifier, caption_rewards
-from train import prepare_training_, update_policy
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from data.examples import example_row, load_examples
 from data.images import open_image
 from grpo.config import PAPER, TrainConfig, toy_config
 from grpo.memory import estimate_memory
-from train import load_run, my_share, sample_step, update_policy
+from grpo.update import update_policy
+from train import load_run, my_share, sample_step
 
 CASES = {
     "default": (StepConfig(), {}),

@@ -52,8 +52,8 @@ from grpo.config import toy_config
 from grpo.logprobs import CompletionScorer
 from grpo.policy import INSTRUCTION, load_policy
 from grpo.rollout import sample_rollouts
+from grpo.update import update_policy
 from reward.caprl import PromptWriter, RewardConfig, ask, caption_rewards, load_verifier
-from train import update_policy
 
 
 @dataclass(frozen=True)

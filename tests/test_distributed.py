@@ -29,7 +29,8 @@ from grpo.distributed import (
 from grpo.logprobs import CompletionScorer
 from grpo.policy import load_policy
 from grpo.rollout import sample_rollouts
-from train import load_run, update_policy
+from grpo.update import update_policy
+from train import load_run
 
 PROMPTS, GROUP = 4, 3
 

@@ -125,7 +125,7 @@ def test_a_verifier_is_asked_what_it_is_told():
 def test_what_autograd_keeps_is_what_is_estimated(changes):
     """The tensors that the forward pass of a micro-batch saves, added up, against the estimate without head and pixels."""
     from data.toy.world import draw, make_scene
-    from train import prepare_training_
+    from grpo.update import prepare_training_
 
     config = toy_config(**dict(prompts_per_step=3, group_size=8, max_new_tokens=64, kl_coef=0.0) | changes)
     policy = load_policy("data/toy/policy", torch.device("cpu"))

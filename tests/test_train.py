@@ -16,20 +16,9 @@ from grpo.logprobs import CompletionScorer
 from grpo.policy import encode_images, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
+from grpo.update import group_sizes, micro_batches, prepare_training_, split_evenly, update_policy
 from reward.caprl import RewardConfig, Rewards
-from train import (
-    alarms,
-    check_rewards,
-    group_sizes,
-    micro_batches,
-    prepare_training_,
-    reward_metrics,
-    reward_settings,
-    split_evenly,
-    step_examples,
-    train,
-    update_policy,
-)
+from train import alarms, check_rewards, reward_metrics, reward_settings, step_examples, train
 
 QUESTION = Question("What?", ("x", "y"), 1)
 EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
@@ -113,7 +102,7 @@ def test_micro_batches_hand_computed(batch, monkeypatch):
     assert micro_batches(rollouts, sum(sizes) - 1) == micro_batches(rollouts, half) == [(0, 2), (2, 4)]
     assert micro_batches(rollouts, 1) == [(0, 1), (1, 2), (2, 3), (3, 4)]
     others = iter([True, True, False])  # another rank fits with three
-    monkeypatch.setattr("train.gather_rows", lambda rows: [*rows, next(others)])
+    monkeypatch.setattr("grpo.update.gather_rows", lambda rows: [*rows, next(others)])
     assert micro_batches(rollouts, sum(sizes)) == [(0, 1), (1, 2), (2, 4)]
 
 
@@ -168,7 +157,7 @@ def test_old_logprobs_stay_those_of_the_first_inner_epoch(policy, batch, monkeyp
         seen.append((logprobs.detach().clone(), old_logprobs.clone()))
         return original(logprobs, old_logprobs, *rest)
 
-    import train as module
+    from grpo import update as module
 
     original = module.policy_loss
     monkeypatch.setattr(module, "policy_loss", spy)
