@@ -53,7 +53,7 @@ def demo(config: DemoConfig) -> None:
     for old, new in zip(before_rows[:12:4], after_rows[:12:4]):
         print(f"\n{old['id']}\n  before: {old['caption']}\n  after:  {new['caption']}")
     old, new = before["all"]["accuracy"], after["all"]["accuracy"]
-    print(f"\nrun folder: {config.run_dir} (metrics.jsonl, rollouts/, final/, before.jsonl, after.jsonl)")
+    print(f"\nrun folder: {config.run_dir} (report.html, metrics.jsonl, rollouts/, final/, before.jsonl, after.jsonl)")
     print(f"demo: before {old:.3f} after {new:.3f} rise {new - old:.3f}")
 
 
