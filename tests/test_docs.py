@@ -32,6 +32,8 @@ SMALLEST = {
 """How each program runs in a second: flags after which nothing else changes."""
 NOT_RUN = {
     "torchrun": "needs several GPUs", "bench/": "takes minutes", "data.toy.build": "takes an hour", "venv": "needs a network",
+    "data.toy.writer": "takes an hour", "runs/writer": "needs what data.toy.writer makes",
+    "runs/demo/": "needs what the demo makes",
     "data.toy.demo": "takes minutes; test_programs.py runs it small", "make": "makes an environment, or runs all tests",
 }
 """What is only read, with the reason; the flags must be the program's all the same."""
@@ -169,7 +171,8 @@ def test_commands_run_at_their_smallest_setting_in_the_order_of_the_pages(tmp_pa
         run(program, [*arguments, *SMALLEST[key].split()], monkeypatch)
         done.append(program)
     assert {"train.py", "data.toy.export", "caption.py", "evaluate.py"} <= set(done)
-    assert (tmp_path / "runs/toy/report.html").exists() and (tmp_path / "runs/captions.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "runs/toy/report.html").exists() and (tmp_path / "runs/prism.html").exists()
+    assert (tmp_path / "runs/captions/shard-000000.jsonl").read_text().count("\n") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------------- forks
