@@ -14,7 +14,7 @@ demo: setup
 	$(BIN)/python -m data.toy.demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
