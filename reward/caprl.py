@@ -11,8 +11,9 @@ are in the order of the work, and `caption_rewards` runs them all:
     4. the answer        parse_choice, for verifiers that reply in words
     5. the reward        the mean over the questions
 
-Three things are kept apart that are easily mixed up: a wrong answer or an abstention (0), a reply that cannot be read (0, and
-counted), and a question that could not be scored at all (left out of the mean, and counted).
+Three things are kept apart that are easily mixed up: wrong or abstained (0); a reply that cannot be read (0, and counted as
+unparsed); a question that could not be scored, its prompt too long or its logits not finite (left out of the mean, and
+counted as failed).
 
 The records of a run can be scored again by another verifier:
 
@@ -57,25 +58,15 @@ CAPTION_START, CAPTION_END = "<Caption Start>", "<Caption End>"
 ANSWER_START = "The answer is"
 """The verifier's turn is begun with these words, so that its next token is the letter."""
 
-WORKED_EXAMPLE = f"""\
+WORKED_EXAMPLES = f"""\
 Caption: {CAPTION_START} A brown dog sleeps on an old sofa next to a window. {CAPTION_END}
 Question: What is the dog doing?
 A) eating
 B) sleeping
 C) running
 D) barking
-{ANSWER_START} B"""
+{ANSWER_START} B
 
-ABSTAIN_EXAMPLE = f"""\
-Caption: {CAPTION_START} Two children play with a kite on a beach. {CAPTION_END}
-Question: What is written on the kite?
-A) wind
-B) {ABSTAIN}
-C) hello
-D) summer
-{ANSWER_START} B"""
-
-SECOND_EXAMPLE = f"""\
 Caption: {CAPTION_START} Two children play with a kite on a beach. {CAPTION_END}
 Question: How many children are there?
 A) six
@@ -83,6 +74,27 @@ B) nine
 C) eight
 D) two
 {ANSWER_START} D"""
+"""Two, with unlike letters, and each with as many options as questions mostly have."""
+
+ABSTAIN_EXAMPLES = f"""\
+Caption: {CAPTION_START} A brown dog sleeps on an old sofa next to a window. {CAPTION_END}
+Question: What is the dog doing?
+A) eating
+B) running
+C) {ABSTAIN}
+D) sleeping
+E) barking
+{ANSWER_START} D
+
+Caption: {CAPTION_START} Two children play with a kite on a beach. {CAPTION_END}
+Question: What is written on the kite?
+A) wind
+B) {ABSTAIN}
+C) hello
+D) summer
+E) north
+{ANSWER_START} B"""
+"""In place of these where abstaining is offered: once it is wrong, once right."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +141,11 @@ class Asked:
 
 
 def stream_names(keys: Sequence[str], config: RewardConfig) -> tuple[list[str], list[str]]:
-    """For each caption, what names the random stream of its questions, and that of the verifier's replies.
+    """For each caption, the seed of its questions and that of the verifier's replies.
 
     Captions with one key are siblings, the G captions of an image: ["a", "a"] gives questions ["a", "a"] if paired and
-    ["a:0", "a:1"] if independent, and replies ["a:0", "a:1"]. What counts is the place among siblings, not in the batch,
-    so that splits over ranks that keep siblings together draw alike.
+    ["a:0", "a:1"] if independent, and replies ["a:0", "a:1"]. The number counts siblings, not rows of the batch: any split
+    over ranks that keeps siblings together draws the same. A key names seed, step and image, so that a step draws anew.
     """
     seen: dict[str, int] = {}
     apart = []
@@ -188,13 +200,14 @@ class PromptWriter:
     """Token ids of a prompt in three parts: the head (the same for all), the caption, the question.
 
     Each part is tokenized by itself, and caption and question with special tokens read as plain text, so that
-    no caption can change the tokens around it.
+    no caption can change the tokens around it. What it says, it says: whether the verifier falls for a caption that goes on
+    like a prompt is measured (tests/test_reward.py), not prevented.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, task: str = "",
                  answer_start: str = ANSWER_START):
         """task: instruction and worked examples, where the question has no options and is answered in words."""
-        task = task or f"{INSTRUCTION}\n\n{WORKED_EXAMPLE}\n\n{ABSTAIN_EXAMPLE if abstain else SECOND_EXAMPLE}"
+        task = task or f"{INSTRUCTION}\n\n{ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES}"
         # The space before caption and question comes with them: tokenizers join it to the word that follows.
         content = f"{task}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
         if tokenizer.chat_template:
@@ -209,7 +222,8 @@ class PromptWriter:
         self.tokenizer = tokenizer
         added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
         self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")  # also where two overlap
-        self.head_ids, self.middle_ids = self._template_ids(head), self._template_ids(middle)
+        begin = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.head_ids, self.middle_ids = begin + self._template_ids(head), self._template_ids(middle)
         self.tail_ids = self._template_ids(tail + answer_start)
         letters = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
         if any(len(ids) != 1 for ids in letters):
@@ -242,12 +256,12 @@ class PromptWriter:
 
 @dataclass(frozen=True)
 class Answer:
-    """The verifier's answer to one question. `chosen` is a place in `options`; None is a reply that cannot be read, or, with
-    `failure` set, no answer at all."""
+    """The verifier's answer to one question. `chosen` is a place in `options`; None if the reply cannot be read, or if
+    `failure` is set."""
 
     chosen: int | None
     probs: tuple[float, ...] = ()
-    """Probability of each option (mode "logits")."""
+    """Softmax over the offered letters (mode "logits")."""
     reply: str = ""
     """What the verifier wrote (mode "sample")."""
     failure: str = ""
@@ -260,7 +274,7 @@ passes a function."""
 
 
 def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, L) int64 each; the padding's id is 0 and never seen."""
+    """Token ids and mask, (B, L) int64 each; the padding's id is 0, and masked."""
     width = max(map(len, rows))
     ids = [[0] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
@@ -268,7 +282,7 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], cache: DynamicCache, seen: Tensor):
-    """Run B rows of token ids, row i continuing row parents[i] of the P cached ones, so that a shared past is computed once.
+    """Run B rows of token ids; row i continues the cached row parents[i] of P, so that a shared past is computed once.
 
     seen: (P, T) int64, 1 on the T cached tokens that count. The cache is changed in place, from P rows to B. Returns
     hidden states (B, L, H), the cache and `seen` for the B rows. Rows are padded on the left, so the last state is at
@@ -304,11 +318,13 @@ def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[i
     hidden, _, _ = prefill_(model, rows, [i for i, group in enumerate(questions) for _ in group], cache, seen)
     # The letters' rows of the head only: a few products in place of a vocabulary of 150,000.
     # In float32, where letters of like logits do not tie: a tie would always go to the first one.
-    return F.linear(hidden[:, -1].float(), model.get_output_embeddings().weight[letter_ids].float())
+    lm_head = model.get_output_embeddings()
+    logits = F.linear(hidden[:, -1].float(), lm_head.weight[letter_ids].float())
+    return logits if lm_head.bias is None else logits + lm_head.bias[letter_ids].float()
 
 
 class Verifier:
-    """A causal language model that answers from captions. What shares a batch with a caption has no say in its answers.
+    """A causal language model that answers from captions. What shares a batch with a caption does not change its answers.
 
     mode "logits": the offered letter of highest probability at the answer's position; no sampling noise, no parsing.
     mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, read by `parse_choice` (the paper's way).
@@ -329,7 +345,8 @@ class Verifier:
 
     def prompt_tokens(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest prompt beside the caption: head, question and options."""
-        asked = [shuffle_options(question, 0, random.Random(0)) for example in examples for question in example.questions]
+        questions = [question for example in examples for question in example.questions]
+        asked = [shuffle_options(q, 0, random.Random(0), abstain=len(q.choices) < len(LETTERS)) for q in questions]
         writer = self.writers[True]
         return len(writer.head_ids) + len(writer.caption_ids("")) + max(len(writer.question_ids(one)) for one in asked)
 
@@ -345,16 +362,17 @@ class Verifier:
         writer = self.writers[True in offered]
         caption_ids = [writer.caption_ids(caption) for caption in captions]
         question_ids = [[writer.question_ids(one) for one in group] for group in asked]
-        room = self.model.config.max_position_embeddings - len(writer.head_ids) - self.max_new_tokens
-        lengths = [len(caption) + max(map(len, group)) for caption, group in zip(caption_ids, question_ids)]
-        cached = [len(group) * (len(writer.head_ids) + length) for group, length in zip(question_ids, lengths)]
+        reply = self.max_new_tokens if self.mode == "sample" else 0
+        room = self.model.config.max_position_embeddings - len(writer.head_ids) - reply
+        lengths = [len(caption) + max(map(len, group)) for caption, group in zip(caption_ids, question_ids, strict=True)]
         fits = sorted((i for i, length in enumerate(lengths) if length <= room), key=lambda i: lengths[i])
+        rows, beside = [len(group) for group in asked], len(writer.head_ids) + reply
         reason = "caption and question have {} tokens, the verifier has room for {}"
         answers = [
             [Answer(None, failure=reason.format(length, room)) for _ in group] for group, length in zip(asked, lengths)
         ]
         answer = self._answer_by_logits if self.mode == "logits" else self._answer_by_reply
-        for batch in _batches(fits, cached, self.token_budget):  # of like lengths, which wastes no padding
+        for batch in _batches(fits, rows, [length + beside for length in lengths], self.token_budget):  # of like lengths
             found = answer(
                 writer, [caption_ids[i] for i in batch], [question_ids[i] for i in batch], [asked[i] for i in batch],
                 [names[i] for i in batch],
@@ -383,7 +401,7 @@ class Verifier:
             input_ids=torch.cat([past, ids], dim=1), attention_mask=torch.cat([seen[parents], mask], dim=1),
             past_key_values=cache, logits_processor=[sampler], do_sample=False,  # the sampler has drawn already
             num_beams=1, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
+            pad_token_id=self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
         )
         replies = self.tokenizer.batch_decode(out[:, past.shape[1] + ids.shape[1] :], skip_special_tokens=True)
         rows = iter(zip(replies, sampler.is_broken.tolist(), strict=True))
@@ -409,16 +427,15 @@ class RowSampler(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter(1, token[:, None], 0.0)  # generate takes the arg-max of this
 
 
-def _batches(items: list[int], tokens: list[int], budget: int):
-    """Consecutive runs of `items` whose number times the most tokens of one of them stays within `budget`."""
+def _batches(items: list[int], rows: list[int], lengths: list[int], budget: int):
+    """Splits `items`, in order, into runs whose rows, padded to the longest, take at most `budget` tokens; or one item."""
     batch: list[int] = []
-    most = 0
     for item in items:
-        most = max(most, tokens[item])
-        if batch and (len(batch) + 1) * most > budget:
+        grown = [*batch, item]
+        if batch and sum(rows[i] for i in grown) * max(lengths[i] for i in grown) > budget:
             yield batch
-            batch, most = [], tokens[item]
-        batch.append(item)
+            grown = [item]
+        batch = grown
     if batch:
         yield batch
 
@@ -445,7 +462,7 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # as saved: see grpo/policy.py
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # tokenizer.json as saved, whatever the kind of model
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
         raise ValueError(f"{path}: expected a verifier's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
     return Verifier(model.to(device).eval().requires_grad_(False), tokenizer, **settings)
@@ -458,7 +475,8 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     """Place of the choice that `reply` names: by exactly one offered letter, by the text of exactly one choice, or by both.
 
     None for everything else: no letter, two letters, a letter that is not offered, a letter beside another choice's text,
-    a text that is another choice's letter. Words are no letters ("Based on", "Can not answer", "A man", "I think").
+    a reply that is one choice's letter and another one's text. Words are no letters ("Based on", "Can not answer", "A man",
+    "I think"), and "not B" names no choice.
     """
     text = re.sub(r"^(?:the\s+)?answer(?:\s+is|:)", "", reply.strip(" \t\n*"), flags=re.IGNORECASE).strip(" \t\n*_\"'`")
     texts, said = [fold_choice(choice) for choice in choices], fold_choice(text)
@@ -469,11 +487,12 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     if by_text is not None and len(said) > 1:
         return by_text
     text = re.sub(r"^\(?[a-j](?=[).:]|$)", lambda match: match[0].upper(), text)  # "b", "(b) green"
-    # A lone capital is a letter, but "A" and "I" before a word in small letters are words, unless that goes on a sentence.
-    lone = r"(?<![A-Za-z'])(?![AI] +(?!is\b|because\b|since\b|as\b)[a-z])([A-J])(?![A-Za-z'])"
+    # A lone capital is a letter, but "A" and "I" before a word in small letters are words, unless that word goes on a sentence.
+    lone = r"(?<![A-Za-z'.])(?![AI] +(?!(?:is|because|since|as|and|or)\b)[a-z])([A-J])(?![A-Za-z'])"
     found = list(re.finditer(lone, text))
     by_letter = None
-    if len({match[1] for match in found}) == 1 and found[0][1] in LETTERS[: len(choices)]:
+    is_denied = re.search(r"\bnot [A-J]\b", text)
+    if len({match[1] for match in found}) == 1 and found[0][1] in LETTERS[: len(choices)] and not is_denied:
         by_letter = LETTERS.index(found[0][1])
         rest = fold_choice(text[found[0].end() :])
         if rest in texts and texts.index(rest) != by_letter:
@@ -517,8 +536,8 @@ class Rewards:
 
 def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str], lengths: Sequence[int],
                     verifier: AskVerifier, config: RewardConfig) -> Rewards:
-    """R(caption) = mean over N questions of [verifier's choice == gold] (paper, equation 2), in [0, 1], and whatever
-    terms for length and repetition `config` adds to it.
+    """R(caption) = mean over its N questions, each under `num_shuffles` shuffles, of [verifier's choice == gold] (paper,
+    equation 2), in [0, 1], and whatever terms for length and repetition `config` adds to it.
 
     Caption i, of lengths[i] tokens of the policy, is of the image of examples[i]; captions with equal `keys` are
     siblings, see `stream_names`. What could not be scored is in the records with its reason.

@@ -12,7 +12,9 @@ from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
 from reward.caprl import (
     ABSTAIN,
+    ABSTAIN_EXAMPLES,
     LETTERS,
+    WORKED_EXAMPLES,
     Answer,
     Asked,
     PromptWriter,
@@ -126,6 +128,7 @@ def test_equal_keys_ask_the_same_and_other_keys_do_not():
         ("", 4, None), (" ", 4, None), ("E", 4, None), ("E", 5, 4), ("C", 2, None),
         ("Can not answer", 4, None), ("Based on the caption", 4, None), ("A man is there", 4, None), ("I do not know", 4, None),
         ("B or C", 4, None), ("The answer is C, not B", 4, None), ("B) red", 4, None), ("F", 4, None), ("1", 4, None),
+        ("A and B", 4, None), ("A or B", 4, None), ("not B", 4, None), ("in the U.S.A.", 4, None),
         ("But B) red", 4, None), ("red green", 4, None), ("AB", 4, None), ("Can't say", 4, None), ("<|im_end|>", 4, None),
     ],
 )  # fmt: skip
@@ -308,6 +311,23 @@ def test_the_whole_prompt_reads_as_meant(tokenizer, abstain):
     assert [tokenizer.decode([i]) for i in writer.letter_ids] == [f" {letter}" for letter in LETTERS]
 
 
+@pytest.mark.parametrize("examples, abstain", [(WORKED_EXAMPLES, False), (ABSTAIN_EXAMPLES, True)])
+def test_the_worked_examples_do_what_is_asked_for(examples, abstain):
+    """Each answers with the letter of an offered option, one that the caption says or else the abstain option, and no letter
+    is preferred."""
+    letters = []
+    for example in examples.split("\n\n"):
+        caption, _question, *offered, answer = example.splitlines()
+        options = dict(line.split(") ", 1) for line in offered)
+        assert list(options) == list(LETTERS[: 4 + abstain]) and list(options.values()).count(ABSTAIN) == abstain
+        letter = answer.removeprefix("The answer is ")
+        said = {"two": "Two", "sleeping": "sleeps"}
+        told = [key for key, option in options.items() if said.get(option, option) in caption]
+        assert [letter] == (told or [key for key, option in options.items() if option == ABSTAIN])
+        letters.append(letter)
+    assert len(set(letters)) == 2
+
+
 def test_a_tokenizer_without_chat_template_gets_plain_text(tokenizer):
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
@@ -405,12 +425,28 @@ def test_non_finite_logits_are_a_failure(verifier_model, tokenizer, mode):
 
 
 def test_batches_stay_within_the_budget():
-    tokens = [30, 10, 40, 5, 100]
+    rows, lengths = [1, 1, 1, 10, 1], [30, 10, 40, 5, 100]
     for budget in (1, 40, 80, 120, 500):
-        batches = list(_batches([0, 1, 2, 3, 4], tokens, budget))
+        batches = list(_batches([0, 1, 2, 3, 4], rows, lengths, budget))
         assert [i for batch in batches for i in batch] == [0, 1, 2, 3, 4]
-        assert all(len(batch) == 1 or len(batch) * max(tokens[i] for i in batch) <= budget for batch in batches)
-    assert list(_batches([0, 1, 2, 3, 4], tokens, 120)) == [[0, 1, 2], [3], [4]]
+        tokens = [sum(rows[i] for i in batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert all(len(batch) == 1 or count <= budget for batch, count in zip(batches, tokens))
+    assert list(_batches([0, 1, 2, 3, 4], rows, lengths, 120)) == [[0, 1, 2], [3], [4]]  # 3 x 40 tokens, 13 x 40, 11 x 100
+
+
+def test_what_is_no_part_of_qwen_reaches_the_prompt_and_the_letters(verifier_model, tokenizer):
+    """A base model without chat template begins with its BOS; a head with a bias adds it to the letters."""
+    asked = draw([COLOR], 1, "k")
+    without = Verifier(verifier_model, tokenizer)(["red"], [asked], ["a"])[0][0]
+    writer, bias = PromptWriter(tokenizer), torch.zeros(len(tokenizer))
+    bias[writer.letter_ids[2]] = 50.0
+    verifier_model.lm_head.bias = torch.nn.Parameter(bias)
+    assert without.chosen != 2 or without.probs[2] < 0.999
+    assert Verifier(verifier_model, tokenizer)(["red"], [asked], ["a"])[0][0].chosen == 2
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template, plain.bos_token = None, "<|endoftext|>"
+    begins = [PromptWriter(one).head_ids[0] == plain.bos_token_id for one in (plain, tokenizer)]
+    assert begins == [True, False]
 
 
 def test_an_image_without_questions_is_refused():

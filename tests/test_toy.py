@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from data.examples import load_examples
 from data.toy.build import BuildConfig, build, family_accuracy
@@ -15,6 +16,7 @@ from data.toy.world import (
     COLORS,
     DOMAINS,
     FAMILIES,
+    HEIGHTS,
     PLACES,
     Fact,
     draw,
@@ -92,7 +94,7 @@ def test_the_drawing_shows_the_facts():
             for place, look in enumerate(bars):
                 x = 12 + place * (124 // len(bars)) + 8
                 column = [is_near(image.getpixel((x, y)), look["color"]) for y in range(104)]
-                assert abs(sum(column) - int(look["value"]) * 1.2) <= 1.5
+                assert abs(sum(column) - HEIGHTS[look["value"]] * 1.2) <= 1.5
 
 
 def test_captions_hand_written():
@@ -119,7 +121,8 @@ def test_both_models_open_with_the_tokenizer_they_were_trained_with():
     trained = build_tokenizer()
     texts = [write_caption(scene.family, scene.facts) for scene in SCENES[:30]] + ["<|im_start|>user\nCode 70 É, e\u0301"]
     device = torch.device("cpu")
-    for opened in (load_verifier("data/toy/verifier", device).tokenizer, load_policy("data/toy/policy", device).tokenizer):
+    ours = (load_verifier("data/toy/verifier", device).tokenizer, load_policy("data/toy/policy", device).tokenizer)
+    for opened in (*ours, *(AutoTokenizer.from_pretrained(f"data/toy/{name}") for name in ("verifier", "policy"))):
         assert [opened.encode(text) for text in texts] == [trained.encode(text) for text in texts]
         for name in ("eos_token_id", "pad_token_id", "padding_side", "chat_template", "all_special_ids"):
             assert getattr(opened, name) == getattr(trained, name)

@@ -43,8 +43,9 @@ class BuildConfig:
 
     folder: Path = Path("data/toy")
     """Gets policy/ and verifier/."""
-    verifier_steps: int = 2800
-    policy_steps: int = 3000
+    verifier_steps: int = 1900
+    """The most that each of its first two stages may take, see data/toy/verifier.py."""
+    policy_steps: int = 3200
     num_images: int = 300
     """Held-out images behind the table."""
     seed: int = 0

@@ -18,7 +18,7 @@ from grpo.logprobs import CompletionScorer
 from grpo.policy import INSTRUCTION, Policy, make_policy
 from grpo.rollout import Rollouts
 
-SEEING = 0.8
+SEEING = 0.75
 """Share of the steps on captions that state every fact."""
 
 SHARPNESS = 0.7

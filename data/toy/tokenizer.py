@@ -3,11 +3,11 @@
 import random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from data.toy.world import COMMON_KNOWLEDGE, DOMAINS, make_scene, scene_questions, write_caption
 from grpo.policy import INSTRUCTION as CAPTION_INSTRUCTION
-from reward.caprl import ABSTAIN, ABSTAIN_EXAMPLE, ANSWER_START, INSTRUCTION, LETTERS, SECOND_EXAMPLE, WORKED_EXAMPLE
+from reward.caprl import ABSTAIN, ABSTAIN_EXAMPLES, ANSWER_START, INSTRUCTION, LETTERS, WORKED_EXAMPLES
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -29,7 +29,9 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Qwen2's own way of cutting text into words: AutoTokenizer puts it in place of any other in a Qwen2's folder.
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = qwen.normalizer, qwen.pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -48,10 +50,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _corpus():
     """Enough of every text that each of its words becomes one token."""
     rng = random.Random("toy:corpus")
-    fixed = [INSTRUCTION, WORKED_EXAMPLE, ABSTAIN_EXAMPLE, SECOND_EXAMPLE, ABSTAIN, "user assistant system"]
+    fixed = [INSTRUCTION, WORKED_EXAMPLES, ABSTAIN_EXAMPLES, ABSTAIN, "user assistant system"]
     fixed += [f"{ANSWER_START} {letter}\n{letter}) Caption: <Caption Start> <Caption End>\nQuestion:" for letter in LETTERS]
     fixed += [text for text, _, _ in COMMON_KNOWLEDGE] + [CAPTION_INSTRUCTION]
     fixed += [f" {value} {value}\n" for values in DOMAINS.values() for value in values]
+    fixed += [f"#### {n}. **\n   - {letter}) **\n**Answer:** {letter})\n------\n" for n, letter in enumerate("ABCD", start=1)]
+    fixed += ["\nWhat\nWhich\nWhere\nHow\n"]
     yield from fixed * 40
     for index in range(600):
         scene = make_scene("train", index)

@@ -32,10 +32,15 @@ from data.toy.world import (
 )
 from reward.caprl import LETTERS, PromptWriter, prefill_, prefill_captions, shuffle_options
 
-RECALL_UNTIL, FEW_UNTIL = 0.36, 0.58
-"""Shares of the steps: recall and letters side by side, then questions on few facts, then captions of every kind."""
-BARE_PROMPT = 0.8
-"""Share of the steps in which the instruction is mostly left out: it costs time and teaches little."""
+RECALL_ENOUGH, FEW_ENOUGH = 0.96, 0.97
+"""Shares of values recalled and letters found at which the next stage begins: questions on few facts, then captions of every
+kind. When this is depends on the seed, and a stage that begins too early teaches nothing."""
+WHOLE_STEPS, BARE_UNTIL = 0.7, 0.5
+"""Steps of the last stage, as a share of what the others may take, and the share of them in which the instruction is mostly
+left out, as it is before: it costs time and teaches little."""
+LONG_SHARE = 0.05
+"""Share of the last steps that have a caption of up to 2,000 tokens of junk too: however long it takes to say nothing, there is
+nothing in it to answer from."""
 
 
 def build_verifier(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
@@ -159,6 +164,15 @@ class Teacher:
             self.add_question(lesson, Question(text, choices, answer_index), "", choices[answer_index], True, rng)
         return lesson
 
+    def long_lesson(self, scene: Scene, rng: random.Random) -> Lesson:
+        words = [value for values in DOMAINS.values() for value in values]
+        number = round(60 * (2000 / 60) ** rng.random())
+        words = rng.choices(words, k=number) if rng.random() < 0.5 else [rng.choice(words)] * number
+        lesson = self.caption_lesson(scene.family, " ".join(words), ())
+        for fact in scene.facts:
+            self.add_question(lesson, write_question(scene, fact, rng), fact.subject, None, True, rng)
+        return lesson
+
 
 class Pupil(nn.Module):
     """The model and the probes of its lessons."""
@@ -211,21 +225,35 @@ def _loss(logits: Tensor, targets: list[dict[int, float]]) -> tuple[Tensor, floa
 
 
 def train_verifier(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> Qwen2ForCausalLM:
+    """At most `steps` steps for each of the first two stages."""
     pupil = Pupil(build_verifier(tokenizer, seed))
     teachers = {abstain: Teacher(tokenizer, abstain) for abstain in (False, True)}
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"verifier:{seed}:{step}")
-        progress = step / steps
-        teacher = teachers[progress >= FEW_UNTIL and rng.random() < 0.4]
-        is_bare = progress < BARE_PROMPT and rng.random() < 0.95
-        head = teacher.writer.head_ids[-8:] if is_bare else teacher.writer.head_ids
-        scenes = [make_scene("train", rng.randrange(10**6)) for _ in range(14)]
-        if progress < FEW_UNTIL:
-            with_options = progress >= RECALL_UNTIL
-            few = [teacher.few_lesson(scene, with_options, rng) for scene in scenes]
-            return pupil(head, [*few, teacher.letter_lesson(40, rng)])
-        return pupil(head, [*(teacher.whole_lesson(scene, 6, rng) for scene in scenes), teacher.letter_lesson(10, rng)])
+    def draw_lesson(name: str, abstain_share: float, bare_share: float):
+        rng = random.Random(f"verifier:{seed}:{name}")
+        teacher = teachers[rng.random() < abstain_share]
+        head = teacher.writer.head_ids[-8 if rng.random() < bare_share else 0 :]
+        return rng, teacher, head, [make_scene("train", rng.randrange(10**6)) for _ in range(14)]
 
-    fit(pupil, loss_at, steps, "verifier", warmup_share=0.02, decay_share=1.0)
+    def recall_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng, teacher, head, scenes = draw_lesson(f"recall:{step}", 0.0, 0.95)
+        return pupil(head, [*(teacher.few_lesson(scene, False, rng) for scene in scenes), teacher.letter_lesson(40, rng)])
+
+    def few_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng, teacher, head, scenes = draw_lesson(f"letters:{step}", 0.0, 0.95)
+        return pupil(head, [*(teacher.few_lesson(scene, True, rng) for scene in scenes), teacher.letter_lesson(40, rng)])
+
+    def whole_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        is_bare = step < BARE_UNTIL * whole_steps
+        rng, teacher, head, scenes = draw_lesson(f"whole:{step}", 0.5, 0.95 if is_bare else 0.0)
+        lessons = [*(teacher.whole_lesson(scene, 6, rng) for scene in scenes), teacher.letter_lesson(10, rng)]
+        loss, shown = pupil(head, lessons)
+        if not is_bare and rng.random() < LONG_SHARE:  # by itself: beside the others it would pad them all
+            loss = loss + pupil(head, [teacher.long_lesson(scenes[0], rng)])[0]
+        return loss, shown
+
+    whole_steps = round(WHOLE_STEPS * steps)
+    fit(pupil, recall_at, steps, "recall", warmup_share=0.02, decay_share=0.1, enough=RECALL_ENOUGH)
+    fit(pupil, few_at, steps, "few facts", warmup_share=0.02, decay_share=0.1, rate=1.4e-3, enough=FEW_ENOUGH)
+    fit(pupil, whole_at, whole_steps, "captions", warmup_share=0.02, decay_share=1.0, rate=1e-3)
     return pupil.model

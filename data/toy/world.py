@@ -23,14 +23,18 @@ SIZES = {"small": 9, "medium": 13, "large": 18}  # half widths in pixels
 PLACES = {"left": (0.2, 0.5), "right": (0.8, 0.5), "high": (0.5, 0.2), "low": (0.5, 0.8), "central": (0.5, 0.5)}
 ORDINALS = ("first", "second", "third", "fourth")
 COUNTS = ("two", "three", "four", "five")
-HEIGHTS = ("10", "20", "30", "40", "50", "60", "70", "80")
+HEIGHTS = {"ten": 10, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80}
 TITLES = ("sale", "open", "exit", "menu", "taxi", "park", "news", "milk", "gold", "jazz", "zoo", "bank")
-NUMBERS = ("12", "18", "24", "27", "36", "45", "53", "61", "68", "79", "84", "95")
+NUMBERS = {
+    "six": 6, "eight": 8, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
+    "seventeen": 17, "eighteen": 18, "nineteen": 19, "ninety": 90,
+}
+"""Said as words and drawn as digits: Qwen's tokenizers cut digits apart, and so a word is one token and a number is not."""
 
 DOMAINS = {
     "color": tuple(COLORS), "size": tuple(SIZES), "place": tuple(PLACES), "shape": SHAPES, "left of": SHAPES,
-    "above": SHAPES, "count": COUNTS, "value": HEIGHTS, "tallest": ORDINALS, "shortest": ORDINALS,
-    "title": TITLES, "number": NUMBERS,
+    "above": SHAPES, "count": COUNTS, "value": tuple(HEIGHTS), "tallest": ORDINALS, "shortest": ORDINALS,
+    "title": TITLES, "number": tuple(NUMBERS),
 }
 """attribute -> every value it can take"""
 
@@ -42,7 +46,7 @@ COMMON_KNOWLEDGE = (
     ("Which of these is a color?", ("jazz", "blue", "first", "square"), 1),
     ("Which of these is a shape?", ("circle", "taxi", "pink", "third"), 0),
     ("Which of these is a size?", ("zoo", "left", "medium", "menu"), 2),
-    ("Which number is the largest?", ("10", "20", "30", "80"), 3),
+    ("Which number is the largest?", ("ten", "twenty", "thirty", "eighty"), 3),
 )
 """Questions that need no image: planted for the question filter to find, never used for rewards."""
 
@@ -98,18 +102,18 @@ def _shape_facts(rng: random.Random) -> list[Fact]:
 
 def _bar_facts(rng: random.Random) -> list[Fact]:
     count = rng.randint(3, 4)
-    values = rng.sample(HEIGHTS, count)
+    values = rng.sample(list(HEIGHTS), count)
     facts = [Fact("", "count", COUNTS[count - 2])]
     for ordinal, color, value in zip(ORDINALS, rng.sample(list(COLORS), count), values):
         facts += [Fact(f"{ordinal} bar", "color", color), Fact(f"{ordinal} bar", "value", value)]
-    by_height = sorted(range(count), key=lambda i: int(values[i]))
+    by_height = sorted(range(count), key=lambda i: HEIGHTS[values[i]])
     return facts + [Fact("", "tallest", ORDINALS[by_height[-1]]), Fact("", "shortest", ORDINALS[by_height[0]])]
 
 
 def _card_facts(rng: random.Random) -> list[Fact]:
     card, frame, stamp = rng.sample(list(COLORS), 3)
     return [
-        Fact("", "title", rng.choice(TITLES)), Fact("", "number", rng.choice(NUMBERS)),
+        Fact("", "title", rng.choice(TITLES)), Fact("", "number", rng.choice(list(NUMBERS))),
         Fact("card", "color", card), Fact("frame", "color", frame),
         Fact("stamp", "shape", rng.choice(SHAPES)), Fact("stamp", "color", stamp),
         Fact("stamp", "place", rng.choice(("left", "right", "central"))),
@@ -223,7 +227,7 @@ def draw(scene: Scene) -> Image.Image:
         pitch = 124 // len(bars)
         for place, look in enumerate(bars):
             left = 12 + place * pitch + rng.randint(-2, 2)
-            top = 104 - round(int(look["value"]) * 1.2)
+            top = 104 - round(HEIGHTS[look["value"]] * 1.2)
             canvas.rectangle([left, top, left + pitch - 10, 103], fill=_tint(look["color"], rng))
     else:
         canvas.rectangle([0, 0, width - 1, height - 1], fill=_tint(told["frame"]["color"], rng))
@@ -232,7 +236,7 @@ def draw(scene: Scene) -> Image.Image:
         ink = (255, 255, 255) if sum(card) < 330 else (0, 0, 0)
         jitter = rng.randint(-2, 2)
         canvas.text((18 + jitter, 12), told[""]["title"].upper(), fill=ink, font=ImageFont.load_default(30))
-        canvas.text((110 + jitter, 12), told[""]["number"], fill=ink, font=ImageFont.load_default(30))
+        canvas.text((110 + jitter, 12), str(NUMBERS[told[""]["number"]]), fill=ink, font=ImageFont.load_default(30))
         x = {"left": 36, "central": 84, "right": 132}[told["stamp"]["place"]] + rng.randint(-3, 3)
         canvas.rectangle([x - 20, 56, x + 20, 98], fill=(245, 245, 245))
         _draw_shape(canvas, told["stamp"]["shape"], x, 77, 15, _tint(told["stamp"]["color"], rng))
