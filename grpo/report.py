@@ -160,7 +160,7 @@ def describe_start(num_ranks: int) -> dict:
     names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _commit(),
         "ranks": num_ranks,
         "machine": {
