@@ -246,17 +246,19 @@ def _parquet_images(path: Path, group: int) -> Iterator[tuple[str, str, ImageSou
     try:
         for row in parquet_rows(path, group):
             name = row.where.replace(str(path), path.name)
+            # An `index` begins again in each file, and two images of one id would be one.
+            id = row.id if row.cells.get("id") is not None else f"{path.stem}:{row.where.rsplit(' ', 1)[1]}"
             try:
-                yield row.id, name, row.picture()[1]
+                yield id, name, row.picture()[1]
             except ValueError as error:
-                yield row.id, name, _unreadable(name, error)
+                yield id, name, _unreadable(name, error)
     except ValueError as error:
         yield f"{path.stem}:group {group}", path.name, _unreadable(path.name, error)
 
 
 def _tar_images(path: Path) -> Iterator[tuple[str, str, ImageSource]]:
     """The images of a tar file by the place of their bytes, so that threads may read them. Ids are the tar's name and the
-    member's without its ending (WebDataset's key)."""
+    member's without its last ending."""
     seen: set[str] = set()
     try:
         with tarfile.open(path, "r:") as archive:

@@ -7,8 +7,9 @@
     python evaluate.py direct --policy Qwen/Qwen2.5-VL-3B-Instruct --data chartqa:ChartQA/data/test-*.parquet
     torchrun --nproc-per-node 8 evaluate.py prism --policy runs/caprl-3b/final --data qa.jsonl
 
-prism: a captioner writes K captions of each image, or they are read from a file; a text-only model answers the image's
-questions from each. floor: the same without a caption, and with another image's. direct: a vision-language model looks itself.
+prism: a captioner writes K captions of each image, or they are read from a file or a folder of caption.py; a text-only model
+answers the image's questions from each. floor: the same without a caption, and with another image's. direct: a vision-language
+model looks itself.
 
 Benchmarks and their metrics are those of data/benchmarks.py. Every question counts once, with the mean over the captions
 (the paper's Table 3 is that mean over 4). Intervals are bootstrap 95% intervals over images, differences are taken on the
@@ -16,7 +17,6 @@ same questions.
 """
 
 import hashlib
-import json
 import math
 import os
 import random
@@ -43,7 +43,7 @@ from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.policy import INSTRUCTION, Policy, load_policy
-from grpo.report import keep_thumbnail, to_json
+from grpo.report import keep_thumbnail, read_log, to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import (
     ANSWER_START,
@@ -230,8 +230,7 @@ def write_captions(policy: Policy, pictures: Sequence[Picture], config: PrismCon
 def _read_cache(folder: Path) -> dict[tuple[str, int], dict]:
     known = {}
     for path in folder.glob("*.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_log(path):
             known[row.pop("image"), row.pop("k")] = row
     return known
 
@@ -645,8 +644,8 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
     """The whole evaluation, each pair of benchmark and captioner written as it comes. Every rank returns all rows."""
     init_distributed()
     out = Path(config.out) if config.out else None
-    if out and out.exists():
-        raise ValueError(f"{out}: expected a new file, found one")
+    if out and (taken := [path for ending in (".jsonl", ".md", ".json") if (path := out.with_suffix(ending)).exists()]):
+        raise ValueError(f"{taken[0]}: expected a new file, found one")
     if out and out.suffix != ".jsonl":
         raise ValueError(f"{out}: expected a name that ends in .jsonl")
     with all_or_none("data"):

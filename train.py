@@ -121,7 +121,8 @@ def sample_step(sampler: Policy, batch: Sequence[Example], step: int, config: Tr
     if config.freeze == "vision+merger":  # the reference's tower, the policy's and the sampler's are one for the whole run
         prompts = encode_images(sampler, prompts)
     keys = [f"{config.seed}:{step}:{example.id}:caption:{g}" for example in batch for g in range(config.group_size)]
-    return sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens)
+    with all_or_none("rollout"):
+        return sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens)
 
 
 def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
@@ -266,6 +267,8 @@ def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
             check_run_dir(run_dir)
         config.check_resumes(saved_config(run_dir))
         found = latest_checkpoint(run_dir) if config.resume else None
+        if config.resume and not found and (run_dir / "final").exists():
+            raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found a finished run without any")
     if found:
         folder, num_steps = found
         with all_or_none("resume"):
@@ -326,7 +329,7 @@ def train(config: TrainConfig) -> Path:
                 result = run.reward(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
                 rewards = result.rewards.to(device)  # (B,), NaN where it could not be measured
                 measured = reward_metrics(rollouts, result)
-                check_rewards(result, measured["failed_share"], config)
+                check_rewards(result, measured.get("failed_share", 0.0), config)
 
             # 3. A caption is as good as it is better than its siblings.
             advantages = group_advantages(rewards, config.group_size, config.leave_one_out, config.scale_by_std)  # (B,)

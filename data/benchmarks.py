@@ -25,7 +25,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.examples import Example, Question, fold_choice, load_examples, read_jsonl, strip_labels
+from data.examples import Example, Question, find_answer, fold_choice, load_examples, read_jsonl, strip_labels
 from data.images import ImageSource, StoredImage
 from data.metrics import anls, captionqa_offers_abstain, chartqapro, exact_match, relaxed_accuracy
 
@@ -109,7 +109,7 @@ def load_benchmark(source: str) -> Benchmark:
         try:
             if row.id in seen:
                 raise ValueError(f"id {row.id!r} was used before")
-            items = _items(row, metric)
+            items = _items(row, kind)
             key, image = row.picture()
         except ValueError as error:
             refused.append(f"{row.where}: {error}")
@@ -201,7 +201,10 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
                 yield line.decode("utf-8-sig" if place == len(line) else "utf-8")
 
         reader = csv.reader(lines(), delimiter="\t")
-        header = next(reader, [])
+        try:
+            header = next(reader, [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: expected tab-separated UTF-8 text ({error})") from None
         start, number = place, 0
         while True:
             try:
@@ -341,7 +344,7 @@ def _image_bytes(value) -> bytes:
 # -------------------------------------------------------------------------------------------------------- questions
 
 
-def _items(row: Row, metric: Metric) -> list[Item | str]:
+def _items(row: Row, kind: str) -> list[Item | str]:
     """The row's questions, a sentence in place of each that is refused. Raises ValueError if the whole row is."""
     if isinstance(row.cells.get("questions"), list):  # CaptionQA, and our JSONL: an image with its questions
         family = str(row.cells.get("domain") or row.cells.get("family") or "all")
@@ -349,21 +352,22 @@ def _items(row: Row, metric: Metric) -> list[Item | str]:
         for number, cells in enumerate(row.cells["questions"]):
             inner = Row(row.where, f"{row.id}:{number}", cells if isinstance(cells, dict) else {}, row.picture)
             try:
-                items.append(Item(inner.id, _question(inner, metric), family))
+                items.append(Item(inner.id, _question(inner, kind), family))
             except ValueError as error:
                 items.append(f"question {number}: {error}")
         if not items:
             raise ValueError("expected at least one question, found none")
         return items
     family = row.text("split", "category", "type", "Question Type", "question_type", "question_type_id") or "all"
-    return [Item(row.id, _question(row, metric), family)]
+    return [Item(row.id, _question(row, kind), family)]
 
 
-def _question(row: Row, metric: Metric) -> Question | FreeQuestion:
+def _question(row: Row, kind: str) -> Question | FreeQuestion:
+    metric = KINDS[kind]
     if metric == "chartqapro":
         return _chartqapro_question(row)
     if metric in ("choice", "captionqa"):
-        return _choice_question(row, metric)
+        return _choice_question(row, kind)
     answers = row.cell("answers", "answer")
     if isinstance(answers, str) and answers.lstrip().startswith("[") and metric == "anls":
         answers = _text_list(answers)  # VLMEvalKit's DocVQA; a chart's "[1, 2]" is one answer
@@ -385,30 +389,30 @@ def _chartqapro_question(row: Row) -> FreeQuestion:
     return FreeQuestion(text, tuple(answers), row.text("Question Type", "question_type"), tuple(flags))
 
 
-def _choice_question(row: Row, metric: Metric) -> Question:
+def _choice_question(row: Row, kind: str) -> Question:
     """Options in lettered columns (VLMEvalKit, SEED), in a list (AI2D, CaptionQA, ours), or in the question's text (MMStar)."""
-    text, kind = str(row.cell("question")), row.text("category", "kind")
+    text, category = str(row.cell("question")), row.text("category", "kind")
     for names in ([*"ABCDEFGHIJ"], [f"choice_{letter}" for letter in "abcdefghij"]):
         if names[0] in row.cells:
             given = [row.text(name) for name in names]  # an option that is not there is empty
             options = given[: len(given) - next((n for n, option in enumerate(reversed(given)) if option), len(given))]
             if options:
-                return Question(_with_hint(row, text), tuple(options), _letter(row.cell("answer"), options), kind)
+                return Question(_with_hint(row, text), tuple(options), _letter(row.cell("answer"), options), category)
     listed = row.cells.get("choices") or row.cells.get("options")
     if listed:
         options = list(strip_labels([str(option) for option in _as_list(listed)]))
         answer = row.cells["answer_index"] if "answer_index" in row.cells else row.cell("answer")
-        if metric == "captionqa":
+        if kind == "captionqa":
             place = _by_text(str(answer), options)
             if len(options) == 10 and captionqa_offers_abstain(text, options):
                 raise ValueError("expected at most 9 choices beside the abstain option, got 10")
-        elif re.fullmatch(r"\d+", str(answer)):  # AI2D: the place in the list, as text
+        elif kind == "ai2d" or isinstance(answer, int):  # AI2D: the place in the list, as text
             place = int(answer)
-        else:
-            place = _letter(answer, options)
-        return Question(text, tuple(options), place, kind)
+        else:  # a letter, or a choice's text
+            place = find_answer(str(answer), tuple(options))
+        return Question(text, tuple(options), place, category)
     text, options = _inline_options(text)
-    return Question(_with_hint(row, text), tuple(options), _letter(row.cell("answer"), options), kind)
+    return Question(_with_hint(row, text), tuple(options), _letter(row.cell("answer"), options), category)
 
 
 def _inline_options(text: str) -> tuple[str, list[str]]:

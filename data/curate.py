@@ -12,6 +12,7 @@ nothing is left, rank 0 writes OUT/examples.jsonl, with the images beside it, an
 
 import base64
 import copy
+import hashlib
 import json
 import math
 import random
@@ -302,6 +303,9 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
     settings = asdict(config)
     for key in ("out", "batch_size", "retry_failed"):
         settings.pop(key)
+    # Verdicts are by place: of a file that has changed since, they would be of other questions.
+    questions = json.dumps([[example.id, *map(question_row, example.questions)] for example in examples])
+    settings["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
     inputs = [(example.id, example) for example in examples]
     work = partial(filter_batch, answer=answer, config=config)
     rows = work_through(inputs, folder, settings, config.retry_failed, 1, work, "images")

@@ -53,6 +53,10 @@ class Question:
     def __post_init__(self):
         if not self.question.strip():
             raise ValueError("the question text is empty")
+        try:
+            "".join((self.question, *map(str, self.choices))).encode()
+        except UnicodeEncodeError:  # tokenizers raise TypeError, days later
+            raise ValueError("expected text in question and choices, got half a surrogate pair") from None
         if not 2 <= len(self.choices) <= MAX_CHOICES:
             raise ValueError(f"expected 2 to {MAX_CHOICES} choices, got {len(self.choices)}")
         if not all(isinstance(choice, str) and choice.strip() for choice in self.choices):
@@ -304,8 +308,9 @@ def _image(row: dict, file: Path, where: str, root: Path) -> ImageSource:
         return image
     if not isinstance(image, str):
         raise ValueError(f"expected {'a picture' if not isinstance(row, _Line) else 'a path'} in {key!r}, got {_short(image)}")
-    is_base64 = image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image)  # no path: it has no dot
-    if is_base64 and isinstance(row, _Line):
+    is_base64 = image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image)
+    is_file = len(image) < 1024 and (root / image).is_file()  # "images/" and a hash of 64 digits looks like base64
+    if is_base64 and isinstance(row, _Line) and not is_file:
         return StoredImage(f"{file} {where}", partial(_read_inline, file, where, row.offset, key))
     return image_path(root, image)
 

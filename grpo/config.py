@@ -27,7 +27,7 @@ class TrainConfig:
     verifier: str = "Qwen/Qwen2.5-3B-Instruct"
     """The text-only model that answers from captions. [P]"""
     data: str = "caprl-qa.jsonl"
-    """JSONL of images with questions (format: data/examples.py), or toy:SPLIT:NUM."""
+    """A file or folder of images with questions (docs/formats.md), or toy:SPLIT:NUM."""
     run_dir: str = "runs/caprl"
     """Where everything that the run writes goes; refused if a run is there already."""
 

@@ -128,7 +128,7 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["a
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         # tokenizer.json as it was saved. AutoTokenizer puts Qwen2's own word splitting in its place wherever the model is a
-        # Qwen2, which for a checkpoint trained with another one (the toy verifier) changes every number.
+        # Qwen2, which changes what a checkpoint trained with another one reads.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model

@@ -136,7 +136,7 @@ def metrics_page() -> str:
 
 def check_run_dir(run_dir: Path) -> None:
     """Raises ValueError where a run is already: nothing is overwritten."""
-    if (run_dir / "config.json").exists():
+    if any((run_dir / name).exists() for name in ("config.json", *LOGS, "rollouts", "checkpoints", "final")):
         raise ValueError(f"{run_dir}: expected a new or empty run folder, found a run in it (--resume goes on with it)")
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run folder, found a file")
@@ -193,12 +193,12 @@ def rewind(run_dir: Path, num_steps: int) -> None:
     """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step before that is not there."""
     for name in LOGS:
         path = run_dir / name
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []  # of bytes: an id may hold U+2028
         kept = lines[:num_steps]
-        steps = [json.loads(line)["step"] for line in kept if line.endswith("\n")]  # a line cut off is of a step to be redone
+        steps = [json.loads(line)["step"] for line in kept if line.endswith(b"\n")]  # one cut off is of a step to be redone
         if steps != list(range(num_steps)):
             raise ValueError(f"{path}: expected a line for each of {num_steps} steps, found {len(steps)}")
-        _replace(path, "".join(kept).encode())
+        _replace(path, b"".join(kept))
     for path in (run_dir / "rollouts").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) >= num_steps:
             path.unlink()

@@ -126,6 +126,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
 
         logits = temper_logits_(logits, temperature or 1.0, policy.forbidden_ids)
         logprob = logits.log_softmax(-1)
+        if logprob[:, 0].isnan().any():  # where one is, all of the row are
+            raise ValueError("the policy's logits are not finite")
         token = draw_tokens(logprob.exp(), uniforms[rows, steps]) if temperature else logits.argmax(-1)
         tokens[rows, steps] = token
         logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)

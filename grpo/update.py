@@ -30,7 +30,8 @@ def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
 def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]]:
     """Prompts `start` to `stop` of each micro-batch: as few as fit their packed groups into the budget.
 
-    The number is the same on all ranks, since FSDP2 gathers weights once for each; a group over the budget stands alone.
+    The number is the same on all ranks, since FSDP2 gathers weights once for each; one group over the budget makes every
+    micro-batch a single group.
     """
     sizes = group_sizes(rollouts)
 

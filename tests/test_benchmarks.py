@@ -216,6 +216,13 @@ def test_a_bad_row_is_refused_and_counted(tmp_path, change, reason):
     assert len(found.refused) == 1 and found.refused[0].startswith(f"{path} row 1: ") and reason in found.refused[0]
 
 
+def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
+    row = {"question": "How many?", "options": ["1", "2", "3", "4"], "answer": "2", "image": {"bytes": b"a"}}
+    path = write_parquet(tmp_path / "x.parquet", [row])
+    golds = {kind: load_benchmark(f"{kind}:{path}").pictures[0].items[0].question.answer_index for kind in ("ai2d", "choice")}
+    assert golds == {"ai2d": 2, "choice": 1}
+
+
 @pytest.mark.parametrize(("kind", "row", "reason"), [
     ("chartqa", {"question": "Q?", "answer": "1", "image": [{"bytes": b"a"}, {"bytes": b"b"}]}, "expected one image, found 2"),
     ("docvqa", {"question": "Q?", "answers": [], "image": {"bytes": b"a"}}, "expected answers or answer, found columns"),
@@ -236,7 +243,9 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     (tmp_path / "x.tsv").write_bytes(b"index\timage\n\xff\n")
     (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "y.tsv").write_bytes(b"index\xff\timage\n")
     for name, reason in (("x.parquet", "expected a parquet file"), ("x.tsv", "expected tab-separated UTF-8 text"),
+                         ("y.tsv", "y.tsv: expected tab-separated UTF-8 text"),
                          ("x.csv", "expected a .tsv, .parquet or .jsonl file"), ("none.tsv", "found nothing")):
         with pytest.raises(ValueError, match=reason):
             load_benchmark(f"chartqa:{tmp_path / name}")

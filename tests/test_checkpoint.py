@@ -23,7 +23,7 @@ from grpo.checkpoint import (
     training_state,
 )
 from grpo.config import TrainConfig, toy_config
-from grpo.report import LOGS, log_step, rewind, saved_config, start_run
+from grpo.report import LOGS, check_run_dir, log_step, rewind, saved_config, start_run
 from train import train
 
 KILLS = 20
@@ -215,12 +215,25 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
         latest_checkpoint(tmp_path)
 
 
+def test_a_folder_with_anything_of_a_run_is_no_new_one(left_alone, tmp_path):
+    check_run_dir(tmp_path)
+    for name in ("metrics.jsonl", "final"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match="expected a new or empty run folder, found a run in it"):
+            check_run_dir(tmp_path)
+        (tmp_path / name).rmdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/final").mkdir()
+    with pytest.raises(ValueError, match="expected a checkpoint to go on from, found a finished run without any"):
+        train(settings(tmp_path / "run"))
+
+
 def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
     start_run(tmp_path, {"seed": 0})
     for step in range(3):
         log_step(tmp_path, step, {"a": step}, {}, {}, [{"id": step}])
     before = (tmp_path / "metrics.jsonl").read_text()
-    log_step(tmp_path, 3, {"a": 3}, {}, {}, [{"id": 3}])
+    log_step(tmp_path, 3, {"a": 3}, {"always_right": ["a\u2028b:0"]}, {}, [{"id": 3}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "a')  # killed while it wrote
     rewind(tmp_path, 3)

@@ -304,6 +304,18 @@ def slowly(images, keys):
     return [(BLOCK.format(id=key.split(":")[1]), False) for key in keys]
 
 
+def test_verdicts_are_not_put_to_questions_that_have_changed(tmp_path):
+    photos, path = scenes(tmp_path / "photos", 1), tmp_path / "photos/set.jsonl"
+    questions = [{"question": text, "choices": ["a", "b", "c", "d"], "answer_index": 0} for text in ("One?", "Two?")]
+    for order in (1, -1):
+        path.write_text(json.dumps({"id": "x", "image": "00.png", "questions": questions[::order]}) + "\n")
+        if order == 1:
+            filter_questions(FilterConfig(str(path), str(tmp_path / "out")), sees)
+    assert photos == path.parent
+    with pytest.raises(ValueError, match=r"settings.json: expected questions '\w+' as now asked for, found"):
+        filter_questions(FilterConfig(str(path), str(tmp_path / "out")), sees)
+
+
 def answers_slowly(example, with_image, asked):
     time.sleep(0.02)
     return sees(example, with_image, asked)

@@ -268,6 +268,16 @@ def test_a_picture_may_be_written_in_base64(tmp_path):
     assert load_images(tmp_path / "set")[1][0] == "b" and open_image(load_images(tmp_path / "set")[1][1]).size == (8, 6)
 
 
+def test_a_path_that_looks_like_base64_is_a_path_and_half_a_surrogate_is_no_text(tmp_path):
+    (tmp_path / "images").mkdir()
+    name = "images/" + "0123456789abcdef" * 4
+    (tmp_path / name).write_bytes(png())
+    (example,) = load_examples(write(tmp_path / "set.jsonl", own("a", image=name)))
+    assert example.image == tmp_path / name
+    with pytest.raises(ValueError, match="expected text in question and choices, got half a surrogate pair"):
+        Question("\ud83d?", ("a", "b"), 0)
+
+
 def bomb() -> bytes:
     """A PNG's head that promises 12,000 x 12,000 pixels."""
     head = b"IHDR" + struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)

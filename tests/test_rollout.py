@@ -165,6 +165,12 @@ def test_draw_tokens_block_by_block_is_the_inverse_cdf(vocab):
         assert place == token or min(abs(end - target) for end in ends[place : place + 2]) < 1e-9
 
 
+def test_logits_that_are_not_finite_are_named(policy, prompts):
+    policy.model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="the policy's logits are not finite"):
+        sample_rollouts(policy, prompts[:1], keys(1, 2), 3)
+
+
 def test_draw_tokens_never_takes_an_impossible_one():
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     top = torch.tensor(1 - 2**-24)  # the largest float32 below 1
