@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -113,11 +113,7 @@ def caption_batches(policy: Policy, images: Iterable[tuple[str, ImageSource]], *
 
     def load(image: ImageSource) -> Prompt | str:
         try:
-            picture = open_image(image)
-        except Exception as error:  # a broken file may make Pillow raise anything; what it is goes into the row
-            return str(error) or type(error).__name__
-        try:
-            return policy.prompt(picture, instruction)
+            return policy.prompt(open_image(image), instruction)
         except ValueError as error:
             return str(error)
 
@@ -453,9 +449,8 @@ def _agree(out: Path, about: dict) -> None:
     path, own = out / "about.json", out / f"about.json.{os.uname().nodename}-{os.getpid()}"
     own.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     try:
-        os.link(own, path)  # whole or not at all, and never over another's
-    except FileExistsError:
-        pass
+        with suppress(FileExistsError):
+            os.link(own, path)  # whole or not at all, and never over another's
     finally:
         own.unlink()
     for name, value in read_about(out).items():
