@@ -38,9 +38,10 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data.benchmarks import parquet_groups, parquet_rows
+from data.benchmarks import picture_rows
 from data.examples import read_jsonl
 from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_images, open_image
+from data.parquet import parquet_groups
 from grpo.config import run_program
 from grpo.policy import INSTRUCTION, Policy, Prompt, load_policy
 from grpo.report import to_json
@@ -240,7 +241,7 @@ def _jsonl_images(path: Path) -> Iterator[tuple[str, str]]:
 
 def _parquet_images(path: Path, group: int) -> Iterator[tuple[str, str, ImageSource]]:
     try:
-        for row in parquet_rows(path, group):
+        for row in picture_rows(path, group):
             name = row.where.replace(str(path), path.name)
             # An `index` begins again in each file, and two images of one id would be one.
             id = row.id if row.cells.get("id") is not None else f"{path.stem}:{row.where.rsplit(' ', 1)[1]}"

@@ -16,18 +16,14 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data.examples import Example, Question, find_answer, fold_choice, load_examples, read_jsonl, strip_labels
 from data.images import ImageSource, StoredImage
 from data.metrics import anls, captionqa_offers_abstain, chartqapro, exact_match, relaxed_accuracy
+from data.parquet import parquet_rows
 
 csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
 
@@ -41,8 +37,6 @@ KINDS: dict[str, Metric] = {
 
 REFERENCE_LENGTH = 64
 """A cell in TSV's image column no longer than this is the index of the row that has the picture (VLMEvalKit's rule)."""
-ROWS_AT_A_TIME = 64
-"""Rows of a parquet file in memory, with their pictures."""
 
 
 @dataclass(frozen=True)
@@ -268,77 +262,30 @@ def _decode(text: str) -> bytes:
 
 def _parquet_rows(files: list[Path]) -> Iterator[Row]:
     for path in files:
-        for group in range(len(parquet_groups(path))):
-            yield from parquet_rows(path, group)
-
-
-def parquet_groups(path: Path) -> list[int]:
-    """Rows of each row group. Raises ValueError if it is no parquet file."""
-    with _as_parquet(path), pq.ParquetFile(path) as file:
-        return [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-
-
-def parquet_rows(path: Path, group: int) -> Iterator[Row]:
-    """The rows of one row group. Raises ValueError if they cannot be read. A row without an id has its place for one."""
-    first = sum(parquet_groups(path)[:group])
-    with _as_parquet(path), pq.ParquetFile(path) as file:
-        place = first
-        for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group]):
-            for cells in batch.to_pylist():
-                id = str(next((cells[key] for key in ID_COLUMNS if cells.get(key) is not None), f"{path.stem}:{place}"))
-                yield Row(f"{path} row {place}", id, cells, _parquet_picture(path, place, group, place - first, cells))
-                place += 1
-
-
-@contextmanager
-def _as_parquet(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a parquet file ({str(error).splitlines()[0]})") from None
+        yield from picture_rows(path)
 
 
 ID_COLUMNS = ("id", "index", "questionId", "question_id", "data_id")
 IMAGE_COLUMNS = ("image", "images")
 
 
-def _parquet_picture(path: Path, place: int, group: int, inside: int, cells: dict) -> Callable[[], tuple[str, ImageSource]]:
-    column = next((name for name in IMAGE_COLUMNS if cells.get(name)), "")
-    try:
-        content, failure = _image_bytes(cells.get(column)), ""
-        key = hashlib.sha256(content).hexdigest()
-    except ValueError as error:
-        key, failure = "", str(error)
-
-    def picture() -> tuple[str, ImageSource]:
-        if failure:
-            raise ValueError(failure)
-        return key, StoredImage(f"{path} row {place}", read)
-
-    def read() -> bytes:
-        return _image_bytes(_parquet_column(path, group, column)[inside].as_py())
-
-    return picture
+def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
+    """The rows of a parquet file, or of one row group. Raises ValueError if they cannot be read. A row without an id has its
+    place for one."""
+    for place, cells in parquet_rows(path, group=group):
+        id = str(next((cells[key] for key in ID_COLUMNS if cells.get(key) is not None), f"{path.stem}:{place}"))
+        yield Row(f"{path} row {place}", id, cells, lambda cells=cells: _stored_picture(cells))
 
 
-@lru_cache(maxsize=2)
-def _parquet_column(path: Path, group: int, column: str) -> pa.ChunkedArray:
-    """Pictures are asked for in the order of the file: the row group of the last one is kept."""
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(0)
-
-
-def _image_bytes(value) -> bytes:
-    """bytes, {"bytes", "path"} or a list of one of these. Raises ValueError for anything else."""
+def _stored_picture(cells: dict) -> tuple[str, ImageSource]:
+    value = next((cells[name] for name in IMAGE_COLUMNS if cells.get(name)), None)
     if isinstance(value, list):
         if len(value) != 1:
             raise ValueError(f"expected one image, found {len(value)}")
         value = value[0]
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if not isinstance(value, bytes) or not value:
+    if not isinstance(value, StoredImage):
         raise ValueError(f"expected the bytes of an image, found {type(value).__name__}")
-    return value
+    return hashlib.sha256(value.read()).hexdigest(), value
 
 
 # -------------------------------------------------------------------------------------------------------- questions

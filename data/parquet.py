@@ -30,34 +30,40 @@ def parquet_columns(path: Path) -> list[str]:
     return _open(path).schema_arrow.names
 
 
-def parquet_rows(path: Path, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict]]:
-    """(number from 0, row) of each row, row group by row group; of some columns or of all.
+def parquet_groups(path: Path) -> list[int]:
+    """Rows of each row group. Raises ValueError where the file cannot be read."""
+    metadata = _open(path).metadata
+    return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
+def parquet_rows(path: Path, columns: Sequence[str] = (), group: int | None = None) -> Iterator[tuple[int, dict]]:
+    """(number from 0 in the file, row) of each row, of one row group or of all, of some columns or of all.
 
     In place of a picture stands a StoredImage, None where there is none. Raises ValueError where the file cannot be read.
     """
-    file, number = _open(path), 0
+    file, sizes = _open(path), parquet_groups(path)
     leaves = {file.schema.column(place).path: (place, file.schema.column(place)) for place in range(len(file.schema))}
     leaves = {leaf: found for leaf, found in leaves.items() if not columns or _top(leaf) in columns}
     blobs = [leaf for leaf, (_, column) in leaves.items() if _is_blob(column)]
     light = [leaf for leaf in leaves if leaf not in blobs]
-    for group in range(file.num_row_groups):
+    for at in range(len(sizes)) if group is None else [group]:
         # Bytes are read here only where the rest of the row cannot tell whether there is a picture.
         heavy = [
             leaf for leaf in blobs if _top(leaf) not in map(_top, light)
-            or _may_be_null(file.metadata.row_group(group).column(leaves[leaf][0]).statistics)
+            or _may_be_null(file.metadata.row_group(at).column(leaves[leaf][0]).statistics)
         ]
-        first = number
+        first = number = sum(sizes[:at])
         try:
-            for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=light + heavy):
+            for batch in file.iter_batches(batch_size=1024, row_groups=[at], columns=light + heavy):
                 for row in batch.to_pylist():
                     name = f"{path} row {number}"
                     for leaf in blobs:
-                        blob = partial(_read_blob, path, group, leaf, number - first, name=name)
+                        blob = partial(_read_blob, path, at, leaf, number - first, name=name)
                         row[_top(leaf)] = _stored(row.get(_top(leaf)), leaf in heavy, blob, name)
                     yield number, row
                     number += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} row group {group}: expected rows ({_line(error)})") from None
+            raise ValueError(f"{path} row group {at}: expected rows ({_line(error)})") from None
 
 
 def _top(leaf: str) -> str:
