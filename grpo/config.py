@@ -137,7 +137,7 @@ class TrainConfig:
     save_minutes: float = 60.0
     """Minutes after which one is saved anyway, 0 for never. Ours. SIGTERM and SIGINT save one and stop."""
     keep_checkpoints: int = 2
-    """The newest so many are kept, 16 bytes per parameter each. Ours."""
+    """The newest so many are kept, 12 bytes per parameter each. Ours."""
     export_every: int = 0
     """Steps between two exports of the policy as a Hugging Face folder; 0 for the final one only. Ours."""
     max_skipped: int = 3
