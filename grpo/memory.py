@@ -40,7 +40,9 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     phases = {
         "rollout": _rollout(policy, config, num_ranks, width, prompt_tokens, image_tokens),
         "verifier": _verifier(verifier, config, num_ranks, width, asking_tokens),
-        "update": _update(policy, config, num_ranks, width, prompt_tokens, image_tokens) + 4 * (parameters - frozen) // shards,
+        "update": _update(
+            policy, config, num_ranks, width, prompt_tokens, image_tokens, gradients=4 * (parameters - frozen) // shards
+        ),
     }
     hungriest = max(phases, key=phases.get)
     found |= {f"phase {name}": size for name, size in phases.items()}
@@ -110,9 +112,12 @@ VERIFIER_TOKENS = 262_144
 
 
 def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
-            image_tokens: int) -> int:
-    """What autograd keeps of one micro-batch, and the head's logits; without the gradients of weights. `grpo/logprobs.py` has
-    the shapes."""
+            image_tokens: int, gradients: int) -> int:
+    """What autograd keeps of one micro-batch, the head's logits and its gradient; `grpo/logprobs.py` has the shapes.
+
+    gradients: bytes of the weights' gradients. They are beside all this from the second micro-batch on; in the first they
+    come as what autograd kept goes.
+    """
     text, vision = policy.config.get_text_config(), policy.config.vision_config
     size, length = config.group_size, config.max_new_tokens
     group_tokens = prompt_tokens + size * length
@@ -134,6 +139,7 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
     else:
         kept = sum(depth * whole for depth, whole, _ in stacks)
     kept += 3 * _pixel_bytes(policy, groups * image_tokens)
-    kept += tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
+    inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
     head = 2 * 4 * min(HEAD_ROWS, rows * length) * text.vocab_size + 4 * text.vocab_size * text.hidden_size
-    return kept + head
+    is_one = groups * num_ranks == config.prompts_per_step
+    return max(kept + inside + head, gradients + inside + head) if is_one else gradients + kept + inside + head

@@ -150,12 +150,9 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     tokens = 3 * (len(prompts[0].input_ids) + config.group_size * config.max_new_tokens)
     rows = min(512, 3 * config.group_size * config.max_new_tokens)
     head = 2 * 4 * rows * text.vocab_size + 4 * text.vocab_size * text.hidden_size
-    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     pixels = 3 * 4 * 3 * 4 * image_tokens * 1176
     inside = tokens * 4 * (2 * text.intermediate_size + 4 * text.hidden_size)
-    assert sum(kept.values()) == pytest.approx(
-        estimate["phase update"] - head - pixels - inside - 4 * trained, rel=0.1
-    )
+    assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - pixels - inside, rel=0.1)
 
 
 def test_static_memory_hand_computed(policy):
@@ -173,5 +170,11 @@ def test_static_memory_hand_computed(policy):
     hybrid = estimate_memory(policy.model, None, replace(config, replicas=2, offload_reference=True), 4, True, 40, 20, 0)
     assert hybrid["masters and moments"] == 12 * size // 2
     assert hybrid["reference"] == hybrid["verifier's weights"] == 0
+    one, many = (
+        estimate_memory(
+            policy.model, None, replace(config, micro_batch_tokens=1, prompts_per_step=prompts), 4, True, 40, 20, 0
+        )["phase update"] for prompts in (4, 8)
+    )
+    assert many - one == 4 * size // 4  # the second micro-batch of a rank finds the gradients of the first
     frozen = estimate_memory(policy.model, None, replace(config, freeze="vision+merger"), 1, False, 40, 20, 0)
     assert frozen["masters and moments"] == 12 * (size - visual) + 4 * visual and frozen["sampler's weights"] == 0
