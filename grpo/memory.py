@@ -138,7 +138,7 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
         kept = sum(depth * size_of_input + whole for depth, whole, size_of_input in stacks)
     else:
         kept = sum(depth * whole for depth, whole, _ in stacks)
-    kept += 3 * _pixel_bytes(policy, groups * image_tokens)
+    kept += 4 * _pixel_bytes(policy, groups * image_tokens)  # as they came, side by side, cast, unfolded for the convolution
     inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
     head = 2 * 4 * min(HEAD_ROWS, rows * length) * text.vocab_size + 4 * text.vocab_size * text.hidden_size
     is_one = groups * num_ranks == config.prompts_per_step

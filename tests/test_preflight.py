@@ -150,7 +150,7 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     tokens = 3 * (len(prompts[0].input_ids) + config.group_size * config.max_new_tokens)
     rows = min(512, 3 * config.group_size * config.max_new_tokens)
     head = 2 * 4 * rows * text.vocab_size + 4 * text.vocab_size * text.hidden_size
-    pixels = 3 * 4 * 3 * 4 * image_tokens * 1176
+    pixels = 4 * 4 * 3 * 4 * image_tokens * 1176
     inside = tokens * 4 * (2 * text.intermediate_size + 4 * text.hidden_size)
     assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - pixels - inside, rel=0.1)
 
