@@ -416,6 +416,9 @@ def check(config: TrainConfig) -> None:
         f"{len(refused)} rows and {len(unreadable)} images cannot be used: {'; '.join(bad[:5])}" if bad else "",
     ))
     examples = [example for example in examples if example.id in sizes]
+    if bad and len(examples) < config.prompts_per_step:  # too few for a step are left: what was found is the reason
+        print0(format_findings(findings))
+        raise SystemExit(2)
     run = load_run(config, device, examples)
     sampler = run.sampler
 

@@ -54,6 +54,15 @@ def test_rows_and_images_that_cannot_be_used_are_counted_and_named(tmp_path, cap
     assert "train-000005.png: expected an image that Pillow can read" in said
 
 
+def test_too_few_sound_rows_for_a_step_are_said_with_what_is_wrong_with_the_others(tmp_path, capsys):
+    export(ExportConfig(tmp_path / "set", num=4))
+    (tmp_path / "set/images/train-000002.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        check(toy_config(data=str(tmp_path / "set/examples.jsonl"), run_dir=str(tmp_path / "run"), prompts_per_step=4))
+    said = capsys.readouterr().out
+    assert stop.value.code == 2 and "0 rows and 1 images cannot be used" in said and "train-000002.png: expected" in said
+
+
 def test_findings_read_as_a_table():
     table = format_findings([Finding("a", "x"), Finding("long", "y", "mend it")])
     assert table.splitlines() == ["ok     a     x", "WRONG  long  y", "             mend it"]
