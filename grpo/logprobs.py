@@ -20,8 +20,9 @@ from transformers.masking_utils import sdpa_mask
 from grpo.policy import image_inputs
 from grpo.rollout import Rollouts, temper_logits_
 
-HEAD_ROWS = 512
-"""Positions whose logits exist at one time: at a vocabulary of 152k this is 0.3 GB in float32."""
+HEAD_ROWS, SOFTMAX_ROWS = 512, 32
+"""Positions whose logits exist at one time: at a vocabulary of 152k this is 0.3 GB in float32, and their softmax, a few rows
+at a time, needs little more."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,19 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden_ids, rows, with_entropy=True):
         logprobs, entropies, norms = torch.zeros(3, len(hidden), device=hidden.device)
+        memory = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = temper_logits_((hidden[part] @ weight.T).float(), temperature, forbidden_ids)  # (rows, V)
-            norms[part] = logits.logsumexp(-1)
-            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1) - norms[part]
-            if with_entropy:
-                probs = (logits - norms[part, None]).exp_()
-                logits[:, list(forbidden_ids)] = 0.0  # 0 * -inf would be nan
-                entropies[part] = norms[part] - probs.mul_(logits).sum(-1)
+            logits = temper_logits_(_product(hidden[part], weight, memory), temperature, forbidden_ids)  # (rows, V)
+            logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
+            # A few rows at a time, so that there is never a second (rows, V).
+            for few, norm, entropy in zip(*(each.split(SOFTMAX_ROWS) for each in (logits, norms[part], entropies[part]))):
+                torch.logsumexp(few, -1, out=norm)
+                if with_entropy:
+                    probs = (few - norm[:, None]).exp_()
+                    few[:, list(forbidden_ids)] = 0.0  # 0 * -inf would be nan
+                    torch.sub(norm, probs.mul_(few).sum(-1), out=entropy)
+        logprobs -= norms
         ctx.save_for_backward(hidden, weight, targets, norms)
         ctx.temperature, ctx.forbidden_ids, ctx.rows = temperature, forbidden_ids, rows
         ctx.mark_non_differentiable(entropies)
@@ -169,9 +174,10 @@ class HeadLogprobs(torch.autograd.Function):
         hidden, weight, targets, norms = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad = grad[:, None] / ctx.temperature
+        memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = temper_logits_((hidden[part] @ weight.T).float(), ctx.temperature, ctx.forbidden_ids)  # (rows, V)
+            logits = temper_logits_(_product(hidden[part], weight, memory), ctx.temperature, ctx.forbidden_ids)  # (rows, V)
             # d log p(target) / d logits = onehot(target) - p
             grad_logits = logits.sub_(norms[part, None]).exp_().mul_(-grad[part])
             grad_logits = grad_logits.scatter_add_(-1, targets[part, None], grad[part]).to(weight.dtype)
@@ -181,3 +187,8 @@ class HeadLogprobs(torch.autograd.Function):
             else:  # the product in the dtype that the hardware is fast in, the sum over chunks in float32
                 grad_weight += grad_logits.T @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+
+
+def _product(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    """hidden (n, H) times weight (V, H), transposed, in the first n rows of `memory`; float32 (n, V)."""
+    return torch.mm(hidden, weight.T, out=memory[: len(hidden)]).float()

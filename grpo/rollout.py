@@ -62,11 +62,11 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     A row's draw depends on its own number only, so neither batch-mates nor their number change it. First the block of
     DRAW_BLOCK tokens, then the token in it: one pass over a vocabulary of 152k. A token of probability 0 is never drawn.
     """
-    # In float64: CUDA's float32 cumsum can fall by a rounding error, and an impossible token would own the gap.
     width = min(DRAW_BLOCK, probs.shape[1])
     whole = probs.shape[1] // width * width
-    sums = probs[:, :whole].unflatten(1, (-1, width)).sum(-1, dtype=torch.float64)
-    ends = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=1).cumsum(-1)  # (B, blocks)
+    sums = [probs[:, :whole].unflatten(1, (-1, width)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)]
+    # In float64: CUDA's float32 cumsum can fall by a rounding error, and an impossible token would own the gap.
+    ends = torch.cat(sums, dim=1).double().cumsum(-1)  # (B, blocks)
     target = uniforms[:, None].double() * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.cat([torch.zeros_like(target), ends], dim=1).gather(1, block)
@@ -128,7 +128,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         logprob = logits.log_softmax(-1)
         if logprob[:, 0].isnan().any():  # where one is, all of the row are
             raise ValueError("the policy's logits are not finite")
-        token = draw_tokens(logprob.exp(), uniforms[rows, steps]) if temperature else logits.argmax(-1)
+        # The logits' memory is used again: at a large vocabulary fresh memory costs as much as the arithmetic.
+        token = draw_tokens(torch.exp(logprob, out=logits), uniforms[rows, steps]) if temperature else logits.argmax(-1)
         tokens[rows, steps] = token
         logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
         ended = torch.isin(token, eos_ids)

@@ -419,12 +419,13 @@ class RowSampler(LogitsProcessor):
         """Rows whose logits were not finite at some token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs = (scores.float() / self.temperature).softmax(-1)  # (B, V)
+        # In place where it can be: at a large vocabulary fresh memory costs as much as the arithmetic.
+        probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
         is_broken = probs[:, 0].isnan()  # as is all of the row then
         token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
         self.is_broken |= is_broken.cpu()
         self.step += 1
-        return torch.full_like(scores, -math.inf).scatter(1, token[:, None], 0.0)  # generate takes the arg-max of this
+        return scores.scatter_(1, token[:, None], math.inf)  # generate takes the arg-max of this
 
 
 def _batches(items: list[int], rows: list[int], lengths: list[int], budget: int):
