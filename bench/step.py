@@ -309,7 +309,10 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
             for place in index for one in asked[place]
         ]
         batch = tokenizer(texts, return_tensors="pt", padding=True)
-        verifier.generate(**batch, do_sample=False, max_new_tokens=10, suppress_tokens=tokenizer.all_special_ids)
+        verifier.generate(
+            **batch, do_sample=True, temperature=0.6, top_k=0, top_p=1.0, max_new_tokens=10,
+            suppress_tokens=tokenizer.all_special_ids,
+        )
         return torch.randn(len(index)).tolist()
 
     rows = [

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.drafts import count_steps
 from bench.gpu import training_work
 from bench.step import StepConfig, measure
 
@@ -45,3 +46,12 @@ def test_work_of_a_pass_by_hand(policy, prompts):
     want += 12 * pairs * text.hidden_size * text.num_hidden_layers
     rollouts = SimpleNamespace(prompts=prompts[:1], lengths=torch.tensor([3, 1]))
     assert training_work(policy, rollouts) == pytest.approx(want)
+
+
+def test_steps_with_drafts_by_hand():
+    """5, 6 and 5 come one by one; then 5 has been seen with 6, 5 behind it, and one token more is drawn."""
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_drafts=2, match=1) == 4
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_drafts=2, match=2) == 5  # 6, 5 has not been seen when it ends the text
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_drafts=0, match=1) == 6
+    assert count_steps([[1, 2, 3, 4]] * 2, num_drafts=2, match=1) == 4  # siblings in step know no more than each other
+    assert count_steps([[1, 2, 3], [7, 8, 1, 2, 3]], num_drafts=1, match=1) == 4  # the second's 2 is drafted from the first
