@@ -35,8 +35,9 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from caption import caption_batches, finished_rows, model_hash, text_hash
+from caption import caption_batches, model_hash, text_hash
 from data.benchmarks import Benchmark, FreeQuestion, Item, Metric, Picture, load_benchmark
+from data.captions import finished_rows
 from data.examples import read_jsonl
 from data.images import ImageSource, StoredImage, open_image
 from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain

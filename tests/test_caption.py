@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 import caption as program
-from caption import CaptionConfig, caption, caption_batches, check_export, main, model_hash, plan_shards, take_lease
+from caption import CaptionConfig, caption, caption_batches, main, model_hash, plan_shards, take_lease
+from data.captions import check_export
 from data.images import open_image
 from data.toy.world import draw, make_scene
 from grpo.policy import load_policy

@@ -1,0 +1,122 @@
+"""What caption.py has written: read back, exported for trainers, and exported files checked."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.examples import read_jsonl
+
+PLACEHOLDERS = ("<image>", "<video>", "<audio>")
+"""What trainers replace by a picture or the like, wherever it stands."""
+
+
+def read_about(out: Path) -> dict:
+    """What is captioned in the folder and how."""
+    try:
+        return json.loads((out / "about.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{out}: expected a folder that caption.py has written ({error})") from None
+
+
+def num_finished(out: Path) -> int:
+    """Shards."""
+    return sum(1 for _ in out.glob("shard-*.jsonl"))
+
+
+def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
+    """("shard-000000.jsonl line 1", row) of all shards, in the order of the input. Raises ValueError if some are missing."""
+    about = read_about(out)
+    if (found := num_finished(out)) != about["shards"]:
+        raise ValueError(f"{out}: expected {about['shards']} finished shards, found {found}")
+    for number in range(about["shards"]):
+        path = out / f"shard-{number:06d}.jsonl"
+        if path.stat().st_size:  # a tar file without images leaves an empty one
+            for line, row in read_jsonl(path):
+                yield f"{path} line {line}", row
+
+
+def export_captions(out: Path, layout: str) -> Path:
+    """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out and counted."""
+    about, target = read_about(out), out / f"{layout}.json"
+    instruction, left_out, num_rows, num_cut = about["instruction"], {}, 0, 0
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for where, row in finished_rows(out):
+            if ".tar/" in row["image"] or ".parquet row " in row["image"]:
+                raise ValueError(f"{where}: expected images that are files, for a trainer to open, got {row['image']!r}")
+            if reason := _not_exported(row):
+                left_out[reason] = left_out.get(reason, 0) + 1
+                continue
+            turns = [{"from": "human", "value": f"<image>\n{instruction}"}, {"from": "gpt", "value": row["caption"]}]
+            new = {"id": row["id"], "image": row["image"], "conversations": turns}
+            if layout == "sharegpt":
+                new = {"conversations": turns, "images": [row["image"]]}
+            file.write((",\n" if num_rows else "[\n") + json.dumps(new, ensure_ascii=False))
+            num_rows, num_cut = num_rows + 1, num_cut + (row["finish_reason"] == "length")
+        file.write("\n]\n" if num_rows else "[]\n")
+    unfinished.replace(target)
+    if layout == "sharegpt":
+        columns = {"messages": "conversations", "images": "images"}
+        entry = {"captions": {"file_name": target.name, "formatting": "sharegpt", "columns": columns}}
+        (out / "dataset_info.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    print(f"{target}: {num_rows} rows, {num_cut} of them cut off at {about['max_new_tokens']} tokens; images below "
+          f"{about['images']}; left out: {left_out or 'none'}")
+    return target
+
+
+def _not_exported(row: dict) -> str:
+    """Why not, or empty."""
+    if "error" in row:
+        return "image unreadable"
+    if not row["caption"].strip():
+        return "caption empty"
+    return "caption with a placeholder" if any(mark in row["caption"] for mark in PLACEHOLDERS) else ""
+
+
+def check_export(path: Path, images: Path | None = None) -> int:
+    """The number of rows of a file in LLaVA's or LLaMA-Factory's format. Raises ValueError at the first row that a trainer
+    would stumble over; with `images`, also for a picture that is not there."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a JSON file ({error})") from None
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        try:
+            _check_row(row, images)
+            if "id" in row and seen.setdefault(row["id"], number) != number:
+                raise ValueError(f"id {row['id']!r} was used before, in row {seen[row['id']]}")
+        except ValueError as error:
+            raise ValueError(f"{path} row {number}: {error}") from None
+    return len(rows)
+
+
+def _check_row(row: dict, images: Path | None) -> None:
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise ValueError(f"expected an object with conversations, got {row!r:.80}")
+    if "images" in row:
+        pictures = row["images"]
+    elif not isinstance(row.get("id"), str):
+        raise ValueError(f"expected a text in id, got {row.get('id')!r}")
+    else:
+        pictures = [row["image"]] if "image" in row else []
+    if not isinstance(pictures, list) or not all(isinstance(name, str) and name for name in pictures):
+        raise ValueError(f"expected paths of images, got {pictures!r}")
+    turns = row["conversations"]
+    if len(turns) < 2 or len(turns) % 2:
+        raise ValueError(f"expected turns of human and gpt, got {len(turns)} turns")
+    for place, turn in enumerate(turns):
+        speaker = ("human", "gpt")[place % 2]
+        if not isinstance(turn, dict) or turn.get("from") != speaker:
+            raise ValueError(f"turn {place}: expected one from {speaker}, got {turn!r:.80}")
+        if not isinstance(turn.get("value"), str) or not turn["value"].strip():
+            raise ValueError(f"turn {place}: expected words in value, got {turn.get('value')!r}")
+        marks = turn["value"].count("<image>")
+        wanted = len(pictures) if place == 0 else 0
+        if marks != wanted or any(mark in turn["value"] for mark in PLACEHOLDERS[1:]):
+            raise ValueError(f"turn {place}: expected {wanted} <image> and no other placeholder, got {turn['value']!r:.80}")
+    if images is not None and (missing := [name for name in pictures if not (images / name).is_file()]):
+        raise ValueError(f"image {images / missing[0]}: expected a file, found nothing")
