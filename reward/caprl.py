@@ -41,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicLayer
 
 from data.examples import Example, Question, fold_choice
 from grpo.rollout import draw_tokens
@@ -393,6 +394,8 @@ class Verifier:
         cache.batch_select_indices(parents)
         ids, mask = pad_left([row for group in question_ids for row in group], seen.device)  # (B, L)
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips as many ids as the cache holds
+        room = ids.shape[1] + self.max_new_tokens
+        cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         sampler = RowSampler(
             [f"{name}:{place}:reply" for name, group in zip(names, question_ids) for place in range(len(group))],
             self.temperature, self.max_new_tokens,
@@ -406,6 +409,24 @@ class Verifier:
         replies = self.tokenizer.batch_decode(out[:, past.shape[1] + ids.shape[1] :], skip_special_tokens=True)
         rows = iter(zip(replies, sampler.is_broken.tolist(), strict=True))
         return [[_read(*next(rows), one) for one in group] for group in asked]
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for more tokens: they are written behind the others, which DynamicLayer copies for each token."""
+
+    def __init__(self, layer: DynamicLayer, room: int):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]  # (B, heads, T + room, D) each
+        self.keys, self.values = (part[:, :, : layer.keys.shape[2]] for part in self.roomy)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        for part, new in zip(self.roomy, (key_states, value_states)):
+            part[:, :, start:stop] = new
+        self.keys, self.values = (part[:, :, :stop] for part in self.roomy)
+        return self.keys, self.values
 
 
 class RowSampler(LogitsProcessor):
