@@ -39,7 +39,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.benchmarks import picture_rows
-from data.captions import check_export, export_captions, num_finished, read_about
+from data.captions import check_export, count_finished, export_captions, read_about
 from data.examples import read_jsonl
 from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_images, open_image
 from data.parquet import parquet_groups
@@ -391,7 +391,7 @@ def caption(config: CaptionConfig) -> None:
     order.rotate(-(worker * len(shards) // num_workers))  # workers begin far from each other
     totals = {"images": 0, "unreadable": 0, "tokens": 0}
     started = time.perf_counter()
-    with tqdm(total=len(shards), initial=num_finished(out), desc="captions", unit="shard", disable=worker != 0) as bar:
+    with tqdm(total=len(shards), initial=count_finished(out), desc="captions", unit="shard", disable=worker != 0) as bar:
 
         def show(rows: list[dict]) -> None:
             totals["images"] += len(rows)
@@ -399,14 +399,14 @@ def caption(config: CaptionConfig) -> None:
             totals["tokens"] += sum(row.get("tokens", 0) for row in rows)
             bar.set_postfix_str(_speed(totals, time.perf_counter() - started))
 
-        while (finished := num_finished(out)) < len(shards):
+        while (finished := count_finished(out)) < len(shards):
             bar.update(finished - bar.n)
             is_idle = True
             for number in order:
                 if lease := take_lease(out, names[number], config.lease_seconds):
                     is_idle = False
                     _caption_shard(policy, shards[number], lease, about["model"], config, show)
-                    bar.update(num_finished(out) - bar.n)
+                    bar.update(count_finished(out) - bar.n)
             if is_idle:
                 time.sleep(min(config.lease_seconds / 4, 5))
         bar.update(len(shards) - bar.n)

@@ -5,9 +5,8 @@
 
 Captions of one image share phrases. So where a caption's last tokens have occurred before, in itself or in a sibling, what came
 after them there may come here too: a draft of K tokens that one forward checks. Exact speculative sampling (arXiv 2211.17192,
-section 2.3) keeps a token of such a draft with the policy's probability of it, and else draws another: that is to draw from
-the policy, and to go on for as long as the draft says the same. Captions are the same ones with drafts or without, so the steps
-that drafts would have saved are counted on captions drawn without them.
+section 2.3) keeps a drafted token if the policy draws it too. So the captions do not change, and the steps that drafts would
+have saved are counted on captions drawn without them.
 
 Cost: a decoder's step with K + 1 times the rows, beside one with as many as there are, taken in turns; CPU clock, one thread. A
 decoder made for drafts would read each caption's cache once for its K + 1 tokens, so this is a little more than it would cost.
@@ -18,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -45,20 +45,21 @@ class DraftConfig:
     num_images: int = 24
     group_size: int = 8
     max_new_tokens: int = 96
-    drafts: tuple[int, ...] = (1, 2, 4, 8)
+    draft_tokens: tuple[int, ...] = (1, 2, 4, 8)
+    """K, one row of the table each."""
     match: int = 2
     """Tokens that have to agree before a draft is made."""
     repeats: int = 5
 
 
-def count_steps(captions: list[list[int]], num_drafts: int, match: int) -> int:
+def count_steps(captions: list[list[int]], num_draft_tokens: int, match: int) -> int:
     """Steps until all captions of a group are written, each going on by one token and what is accepted of its draft."""
     done, steps = [0] * len(captions), 0
     while any(at < len(caption) for at, caption in zip(done, captions)):
         after: dict[tuple[int, ...], list[int]] = {}  # what came after `match` tokens: the longest, the latest of these
         for at, caption in zip(done, captions):
             for end in range(match, at):
-                key, draft = tuple(caption[end - match : end]), caption[end : min(end + num_drafts, at)]
+                key, draft = tuple(caption[end - match : end]), caption[end : min(end + num_draft_tokens, at)]
                 if len(draft) >= len(after.get(key, ())):
                     after[key] = draft
         steps += 1
@@ -102,7 +103,7 @@ def main(config: DraftConfig) -> None:
     policy = load_policy(config.policy, torch.device("cpu"))
     images = map(open_image, list_images(Path(config.images))) if config.images else (
         draw(make_scene("heldout", index)) for index in range(config.num_images))
-    prompts = [policy.prompt(image) for image, _ in zip(images, range(config.num_images))]
+    prompts = [policy.prompt(image) for image in islice(images, config.num_images)]
     groups = []
     for number, prompt in enumerate(tqdm(prompts, desc="captions", leave=False)):
         keys = [f"{number}:{row}" for row in range(config.group_size)]
@@ -112,11 +113,11 @@ def main(config: DraftConfig) -> None:
     print(f"{len(groups)} groups of {config.group_size} captions of {statistics.mean(lengths):.1f} tokens, "
           f"match {config.match}\n")
     plain = sum(max(map(len, group)) for group in groups)
-    rows = [config.group_size * (1 + drafts) for drafts in (0, *config.drafts)]
+    rows = [config.group_size * (1 + drafts) for drafts in (0, *config.draft_tokens)]
     base, *costs = step_seconds(policy, prompts[0], rows, round(statistics.mean(lengths)) // 2, config.repeats)
-    print("| drafts | steps | fewer | a step's cost | gain |\n| ---: | ---: | ---: | ---: | ---: |")
+    print("| draft tokens | steps | fewer | a step's cost | gain |\n| ---: | ---: | ---: | ---: | ---: |")
     print(f"| 0 | {plain} | 1.00 | 1.00 | 1.00 |")
-    for drafts, cost in zip(config.drafts, costs):
+    for drafts, cost in zip(config.draft_tokens, costs):
         steps = sum(count_steps(group, drafts, config.match) for group in groups)
         print(f"| {drafts} | {steps} | {plain / steps:.2f} | {cost / base:.2f} | {plain / steps / (cost / base):.2f} |")
 

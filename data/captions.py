@@ -19,15 +19,15 @@ def read_about(out: Path) -> dict:
         raise ValueError(f"{out}: expected a folder that caption.py has written ({error})") from None
 
 
-def num_finished(out: Path) -> int:
-    """Shards."""
+def count_finished(out: Path) -> int:
+    """Finished shards in the folder."""
     return sum(1 for _ in out.glob("shard-*.jsonl"))
 
 
 def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
     """("shard-000000.jsonl line 1", row) of all shards, in the order of the input. Raises ValueError if some are missing."""
     about = read_about(out)
-    if (found := num_finished(out)) != about["shards"]:
+    if (found := count_finished(out)) != about["shards"]:
         raise ValueError(f"{out}: expected {about['shards']} finished shards, found {found}")
     for number in range(about["shards"]):
         path = out / f"shard-{number:06d}.jsonl"

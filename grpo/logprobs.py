@@ -20,9 +20,10 @@ from transformers.masking_utils import sdpa_mask
 from grpo.policy import image_inputs
 from grpo.rollout import Rollouts, temper_logits_
 
-HEAD_ROWS, SOFTMAX_ROWS = 512, 32
-"""Positions whose logits exist at one time: at a vocabulary of 152k this is 0.3 GB in float32, and their softmax, a few rows
-at a time, needs little more."""
+HEAD_ROWS = 512
+"""Positions whose logits exist at one time: at a vocabulary of 152k this is 0.3 GB in float32."""
+SOFTMAX_ROWS = 32
+"""Of these, positions whose probabilities exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden_ids, rows, with_entropy=True):
         logprobs, entropies, norms = torch.zeros(3, len(hidden), device=hidden.device)
-        memory = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        memory = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
+        forbidden = torch.tensor(forbidden_ids, dtype=torch.long, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = temper_logits_(_product(hidden[part], weight, memory), temperature, forbidden_ids)  # (rows, V)
@@ -161,7 +163,7 @@ class HeadLogprobs(torch.autograd.Function):
                 torch.logsumexp(few, -1, out=norm)
                 if with_entropy:
                     probs = (few - norm[:, None]).exp_()
-                    few[:, list(forbidden_ids)] = 0.0  # 0 * -inf would be nan
+                    few[:, forbidden] = 0.0  # 0 * -inf would be nan
                     torch.sub(norm, probs.mul_(few).sum(-1), out=entropy)
         logprobs -= norms
         ctx.save_for_backward(hidden, weight, targets, norms)
@@ -174,7 +176,7 @@ class HeadLogprobs(torch.autograd.Function):
         hidden, weight, targets, norms = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad = grad[:, None] / ctx.temperature
-        memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight))
+        memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             logits = temper_logits_(_product(hidden[part], weight, memory), ctx.temperature, ctx.forbidden_ids)  # (rows, V)
@@ -190,5 +192,6 @@ class HeadLogprobs(torch.autograd.Function):
 
 
 def _product(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
-    """hidden (n, H) times weight (V, H), transposed, in the first n rows of `memory`; float32 (n, V)."""
-    return torch.mm(hidden, weight.T, out=memory[: len(hidden)]).float()
+    """hidden (n, H) times weight (V, H), transposed: (n, V) float32, in the first n rows of `memory`."""
+    out = memory[: len(hidden)]
+    return torch.mm(hidden, weight.T, out=out) if hidden.dtype == torch.float32 else out.copy_(hidden @ weight.T)

@@ -75,7 +75,8 @@ def _rollout(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width
     layers = policy.model.language_model.layers
     stacked = width * sum(_size(part) for name, part in layers.named_modules() if name.endswith(copied))
     rows = groups * config.group_size
-    logits = rows * text.vocab_size * (4 + 4 + width % 4)  # logits, log-probabilities; in bfloat16 also as they came
+    # The last step's probabilities, and logits in float32; in bfloat16 also as they came, and in a CUDA graph's memory.
+    logits = rows * text.vocab_size * (4 + 4 + (0 if width == 4 else 2 * width))
     # A layer's keys and values once more, in float32 and while they grow, and the scores.
     attention = 2 * cache // text.num_hidden_layers * 4 // width
     attention += 3 * 4 * rows * text.num_attention_heads * (prompt_tokens + config.max_new_tokens)
@@ -141,8 +142,9 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
     kept += 4 * _pixel_bytes(policy, groups * image_tokens)  # as they came, side by side, cast, unfolded for the convolution
     inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
     head = 4 * text.vocab_size * text.hidden_size  # its gradient
-    # In bfloat16 the logits are also there as they came, and their gradient as it goes.
-    logits = (4 + 2 * (width % 4)) * min(HEAD_ROWS, rows * length) * text.vocab_size
-    widest = head + max(logits, inside)  # the logits go before the first layer's turn comes
+    # In bfloat16 the logits are also there as they came, later their gradient; and so is the weight's, before it is added.
+    copy = 0 if width == 4 else width
+    logits = (4 + copy) * min(HEAD_ROWS, rows * length) * text.vocab_size + copy * text.vocab_size * text.hidden_size
+    widest = head + max(logits, inside)  # the logits are freed before the layers' backward
     is_one = groups * num_ranks == config.prompts_per_step
     return max(kept + widest, gradients + head + inside) if is_one else gradients + kept + widest

@@ -59,7 +59,8 @@ DRAW_BLOCK = 512
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     """(B,) token ids from (B, V) probabilities by inverse CDF, one uniform number in [0, 1) per row.
 
-    A row's draw depends on its own number only, so neither batch-mates nor their number change it. First the block of
+    A row's draw depends on its own number only, so neither batch-mates nor their number change it, but for a rounding error of
+    float32 where a GPU sums in another order. First the block of
     DRAW_BLOCK tokens, then the token in it: one pass over a vocabulary of 152k. A token of probability 0 is never drawn.
     """
     width = min(DRAW_BLOCK, probs.shape[1])
@@ -132,6 +133,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         token = draw_tokens(torch.exp(logprob, out=logits), uniforms[rows, steps]) if temperature else logits.argmax(-1)
         tokens[rows, steps] = token
         logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
+        del logprob  # as large as the next step's logits
         ended = torch.isin(token, eos_ids)
         on = ~ended & (steps + 1 < max_new_tokens)
         if not on.all():

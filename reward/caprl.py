@@ -394,8 +394,9 @@ class Verifier:
         cache.batch_select_indices(parents)
         ids, mask = pad_left([row for group in question_ids for row in group], seen.device)  # (B, L)
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips as many ids as the cache holds
-        room = ids.shape[1] + self.max_new_tokens
-        cache.layers = [RoomyLayer(layer, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        for number, layer in enumerate(cache.layers):  # one at a time: never the whole cache twice
+            if type(layer) is DynamicLayer:  # not one with a sliding window
+                cache.layers[number] = RoomyLayer(layer, ids.shape[1] + self.max_new_tokens)
         sampler = RowSampler(
             [f"{name}:{place}:reply" for name, group in zip(names, question_ids) for place in range(len(group))],
             self.temperature, self.max_new_tokens,
@@ -412,7 +413,10 @@ class Verifier:
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room for more tokens: they are written behind the others, which DynamicLayer copies for each token."""
+    """A cache layer with room for more tokens, which are written in place; DynamicLayer copies all that it holds for each.
+
+    Its rows stay as they are: it is for `generate` without beams.
+    """
 
     def __init__(self, layer: DynamicLayer, room: int):
         super().__init__()
@@ -423,6 +427,7 @@ class RoomyLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start = self.keys.shape[2]
         stop = start + key_states.shape[2]
+        assert stop <= self.roomy[0].shape[2], f"expected at most {self.roomy[0].shape[2]} tokens, got {stop}"
         for part, new in zip(self.roomy, (key_states, value_states)):
             part[:, :, start:stop] = new
         self.keys, self.values = (part[:, :, :stop] for part in self.roomy)
@@ -446,7 +451,8 @@ class RowSampler(LogitsProcessor):
         token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
         self.is_broken |= is_broken.cpu()
         self.step += 1
-        return scores.scatter_(1, token[:, None], math.inf)  # generate takes the arg-max of this
+        # generate takes the arg-max, for some models after a log-softmax, which an infinity would turn into nan.
+        return scores.scatter_(1, token[:, None], torch.finfo(scores.dtype).max)
 
 
 def _batches(items: list[int], rows: list[int], lengths: list[int], budget: int):

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.drafts import count_steps
+from bench.drafts import DraftConfig, count_steps
+from bench.drafts import main as drafts
 from bench.gpu import training_work
 from bench.step import StepConfig, measure
 
@@ -48,10 +49,16 @@ def test_work_of_a_pass_by_hand(policy, prompts):
     assert training_work(policy, rollouts) == pytest.approx(want)
 
 
+def test_drafts_run_small(capsys):
+    drafts(DraftConfig(num_images=1, group_size=2, max_new_tokens=8, draft_tokens=(1,), repeats=1))
+    *_, none, one = capsys.readouterr().out.splitlines()
+    assert none.startswith("| 0 | 8 | 1.00 |") and re.fullmatch(r"\| 1 \| [5-8] \| [\d.]+ \| [\d.]+ \| [\d.]+ \|", one)
+
+
 def test_steps_with_drafts_by_hand():
     """5, 6 and 5 come one by one; then 5 has been seen with 6, 5 behind it, and one token more is drawn."""
-    assert count_steps([[5, 6, 5, 6, 5, 6]], num_drafts=2, match=1) == 4
-    assert count_steps([[5, 6, 5, 6, 5, 6]], num_drafts=2, match=2) == 5  # 6, 5 has not been seen when it ends the text
-    assert count_steps([[5, 6, 5, 6, 5, 6]], num_drafts=0, match=1) == 6
-    assert count_steps([[1, 2, 3, 4]] * 2, num_drafts=2, match=1) == 4  # siblings in step know no more than each other
-    assert count_steps([[1, 2, 3], [7, 8, 1, 2, 3]], num_drafts=1, match=1) == 4  # the second's 2 is drafted from the first
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=1) == 4
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=2) == 5  # 6, 5 has not been seen when it ends the text
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=0, match=1) == 6
+    assert count_steps([[1, 2, 3, 4]] * 2, num_draft_tokens=2, match=1) == 4  # siblings in step know no more than each other
+    assert count_steps([[1, 2, 3], [7, 8, 1, 2, 3]], num_draft_tokens=1, match=1) == 4  # 2 is drafted from the first

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
@@ -20,6 +21,7 @@ from reward.caprl import (
     PromptWriter,
     RewardConfig,
     Rewards,
+    RoomyLayer,
     Verifier,
     _batches,
     ask,
@@ -386,12 +388,41 @@ def test_sampled_replies_follow_the_tempered_distribution(verifier_model, tokeni
         return output
 
     verifier_model.lm_head.register_forward_hook(one_and_zero)
-    verifier_model.generation_config.update(temperature=1e-6, top_k=1, repetition_penalty=1.5, do_sample=True)  # no leak
+    leaks = dict(temperature=1e-6, top_k=1, repetition_penalty=1.5, do_sample=True, renormalize_logits=True)
+    verifier_model.generation_config.update(**leaks)
     verifier = Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=1)
     answers = verifier(["x"] * 700, [draw([COLOR], 1, "k")] * 700, [f"{i}" for i in range(700)])
     share = sum(answer.chosen == 0 for [answer] in answers) / 700
     assert share == pytest.approx(0.841, abs=0.07)  # 5 standard deviations
     assert all(answer.chosen in (0, 1) for [answer] in answers)
+
+
+def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer):
+    """Near temperature 0, token by token over the whole prompt each time."""
+    verifier = Verifier(verifier_model, tokenizer, mode="sample", temperature=1e-6, max_new_tokens=6)
+    captions, asked = ["red", "a long blue star", ""], [draw([COLOR, COUNT], 2, f"{i}") for i in range(3)]
+    writer, eos = verifier.writers[False], verifier_model.generation_config.eos_token_id
+    for caption, group, answers in zip(captions, asked, verifier(captions, asked, ["a", "b", "c"])):
+        for one, answer in zip(group, answers):
+            ids = writer.head_ids + writer.caption_ids(caption) + writer.question_ids(one)
+            reply: list[int] = []
+            while len(reply) < 6 and eos not in reply:
+                reply.append(verifier_model(torch.tensor([ids + reply])).logits[0, -1].argmax().item())
+            assert answer.reply == tokenizer.decode(reply, skip_special_tokens=True)
+
+
+def test_a_layer_with_room_holds_what_a_growing_one_does():
+    states = [torch.randn(2, 3, 2, length, 4) for length in (5, 3, 1, 1)]  # keys and values, 3 rows, 2 heads
+    growing, roomy = DynamicLayer(), DynamicLayer()
+    growing.update(*states[0])
+    roomy.update(*states[0])
+    roomy = RoomyLayer(roomy, 5)
+    for keys, values in states[1:]:
+        found, wanted = roomy.update(keys, values), growing.update(keys, values)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted))
+        assert roomy.get_seq_length() == growing.get_seq_length()
+    with pytest.raises(AssertionError, match="expected at most 10 tokens, got 11"):
+        roomy.update(keys, values)
 
 
 def test_bfloat16_letters_do_not_tie(verifier_model, tokenizer):

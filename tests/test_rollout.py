@@ -162,7 +162,8 @@ def test_draw_tokens_block_by_block_is_the_inverse_cdf(vocab):
         target = uniform * row.sum().item()
         ends = [0.0, *itertools.accumulate(row.tolist())]
         place = next(n for n, end in enumerate(ends[1:]) if end > target)
-        assert place == token or min(abs(end - target) for end in ends[place : place + 2]) < 1e-9
+        # A block's sum is rounded to float32: only a number so near to an end may fall to the next token.
+        assert place == token or min(abs(end - target) for end in ends[place : place + 2]) < 2e-7
 
 
 def test_logits_that_are_not_finite_are_named(policy, prompts):
