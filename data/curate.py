@@ -55,7 +55,7 @@ from grpo.distributed import all_or_none, gather_rows, init_distributed, print0,
 from grpo.policy import Policy, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
-from reward.caprl import Answer, Asked, PromptWriter, shuffle_options
+from reward.caprl import Answer, Asked, PromptWriter, choose_letter, pad_left, shuffle_options
 
 A_WEEK = 7 * 24 * 60
 """Minutes that a rank waits for the others: shares of the work are equal in number, not in time."""
@@ -441,24 +441,15 @@ def answer_by_options(model: Policy, writer: PromptWriter, example: Example, wit
         position_ids=positions[:, None].to(device), past_key_values=head, **{key: x.to(device) for key, x in pixels.items()})
     answers = []
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        width = max(map(len, part))
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in part], device=device)  # (B, L), padded on the left
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part], device=device)
+        tokens, mask = pad_left(rows[start : start + batch_size], device)  # (B, L)
         cache = copy.deepcopy(head)
-        cache.batch_select_indices(torch.zeros(len(part), dtype=torch.long, device=device))
+        cache.batch_select_indices(torch.zeros(len(tokens), dtype=torch.long, device=device))
         place = (int(positions.max()) + mask.cumsum(1)).expand(3, -1, -1)  # (3, B, L): text goes on after the image
-        seen = torch.cat([mask.new_ones(len(part), len(ids)), mask], dim=1)
+        seen = torch.cat([mask.new_ones(len(tokens), len(ids)), mask], dim=1)
         hidden = run(input_ids=tokens, attention_mask=seen, position_ids=place, past_key_values=cache).last_hidden_state
         logits = F.linear(hidden[:, -1].float(), model.model.lm_head.weight[writer.letter_ids].float()).cpu()  # (B, letters)
-        answers += [_choose(row[: len(one.options)]) for row, one in zip(logits, asked[start : start + batch_size])]
+        answers += [choose_letter(row[: len(one.options)]) for row, one in zip(logits, asked[start : start + batch_size])]
     return answers
-
-
-def _choose(logits: Tensor) -> Answer:
-    if not logits.isfinite().all():
-        return Answer(None, failure="the model's logits are not finite")
-    return Answer(int(logits.argmax()), probs=tuple(logits.softmax(-1).tolist()))
 
 
 def _head(model: Policy, image: ImageSource | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

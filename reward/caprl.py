@@ -385,7 +385,7 @@ class Verifier:
     def _answer_by_logits(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
                           asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
         rows = iter(option_logits(self.model, writer.head_ids, caption_ids, question_ids, writer.letter_ids).cpu())
-        return [[_choose(next(rows)[: len(one.options)]) for one in group] for group in asked]
+        return [[choose_letter(next(rows)[: len(one.options)]) for one in group] for group in asked]
 
     def _answer_by_reply(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
                          asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
@@ -468,11 +468,11 @@ def _batches(items: list[int], rows: list[int], lengths: list[int], budget: int)
         yield batch
 
 
-NOT_FINITE = "the verifier's logits are not finite"
+NOT_FINITE = "the model's logits are not finite"
 
 
-def _choose(logits: Tensor) -> Answer:
-    """logits: (number of options,)."""
+def choose_letter(logits: Tensor) -> Answer:
+    """The likeliest of the offered letters; logits: (number of options,)."""
     if not logits.isfinite().all():
         return Answer(None, failure=NOT_FINITE)
     return Answer(int(logits.argmax()), probs=tuple(logits.softmax(-1).tolist()))

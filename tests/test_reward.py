@@ -450,7 +450,7 @@ def test_a_prompt_that_does_not_fit_is_a_failure_with_its_reason(verifier_model,
 def test_non_finite_logits_are_a_failure(verifier_model, tokenizer, mode):
     verifier_model.lm_head.weight.data[:] = math.nan
     [[answer]] = Verifier(verifier_model, tokenizer, mode)(["red"], [draw([COLOR], 1, "k")], ["a"])
-    assert answer.failure == "the verifier's logits are not finite"
+    assert answer.failure == "the model's logits are not finite"
     result = reward(["red"], [[COLOR]], ["k"], lambda *_: [[answer]], 1)
     assert result.rewards.isnan().all() and result.records[0][0]["score"] is None
 
