@@ -521,18 +521,20 @@ TRICKS = {
 
 @pytest.mark.parametrize("abstain", [False, True])
 @pytest.mark.parametrize("trick", TRICKS)
-def test_no_trick_is_paid_more_than_guessing(shipped, trick, abstain):
-    """On the shipped verifier: no trick beats the empty caption by more than noise.
-
-    With the abstain option the empty caption earns less than guessing does, since the verifier abstains; what makes it
-    guess instead is then paid chance (docs/results.md), and that is the most it is paid.
-    """
+def test_no_trick_is_paid_more_than_no_caption(shipped, trick, abstain):
+    """On the shipped verifier, by more than noise. With the abstain option the empty caption earns nothing, since the
+    verifier abstains; so do words that say nothing, however many."""
     scenes = SCENES[: 12 if "2,000" in trick else 30]
     floor = shipped_scores(shipped, [""] * len(scenes), abstain)
-    num_options = [[len(q.choices) + abstain for q in toy_example(scene).questions] for scene in scenes]
-    chance = torch.tensor([sum(1 / number for number in numbers) / len(numbers) for numbers in num_options])
-    assert (floor - chance).mean() <= 3 * (floor - chance).std() / len(scenes) ** 0.5
-    gain = shipped_scores(shipped, [TRICKS[trick](scene) for scene in scenes], abstain) - (chance if abstain else floor)
+    if abstain:
+        assert floor.max() <= 0.05
+    else:
+        chance = torch.tensor([
+            sum(1 / len(q.choices) for q in group) / len(group)
+            for group in (toy_example(scene).questions for scene in scenes)
+        ])
+        assert (floor - chance).mean() <= 3 * (floor - chance).std() / len(scenes) ** 0.5
+    gain = shipped_scores(shipped, [TRICKS[trick](scene) for scene in scenes], abstain) - floor
     assert gain.mean() <= 0.05  # the standard error over images and shuffles is about 0.02
 
 
