@@ -43,7 +43,7 @@ from data.images import ImageSource, StoredImage, open_image
 from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
-from grpo.policy import INSTRUCTION, Policy, load_policy
+from grpo.policy import INSTRUCTION, Policy, check_model_path, load_policy
 from grpo.report import keep_thumbnail, read_log, to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import (
@@ -259,7 +259,8 @@ def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[dict]]:
         kept = {key: row[key] for key in ("caption", "tokens", "finish_reason", "error") if key in row}
         by_id.setdefault(str(row["id"]), []).append(kept)
     if missing := [picture.id for picture in pictures if picture.id not in by_id]:
-        raise ValueError(f"{path}: expected a caption of every image, found none of {len(missing)}, first {missing[0]!r}")
+        raise ValueError(f"{path}: expected a caption of every image, found none of {len(missing)}, first {missing[0]!r}; "
+                         f"its captions are of {', '.join(map(repr, list(by_id)[:3])) or 'no image'}")
     return [by_id[picture.id] for picture in pictures]
 
 
@@ -596,6 +597,7 @@ def prism_rows(config: PrismConfig, benchmarks: Sequence[Benchmark]) -> Iterator
     """(benchmark, captioner, rows) of each pair; every rank gets all rows."""
     device = init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    check_model_path(config.verifier)  # now, not when all captions are written
     captions: dict[tuple[str, str], list[list[dict]]] = {}  # of all pictures
     for number, (name, path) in enumerate(config.captioners):
         with all_or_none("captions"):

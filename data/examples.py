@@ -241,7 +241,7 @@ def _contents(file: Path) -> Iterator[tuple[str, dict | str]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
     if not path.is_file():
-        raise ValueError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'nothing'}")
+        raise ValueError(f"{path}: expected a {'JSONL file, found a folder' if path.is_dir() else 'file, found nothing'}")
     found, offset = False, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

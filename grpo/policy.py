@@ -4,6 +4,7 @@ Tokenizer and image processor are loaded apart and image tokens expanded here: t
 needs torchvision for videos, which captions do not.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -121,10 +122,7 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["a
 
     In eval mode, where it stays even while it is trained: dropout would make the first ratio of a step differ from 1.
     """
-    if Path(path).is_dir():
-        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
-            if not list(Path(path).glob(pattern)):
-                raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
+    check_model_path(path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         # tokenizer.json as it was saved. AutoTokenizer puts Qwen2's own word splitting in its place wherever the model is a
@@ -134,6 +132,16 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["a
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
         raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
     return make_policy(model.to(device).eval(), tokenizer, image_processor)
+
+
+def check_model_path(path: str) -> None:
+    """Raises ValueError for a folder that lacks part of a model, and for what is neither a folder nor like a hub name."""
+    if Path(path).is_dir():
+        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
+            if not list(Path(path).glob(pattern)):
+                raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
 
 
 def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor) -> Policy:

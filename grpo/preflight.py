@@ -16,7 +16,7 @@ from grpo.rollout import Rollouts
 TRIAL_TOKENS = 256
 """Tokens per caption of the trial rollout."""
 SPARE = 0.92
-"""Share of the memory that an estimate may fill: allocators leave gaps, and the estimate is off by up to a tenth."""
+"""Share of the memory that an estimate may fill: allocators leave gaps, and the estimate of a peak may be a tenth too low."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -44,6 +43,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from data.examples import Example, Question, fold_choice
+from grpo.policy import check_model_path
 from grpo.rollout import draw_tokens
 
 LETTERS = "ABCDEFGHIJ"
@@ -484,10 +484,7 @@ def _read(reply: str, is_broken: bool, asked: Asked) -> Answer:
 
 def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32, **settings) -> Verifier:
     """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises ValueError if unusable."""
-    if Path(path).is_dir():
-        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
-            if not list(Path(path).glob(pattern)):
-                raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
+    check_model_path(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # tokenizer.json as saved, whatever the kind of model
