@@ -60,8 +60,8 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     """(B,) token ids from (B, V) probabilities by inverse CDF, one uniform number in [0, 1) per row.
 
     A row's draw depends on its own number only, so neither batch-mates nor their number change it, but for a rounding error of
-    float32 where a GPU sums in another order. First the block of
-    DRAW_BLOCK tokens, then the token in it: one pass over a vocabulary of 152k. A token of probability 0 is never drawn.
+    float32 where a GPU sums in another order. First the block of DRAW_BLOCK tokens, then the token in it: one pass over a
+    vocabulary of 152k. A token of probability 0 is never drawn.
     """
     width = min(DRAW_BLOCK, probs.shape[1])
     whole = probs.shape[1] // width * width

@@ -397,6 +397,7 @@ class Verifier:
         for number, layer in enumerate(cache.layers):  # one at a time: never the whole cache twice
             if type(layer) is DynamicLayer:  # not one with a sliding window
                 cache.layers[number] = RoomyLayer(layer, ids.shape[1] + self.max_new_tokens)
+        del layer  # or its keys and values would stay until all is written
         sampler = RowSampler(
             [f"{name}:{place}:reply" for name, group in zip(names, question_ids) for place in range(len(group))],
             self.temperature, self.max_new_tokens,

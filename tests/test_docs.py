@@ -32,7 +32,7 @@ SMALLEST = {
 """How each program runs in a second: flags after which nothing else changes."""
 NOT_RUN = {
     "torchrun": "needs several GPUs", "bench/": "takes minutes", "data.toy.build": "takes an hour", "venv": "needs a network",
-    "data.toy.writer": "takes an hour", "runs/writer": "needs what data.toy.writer makes",
+    "data.toy.writer": "takes half an hour", "runs/writer": "needs what data.toy.writer makes",
     "runs/loose": "needs what it writes and data.curate keeps",
     "runs/demo/": "needs what the demo makes", "captions oracle": "needs a file of captions",
     "data.toy.demo": "takes minutes; test_programs.py runs it small", "make": "makes an environment, or runs all tests",

@@ -1,6 +1,6 @@
 """Makes the two shipped checkpoints from nothing and prints how good they are.
 
-    python -m data.toy.build                    # into data/toy, under an hour on 2 cores
+    python -m data.toy.build                    # into data/toy, about an hour on 2 cores
     python -m data.toy.build --smoke --folder /tmp/toy    # a few steps of everything, to see that it runs
 """
 
