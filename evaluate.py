@@ -597,8 +597,9 @@ def prism_rows(config: PrismConfig, benchmarks: Sequence[Benchmark]) -> Iterator
     """(benchmark, captioner, rows) of each pair; every rank gets all rows."""
     device = init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for path in (*(path for _, path in config.captioners[: len(config.policy)]), config.verifier):
-        check_model_path(path)  # now, not when captions have been written
+    with all_or_none("models"):  # now, not when captions have been written
+        for path in (*(path for _, path in config.captioners[: len(config.policy)]), config.verifier):
+            check_model_path(path)
     captions: dict[tuple[str, str], list[list[dict]]] = {}  # of all pictures
     for number, (name, path) in enumerate(config.captioners):
         with all_or_none("captions"):
@@ -633,8 +634,9 @@ def prism_rows(config: PrismConfig, benchmarks: Sequence[Benchmark]) -> Iterator
 def direct_rows(config: DirectConfig, benchmarks: Sequence[Benchmark]) -> Iterator[tuple[str, str, list[dict]]]:
     """As `prism_rows`."""
     device = init_distributed()
-    for path in config.policy:
-        check_model_path(path)
+    with all_or_none("models"):
+        for path in config.policy:
+            check_model_path(path)
     for path in config.policy:
         with all_or_none("policy"):
             policy = load_policy(path, device, torch.bfloat16 if device.type == "cuda" else torch.float32)

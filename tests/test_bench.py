@@ -60,5 +60,6 @@ def test_steps_with_drafts_by_hand():
     assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=1) == 4
     assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=2) == 5  # 6, 5 has not been seen when it ends the text
     assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=0, match=1) == 6
+    assert count_steps([[1] * 7], num_draft_tokens=2, match=1) == 4  # 1, 2, 4, 7: the latest draft is not the longest
     assert count_steps([[1, 2, 3, 4]] * 2, num_draft_tokens=2, match=1) == 4  # siblings in step know no more than each other
     assert count_steps([[1, 2, 3], [7, 8, 1, 2, 3]], num_draft_tokens=1, match=1) == 4  # 2 is drafted from the first

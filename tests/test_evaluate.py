@@ -248,11 +248,23 @@ def test_free_answers_and_the_model_that_looks(tmp_path, capsys):
 def test_captions_from_a_file_must_cover_the_data(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"id": "heldout-000000", "caption": "x"}\n')
-    with pytest.raises(ValueError, match="found none of 1, first 'heldout-000001'"):
+    with pytest.raises(ValueError, match="found none of 1, first 'heldout-000001'; its captions are of 'heldout-000000'"):
         run(PrismConfig(data=("toy:heldout:2",), captions=(str(path),), **TOY))
     path.write_text('{"id": "a"}\n')
     with pytest.raises(ValueError, match="c.jsonl line 1: expected an object with id and caption, got"):
         run(PrismConfig(data=("toy:heldout:2",), captions=(str(path),), **TOY))
+
+
+@pytest.mark.parametrize("config", [
+    PrismConfig(data=("toy:heldout:2",), policy=("data/toy/policy", "a/typo/here"), **TOY),
+    PrismConfig(data=("toy:heldout:2",), policy=("data/toy/policy",), **TOY | {"verifier": "a/typo/here"}),
+    DirectConfig(data=("toy:heldout:2",), policy=("data/toy/policy", "a/typo/here")),
+])
+def test_a_mistyped_model_is_named_before_any_model_runs(monkeypatch, config):
+    for name in ("load_policy", "load_verifier"):
+        monkeypatch.setattr(evaluate, name, lambda *args, **settings: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match="a/typo/here: expected a model's folder or a hub name, found no such folder"):
+        run(config)
 
 
 def test_captions_of_a_folder_of_shards(tmp_path):

@@ -164,6 +164,16 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - max(logits, inside) - pixels, rel=0.1)
 
 
+@pytest.mark.parametrize("vocab_size, rows", [(500, 0), (50_000, 160)])
+def test_one_token_more_in_the_vocabulary(policy, vocab_size, rows):
+    """Its row of the head's gradient; of a large vocabulary, whose logits outweigh a layer's gradients, a column of them."""
+    text = policy.model.config.text_config
+    config, sizes = toy_config(prompts_per_step=1, group_size=4, max_new_tokens=40), []
+    for text.vocab_size in (vocab_size, vocab_size + 1):
+        sizes.append(estimate_memory(policy.model, None, config, 1, False, 40, 20, 0)["phase update"])
+    assert sizes[1] - sizes[0] == 4 * (text.hidden_size + rows)
+
+
 def test_static_memory_hand_computed(policy):
     """1 parameter of the sampler: 2 bytes; of the trainer: 12 over the ranks that share it, 4 more in the update, for its
     gradient; of the reference: 2 over them."""

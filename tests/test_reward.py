@@ -397,8 +397,10 @@ def test_sampled_replies_follow_the_tempered_distribution(verifier_model, tokeni
     assert all(answer.chosen in (0, 1) for [answer] in answers)
 
 
-def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer):
-    """Near temperature 0, token by token over the whole prompt each time."""
+def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer, monkeypatch):
+    """Near temperature 0, token by token over the whole prompt each time; all layers have room."""
+    written, update = [], RoomyLayer.update
+    monkeypatch.setattr(RoomyLayer, "update", lambda layer, *new, **_: written.append(layer) or update(layer, *new))
     verifier = Verifier(verifier_model, tokenizer, mode="sample", temperature=1e-6, max_new_tokens=6)
     captions, asked = ["red", "a long blue star", ""], [draw([COLOR, COUNT], 2, f"{i}") for i in range(3)]
     writer, eos = verifier.writers[False], verifier_model.generation_config.eos_token_id
@@ -409,6 +411,7 @@ def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer):
             while len(reply) < 6 and eos not in reply:
                 reply.append(verifier_model(torch.tensor([ids + reply])).logits[0, -1].argmax().item())
             assert answer.reply == tokenizer.decode(reply, skip_special_tokens=True)
+    assert len({id(layer) for layer in written}) >= verifier_model.config.num_hidden_layers
 
 
 def test_a_layer_with_room_holds_what_a_growing_one_does():
