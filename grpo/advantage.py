@@ -10,7 +10,8 @@ def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = Fal
 
     rewards: (B,) float32, the G rollouts of a prompt adjacent; NaN marks a caption whose reward could not be measured,
     which takes no part in the statistics and gets 0. Returns (B,) float32, unitless. A group whose rewards are equal up
-    to float noise gets exact zeros. `std` is the population's.
+    to float noise gets exact zeros, and so does one with a single measured reward. `std` divides by n - 1, n being the
+    group's measured rewards, as TRL's and verl's does: published learning rates and KL weights mean the same here.
 
     leave_one_out: the baseline is the mean of the *other* rewards, r - mean = n / (n - 1) times the above (RLOO,
     arXiv 2402.14740). scale_by_std: False leaves out the division (Dr. GRPO, arXiv 2503.20783).
@@ -26,7 +27,7 @@ def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = Fal
     filled = grouped.nan_to_num(0.0)
     mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
     centered = torch.where(valid, filled - mean, 0.0)
-    std = (centered.square().sum(1, keepdim=True) / count.clamp(min=1)).sqrt()
+    std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     if leave_one_out:
         centered = centered * count / (count - 1).clamp(min=1)
     advantages = centered / (std + eps) if scale_by_std else centered

@@ -7,11 +7,25 @@ from grpo.advantage import group_advantages
 
 
 def test_hand_computed():
-    # mean 1/2, population std 1/2 (the sample std would give 0.866)
+    # mean 1/2, four squares of 1/4; over n - 1 = 3 the variance is 1/3, the std 0.5774, and 0.5 / 0.5774 = 0.8660
+    # (over n it would be 1/4, and every advantage 1)
     got = group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, eps=0.0)
-    assert got.tolist() == [1, -1, -1, 1]
-    # eps is added to the std: 0.5 / (0.5 + 0.1)
-    assert group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, eps=0.1)[0].item() == pytest.approx(0.5 / 0.6)
+    assert got.tolist() == pytest.approx([0.8660, -0.8660, -0.8660, 0.8660], abs=5e-5)
+    # eps is added to the std: 0.5 / (0.5774 + 0.1)
+    assert group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, eps=0.1)[0].item() == pytest.approx(0.5 / 0.67735, abs=1e-5)
+    # two rewards: the variance is 2 * 0.25 ** 2 / 1, the std 0.35355, and 0.25 / 0.35355 = 0.7071
+    assert group_advantages(torch.tensor([0.5, 1.0]), 2, eps=0.0).tolist() == pytest.approx([-0.7071, 0.7071], abs=5e-5)
+
+
+def test_the_standard_deviation_counts_the_measured_rewards_alone():
+    # of 1, 0, 0 (the fourth was not measured): mean 1/3, squares 4/9 + 1/9 + 1/9 over 2 are 1/3, std 0.5774
+    got = group_advantages(torch.tensor([1.0, 0, math.nan, 0]), 4, eps=0.0)
+    assert got.tolist() == pytest.approx([1.1547, -0.5774, 0, -0.5774], abs=5e-5)
+    # leave-one-out is n / (n - 1) = 3/2 times that
+    got = group_advantages(torch.tensor([1.0, 0, math.nan, 0]), 4, leave_one_out=True, eps=0.0)
+    assert got.tolist() == pytest.approx([1.7321, -0.8660, 0, -0.8660], abs=5e-5)
+    # n - 1 is 0 where one was measured: nothing to compare it with
+    assert group_advantages(torch.tensor([math.nan, 0.7, math.nan, math.nan]), 4, eps=0.0).tolist() == [0, 0, 0, 0]
 
 
 def test_leave_one_out_compares_with_the_others():
@@ -36,7 +50,7 @@ def test_against_plain_loops(leave_one_out, scale_by_std):
         group = rewards[start : start + 6].tolist()
         known = [r for r in group if not math.isnan(r)]
         mean = sum(known) / len(known)
-        std = math.sqrt(sum((r - mean) ** 2 for r in known) / len(known))
+        std = math.sqrt(sum((r - mean) ** 2 for r in known) / (len(known) - 1))
         for i, r in enumerate(group):
             if math.isnan(r):
                 want.append(0.0)
@@ -68,7 +82,7 @@ def test_groups_do_not_mix():
     rewards = torch.tensor([0.0, 1, 5, 6])
     order = torch.tensor([2, 3, 0, 1])  # whole groups change places
     assert group_advantages(rewards[order], 2).tolist() == group_advantages(rewards, 2)[order].tolist()
-    assert group_advantages(rewards, 2).tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-3)
+    assert group_advantages(rewards, 2).tolist() == pytest.approx([-0.7071, 0.7071, -0.7071, 0.7071], abs=1e-3)
 
 
 def test_inputs_are_unchanged_and_bad_sizes_refused():
