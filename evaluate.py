@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
@@ -46,6 +45,7 @@ from grpo.distributed import all_or_none, gather_rows, init_distributed, print0,
 from grpo.policy import INSTRUCTION, Policy, check_model_path, load_policy
 from grpo.report import keep_thumbnail, read_log, to_json
 from grpo.rollout import sample_rollouts
+from grpo.scores import paired_difference, summarize
 from reward.caprl import (
     ANSWER_START,
     CAPTION_END,
@@ -414,94 +414,6 @@ def direct(benchmark: Benchmark, policy: Policy, config: DirectConfig) -> list[d
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
-def question_scores(rows: Sequence[dict]) -> dict[str, dict[str, tuple[str, float]]]:
-    """image id -> question id -> (family, mean score over the captions), of what could be asked."""
-    found: dict[str, dict[str, tuple[str, list[float]]]] = {}
-    for row in rows:
-        for question in row["questions"]:
-            if question["score"] is not None:
-                scores = found.setdefault(row["id"], {}).setdefault(question["id"], (question["family"], []))[1]
-                scores.append(question["score"])
-    return {image: {id: (family, sum(s) / len(s)) for id, (family, s) in group.items()} for image, group in found.items()}
-
-
-def interval(sums: Sequence[float], counts: Sequence[int], seed: int, num_resamples: int = 2000) -> tuple[float, float]:
-    """Bootstrap 95% interval of sum(sums) / sum(counts) over images, each of which brings its sum and its count along."""
-    rng = np.random.default_rng(seed)
-    sums, counts = np.asarray(sums, dtype=float), np.asarray(counts)
-    means = []
-    for _ in range(num_resamples):
-        drawn = rng.integers(len(sums), size=len(sums))
-        means.append(sums[drawn].sum() / counts[drawn].sum())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def summarize(rows: Sequence[dict], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Per family and over "all": the mean `accuracy` (score) over questions with its interval `low`, `high`; `best`, with the
-    image's best caption; numbers of `images` and `questions`; shares of answers `unparsed`, `abstained` and `right`, and of
-    captions `cut` off; `failed` questions, which count nowhere else; `words` and `tokens` per caption.
-
-    NaN where nothing was measured.
-    """
-    scores = question_scores(rows)
-    by_image: dict[str, list[dict]] = {}
-    for row in rows:
-        by_image.setdefault(row["id"], []).append(row)
-    families = sorted({question["family"] for row in rows for question in row["questions"]})
-    table = {}
-    for family in [*families, "all"] if families != ["all"] else ["all"]:
-        def belongs(name: str, family: str = family) -> bool:
-            return family in ("all", name)
-
-        asked = [q for row in rows for q in row["questions"] if belongs(q["family"])]
-        answered = [q for q in asked if q["score"] is not None]
-        images = [[score for name, score in group.values() if belongs(name)] for group in scores.values()]
-        images = [group for group in images if group]
-        sums, counts = [sum(group) for group in images], [len(group) for group in images]
-        best = []
-        for group in by_image.values():
-            found = [
-                [q["score"] for q in row["questions"] if belongs(q["family"]) and q["score"] is not None] for row in group
-            ]
-            if found := [scored for scored in found if scored]:
-                best.append(max((sum(scored) / len(scored), len(scored)) for scored in found))
-        told = [row for row in rows if any(belongs(q["family"]) for q in row["questions"]) and "error" not in row]
-        low, high = interval(sums, counts, seed) if images else (math.nan, math.nan)
-        table[family] = {
-            "accuracy": _share(sum(sums), sum(counts)), "low": low, "high": high,
-            "best": _share(sum(mean * number for mean, number in best), sum(number for _, number in best)),
-            "images": len(images), "questions": sum(counts),
-            "unparsed": _share(sum(q["unparsed"] for q in answered), len(answered)),
-            "abstained": _share(sum(q["abstain"] is not None and q["chosen"] == q["abstain"] for q in answered), len(answered)),
-            "right": _share(sum(q["correct"] for q in answered), len(answered)),
-            "failed": len({q["id"] for q in asked} - {q["id"] for q in answered}),
-            "words": _share(sum(len(row["caption"].split()) for row in told), len(told)),
-            "tokens": _share(sum(row.get("tokens", math.nan) for row in told), len(told)),
-            "cut": _share(sum(row.get("finish_reason") == "length" for row in told), len(told)),
-        }
-    return table
-
-
-def _share(part: float, whole: int) -> float:
-    return part / whole if whole else math.nan
-
-
-def paired_difference(rows: Sequence[dict], others: Sequence[dict], seed: int = 0) -> dict[str, float]:
-    """Mean score of `others` less that of `rows` on the questions that both answered, with a bootstrap interval over images."""
-    first, second = question_scores(rows), question_scores(others)
-    differences = [
-        [second[image][id][1] - score for id, (_, score) in group.items() if id in second[image]]
-        for image, group in first.items() if image in second
-    ]
-    differences = [group for group in differences if group]
-    if not differences:
-        return {"difference": math.nan, "low": math.nan, "high": math.nan, "questions": 0}
-    sums, counts = [sum(group) for group in differences], [len(group) for group in differences]
-    low, high = interval(sums, counts, seed)
-    return {"difference": sum(sums) / sum(counts), "low": low, "high": high, "questions": sum(counts)}
-
-
 Found = dict[tuple[str, str], list[dict]]
 """(benchmark, captioner) -> a row per caption"""
 Tables = dict[tuple[str, str], dict[str, dict[str, float]]]
@@ -528,12 +440,12 @@ def _number(value: float, digits: int = 3) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def report(benchmarks: Sequence[Benchmark], rows: Found, tables: Tables, seed: int) -> str:
+def report(benchmarks: Sequence[Benchmark], rows: Found, tables: Tables) -> str:
     """All tables as Markdown: scores, differences to the first captioner, CaptionQA's shares, the paper's rows."""
     parts = [format_table(tables)]
     first = {benchmark: captioner for benchmark, captioner in reversed(rows)}
     differences = [
-        (benchmark, captioner, paired_difference(rows[benchmark, first[benchmark]], found, seed))
+        (benchmark, captioner, paired_difference(rows[benchmark, first[benchmark]], found))
         for (benchmark, captioner), found in rows.items() if captioner != first[benchmark]
     ]
     if differences:
@@ -680,8 +592,8 @@ def main(arguments: list[str]) -> None:
     config = tyro.extras.subcommand_cli_from_dict(programs, args=arguments)
     benchmarks, found = run(config)
     if rank() == 0:
-        tables = {key: summarize(rows, config.seed) for key, rows in found.items()}
-        text = report(benchmarks, found, tables, config.seed)
+        tables = {key: summarize(rows) for key, rows in found.items()}
+        text = report(benchmarks, found, tables)
         print0(text)
         if config.out:
             Path(config.out).with_suffix(".md").write_text(text + "\n", encoding="utf-8")

@@ -15,19 +15,18 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 
 import jinja2
 import tyro
 
 from grpo.config import PRESETS
 from grpo.report import LOGS, METRICS, SHOWN_GROUPS, read_log, saved_config, thumbnail_file
+from grpo.scores import interval, paired_difference, summarize
 
 MAX_STEPS = 200
 """Steps whose captions are read: more would take minutes and fit no page."""
 SHOWN_QUESTIONS = 100
-Z95 = 1.96
-"""A 95% interval is the mean plus or minus so many standard errors."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,11 @@ def load_sources(path: Path) -> list[Source]:
     several = len({row.get("benchmark") for row in rows}) > 1
     by_captioner: dict[str, list[dict]] = {}
     for row in rows:
+        row["questions"] = [  # evaluate.py writes all of these; captions of a step of a run can be looked at all the same
+            {"id": f"{row['id']}:{place}", "family": str(row.get("family", "all")), "score": None, "correct": None,
+             "abstain": None, "chosen": None, "unparsed": one.get("chosen") is None} | one
+            for place, one in enumerate(row["questions"])
+        ]
         if several:  # ids are unique in a benchmark, and so are families
             family = f"{row['benchmark']} {row.get('family', 'all')}"
             row |= {"id": f"{row['benchmark']}:{row['id']}", "family": family}
@@ -109,9 +113,9 @@ def load_run(run_dir: Path) -> Source:
     groups, bands = [], {}
     for path in (files[place] for place in evenly(len(files), MAX_STEPS)):
         images = by_image(read_rows(path))
-        band = interval([mean_accuracy(group) for group in images])
-        if band and (middle := series.get("accuracy", {}).get(step_of(path))) is not None:
-            bands[step_of(path)] = (middle - band[1], middle + band[1])
+        correct = [known(one.get("correct") for row in group for one in row["questions"]) for group in images]
+        if correct := [group for group in correct if group]:
+            bands[step_of(path)] = interval(list(map(sum, correct)), list(map(len, correct)))
         groups += [(step_of(path), group) for group in images[:SHOWN_GROUPS]]
     starts = tuple(read_log(run_dir / "starts.jsonl"))
     return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
@@ -157,21 +161,6 @@ def earned(row: dict) -> float | None:
 
 def known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
-
-
-def mean_accuracy(rows: Sequence[dict]) -> float | None:
-    """Mean over an image's captions of the share of questions answered rightly; None where nothing was scored."""
-    shares = []
-    for row in rows:
-        correct = known(one.get("correct") for one in row["questions"])
-        shares += [fmean(correct)] if correct else []
-    return fmean(shares) if shares else None
-
-
-def interval(values: Iterable[float | None]) -> tuple[float, float] | None:
-    """Mean and half of its 95% interval, over what was measured; None for fewer than two values."""
-    found = known(values)
-    return (fmean(found), Z95 * stdev(found) / math.sqrt(len(found))) if len(found) > 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- captions
@@ -439,32 +428,21 @@ def settings_apart(sources: Sequence[Source]) -> dict[str, list]:
 
 
 def evaluation_table(sources: Sequence[Source]) -> list[dict]:
-    """Per family and over all: images, accuracy with its interval and words of each source, and the mean over shared images of
-    the second's accuracy less the first's."""
-    groups = [{rows[0]["id"]: rows for _, rows in source.groups} for source in sources]
-    families = sorted({str(rows[0].get("family", "all")) for of_id in groups for rows in of_id.values()})
+    """evaluate.py's own numbers: for each benchmark, per family and over all, `summarize` of each source and, of two, the
+    `paired_difference` of the second to the first."""
+    given = [[row for _, rows in source.groups for row in rows] for source in sources]
+    benchmarks = list(dict.fromkeys(row.get("benchmark") for rows in given for row in rows))
     table = []
-    for family in [*families, "all"] if families != ["all"] else ["all"]:
-        chosen = [
-            {id: rows for id, rows in of_id.items() if family in ("all", str(rows[0].get("family", "all")))} for of_id in groups
-        ]
-        means = []
-        for of_id in chosen:
-            scores = {id: known(map(earned, rows)) for id, rows in of_id.items()}
-            means.append({id: fmean(values) for id, values in scores.items() if values})
-        cells = []
-        for of_id, mean in zip(chosen, means):
-            rows = [row for group in of_id.values() for row in group]
-            answers = [one for row in rows for one in row["questions"] if not one.get("failure")]
-            cells.append({
-                "images": len(of_id), "accuracy": fmean(mean.values()) if mean else None, "interval": interval(mean.values()),
-                "words": fmean(len(row["caption"].split()) for row in rows) if rows else None,
-                "unparsed": fmean(one.get("chosen") is None for one in answers) if answers else None,
-                "abstain": fmean(one.get("abstain") is not None and one.get("chosen") == one["abstain"] for one in answers)
-                if answers else None,
+    for benchmark in benchmarks:
+        parts = [[row for row in rows if row.get("benchmark") == benchmark] for rows in given]
+        summaries = [summarize(part) for part in parts]
+        families = sorted({family for summary in summaries for family in summary} - {"all"})
+        for family in [*families, "all"]:
+            table.append({
+                "family": f"{benchmark} {family}" if len(benchmarks) > 1 else family,
+                "cells": [summary.get(family) for summary in summaries],
+                "difference": paired_difference(*parts, family) if len(parts) > 1 else None,
             })
-        pairs = [means[1][id] - value for id, value in means[0].items() if id in means[1]] if len(means) > 1 else []
-        table.append({"family": family, "cells": cells, "difference": interval(pairs)})
     return table
 
 

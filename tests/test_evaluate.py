@@ -25,16 +25,14 @@ from evaluate import (
     answer_line,
     ask_item,
     format_table,
-    interval,
     main,
     others_captions,
-    paired_difference,
     prism,
     record,
     report,
     run,
-    summarize,
 )
+from grpo.scores import interval, paired_difference, summarize
 from reward.caprl import Answer, Verifier, load_verifier
 
 TOY = dict(verifier="data/toy/verifier", max_new_tokens=96)
@@ -67,13 +65,13 @@ def test_summary_hand_computed():
 
 
 def test_bootstrap_interval_is_that_of_the_mean():
-    low, high = interval([float(i % 2) for i in range(400)], [1] * 400, seed=0)  # standard error 0.5 / 20 = 0.025
+    low, high = interval([float(i % 2) for i in range(400)], [1] * 400)  # standard error 0.5 / 20 = 0.025
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
 
 
 def test_bootstrap_resamples_images_not_questions():
     """100 images of 50 questions, all alike within an image: 5,000 questions, but the interval of 100 independent ones."""
-    low, high = interval([50.0 * (i % 2) for i in range(100)], [50] * 100, seed=0)
+    low, high = interval([50.0 * (i % 2) for i in range(100)], [50] * 100)
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(100), abs=0.025)
 
 
@@ -242,7 +240,7 @@ def test_free_answers_and_the_model_that_looks(tmp_path, capsys):
     rows = found["toy:heldout:2", "data/toy/policy, looking"]
     assert all(q["reply"] or q["unparsed"] for r in rows for q in r["questions"]) and rows[0]["caption"] == ""
     tables = {key: summarize(rows) for key, rows in found.items()}
-    assert "Beside the paper's Table 3" in report(benchmarks, found, tables, 0)
+    assert "Beside the paper's Table 3" in report(benchmarks, found, tables)
 
 
 def test_captions_from_a_file_must_cover_the_data(tmp_path):

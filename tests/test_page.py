@@ -12,7 +12,11 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from data.benchmarks import Benchmark, Item, Picture
+from data.examples import Question
+from evaluate import prism
 from grpo.config import toy_config
 from grpo.page import (
     PageConfig,
@@ -21,7 +25,6 @@ from grpo.page import (
     draw,
     evaluation_table,
     evenly,
-    interval,
     load_sources,
     main,
     nearest_preset,
@@ -33,6 +36,8 @@ from grpo.page import (
     write_page,
 )
 from grpo.report import keep_thumbnail, log_step, start_run
+from grpo.scores import paired_difference, summarize
+from reward.caprl import Answer
 
 # ------------------------------------------------------------------------------------------------------------ made-up runs
 
@@ -94,12 +99,6 @@ def test_ticks_cover_whatever_comes():
         assert 2 <= len(found) <= 8 and found[0] <= low + 1e-6 * (high - low) and found[-1] >= high - 1e-6 * (high - low)
 
 
-def test_interval_by_hand():
-    # mean 0.5; sample deviation sqrt((0.25 + 0.25 + 0) / 2) = 0.5; 1.96 * 0.5 / sqrt(3)
-    assert interval([0.0, 1.0, None, 0.5]) == (0.5, pytest.approx(0.98 / math.sqrt(3)))
-    assert interval([0.3, None]) is None
-
-
 def test_a_curve_by_hand():
     """Steps 0 to 10 lie between x = 52 and 352, values 0 to 1 between y = 156 and 10; a gap where nothing was measured."""
     lines = [{"label": "a", "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
@@ -114,10 +113,11 @@ def test_a_curve_by_hand():
 
 def test_the_band_of_the_accuracy_is_over_images(tmp_path):
     rows = [caption_row(id, questions=[asked(chosen=chosen), asked("Other?", chosen=0)]) for id, chosen in
-            [("1", 0), ("1", 1), ("2", 1), ("2", 1)]]  # images: 0.75 and 0.5
+            [("1", 0), ("1", 1), ("2", 1), ("2", 1)]]
+    rows.append(caption_row("3", questions=[asked(correct=None)]))  # a judge's: nothing was answered
     [source] = load_sources(made_run(tmp_path / "run", [rows]))
-    half = 1.96 * math.sqrt(2 * 0.125**2) / math.sqrt(2)
-    assert source.bands == {0: (pytest.approx(0.5 - half), pytest.approx(0.5 + half))}
+    # image 1 has 3 of 4, image 2 has 2 of 4: a draw of the two is 0.75, 0.625 or 0.5, the outer ones a quarter of the time
+    assert source.bands == {0: (0.5, 0.75)}
 
 
 def test_what_is_not_in_the_list_is_drawn_all_the_same(tmp_path):
@@ -160,11 +160,12 @@ def test_the_second_runs_captions_are_those_of_the_nearest_step(tmp_path):
 
 
 def test_tables_of_evaluations_by_hand(tmp_path):
-    def rows(shares):
+    def rows(scores):
         return [
-            {"id": str(place), "family": "ab"[place % 2], "caption": "two words", "accuracy": share,
-             "questions": [asked(chosen=0 if (share or 0) >= 0.5 else 1), asked(f"Only {place}?", chosen=None, source=1)]}
-            for place, share in enumerate(shares)
+            {"id": str(place), "family": "ab"[place % 2], "caption": "two words",
+             "questions": [asked(chosen=None if score is None else 0 if score >= 0.5 else 1, score=score),
+                           asked(f"Only {place}?", chosen=None, source=1, score=None, correct=None)]}
+            for place, score in enumerate(scores)
         ]
 
     [first] = load_sources(evaluation(tmp_path / "one.jsonl", rows([1.0, 0.0, 0.5, None])))
@@ -173,19 +174,53 @@ def test_tables_of_evaluations_by_hand(tmp_path):
     assert (a["family"], b["family"], both["family"]) == ("a", "b", "all")
     assert [cell["accuracy"] for cell in a["cells"]] == [0.75, 0.5]  # images 0 and 2
     assert [cell["accuracy"] for cell in b["cells"]] == [0.0, 0.5]  # image 3 has none: no zero
-    assert a["difference"][0] == -0.25 and b["difference"] is None  # one pair has no interval
-    assert both["difference"][0] == pytest.approx((-1 + 0.5 + 0.5) / 3)
-    assert both["cells"][0]["unparsed"] == 0.5 and both["cells"][0]["words"] == 2 and both["cells"][0]["images"] == 4
+    assert a["difference"]["difference"] == -0.25 and b["difference"]["questions"] == 1
+    assert both["difference"]["difference"] == pytest.approx((-1 + 0.5 + 0.5) / 3)
+    assert both["cells"][0]["words"] == 2 and both["cells"][0]["images"] == 3 and both["cells"][0]["unparsed"] == 0
     table = question_table([first, other])
     # "What color?" is right for images 0 and 2 of the first, for 1, 2 and 3 of the second
-    assert len(table) == 5 and table[0]["question"] == "What color?" and table[0]["images"] == 4
+    assert len(table) == 1 and table[0]["question"] == "What color?" and table[0]["images"] == 4
     assert table[0]["shares"] == [0.5, 0.75] and table[0]["difference"] == 0.25
+
+
+def test_the_page_says_what_the_tables_of_evaluate_say(tmp_path, capsys):
+    """Images with 2, 3 and 4 questions of two families: a mean over images is another number than one over questions."""
+    color, shape = Question("Color?", ("red", "blue"), 0), Question("Shape?", ("disc", "star"), 0)
+    items = [Item(f"q{n}", color if n % 2 else shape, "ab"[n % 2]) for n in range(9)]
+    parts = {"x": items[:2], "y": items[2:5], "z": items[5:]}
+    pictures = [Picture(id, Image.new("RGB", (9, 9)), tuple(part)) for id, part in parts.items()]
+    benchmark = Benchmark("b", "choice", "choice", pictures, [])
+
+    def says(captions, asked_, names):  # what the caption says; one that is empty cannot be read
+        return [[Answer(next((n for n, text in enumerate(one.options) if text in caption), None)) for one in group]
+                for caption, group in zip(captions, asked_)]
+
+    words = {"base": ["a red disc", "a red star", "a blue disc"], "ours": ["a red disc", "nothing", "a red disc"]}
+    found = {name: prism(benchmark, [[{"caption": text}, {"caption": "a blue star"}] for text in texts], says)
+             for name, texts in words.items()}
+    path = evaluation(tmp_path / "two.jsonl", [
+        {"benchmark": "b", "captioner": name} | row for name, rows in found.items() for row in rows
+    ])
+    tables = {name: summarize(rows) for name, rows in found.items()}
+    # The second caption is always wrong, so that each question that the first one answers counts 1/2: of x 2, of y 1 (its
+    # color), of z 2 (its shapes), in all 5/2 of 9. A mean over images would be (2/4 + 1/6 + 2/8) / 3 = 0.306.
+    assert tables["base"]["all"]["accuracy"] == pytest.approx(2.5 / 9)
+    shown = {row["family"]: row for row in evaluation_table(load_sources(path))}
+    assert list(shown) == ["a", "b", "all"]
+    page = re.sub(r"<[^>]*>", "", write_page(path).read_text())
+    for family, row in shown.items():
+        assert row["cells"] == [table[family] | {"tokens": pytest.approx(math.nan, nan_ok=True)} for table in tables.values()]
+        for cell in row["cells"]:
+            assert f"{cell['accuracy']:.3f} {cell['low']:.3f} to {cell['high']:.3f}" in page
+    difference = paired_difference(found["base"], found["ours"])
+    assert shown["all"]["difference"] == difference
+    assert f"{difference['difference']:+.3f} {difference['low']:+.3f} to {difference['high']:+.3f}" in page
 
 
 def test_one_evaluation_of_several_captioners_and_benchmarks_is_taken_apart(tmp_path):
     rows = [
         {"benchmark": benchmark, "captioner": captioner, "id": "0", "family": "all", "caption": "c", "accuracy": share,
-         "questions": [asked(options=[], gold=None, chosen=None, reply="red", correct=None)]}
+         "questions": [asked(options=[], gold=None, chosen=None, reply="red", correct=None, score=share, unparsed=False)]}
         for captioner, share in (("base", 0.0), ("ours", 1.0), ("no caption", 0.5)) for benchmark in ("a", "b")
     ]
     path = evaluation(tmp_path / "table.jsonl", rows)
@@ -193,8 +228,9 @@ def test_one_evaluation_of_several_captioners_and_benchmarks_is_taken_apart(tmp_
     assert [source.name for source in sources] == ["base", "ours", "no caption"]
     assert [group[0]["id"] for _, group in sources[0].groups] == ["a:0", "b:0"]
     table = evaluation_table(sources[:2])
-    assert [row["family"] for row in table] == ["a all", "b all", "all"]
-    assert [cell["accuracy"] for cell in table[2]["cells"]] == [0.0, 1.0]
+    assert [row["family"] for row in table] == ["a all", "b all"]  # evaluate.py says nothing of both together
+    assert [cell["accuracy"] for cell in table[1]["cells"]] == [0.0, 1.0]
+    assert [cell["unparsed"] for cell in table[1]["cells"]] == [0, 0]  # answers in words choose no option
     text = write_page(path).read_text()
     assert "base and ours" in text
     assert "no caption and base" in write_page(path, captioners=["no caption", "base"]).read_text()

@@ -30,10 +30,11 @@ from data.toy.world import (
     toy_example,
     write_caption,
 )
-from evaluate import PrismConfig, format_table, prism, summarize, write_captions
+from evaluate import PrismConfig, format_table, prism, write_captions
 from grpo.checkpoint import export_policy
 from grpo.config import run_program
 from grpo.policy import load_policy
+from grpo.scores import summarize
 from reward.caprl import RewardConfig, Verifier, caption_rewards, load_verifier
 
 

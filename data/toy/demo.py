@@ -10,8 +10,9 @@ from pathlib import Path
 
 import tyro
 
-from evaluate import PrismConfig, run, summarize
+from evaluate import PrismConfig, run
 from grpo.config import run_program, toy_config
+from grpo.scores import summarize
 from train import train
 
 
