@@ -145,7 +145,7 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     )
     captions, groups_seen, num_scored = sums.pop("captions"), sums.pop("groups"), sums.pop("scored")
     stats = {key: sums.pop(key) / (sums.pop(f"captions of {key}") or math.nan) for key in counts}
-    flat_groups = sums.pop("flat_groups") / groups_seen
+    flat_groups = sums.pop("flat_groups") / (groups_seen if num_scored else math.nan)
     return {"flat_groups": flat_groups, "unscored_captions": captions - num_scored} | stats | {
         key: value / (num_scored or math.nan) if key.startswith("reward") else value / captions for key, value in sums.items()
     }
@@ -462,7 +462,8 @@ def alarms(metrics: dict[str, float]) -> list[str]:
     """A sentence of advice on each number that has left the range in which runs go well; the limits are ours."""
     limits = {
         "ratio": (abs(metrics["ratio"] - 1) > 0.05,
-                  "sampler and trainer disagree, or steps are long: leave out --sampler-logprobs, or lower --learning-rate"),
+                  "sampler and trainer disagree, or steps are long: leave out --sampler-logprobs, or lower --learning-rate "
+                  "or --inner-epochs"),
         "sampler_gap": (metrics["sampler_gap"] > 0.1,
                         "nats between the sampler and the policy that is trained: look at its precision"),
         "kl": (metrics.get("kl", 0.0) > 0.5, "far from the initial policy: raise --kl-coef or lower --learning-rate"),

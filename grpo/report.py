@@ -65,10 +65,12 @@ METRICS = {
         Metric("length", "tokens", "mean per caption, the end token included", "length", True),
         Metric("truncated_share", "share", "of captions, cut off at `max_new_tokens`", "truncated"),
         Metric("loss", "", "the clipped surrogate with the KL, at the first inner epoch", "loss"),
-        Metric("ratio", "", "mean of rho, the policy's probability of a token over the old one", "ratio"),
-        Metric("clip_share", "share", "of tokens, on the clipped branch", "clip share", True),
-        Metric("kl", "nats per token", "mean k3 estimate of the KL to the reference", "KL", True),
-        Metric("entropy", "nats", "mean over tokens of the policy's next-token distribution", "entropy", True),
+        Metric("ratio", "", "mean of rho, the policy's probability of a token over the old one, at the last inner epoch",
+               "ratio"),
+        Metric("clip_share", "share", "of tokens, on the clipped branch, at the last inner epoch", "clip share", True),
+        Metric("kl", "nats per token", "mean k3 estimate of the KL to the reference, at the first inner epoch", "KL", True),
+        Metric("entropy", "nats", "mean over tokens of the policy's next-token distribution, at the first inner epoch",
+               "entropy", True),
         Metric("sampler_gap", "nats", "mean absolute difference between the sampler's and the trainer's log-probabilities",
                "sampler gap"),
         Metric("grad_norm", "", "before clipping, of the last inner epoch", "gradient norm"),
@@ -119,7 +121,8 @@ def metrics_page() -> str:
         "Written from the list in `grpo/report.py` by",
         "`python -c \"from grpo.report import metrics_page; print(metrics_page(), end='')\" > docs/metrics.md`.", "",
         "Each file of a run folder has one line per step, with `step` (0-based) and these keys. Numbers are over all ranks;",
-        "token means are weighted as in the loss. What could not be measured is `null`.",
+        "token means are weighted as in the loss. What could not be measured is `null`. At the first inner epoch the policy is",
+        "still the one that sampled, so that `ratio` is 1 and `clip_share` 0 unless `--inner-epochs` is over 1.",
     ]
     for name, metrics in METRICS.items():
         lines += ["", f"## {name}", "", "| key | unit | what |", "| --- | --- | --- |"]

@@ -61,7 +61,9 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                   rollouts: Rollouts, advantages: Tensor, valid: Tensor, config: TrainConfig) -> dict[str, float]:
     """`inner_epochs` optimizer steps on one batch of rollouts; returns diagnostics over all ranks.
 
-    They are of the first inner epoch, token means weighted as in the loss; `grad_norm` is the last one's.
+    Token means are weighted as in the loss, NaN where no caption of the step has a reward. They are of the first inner epoch,
+    when the policy is still the one that sampled, except `ratio`, `clip_share` and `grad_norm`, which are of the last: as far
+    as the policy has moved away.
 
     advantages: (B,) float32. valid: (B,) bool, False on captions without a reward, which count nowhere.
     """
@@ -99,8 +101,12 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                     "entropy": (weights[rows] * entropies).sum(),
                     "sampler_gap": (weights[rows] * (logprobs.detach() - part.logprobs).abs()).sum(),
                 }
-                for key, value in stats.items():
-                    totals[key] = totals.get(key, 0.0) + value.item()
+            else:
+                stats.pop("kl", None)
+            if epoch + 1 < config.inner_epochs:
+                del stats["ratio"], stats["clip_share"]
+            for key, value in stats.items():
+                totals[key] = totals.get(key, 0.0) + value.item()
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # Agreed on by all ranks; one NaN would otherwise overwrite every weight.
@@ -111,6 +117,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
         optimizer.zero_grad()
     scorer.eval()
     totals = sum_across_ranks(totals)
-    weight = totals.pop("weight") or 1.0  # below 1 with the constant reduction; 0 where no caption has a reward
-    means = {key: value if key == "loss" else value / weight for key, value in totals.items()}
+    weight = totals.pop("weight") or math.nan  # below 1 with the constant reduction; 0 where no caption has a reward
+    means = {key: value / weight for key, value in totals.items()}
+    means["loss"] *= weight  # a sum: the weights are in it
     return means | {"grad_norm": norm.item(), "skipped": num_skipped}

@@ -47,7 +47,7 @@ def audit(rows: Sequence[dict]) -> dict:
         for one in record:
             right.setdefault(f"{row['id']}:{one['source']}", []).append(one["correct"])
     repeated = {question: answers for question, answers in right.items() if len(answers) > 1}
-    varied = sum(np.ptp(pairs[:, 0]) > 1e-6 for pairs in _paired_by_group(groups, rewards, rewards))
+    measured = _paired_by_group(groups, rewards, rewards)
     flat = [one for record in records for one in record]
     stats = answer_stats(records)
     return {
@@ -59,7 +59,7 @@ def audit(rows: Sequence[dict]) -> dict:
         "split_half": 2 * half_correlation / (1 + half_correlation) if half_correlation > 0 else half_correlation,
         "length_correlation": within_group_correlation(groups, rewards, [row["length"] for row in rows]),
         "repetition": _mean([repetition(row["caption"]) for row in rows]),
-        "flat_groups": 1 - varied / len(set(groups)),
+        "flat_groups": sum(np.ptp(pairs[:, 0]) < 1e-6 for pairs in measured) / len(set(groups)) if measured else math.nan,
         "always_right": sorted(question for question, answers in repeated.items() if all(answers)),
         "always_wrong": sorted(question for question, answers in repeated.items() if not any(answers)),
     }

@@ -64,8 +64,10 @@ def test_split_half_of_independent_halves_hand_computed():
 
 def test_what_cannot_be_told_is_nan_and_no_rows_break_nothing():
     found = audit([row("i", [], None)])
-    assert all(math.isnan(found[key]) for key in ("split_half", "length_correlation", "shuffle_agreement"))
-    assert found["flat_groups"] == 1  # nothing measured, nothing taught
+    assert all(math.isnan(found[key]) for key in ("split_half", "length_correlation", "shuffle_agreement", "flat_groups"))
+    # of four groups two are flat, one varies, and of one nothing was measured: as in metrics.jsonl
+    rewards = [("i", 0.5), ("i", 0.5), ("j", 1.0), ("j", 0.0), ("k", None), ("k", None), ("l", 0.25), ("l", None)]
+    assert audit([row(id, [], reward) for id, reward in rewards])["flat_groups"] == 0.5
     judged = audit([row("i", [one(0, None, gold=None, options=())], 0.4)])
     assert judged["gold_letters"] == [] and math.isnan(judged["abstain_share"])
 

@@ -167,6 +167,35 @@ def test_old_logprobs_stay_those_of_the_first_inner_epoch(policy, batch, monkeyp
     assert not torch.allclose(second, second_old)
 
 
+def test_ratio_and_clip_share_are_taken_where_they_can_move(policy, batch, monkeypatch):
+    """Of the last of three inner epochs, from plain loops over what the loss was given; the rest is of the first."""
+    seen = []
+
+    def spy(logprobs, old_logprobs, advantages, weights, *rest):
+        seen.append((logprobs.detach().clone(), old_logprobs, advantages, weights))
+        return original(logprobs, old_logprobs, advantages, weights, *rest)
+
+    from grpo import update as module
+
+    original = module.policy_loss
+    monkeypatch.setattr(module, "policy_loss", spy)
+    metrics, _ = one_update(policy, batch, inner_epochs=3, reduction="constant")
+    once, _ = one_update(policy, batch, reduction="constant")
+    want = {"ratio": 0.0, "clip_share": 0.0}
+    logprobs, old, advantages, weights = seen[2]
+    for b in range(8):
+        for t in range(logprobs.shape[1]):
+            ratio, weight = math.exp(logprobs[b, t] - old[b, t]), weights[b, t].item() / weights.sum().item()
+            clipped = min(max(ratio, 0.8), 1.2)
+            want["ratio"] += weight * ratio
+            want["clip_share"] += weight * (clipped * advantages[b].item() < ratio * advantages[b].item())
+    assert {key: metrics[key] for key in want} == pytest.approx(want, rel=1e-4)
+    assert abs(metrics["ratio"] - 1) > 0.01 and metrics["clip_share"] > 0.05
+    assert once["ratio"] == pytest.approx(1, abs=1e-5) and once["clip_share"] == 0
+    for key in ("loss", "kl", "entropy", "sampler_gap"):
+        assert metrics[key] == once[key]
+
+
 def test_the_samplers_logprobs_can_be_the_old_ones(policy, batch):
     rollouts, *rest = batch
     shifted = replace(rollouts, logprobs=rollouts.logprobs - 0.1 * rollouts.completion_mask)
@@ -212,7 +241,20 @@ def test_captions_without_a_reward_count_nowhere(policy, batch):
     loud_metrics, loud_change = one_update(policy, (rollouts, loud, valid))
     assert metrics == loud_metrics and all(torch.equal(change[name], loud_change[name]) for name in change)
     metrics, change = one_update(policy, (rollouts, advantages, torch.zeros(8, dtype=torch.bool)))
-    assert metrics["loss"] == 0 and all(value.isfinite().all() and (value == 0).all() for value in change.values())
+    assert all(value.isfinite().all() and (value == 0).all() for value in change.values())
+
+
+def test_a_step_without_any_reward_logs_null_and_blames_nobody(policy, batch):
+    """0.0 was logged of it, and the ratio of 0 raised the alarm that sampler and trainer disagree."""
+    rollouts = batch[0]
+    metrics, _ = one_update(policy, (rollouts, torch.zeros(8), torch.zeros(8, dtype=torch.bool)))
+    nothing = {"loss", "ratio", "clip_share", "kl", "entropy", "sampler_gap"}
+    assert {key for key, value in metrics.items() if math.isnan(value)} == nothing and metrics["skipped"] == 0
+    rewards = torch.full((8,), math.nan)
+    metrics |= reward_metrics(rollouts, Rewards(rewards, {"accuracy": rewards}, [], {"accuracy": math.nan}))
+    assert {key for key in metrics if math.isnan(metrics[key])} == nothing | {
+        "reward", "reward_accuracy", "accuracy", "flat_groups"}
+    assert metrics["unscored_captions"] == 8 and alarms(metrics | {"truncated_share": 0.0}) == []
 
 
 def test_reward_metrics_hand_computed(policy, batch):
