@@ -118,6 +118,9 @@ def catch_stop_signals() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
+    except SystemExit:
+        before = {}  # on its way out: the same signal, passed on late, must not kill it
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

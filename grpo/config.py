@@ -5,13 +5,18 @@ Sources: [P] the paper, arXiv 2509.22647; [C1] the released CapRL-3B launch and 
 A value without a source says "ours" and why.
 """
 
+import atexit
 import os
+import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import torch.distributed as dist
 import tyro
 
 from grpo.loss import Reduction
@@ -246,16 +251,47 @@ def toy_config(**changes) -> TrainConfig:
 
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a program so that bad input (ValueError) ends it with one sentence and exit code 2.
+    """Runs a program so that bad input (ValueError) ends it with one sentence and exit code 2, and
+    Ctrl-C with one and 130.
 
-    CAPRL_TRACEBACK=1 shows where it was raised.
+    CAPRL_TRACEBACK=1 shows where it was raised. A process that is a rank does not return.
     """
     # Its new name, `cache`, is unknown to transformers before 5.24; remove once that is required.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     try:
-        main(arguments)
-    except ValueError as error:
-        if os.environ.get("CAPRL_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        try:
+            main(arguments)
+        except ValueError as error:
+            if os.environ.get("CAPRL_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print("\nstopped by Ctrl-C", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        if dist.is_initialized():
+            _leave_ranks(error)
+        raise
+    if dist.is_initialized():
+        _leave_ranks(SystemExit(0))
+
+
+def _leave_ranks(error: BaseException) -> None:
+    """Ends this process at once, with the code that `error` would have ended it with.
+
+    Threads of gloo outlive the interpreter where anything (a mesh, a DTensor, a group) still holds
+    a process group, and now and then abort the process while it leaves: "terminate called without
+    an active exception" (pytorch issue 190489; pull request 179291 destroyed the groups at exit,
+    which does not always help, and was given up). So the interpreter is never taken down.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):  # one that is passed on late changes nothing
+        signal.signal(number, signal.SIG_IGN)
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    atexit._run_exitfuncs()  # what the interpreter would have done: open logs, temporary files
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a closed pipe
+            stream.flush()
+    os._exit(error.code or 0 if isinstance(error, SystemExit) else 1)

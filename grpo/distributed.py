@@ -1,6 +1,5 @@
 """Ranks: start them, deal work to them, shard a model over them, add numbers up. With one process all of it is a no-op."""
 
-import atexit
 import copy
 import os
 import time
@@ -23,7 +22,8 @@ _control: dist.ProcessGroup | None = None
 
 
 def init_distributed(timeout_minutes: float = 30) -> torch.device:
-    """Joins the ranks that torchrun started (nccl on GPUs, gloo on CPUs); returns this rank's device."""
+    """Joins the ranks that torchrun started (nccl on GPUs, gloo on CPUs); returns this rank's
+    device. They leave by `run_program` in grpo/config.py."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -38,7 +38,6 @@ def init_distributed(timeout_minutes: float = 30) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout, **single)
         global _control
         _control = dist.new_group(backend="gloo", timeout=timeout)
-        atexit.register(dist.destroy_process_group)
     return device
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from data.examples import load_examples
-from grpo.config import toy_config
+from grpo.config import run_program, toy_config
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -202,8 +202,64 @@ def test_times_and_waiting_add_up():
     assert caught.value.__notes__ == ["rank 0, phase reward"]
 
 
+def test_ranks_end_with_the_code_that_they_should():
+    """A good end, two kinds of sentence, and a stop that is signalled twice: two ranks of train.py
+    each, where a rank that takes its interpreter down is aborted, as gloo's threads abort one of
+    fifty."""
+    done = subprocess.run(
+        [sys.executable, "bench/exits.py", "--ends", "4", "--brittle"], capture_output=True,
+        text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[:-1] == [
+        "good: expected 0, got {0: 2}", "a setting: expected 2, got {2: 2}",
+        "a picture: expected 2, got {2: 2}", "a stop: expected 143, got {143: 2}",
+    ]
+
+
+ENDS = {"pass": 0, "raise SystemExit": 0, "raise SystemExit(143)": 143, "1 / 0": 1,
+        "raise ValueError('bad row')": 2, "raise KeyboardInterrupt": 130}
+"""How a program ends -> its exit code."""
+
+LEAVE = """
+import atexit, os, sys
+import torch.distributed as dist
+from grpo.config import run_program
+
+class Brittle:
+    def __del__(self):
+        os.abort()
+
+def main(arguments):
+    if is_rank:
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        sys.modules["brittle"] = Brittle()
+    atexit.register(print, "log closed", end=" ")
+    exec(arguments[0])
+
+for is_rank in (True, False):
+    for end in sys.argv[1:]:
+        if not (child := os.fork()):
+            run_program(main, [end])
+            sys.exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_rank_leaves_as_a_single_process_does():
+    """Its logs are closed, its words are out, its code is that of the error: leaving at once loses
+    nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE, *ENDS], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )
+    assert done.stdout.splitlines() == [f"log closed {code}" for code in ENDS.values()] * 2
+    for said in ("error: bad row", "ZeroDivisionError: division by zero", "stopped by Ctrl-C"):
+        assert done.stderr.count(said) == 2, done.stderr[-3000:]
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 4:
-        step_on_rank(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+        run_program(lambda given: step_on_rank(Path(given[0]), int(given[1]), *given[2:]), sys.argv[1:])
     else:
         leave_early(sys.argv[1])
