@@ -44,6 +44,7 @@ from data.examples import read_jsonl
 from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_images, open_image
 from data.parquet import parquet_groups
 from grpo.config import run_program
+from grpo.disk import check_room, naming
 from grpo.policy import INSTRUCTION, Policy, Prompt, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
@@ -376,8 +377,7 @@ def caption(config: CaptionConfig) -> None:
     worker, num_workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = _device()
     out = Path(config.out)
-    if out.is_file():
-        raise ValueError(f"{out}: expected a folder for the captions, found a file")
+    check_room(out)
     shards = plan_shards(Path(config.images), config.shard_size)
     policy = load_policy(config.policy, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     about = {
@@ -479,10 +479,11 @@ def main(arguments: list[str]) -> None:
         num_rows = check_export(Path(config.check), Path(config.images) if config.images else None)
         print(f"{config.check}: {num_rows} rows, all as expected")
         return
-    if config.images:
-        caption(config)
-    if config.export:
-        export_captions(Path(config.out), config.export)
+    with naming(Path(config.out)):
+        if config.images:
+            caption(config)
+        if config.export:
+            export_captions(Path(config.out), config.export)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ same questions.
 
 import hashlib
 import math
-import os
 import random
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ from data.examples import read_jsonl
 from data.images import ImageSource, StoredImage, open_image
 from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
+from grpo.disk import check_room, naming
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.policy import INSTRUCTION, Policy, check_model_path, load_policy
 from grpo.report import keep_thumbnail, read_log, to_json
@@ -221,9 +221,10 @@ def write_captions(policy: Policy, pictures: Sequence[Picture], config: PrismCon
             if folder:  # a file of its own for each batch: nobody else writes to it, and it is whole or not there
                 lines = [to_json({"image": key, "k": k} | row) + "\n" for key, rows in new for k, row in enumerate(rows)
                          if "error" not in row]
-                with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-                    file.writelines(lines)
-                os.replace(file.name, f"{file.name.removesuffix('.tmp')}.jsonl")
+                new = folder / f"{uuid.uuid4().hex}.unfinished"  # tempfile's would be readable by nobody else
+                with naming(folder):
+                    new.write_text("".join(lines), encoding="utf-8")
+                    new.rename(new.with_suffix(".jsonl"))
             bar.update(len(batch))
     return [[known[key, k] for k in range(num) if (key, k) in known] for key in keys]
 
@@ -568,16 +569,20 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
         raise ValueError(f"{taken[0]}: expected a new file, found one")
     if out and out.suffix != ".jsonl":
         raise ValueError(f"{out}: expected a name that ends in .jsonl")
+    for folder in (out and out.parent, getattr(config, "cache", "")):
+        if folder:
+            check_room(Path(folder))  # now, not when hours of answers are to be written
     with all_or_none("data"):
         benchmarks = load_benchmarks(config)
     found: Found = {}
     make: Callable = direct_rows if isinstance(config, DirectConfig) else prism_rows
     for benchmark, captioner, rows in make(config, benchmarks):
         found[benchmark, captioner] = rows
-        if rank() == 0 and out:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with out.open("a", encoding="utf-8") as file:
-                file.writelines(to_json({"benchmark": benchmark, "captioner": captioner} | row) + "\n" for row in rows)
+        with all_or_none("out"), naming(config.out):
+            if rank() == 0 and out:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with out.open("a", encoding="utf-8") as file:
+                    file.writelines(to_json({"benchmark": benchmark, "captioner": captioner} | row) + "\n" for row in rows)
     if rank() == 0 and out:
         for benchmark in benchmarks:
             for picture in benchmark.pictures[:THUMBNAILS]:

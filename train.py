@@ -31,10 +31,12 @@ from grpo.checkpoint import (
     init_moments_,
     latest_checkpoint,
     load_checkpoint_,
+    make_room,
     save_checkpoint,
     training_state,
 )
 from grpo.config import TrainConfig, parse_train_config, run_program
+from grpo.disk import check_room, naming
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -278,8 +280,9 @@ def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
         print0(f"resumed from {folder}")
     else:
         num_steps = 0
-    with all_or_none("resume"):
+    with all_or_none("resume"), naming(run_dir):
         if rank() == 0:
+            make_room(run_dir, state)
             start_run(run_dir, asdict(config))
             rewind(run_dir, num_steps)
             log_start(run_dir, num_steps, world_size())
@@ -296,6 +299,7 @@ def train(config: TrainConfig) -> Path:
     config.prompts_per_rank(world_size())
     if not config.resume:
         check_run_dir(run_dir)  # before minutes are spent on models
+    check_room(run_dir)
     with all_or_none("data"):
         examples = load_examples(config.data)
     run = load_run(config, device, examples)
@@ -360,12 +364,13 @@ def train(config: TrainConfig) -> Path:
             timing = phases.take() | {"seconds": time.perf_counter() - started}
             num_tokens = metrics["length"] * config.prompts_per_step * config.group_size
             timing["tokens_per_second"] = num_tokens / timing["seconds"] / world_size()
-            if rank() == 0:
-                bar.write(log_step(run_dir, step, metrics, found, timing, rows))
-                if tensorboard:
-                    log_tensorboard(tensorboard, run_dir, step, metrics, found, timing, rows)
-                for sentence in alarms(metrics):
-                    bar.write(f"    {sentence}")
+            with all_or_none("log"), naming(run_dir):
+                if rank() == 0:
+                    bar.write(log_step(run_dir, step, metrics, found, timing, rows))
+                    if tensorboard:
+                        log_tensorboard(tensorboard, run_dir, step, metrics, found, timing, rows)
+                    for sentence in alarms(metrics):
+                        bar.write(f"    {sentence}")
 
             skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
             if metrics["skipped"]:
@@ -397,6 +402,7 @@ def check(config: TrainConfig) -> None:
     """`--check`: prints what was found on models, data and machine. SystemExit with code 2 if anything is wrong."""
     device = init_distributed(config.timeout_minutes)
     share = config.prompts_per_rank(world_size())
+    check_room(Path(config.run_dir))
     parts = f"{share} of {config.prompts_per_step} prompts each, weights in {world_size() // config.replicas} parts"
     findings = [Finding("ranks", f"{world_size()} on {device.type}, {parts}")]
     with all_or_none("data"):
@@ -452,10 +458,10 @@ def check(config: TrainConfig) -> None:
 
 
 def export(run: Run, folder: Path, config: TrainConfig) -> None:
-    if rank() == 0:
-        dtype = getattr(torch, config.save_dtype)
-        export_policy(run.sampler, folder, dtype, config.temperature, config.max_new_tokens)
-    gather_rows([])  # the others wait: nobody leaves while it is written
+    with all_or_none("export"):  # the others wait: nobody leaves while it is written
+        if rank() == 0:
+            dtype = getattr(torch, config.save_dtype)
+            export_policy(run.sampler, folder, dtype, config.temperature, config.max_new_tokens)
 
 
 def alarms(metrics: dict[str, float]) -> list[str]:
@@ -490,7 +496,8 @@ def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Reward
 
 def main(arguments: list[str]) -> None:
     config = parse_train_config(arguments)
-    check(config) if config.check else train(config)
+    with naming(Path(config.run_dir)):
+        check(config) if config.check else train(config)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from data.examples import (
 from data.images import ImageSource, open_image
 from data.likeness import detail, digest, hash_distances, image_hash, near_duplicates, semantic_duplicates
 from grpo.config import run_program
+from grpo.disk import check_room, naming
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.policy import Policy, load_policy
 from grpo.report import to_json
@@ -84,12 +85,11 @@ def work_through(inputs: Sequence[tuple[str, Any]], folder: Path, settings: dict
     gather_rows([])  # all have read before anyone writes
     mine = [one for one in inputs if one[0] not in done][rank() :: world_size()]
     print0(f"{len(inputs)} {what}, {len(done)} done before")
-    with (rows / f"rank-{rank():03d}.jsonl").open("a", encoding="utf-8") as file:
+    with all_or_none(what), (rows / f"rank-{rank():03d}.jsonl").open("a", encoding="utf-8") as file:
         for start in tqdm(range(0, len(mine), batch_size), desc=what, unit="batch", disable=rank() != 0):
             for row in work(mine[start : start + batch_size]):
                 file.write(to_json(row) + "\n")
             file.flush()
-    gather_rows([])
     done = read_rows(rows)
     return [done[id] for id, _ in inputs]
 
@@ -124,11 +124,11 @@ def read_rows(folder: Path) -> dict[str, dict]:
 
 def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str]) -> None:
     """Rank 0 writes the set and the report; the others wait."""
-    if rank() == 0:
-        num = write_examples(folder, examples)
-        (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        print("\n".join([*lines, f"{num} images: {folder / 'examples.jsonl'}"]))
-    gather_rows([])
+    with all_or_none("finish"):
+        if rank() == 0:
+            num = write_examples(folder, examples)
+            (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            print("\n".join([*lines, f"{num} images: {folder / 'examples.jsonl'}"]))
 
 
 def count_table(name: str, counts: Counter) -> list[str]:
@@ -651,7 +651,9 @@ def main(arguments: list[str]) -> None:
     config = tyro.extras.subcommand_cli_from_dict(
         {"images": ImagesConfig, "generate": GenerateConfig, "filter": FilterConfig}, args=arguments
     )
-    {ImagesConfig: choose_images, GenerateConfig: generate, FilterConfig: filter_questions}[type(config)](config)
+    with naming(Path(config.out)):
+        check_room(Path(config.out))
+        {ImagesConfig: choose_images, GenerateConfig: generate, FilterConfig: filter_questions}[type(config)](config)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, image_bytes, image_path, image_size, list_images, open_image
 from data.parquet import is_parquet, parquet_columns, parquet_rows
+from grpo.disk import naming
 
 MAX_CHOICES = 10
 """Options are shown under the letters A to J."""
@@ -537,7 +538,7 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> int:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     target, num = folder / "examples.jsonl", 0
     unfinished = target.with_name("examples.jsonl.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with naming(folder), unfinished.open("w", encoding="utf-8") as file:
         for example in examples:
             name = f"images/{_file_name(example)}"
             _write_image(example.image, folder / name)

@@ -22,7 +22,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from grpo.distributed import all_or_none, control_group, gather_rows, rank
+from grpo.disk import check_room, free_at
+from grpo.distributed import all_or_none, control_group, rank
 from grpo.policy import Policy
 
 SAME_SIGNAL_S = 5.0
@@ -47,33 +48,47 @@ def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
     return state
 
 
+def make_room(run_dir: Path, state: dict[str, Tensor]) -> None:
+    """Clears what a run left that was killed while it saved. Raises ValueError if there is no room for a checkpoint: a run
+    that cannot save even one is better not begun."""
+    for stale in run_dir.glob("checkpoints/step_*.unfinished"):
+        shutil.rmtree(stale)
+    check_room(run_dir, sum(tensor.nbytes for tensor in state.values()))
+
+
 def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], keep: int) -> None:
     """Saves the state after `num_steps` steps and drops all but the newest `keep` checkpoints. Every rank must call this.
 
-    Written under another name and renamed when it is whole: a run killed at any moment finds the one before.
+    Written under another name and renamed when it is whole: a run killed at any moment finds the one before. Raises
+    ValueError, and leaves nothing of it, where the disk does not take it.
     """
     folder = run_dir / "checkpoints"
     name = f"step_{num_steps:06d}"
     unfinished = folder / f"{name}.unfinished"
     with all_or_none("checkpoint"):
         if rank() == 0:
-            for stale in folder.glob("step_*.unfinished"):  # of a run that was killed while it saved
-                shutil.rmtree(stale)
             unfinished.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*single process.*")
-        dcp.save(state, checkpoint_id=unfinished, process_group=control_group())
-    if rank() == 0:
-        os.sync()  # on the disk before it gets its name: a power cut is a moment too
-        shutil.rmtree(folder / name, ignore_errors=True)
-        unfinished.rename(folder / name)
-        link = folder / "latest.unfinished"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        link.rename(folder / "latest")
-        for old in sorted(folder.glob("step_??????"))[:-keep]:
-            shutil.rmtree(old)
-    gather_rows([])  # nobody goes on before it is in place
+    with all_or_none("checkpoint"):
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*single process.*")
+                dcp.save(state, checkpoint_id=unfinished, process_group=control_group())
+        except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+            room = free_at(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise ValueError(f"{folder / name}: could not be written ({_reason(error)}; {room}); --resume goes on from the "
+                             "checkpoint before it") from None
+    with all_or_none("checkpoint"):  # nobody goes on before it is in place
+        if rank() == 0:
+            os.sync()  # on the disk before it gets its name: a power cut is a moment too
+            shutil.rmtree(folder / name, ignore_errors=True)
+            unfinished.rename(folder / name)
+            link = folder / "latest.unfinished"
+            link.unlink(missing_ok=True)
+            link.symlink_to(name)
+            link.rename(folder / "latest")
+            for old in sorted(folder.glob("step_??????"))[:-keep]:
+                shutil.rmtree(old)
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
@@ -94,8 +109,12 @@ def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
             warnings.filterwarnings("ignore", message=".*single process.*")
             dcp.load(state, checkpoint_id=folder, process_group=control_group())
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-        raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read ({reason.strip()[:200]})") from None
+        raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read ({_reason(error)})") from None
+
+
+def _reason(error: BaseException) -> str:
+    """The last line: before it torch's messages have a traceback for each rank."""
+    return next((line.strip()[:200] for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 @contextmanager

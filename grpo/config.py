@@ -19,6 +19,7 @@ from typing import Literal
 import torch.distributed as dist
 import tyro
 
+from grpo.disk import disk_sentence
 from grpo.loss import Reduction
 
 
@@ -251,20 +252,26 @@ def toy_config(**changes) -> TrainConfig:
 
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a program so that bad input (ValueError) ends it with one sentence and exit code 2, and
-    Ctrl-C with one and 130.
+    """Runs a program so that bad input (ValueError) and what the system refuses (OSError, as on a
+    full disk) end it with one sentence and exit code 2, and Ctrl-C with one and 130. A letter that
+    the console cannot show is printed as its number.
 
     CAPRL_TRACEBACK=1 shows where it was raised. A process that is a rank does not return.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     # Its new name, `cache`, is unknown to transformers before 5.24; remove once that is required.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     try:
         try:
             main(arguments)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             if os.environ.get("CAPRL_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            if isinstance(error, BrokenPipeError):  # what is buffered would be an error at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            reason = disk_sentence(error) if isinstance(error, OSError) else error
+            print(f"error: {reason}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":

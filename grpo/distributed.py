@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from grpo.disk import disk_sentence
 from grpo.logprobs import CompletionScorer
 
 _control: dist.ProcessGroup | None = None
@@ -78,14 +79,18 @@ def gather_rows(rows: list[Any]) -> list[Any]:
 
 @contextmanager
 def all_or_none(what: str) -> Iterator[None]:
-    """A ValueError inside, on whichever ranks, is raised on all of them: none waits for one that has left."""
-    found: list[str] = []
+    """A ValueError or OSError inside, on whichever ranks, ends this on all of them: none waits for one that has left. A rank
+    raises its own OSError, which may get a name yet; all else is a ValueError."""
+    own: OSError | ValueError | None = None
     try:
         yield
-    except ValueError as error:
-        found = [str(error)]
-    if found := gather_rows(found):
-        raise ValueError(found[0] if world_size() == 1 else f"{what}: {found[0]}")
+    except (OSError, ValueError) as error:
+        own = error
+    reasons = gather_rows([disk_sentence(own) if isinstance(own, OSError) else str(own)] if own else [])
+    if isinstance(own, OSError):
+        raise own
+    if reasons:
+        raise ValueError(reasons[0] if world_size() == 1 else f"{what}: {reasons[0]}")
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:

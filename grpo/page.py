@@ -21,6 +21,7 @@ import jinja2
 import tyro
 
 from grpo.config import PRESETS
+from grpo.disk import naming
 from grpo.report import LOGS, METRICS, SHOWN_GROUPS, read_log, saved_config, thumbnail_file
 from grpo.scores import interval, paired_difference, summarize
 
@@ -517,7 +518,8 @@ def write_page(first: Path, other: Path | None = None, captioners: Sequence[str]
         beside = f"_with_{other.resolve().stem}" if other is not None else ""
         out = first / f"report{beside}.html" if is_run else first.with_name(f"{first.stem}{beside}.html")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair, which some tokenizers decode to
+    with naming(out):
+        out.write_text(text, encoding="utf-8", errors="replace")  # half a surrogate pair, which some tokenizers decode to
     return out
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from grpo import checkpoint
+from grpo import checkpoint, disk
 from grpo.checkpoint import (
     catch_stop_signals,
     init_moments_,
     latest_checkpoint,
     load_checkpoint_,
+    make_room,
     save_checkpoint,
     training_state,
 )
@@ -213,6 +215,32 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match="latest: expected a whole checkpoint, found none at"):
         latest_checkpoint(tmp_path)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_the_run_goes_on_when_there_is_room(left_alone, tmp_path):
+    """Files of more than a MiB are refused, as a full disk would: the second checkpoint cannot be written."""
+    run_dir = tmp_path / "run"
+    train(settings(run_dir, num_steps=1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"step_000002: could not be written \(.*; .* free at .*/checkpoints\); --res"):
+            train(settings(run_dir, save_every=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["latest", "step_000001"]
+    train(settings(run_dir))
+    assert everything(run_dir) == everything(left_alone)
+
+
+def test_a_run_that_could_not_save_one_checkpoint_is_not_begun(tmp_path, monkeypatch):
+    stale = tmp_path / "checkpoints/step_000001.unfinished"
+    stale.mkdir(parents=True)
+    state = toy_state()[2]
+    size = sum(tensor.nbytes for tensor in state.values())
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - (not stale.exists())})())
+    with pytest.raises(ValueError, match=f"expected room for {size} bytes, found {size - 1} bytes free at"):
+        make_room(tmp_path, state)
 
 
 def test_a_folder_with_anything_of_a_run_is_no_new_one(left_alone, tmp_path):

@@ -1,5 +1,6 @@
 """Two and four gloo ranks on one CPU against one process: same gradients, same captions, and nothing hangs."""
 
+import errno
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from data.examples import load_examples
 from grpo.config import run_program, toy_config
+from grpo.disk import naming
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -172,10 +174,14 @@ def leave_early(phase: str) -> None:
             with all_or_none("images"):
                 if rank() == 1:
                     raise ValueError("b.png: expected an image")
+        if phase == "disk":
+            with all_or_none("log"), naming(Path("runs/x")):
+                if rank() == 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
         with phases(phase):
             if rank() == 1:
                 time.sleep(8)
-    except (TimeoutError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"rank {rank()} says: {error}", flush=True)
     os._exit(0)
 
@@ -188,6 +194,12 @@ def test_a_rank_that_does_not_come_is_named():
 def test_what_one_rank_cannot_read_ends_all_of_them():
     said = torchrun(2, __file__, "error").stdout
     assert all(f"rank {number} says: images: b.png: expected an image" in said for number in (0, 1))
+
+
+def test_what_one_ranks_disk_refuses_ends_all_of_them():
+    said = torchrun(2, __file__, "disk").stdout
+    assert "rank 0 says: [Errno 28] No space left on device: 'runs/x'" in said
+    assert re.search(r"rank 1 says: log: runs/x: No space left on device \(.* free at .*\)", said)
 
 
 def test_times_and_waiting_add_up():

@@ -1,10 +1,23 @@
-"""The demo at its smallest setting. evaluate.py and caption.py have tests of their own."""
+"""The demo at its smallest setting, and how all programs end where they cannot write. evaluate.py and caption.py have tests of
+their own."""
 
+import io
 import re
+import subprocess
+import sys
 
 import pytest
 
+import caption
+import data.curate
+import data.examples
+import data.toy.export
+import data.toy.writer
+import evaluate
+import train
 from data.toy.demo import DemoConfig, demo
+from grpo.config import run_program
+from grpo.disk import check_room
 
 
 def test_the_demos_last_line(tmp_path, capsys):
@@ -14,3 +27,75 @@ def test_the_demos_last_line(tmp_path, capsys):
     assert float(match[2]) - float(match[1]) == pytest.approx(float(match[3]), abs=0.0011)
     assert sum("before: " in line for line in lines) == 3 and any("| all |" in line for line in lines)
     demo(DemoConfig(num_images=3, num_steps=1, run_dir=tmp_path / "demo"))  # a second demo makes room for itself
+
+
+@pytest.mark.parametrize("main, arguments", [
+    (train.main, ["toy", "--run-dir", "{}"]),
+    (train.main, ["toy", "--check", "--run-dir", "{}"]),
+    (train.main, ["toy", "--resume", "--run-dir", "{}"]),
+    (caption.main, ["--policy", "data/toy/policy", "--images", "{}.jsonl", "--out", "{}"]),
+    (evaluate.main, ["direct", "--policy", "data/toy/policy", "--data", "toy:heldout:2", "--out", "{}/out.jsonl"]),
+    (evaluate.main, ["prism", "--policy", "data/toy/policy", "--data", "toy:heldout:2", "--cache", "{}"]),
+    (data.curate.main, ["images", "--images", "{}.jsonl", "--out", "{}"]),
+    (data.curate.main, ["generate", "--images", "{}.jsonl", "--model", "data/toy/policy", "--out", "{}"]),
+    (data.curate.main, ["filter", "--data", "{}.jsonl", "--model", "data/toy/policy", "--out", "{}"]),
+])
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_loaded(tmp_path, main, arguments, capsys, monkeypatch):
+    """It lies under a file."""
+    for module in (train, caption, evaluate, data.curate):
+        monkeypatch.setattr(module, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file/of/run"
+    with pytest.raises(SystemExit) as stop:
+        run_program(main, [text.format(folder) for text in arguments])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert re.fullmatch(rf"error: {folder}: Not a directory \(.* free at {tmp_path / 'file'}\)\n", said)
+
+
+@pytest.mark.parametrize("write", [
+    lambda folder: data.toy.export.export(data.toy.export.ExportConfig(folder, num=1)),
+    lambda folder: data.toy.writer.main(data.toy.writer.WriterConfig(folder)),
+    lambda folder: data.examples.write_examples(folder, []),
+])
+def test_exports_under_a_file_end_in_a_sentence(tmp_path, write, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        run_program(lambda _: write(tmp_path / "file/set"), [])
+    assert re.fullmatch(rf"error: {tmp_path}/file/\S+: Not a directory \(.* free at .*\)\n", capsys.readouterr().err)
+
+
+def test_a_disk_that_fills_during_a_run_ends_it_with_the_folder_and_what_is_free(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "rewind", lambda run_dir, num_steps: None)  # it would put a file in the place of the link
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").symlink_to("/dev/full")
+    sizes = ["--num-steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "8", "--audit-every", "0"]
+    with pytest.raises(SystemExit):
+        run_program(train.main, ["toy", "--data", "toy:train:4", "--run-dir", str(run_dir), "--resume", *sizes])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: {run_dir}: No space left on device \(.* free at {run_dir}\)", said)
+
+
+def test_room_is_looked_for_and_nothing_is_left(tmp_path):
+    check_room(tmp_path / "not/yet")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"not/yet: expected room for 1073741824.00 GiB, found .* free at .*"):
+        check_room(tmp_path / "not/yet", 2**60)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_letters_that_the_console_does_not_have_are_printed_as_numbers(encoding, monkeypatch):
+    for name in ("stdout", "stderr"):
+        console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, name, console)
+        run_program(lambda _, console=console: print("a 图", file=console, flush=True), [])
+        assert console.buffer.getvalue() == b"a \\u56fe\n"
+
+
+def test_a_reader_that_leaves_ends_a_program_in_a_sentence():
+    code = "from grpo.config import run_program; run_program(lambda _: [print('x' * 999, flush=True) for _ in range(999)], [])"
+    program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    program.stdout.read(1)
+    program.stdout.close()
+    assert program.stderr.read() == b"error: [Errno 32] Broken pipe\n" and program.wait() == 2

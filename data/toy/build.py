@@ -33,6 +33,7 @@ from data.toy.world import (
 from evaluate import PrismConfig, format_table, prism, write_captions
 from grpo.checkpoint import export_policy
 from grpo.config import run_program
+from grpo.disk import check_room
 from grpo.policy import load_policy
 from grpo.scores import summarize
 from reward.caprl import RewardConfig, Verifier, caption_rewards, load_verifier
@@ -141,6 +142,7 @@ def build(config: BuildConfig) -> None:
         if config.folder == BuildConfig.folder:
             raise ValueError(f"smoke: expected a folder other than {config.folder}, whose checkpoints it would overwrite")
         config = replace(config, verifier_steps=4, policy_steps=4, num_images=6)
+    check_room(config.folder)
     # Fresh processes: a fork of a process that has used torch's threads can hang.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for done in [pool.submit(make_verifier, config), pool.submit(make_policy, config)]:

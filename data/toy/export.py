@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data.examples import example_row
 from data.toy.world import make_scene, toy_example
 from grpo.config import run_program
+from grpo.disk import naming
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def export(config: ExportConfig) -> None:
     if config.num < 1:
         raise ValueError(f"num {config.num}: expected at least 1")
     (config.folder / "images").mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8") as file:
+    with naming(config.folder), target.open("w", encoding="utf-8") as file:
         for index in tqdm(range(config.num), desc="images", unit="image"):
             example = toy_example(make_scene(config.split, index), with_common_knowledge=True)
             image = f"images/{example.id}.png"

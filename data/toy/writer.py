@@ -25,6 +25,7 @@ from data.toy.fit import fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, scene_questions
 from grpo.checkpoint import export_policy
 from grpo.config import run_program
+from grpo.disk import check_room
 from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy, load_policy
 from grpo.rollout import sample_rollouts
@@ -105,6 +106,7 @@ def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
 def main(config: WriterConfig) -> None:
     if (config.folder / "config.json").exists():
         raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
+    check_room(config.folder)
     policy = train_writer(config)
     export_policy(policy, config.folder, torch.float32)
     print("\n".join(f"{value:8.3f} {name}" for name, value in measure(policy, config).items()))
