@@ -16,6 +16,8 @@ import pytest
 import tyro
 from torch.distributed.run import parse_args
 
+from data.images import IMAGE_SUFFIXES
+
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 LAUNCHED = [path for path in sorted(REPO.rglob("*.py")) if not {".venv", "tests", "runs"} & set(path.relative_to(REPO).parts)]
@@ -237,3 +239,8 @@ def test_the_forks_of_the_docs_work(tmp_path):
     arguments = shlex.split(command)[2:] + shlex.split(SMALLEST["train.py"]) + ["--group-size", "3"]
     result = subprocess.run([sys.executable, "-c", HAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_every_ending_of_a_picture_is_documented():
+    table = (REPO / "docs/formats.md").read_text(encoding="utf-8").partition("### Pictures")[2].partition("###")[0]
+    assert set(re.findall(r"`(\.[a-z0-9]+)`", table)) == IMAGE_SUFFIXES
