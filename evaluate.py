@@ -16,7 +16,6 @@ Benchmarks and their metrics are those of data/benchmarks.py. Every question cou
 same questions.
 """
 
-import hashlib
 import math
 import random
 import sys
@@ -30,14 +29,13 @@ from typing import Literal
 
 import torch
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from caption import caption_batches, model_hash, text_hash
 from data.benchmarks import Benchmark, FreeQuestion, Item, Metric, Picture, load_benchmark
 from data.captions import finished_rows
 from data.examples import read_jsonl
-from data.images import ImageSource, StoredImage, open_image
+from data.images import ImageSource, image_name, open_image, picture_hash
 from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
 from grpo.disk import check_room, naming
@@ -200,7 +198,7 @@ def write_captions(policy: Policy, pictures: Sequence[Picture], config: PrismCon
     """K captions of each picture, from the cache where they are there: rows with caption, tokens and finish reason, or one
     with the `error` that kept the image from being opened."""
     num = config.num_captions if config.temperature else 1
-    keys = [image_hash(picture.image) for picture in pictures]
+    keys = [_cache_key(picture.image) for picture in pictures]
     settings = f"{config.instruction}\n{config.temperature} {config.max_new_tokens} {config.seed}"
     folder = Path(config.cache) / f"{model_hash(policy)}-{text_hash(settings)}" if config.cache else None
     known = _read_cache(folder) if folder else {}
@@ -237,19 +235,16 @@ def _read_cache(folder: Path) -> dict[tuple[str, int], dict]:
     return known
 
 
-def image_hash(image: ImageSource) -> str:
-    """16 hexadecimal digits of a file's bytes, or of a drawn picture's pixels; the name's, if it cannot be read."""
-    if isinstance(image, Image.Image):
-        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()[:16]
+def _cache_key(image: ImageSource) -> str:
+    """16 digits of the picture's hash; of its name, if it cannot be read."""
     try:
-        content = image.read() if isinstance(image, StoredImage) else image.read_bytes()
+        return picture_hash(image)[:16]
     except (OSError, ValueError):
-        return text_hash(str(image))
-    return hashlib.sha256(content).hexdigest()[:16]
+        return text_hash(image_name(image))
 
 
 def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[dict]]:
-    """Captions of each picture by its id. Raises ValueError for a broken line or a picture without a row."""
+    """Captions of each picture by the ids of all its rows. Raises ValueError for a broken line or a picture without any."""
     rows = finished_rows(Path(path)) if Path(path).is_dir() else (
         (f"{path} line {number}", row) for number, row in read_jsonl(Path(path))
     )
@@ -259,10 +254,13 @@ def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[dict]]:
             raise ValueError(f"{where}: expected an object with id and caption, got {sorted(row)}")
         kept = {key: row[key] for key in ("caption", "tokens", "finish_reason", "error") if key in row}
         by_id.setdefault(str(row["id"]), []).append(kept)
-    if missing := [picture.id for picture in pictures if picture.id not in by_id]:
+    captions = [
+        [row for id in (picture.id, *picture.other_ids) for row in by_id.get(id, [])] for picture in pictures
+    ]
+    if missing := [picture.id for picture, group in zip(pictures, captions) if not group]:
         raise ValueError(f"{path}: expected a caption of every image, found none of {len(missing)}, first {missing[0]!r}; "
                          f"its captions are of {', '.join(map(repr, list(by_id)[:3])) or 'no image'}")
-    return [by_id[picture.id] for picture in pictures]
+    return captions
 
 
 def others_captions(captions: Sequence[list[dict]], seed: int) -> list[list[dict]]:
@@ -485,7 +483,8 @@ def load_benchmarks(config: EvalConfig) -> list[Benchmark]:
     """Each of `data`. Says how many rows were refused, and the first reason. Raises ValueError for two of one name."""
     found = []
     for source in config.data:
-        benchmark = load_benchmark(source)
+        with all_or_none("data"):
+            benchmark = load_benchmark(source)
         if benchmark.refused:
             print0(f"{benchmark.name}: {len(benchmark.refused)} rows or questions refused, the first: {benchmark.refused[0]}")
         kept = benchmark.pictures[: config.limit or None]
@@ -513,6 +512,9 @@ def prism_rows(config: PrismConfig, benchmarks: Sequence[Benchmark]) -> Iterator
     with all_or_none("models"):  # now, not when captions have been written
         for path in (*(path for _, path in config.captioners[: len(config.policy)]), config.verifier):
             check_model_path(path)
+    if config.captioners and (isinstance(config, FloorConfig) or config.floors):
+        for benchmark in benchmarks:
+            others_captions([[]] * len(benchmark.pictures), config.seed)  # are there others? Said now, too
     captions: dict[tuple[str, str], list[list[dict]]] = {}  # of all pictures
     for number, (name, path) in enumerate(config.captioners):
         with all_or_none("captions"):
@@ -572,8 +574,7 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
     for folder in (out and out.parent, getattr(config, "cache", "")):
         if folder:
             check_room(Path(folder))  # now, not when hours of answers are to be written
-    with all_or_none("data"):
-        benchmarks = load_benchmarks(config)
+    benchmarks = load_benchmarks(config)
     found: Found = {}
     make: Callable = direct_rows if isinstance(config, DirectConfig) else prism_rows
     for benchmark, captioner, rows in make(config, benchmarks):

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.examples import MAX_CHOICES, Example, load_examples, read_manifest, scan_examples
+from data.examples import MAX_CHOICES, Example, load_examples, merge_pictures, read_manifest, scan_examples
 from data.images import image_size, open_image
 from grpo.advantage import group_advantages
 from grpo.checkpoint import (
@@ -302,6 +302,7 @@ def train(config: TrainConfig) -> Path:
     check_room(run_dir)
     with all_or_none("data"):
         examples = load_examples(config.data)
+    examples = merge_pictures(examples)
     run = load_run(config, device, examples)
     first_step = begin(run_dir, run, config)
     sampler, scorer = run.sampler, run.scorer
@@ -407,6 +408,7 @@ def check(config: TrainConfig) -> None:
     findings = [Finding("ranks", f"{world_size()} on {device.type}, {parts}")]
     with all_or_none("data"):
         examples, refused = scan_examples(config.data)
+    examples = merge_pictures(examples)
     unreadable, sizes = [], {}
     for example in tqdm(examples[rank() :: world_size()], desc="images", unit="image", disable=rank() != 0):
         try:

@@ -11,7 +11,6 @@ import ast
 import base64
 import binascii
 import csv
-import hashlib
 import io
 import re
 import sys
@@ -20,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.examples import Example, Question, find_answer, fold_choice, load_examples, read_jsonl, strip_labels
-from data.images import ImageSource, StoredImage
+from data.examples import Example, Question, find_answer, fold_choice, load_examples, merge_pictures, read_jsonl, strip_labels
+from data.images import ImageSource, StoredImage, picture_hash
 from data.metrics import anls, captionqa_offers_abstain, chartqapro, exact_match, relaxed_accuracy
 from data.parquet import parquet_rows
+from grpo.distributed import all_or_none
 
 csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
 
@@ -76,6 +76,8 @@ class Picture:
     id: str
     image: ImageSource
     items: tuple[Item, ...]
+    other_ids: tuple[str, ...] = ()
+    """Of later rows with the same picture, whose questions are among these."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,12 @@ def load_benchmark(source: str) -> Benchmark:
     if not (colon and kind in KINDS):
         if colon and kind != "toy" and not Path(source).exists():
             raise ValueError(f"{source}: expected a JSONL file, toy:SPLIT:NUM or KIND:PATH with KIND one of {', '.join(KINDS)}")
-        return example_benchmark(source if kind == "toy" else Path(source).stem, load_examples(source))
+        with all_or_none("data"):
+            examples = load_examples(source)
+        return example_benchmark(source if kind == "toy" else Path(source).stem, merge_pictures(examples))
     metric = KINDS[kind]
     refused: list[str] = []
-    found: dict[str, tuple[str, ImageSource, list[Item]]] = {}  # by the picture's bytes: questions on one share its captions
+    found: dict[str, tuple[ImageSource, list[str], list[Item]]] = {}  # by the picture's bytes: its rows share its captions
     seen: set[str] = set()
     for row in _rows(Path(rest)):
         try:
@@ -111,17 +115,20 @@ def load_benchmark(source: str) -> Benchmark:
         seen.add(row.id)
         refused += [f"{row.where}, {item}" for item in items if isinstance(item, str)]
         if asked := [item for item in items if isinstance(item, Item)]:
-            found.setdefault(key, (row.id, image, []))[2].extend(asked)
+            _, ids, together = found.setdefault(key, (image, [], []))
+            ids.append(row.id)
+            together.extend(asked)
     if not found:
         raise ValueError(f"{rest}: expected questions of kind {kind}, found none ({refused[0] if refused else 'no rows'})")
-    pictures = [Picture(id, image, tuple(items)) for id, image, items in found.values()]
+    pictures = [Picture(ids[0], image, tuple(items), tuple(ids[1:])) for image, ids, items in found.values()]
     return Benchmark(kind, kind, metric, pictures, refused)
 
 
 def example_benchmark(name: str, examples: Sequence[Example]) -> Benchmark:
     """The project's own examples, all their questions asked."""
     pictures = [
-        Picture(e.id, e.image, tuple(Item(f"{e.id}:{n}", q, e.family) for n, q in enumerate(e.questions))) for e in examples
+        Picture(e.id, e.image, tuple(Item(f"{e.id}:{n}", q, e.family) for n, q in enumerate(e.questions)), e.other_ids)
+        for e in examples
     ]
     return Benchmark(name, "choice", "choice", pictures, [])
 
@@ -177,7 +184,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             file = path.parent / str(cells.get("image", ""))
             if not file.is_file():
                 raise ValueError(f"image {file}: expected a file, found nothing")
-            return hashlib.sha256(file.read_bytes()).hexdigest(), file
+            return picture_hash(file), file
 
         yield Row(f"{path} line {number}", str(cells.get("id", number)), cells, picture)
 
@@ -221,7 +228,7 @@ def _tsv_picture(path: Path, header: list[str], cells: dict, spans: dict[str, tu
         file = path.parent / _only(cells["image_path"])
         if not file.is_file():
             raise ValueError(f"image_path {file}: expected a file, found nothing")
-        return hashlib.sha256(file.read_bytes()).hexdigest(), file
+        return picture_hash(file), file
     index, text = cells["index"], _only(cells.get("image", ""))
     for _ in range(2):  # a reference to a row that refers further is one too many
         if text and len(text) <= REFERENCE_LENGTH:
@@ -229,9 +236,8 @@ def _tsv_picture(path: Path, header: list[str], cells: dict, spans: dict[str, tu
             if index not in spans:
                 raise ValueError(f"image {index!r}: expected base64 text or the index of a row above, found neither")
             text = _only(_tsv_cells(path, header, spans[index]).get("image", ""))
-    content = _decode(text)
     name, span = f"{path} index {index}", spans[index]
-    return hashlib.sha256(content).hexdigest(), StoredImage(
+    return picture_hash(StoredImage(name, lambda: _decode(text))), StoredImage(
         name, lambda: _decode(_only(_tsv_cells(path, header, span)["image"]))
     )
 
@@ -285,7 +291,7 @@ def _stored_picture(cells: dict) -> tuple[str, ImageSource]:
         value = value[0]
     if not isinstance(value, StoredImage):
         raise ValueError(f"expected the bytes of an image, found {type(value).__name__}")
-    return hashlib.sha256(value.read()).hexdigest(), value
+    return picture_hash(value), value
 
 
 # -------------------------------------------------------------------------------------------------------- questions

@@ -22,7 +22,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +33,20 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, image_bytes, image_path, image_size, list_images, open_image
+from data.images import (
+    IMAGE_SUFFIXES,
+    ImageSource,
+    StoredImage,
+    image_bytes,
+    image_path,
+    image_size,
+    list_images,
+    open_image,
+    picture_hash,
+)
 from data.parquet import is_parquet, parquet_columns, parquet_rows
 from grpo.disk import naming
+from grpo.distributed import gather_rows, print0, rank, world_size
 
 MAX_CHOICES = 10
 """Options are shown under the letters A to J."""
@@ -82,6 +95,8 @@ class Example:
     image: ImageSource
     questions: tuple[Question, ...]
     family: str = "all"
+    other_ids: tuple[str, ...] = ()
+    """Of later rows with the same picture, whose questions are among these."""
 
 
 # ---------------------------------------------------------------------------------------------------- sets of examples
@@ -119,8 +134,9 @@ class Row:
 def load_examples(source: str) -> list[Example]:
     """Examples of a file, of a folder of files, or of "toy:SPLIT:NUM", NUM images of the toy world drawn on the spot.
 
-    Images are opened later. Raises ValueError naming file, row, expected and found at the first row or question that does not
-    fit, unless the set's manifest lists it; also for an empty set.
+    Each row is an example; `merge_pictures` joins those of one picture. Images are opened later. Raises ValueError naming
+    file, row, expected and found at the first row or question that does not fit, unless the set's manifest lists it; also
+    for an empty set.
     """
     examples, refused = scan_examples(source)
     if refused:
@@ -145,6 +161,53 @@ def scan_examples(source: str) -> tuple[list[Example], list[str]]:
         if row.example and (*where, None) not in listed:
             examples.append(row.example)
     return examples, refused
+
+
+def merge_pictures(examples: Sequence[Example]) -> list[Example]:
+    """One example for each picture: id, image and family of its first row, the questions of all its rows, equal ones once.
+    Every rank must call this with the same examples."""
+    rows_of: dict[tuple, list[Example]] = {}
+    for key, example in zip(picture_keys([example.image for example in examples]), examples, strict=True):
+        rows_of.setdefault(key, []).append(example)
+    if len(rows_of) < len(examples):
+        print0(f"{len(examples)} rows show {len(rows_of)} pictures: the questions of all rows of a picture are asked together")
+    merged = []
+    for first, *others in rows_of.values():
+        if others:
+            asked: dict[tuple, Question] = {}
+            for question in (question for row in (first, *others) for question in row.questions):
+                asked.setdefault((question.question, question.choices, question.answer_index), question)
+            other_ids = tuple(row.id for row in others)
+            first = Example(first.id, first.image, tuple(asked.values()), first.family, other_ids)
+        merged.append(first)
+    return merged
+
+
+def picture_keys(images: Sequence[ImageSource]) -> list[tuple]:
+    """Equal for two images if and only if their bytes are. Every rank must call this with the same images.
+
+    A file is told by its size and its place on the disk, and read only where another one is as large. A picture inside a file
+    has to be read to be told from others: each rank reads a share.
+    """
+    keys = [_place_key(image, number) for number, image in enumerate(images)]
+    sizes = Counter(size for size, _ in set(keys))
+    unsure = list({key: image for key, image in zip(keys, images) if None in sizes or sizes[key[0]] > 1}.items())
+    start, stop = (len(unsure) * (rank() + end) // world_size() for end in (0, 1))  # neighbours share a row group
+    hashes = []
+    for place in tqdm(range(start, stop), "comparing", unit="picture", delay=2, disable=rank() != 0):
+        with suppress(ValueError, OSError):  # one that cannot be read is named when its turn comes
+            hashes.append((place, picture_hash(unsure[place][1])))
+    hash_of = {unsure[place][0]: (digits,) for place, digits in gather_rows(hashes)}
+    return [hash_of.get(key, key) for key in keys]
+
+
+def _place_key(image: ImageSource, number: int) -> tuple:
+    """(size, where the bytes lie) of a file, (None, number) of what is no file."""
+    try:
+        stat = os.stat(image) if isinstance(image, Path) else None
+    except OSError:
+        stat = None
+    return (stat.st_size, (stat.st_dev, stat.st_ino)) if stat else (None, number)
 
 
 def scan_rows(source: str, image_root: str = "") -> Iterator[Row]:

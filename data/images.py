@@ -1,5 +1,6 @@
 """Images into memory: one place that opens them, so that one sentence names the file that does not open."""
 
+import hashlib
 import logging
 import math
 import os
@@ -289,6 +290,14 @@ def image_bytes(image: ImageSource) -> bytes:
         image.save(into := BytesIO(), "PNG")
         return into.getvalue()
     return image.read_bytes() if isinstance(image, Path) else image.read()
+
+
+def picture_hash(image: ImageSource) -> str:
+    """What makes it this picture and no other: SHA-256 of the file's bytes, of one in memory of its pixels, in 64 digits.
+    Raises ValueError or OSError where it cannot be read."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+    return hashlib.sha256(image_bytes(image)).hexdigest()
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 
-def digest(image: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
     """The same for two files with the same pixels."""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
@@ -28,7 +28,7 @@ _PLACES = np.arange(HASH_SIDE)
 _COSINES = np.cos(np.pi * np.arange(16)[:, None] * (2 * _PLACES + 1) / (2 * HASH_SIDE))  # (16, 64)
 
 
-def image_hash(image: Image.Image) -> np.ndarray:
+def perceptual_hash(image: Image.Image) -> np.ndarray:
     """(4,) uint64, the perceptual hash: which of the 255 lowest frequencies of the picture, in gray and shrunk to 64 x 64, are
     over their median. Scaling, compression and brightness hardly change it."""
     small = np.asarray(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float64)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from PIL import Image
 
 import evaluate
 from data.benchmarks import Benchmark, FreeQuestion, Item, Picture, load_benchmark
-from data.examples import Question
-from data.toy.world import make_scene, write_caption
+from data.examples import Question, question_row
+from data.toy.world import draw, make_scene, scene_questions, write_caption
 from evaluate import (
     CAPTIONQA_ABSTAIN,
     DirectConfig,
@@ -276,6 +277,43 @@ def test_captions_of_a_folder_of_shards(tmp_path):
     assert evaluate.read_captions(str(tmp_path), pictures) == [
         [{"caption": "x", "tokens": 2, "finish_reason": "stop"}], [{"error": "broken"}]
     ]
+
+
+def one_question_a_row(folder: Path, order: int = 1) -> Path:
+    """Two pictures in five rows, as files of VQA have it; of one picture there is a copy under another name."""
+    for name, index in (("a.png", 0), ("copy.png", 0), ("b.png", 1)):
+        draw(make_scene("heldout", index)).save(folder / name)
+    rows = []
+    for number, name in enumerate(("a.png", "b.png", "copy.png", "a.png", "b.png")):
+        questions = scene_questions(make_scene("heldout", int(name == "b.png")))
+        rows.append({"id": f"q{number}", "image": name, "family": "all", "questions": [question_row(questions[number])]})
+    path = folder / "vqa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[::order]))
+    return path
+
+
+def test_a_picture_in_many_rows_is_one_picture(tmp_path, capsys):
+    """Its captions are written once, another image's are never its own, and intervals are over pictures."""
+    data = str(one_question_a_row(tmp_path))
+    config = PrismConfig(data=(data,), policy=("data/toy/policy",), floors=True, num_captions=1, cache="", **TOY)
+    found = run(config)[1]
+    assert "5 rows show 2 pictures" in capsys.readouterr().out
+    own, other = found["vqa", "data/toy/policy"], found["vqa", "data/toy/policy, another image's"]
+    assert [(row["id"], len(row["questions"])) for row in own] == [("q0", 3), ("q1", 2)]
+    assert [row["caption"] for row in other] == [row["caption"] for row in own][::-1]
+    assert summarize(own)["all"]["images"] == 2 and summarize(own)["all"]["questions"] == 5
+    with pytest.raises(ValueError, match="floor: expected at least 2 images"):  # before any model is loaded
+        run(replace(config, limit=1, policy=("data/toy/verifier",)))
+
+
+def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):
+    [a, b] = load_benchmark(str(one_question_a_row(tmp_path))).pictures
+    assert (a.id, a.other_ids, b.id, b.other_ids) == ("q0", ("q2", "q3"), "q1", ("q4",))
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps({"id": id, "caption": id}) + "\n" for id in ("q4", "q3", "q0")))
+    assert evaluate.read_captions(str(path), [a, b]) == [[{"caption": "q0"}, {"caption": "q3"}], [{"caption": "q4"}]]
+    table = tsv(tmp_path / "c.tsv", [{"question": "Q?", "answer": "red"}, {"question": "R?", "answer": "blue"}])
+    assert [(one.id, one.other_ids) for one in load_benchmark(f"exact:{table}").pictures] == [("0", ("1",))]
 
 
 @pytest.mark.parametrize(("settings", "reason"), [

@@ -1,9 +1,11 @@
 # ruff: noqa: RUF001 - Chinese text has its own punctuation
 import base64
 import json
+import os
 import random
 import struct
 import zlib
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from PIL import Image
 from data import parquet
 from data.examples import (
     Dropped,
+    Example,
     InspectConfig,
     Question,
     example_row,
@@ -22,10 +25,12 @@ from data.examples import (
     inspect,
     load_examples,
     load_images,
+    merge_pictures,
     parse_questions,
+    picture_keys,
     scan_examples,
 )
-from data.images import open_image
+from data.images import StoredImage, open_image, picture_hash
 
 ROW = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices": ["x", "y"], "answer_index": 1}]}
 
@@ -481,3 +486,57 @@ B）蓝
         "no question", "no answer",
     ]
     assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == []
+
+
+# ----------------------------------------------------------------------------------------------------- what a picture is
+
+
+def test_a_picture_is_its_bytes_and_only_what_may_be_equal_is_read(tmp_path, monkeypatch):
+    """Paths, links and copies; in parquet; unequal files of one size are two pictures; no file of its own size is opened."""
+    for name, content in (("a", b"one"), ("copy", b"one"), ("other", b"two"), ("long", b"three"), ("gone", b"gone!!")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "link").symlink_to("a")
+    os.link(tmp_path / "long", tmp_path / "again")
+    read = []
+    monkeypatch.setattr("data.examples.picture_hash", lambda image: read.append(image) or picture_hash(image))
+
+    def groups(images) -> list[int]:
+        keys = picture_keys(images)
+        return [keys.index(key) for key in keys]
+
+    files = [tmp_path / name for name in ("a", "long", "copy", "other", "link", "again", "a", "long", "none")]
+    files[-1].write_bytes(b"unread")
+    assert groups(files) == [0, 1, 0, 3, 0, 1, 0, 1, 8]
+    assert len(read) == 3 and {path.name for path in read} <= {"a", "link", "copy", "other"}  # each file once, by any name
+    assert groups(files[:2] + files[5:8]) == [0, 1, 1, 0, 1] and len(read) == 3  # nothing more was opened
+    parquet = write_parquet(tmp_path / "set", [caprl("x"), caprl("y", image={"bytes": png(9), "path": "y"}), caprl("z")])
+    stored = [example.image for example in load_examples(parquet)]
+    (tmp_path / "file.png").write_bytes(png())
+    broken = StoredImage("broken", lambda: (_ for _ in ()).throw(ValueError("no picture")))
+    assert groups([*stored, tmp_path / "file.png", broken, broken]) == [0, 1, 0, 0, 4, 5]
+    drawn = [Image.new("RGB", (4, 4), color) for color in ("red", "blue", "red")]
+    assert groups(drawn) == [0, 1, 0]
+
+
+def test_each_rank_reads_a_share_and_all_come_to_the_same(tmp_path, monkeypatch):
+    stored = [StoredImage(str(n), lambda n=n: bytes([n % 4])) for n in range(11)]
+    want, shares = picture_keys(stored), []
+    monkeypatch.setattr("data.examples.world_size", lambda: 3)
+    for number in range(3):
+        monkeypatch.setattr("data.examples.rank", lambda number=number: number)
+        monkeypatch.setattr("data.examples.gather_rows", lambda rows: shares.append(rows) or rows)
+        picture_keys(stored)
+    assert [len(share) for share in shares] == [3, 4, 4]
+    monkeypatch.setattr("data.examples.gather_rows", lambda rows: [row for share in shares for row in share])
+    assert picture_keys(stored) == want and len(set(want)) == 4
+
+
+def test_rows_of_one_picture_become_one_example():
+    image, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    one, two = Question("Color?", ("red", "blue"), 0), Question("Form?", ("disc", "star"), 0)
+    rows = [Example("1", image, (one,), "f"), Example("2", other, (one, one)),
+            Example("3", image, (two, replace(one, kind="color")), "g"), Example("4", image, (replace(one, answer_index=1),))]
+    first, second = merge_pictures(rows)
+    assert (first.id, first.family, first.other_ids) == ("1", "f", ("3", "4")) and first.image is image
+    assert first.questions == (one, two, replace(one, answer_index=1))  # equal ones once; another answer is another question
+    assert second is rows[1]  # what is one row stays as it is

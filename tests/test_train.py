@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import keys
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from data.examples import Example, Question
+from data.examples import Example, Question, example_row
 from grpo.config import toy_config
 from grpo.logprobs import CompletionScorer
 from grpo.policy import encode_images, load_policy
@@ -18,7 +19,7 @@ from grpo.report import to_json
 from grpo.rollout import sample_rollouts
 from grpo.update import group_sizes, micro_batches, prepare_training_, split_evenly, update_policy
 from reward.caprl import RewardConfig, Rewards
-from train import alarms, check_rewards, reward_metrics, reward_settings, step_examples, train
+from train import alarms, check, check_rewards, reward_metrics, reward_settings, step_examples, train
 
 QUESTION = Question("What?", ("x", "y"), 1)
 EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
@@ -31,6 +32,25 @@ def test_no_image_comes_twice_in_a_pass_and_every_pass_has_its_own_order():
     assert {id for one in passes for id in one} == {e.id for e in EXAMPLES}  # the remainder is never the same one for ever
     assert [e.id for e in step_examples(EXAMPLES, 4, 2, 0)] == passes[1][2:4]
     assert passes[0] != [e.id for step in range(3) for e in step_examples(EXAMPLES, step, 2, 1)]
+
+
+def test_a_pass_shows_a_picture_once_however_many_rows_it_has(tmp_path, monkeypatch):
+    for name, color in (("a.png", "red"), ("b.png", "blue"), ("copy.png", "red")):
+        Image.new("RGB", (28, 28), color).save(tmp_path / name)
+    lines = [json.dumps(example_row(Example(f"q{n}", Path(), (replace(QUESTION, question=f"What {n % 4}?"),)), name)) + "\n"
+             for n, name in enumerate(("a.png", "b.png", "a.png", "copy.png", "a.png"))]
+    (tmp_path / "vqa.jsonl").write_text("".join(lines))
+    seen = []
+    monkeypatch.setattr("train.load_run", lambda config, device, examples: seen.append(examples) or 1 / 0)
+    config = toy_config(data=str(tmp_path / "vqa.jsonl"), run_dir=str(tmp_path / "run"), prompts_per_step=1)
+    for start in (train, check):
+        with pytest.raises(ZeroDivisionError):
+            start(config)
+    for examples in seen:
+        assert [(one.id, one.other_ids) for one in examples] == [("q0", ("q2", "q3", "q4")), ("q1", ())]
+        # q4 asks what q0 asks
+        assert [q.question for q in examples[0].questions] == ["What 0?", "What 2?", "What 3?"]
+    assert len(seen) == 2
 
 
 @pytest.fixture
