@@ -184,7 +184,7 @@ def main(config: BenchConfig) -> None:
             settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), **changes)
             with contextlib.redirect_stdout(None):
                 filter_questions(settings, lambda one, with_image, asked: stand_in(one.id, with_image, tuple(asked)))
-            found = {row["id"]: row["questions"] for row in rows(out / "rows/rank-000.jsonl")}
+            found = {row["id"]: row["questions"] for row in rows(out / "decisions.jsonl")}
             verdicts = {(id, place): one for id, given in found.items() for place, one in enumerate(given)}
             fates = {key: one["fate"] for key, one in verdicts.items()}
             print("\n".join([f"{rule}:", "", *table(fates, planted)]), flush=True)

@@ -42,6 +42,7 @@ from data.examples import (
     fold_choice,
     load_examples,
     load_images,
+    merge_pictures,
     parse_questions,
     question_row,
     read_jsonl,
@@ -49,7 +50,7 @@ from data.examples import (
     write_examples,
 )
 from data.images import ImageSource, open_image
-from data.likeness import detail, digest, hash_distances, image_hash, near_duplicates, semantic_duplicates
+from data.likeness import detail, hash_distances, near_duplicates, perceptual_hash, pixel_hash, semantic_duplicates
 from grpo.config import run_program
 from grpo.disk import check_room, naming
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
@@ -122,10 +123,13 @@ def read_rows(folder: Path) -> dict[str, dict]:
     return {row["id"]: row for path in sorted(folder.glob("*.jsonl")) if path.stat().st_size for _, row in read_jsonl(path)}
 
 
-def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str]) -> None:
-    """Rank 0 writes the set and the report; the others wait."""
+def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str], decisions: Sequence[dict] = ()) -> None:
+    """Rank 0 writes the set, the report and, where measurements were decided on, decisions.jsonl; the others wait."""
     with all_or_none("finish"):
         if rank() == 0:
+            if decisions:
+                text = "".join(to_json(row) + "\n" for row in decisions)
+                (folder / "decisions.jsonl").write_text(text, encoding="utf-8")
             num = write_examples(folder, examples)
             (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
             print("\n".join([*lines, f"{num} images: {folder / 'examples.jsonl'}"]))
@@ -293,23 +297,26 @@ AnswerQuestions = Callable[[Example, bool, Sequence[Asked]], list[Answer]]
 
 
 def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None) -> None:
-    """Keeps the questions that are answered rightly with the image and not without it, by `answer` or the configured model."""
+    """Keeps the questions that are answered rightly with the image and not without it, by `answer` or the configured model.
+
+    Measures every question, then decides: another rule on a second run uses the same measurements.
+    """
     device, folder = init_distributed(A_WEEK), Path(config.out)
     with all_or_none("start"):
         examples = load_examples(config.data)
         if answer is None:
             model = load_policy(config.model, device, "auto" if device.type == "cuda" else torch.float32)
             answer = partial(answer_by_options, model, PromptWriter(model.tokenizer), batch_size=config.batch_size)
-    settings = asdict(config)
-    for key in ("out", "batch_size", "retry_failed"):
-        settings.pop(key)
-    # Verdicts are by place: of a file that has changed since, they would be of other questions.
+    examples = merge_pictures(examples)
+    settings = {key: getattr(config, key) for key in ("data", "model", "tries", "seed")}
+    # Measurements are by place: of a file that has changed since, they would be of other questions.
     questions = json.dumps([[example.id, *map(question_row, example.questions)] for example in examples])
     settings["questions"] = hashlib.sha256(questions.encode()).hexdigest()[:16]
     inputs = [(example.id, example) for example in examples]
-    work = partial(filter_batch, answer=answer, config=config)
+    work = partial(measure_questions, answer=answer, config=config)
     rows = work_through(inputs, folder, settings, config.retry_failed, 1, work, "images")
-    finish(folder, kept_examples(examples, rows), filter_report(examples, rows))
+    decisions = decide_questions(examples, rows, config)
+    finish(folder, kept_examples(examples, decisions), filter_report(examples, decisions), decisions)
 
 
 def kept_examples(examples: Sequence[Example], rows: Sequence[dict]) -> Iterable[Example]:
@@ -319,8 +326,8 @@ def kept_examples(examples: Sequence[Example], rows: Sequence[dict]) -> Iterable
             yield Example(example.id, example.image, kept, example.family)
 
 
-def filter_batch(batch: Sequence[tuple[str, Example]], answer: AnswerQuestions, config: FilterConfig) -> list[dict]:
-    """A row per image with the fate of each question and the numbers that it rests on."""
+def measure_questions(batch: Sequence[tuple[str, Example]], answer: AnswerQuestions, config: FilterConfig) -> list[dict]:
+    """A row per image with `measure_question` of each question. No threshold enters."""
     rows = []
     for id, example in batch:
         asked = [
@@ -332,34 +339,47 @@ def filter_batch(batch: Sequence[tuple[str, Example]], answer: AnswerQuestions, 
         except ValueError as error:
             rows.append({"id": id, "fate": "failed", "reason": str(error), "questions": []})
             continue
-        verdicts = []
-        for start, question in zip(range(0, len(asked), config.tries), example.questions):
-            part = slice(start, start + config.tries)
-            verdicts.append(judge_question(question, asked[part], seen[part], blind[part], config))
-        verdicts = select_questions(example.questions, verdicts, config)
-        unscored = [one["failure"] for one in verdicts if "failure" in one]
-        fate = {"fate": "failed", "reason": unscored[0]} if unscored else {"fate": "filtered", "reason": ""}
-        rows.append({"id": id} | fate | {"questions": verdicts})
+        parts = [slice(start, start + config.tries) for start in range(0, len(asked), config.tries)]
+        measured = [measure_question(asked[part], seen[part], blind[part]) for part in parts]
+        unscored = [one["failure"] for one in measured if "failure" in one]
+        fate = {"fate": "failed", "reason": unscored[0]} if unscored else {"fate": "measured", "reason": ""}
+        rows.append({"id": id} | fate | {"questions": measured})
     return rows
 
 
-def judge_question(question: Question, asked: Sequence[Asked], seen: Sequence[Answer], blind: Sequence[Answer],
-                   config: FilterConfig) -> dict:
-    """Its fate, by itself: "kept" or why not. `prior` is the mean probability of the right option without the image."""
+def measure_question(asked: Sequence[Asked], seen: Sequence[Answer], blind: Sequence[Answer]) -> dict:
+    """Right answers `with_image` and `without_image`; `prior`, the mean probability of the right option without the image."""
     if failures := [one.failure for one in [*seen, *blind] if one.failure]:
-        return {"fate": "could not be scored", "failure": failures[0]}
+        return {"failure": failures[0]}
     with_image, without_image = (
         sum(one.chosen == it.gold for one, it in zip(answers, asked, strict=True)) for answers in (seen, blind)
     )
     prior = sum(one.probs[it.gold] for one, it in zip(blind, asked, strict=True)) / len(asked)
+    return {"with_image": with_image, "without_image": without_image, "prior": round(prior, 6)}
+
+
+def decide_questions(examples: Sequence[Example], rows: Sequence[dict], config: FilterConfig) -> list[dict]:
+    """The rows with the fate of each question beside the numbers that it rests on."""
+    decisions = []
+    for example, row in zip(examples, rows, strict=True):
+        verdicts = [judge_question(question, one, config) for question, one in zip(example.questions, row["questions"])]
+        fate = "failed" if row["fate"] == "failed" else "filtered"
+        decisions.append(row | {"fate": fate, "questions": select_questions(example.questions, verdicts, config)})
+    return decisions
+
+
+def judge_question(question: Question, measured: dict, config: FilterConfig) -> dict:
+    """Its measurements with its fate, by itself: "kept" or why not."""
+    if "failure" in measured:
+        return {"fate": "could not be scored", "failure": measured["failure"]}
     fates = {
         "tells its answer": tells_answer(question),
-        "wrong with the image": with_image < config.min_with_image,
-        "right without the image": without_image > config.max_without_image,
-        "likely without the image": prior > config.max_prior / len(question.choices),
+        "wrong with the image": measured["with_image"] < config.min_with_image,
+        "right without the image": measured["without_image"] > config.max_without_image,
+        "likely without the image": measured["prior"] > config.max_prior / len(question.choices),
     }
     fate = next((fate for fate, is_so in fates.items() if is_so), "kept")
-    return {"fate": fate, "with_image": with_image, "without_image": without_image, "prior": round(prior, 4)}
+    return {"fate": fate} | {key: measured[key] for key in ("with_image", "without_image", "prior")}
 
 
 def tells_answer(question: Question) -> bool:
@@ -531,16 +551,14 @@ def choose_images(config: ImagesConfig) -> None:
     work = partial(measure_batch, extra=extra)
     settings = {key: getattr(config, key) for key in ("images", "encoder", "classifier", "unsafe_label")}
     rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work, "images")
-    lines, examples = [], []
+    lines, examples, decisions = [], [], []
     if rank() == 0:
         bar = tqdm(benchmarks, desc="benchmarks", unit="image", disable=not benchmarks)
-        decisions = decide(rows, {name: image_hash(open_image(image)) for name, image in bar}, config)
-        with (folder / "decisions.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(to_json(row) + "\n" for row in decisions)
+        decisions = decide(rows, {name: perceptual_hash(open_image(image)) for name, image in bar}, config)
         sources = dict(images)
         examples = [Example(row["id"], sources[row["id"]], ()) for row in decisions if row["fate"] == "kept"]
         lines = count_table("images", Counter(row["fate"] for row in decisions))
-    finish(folder, examples, lines)
+    finish(folder, examples, lines, decisions)
 
 
 def measure_batch(batch: Sequence[tuple[str, ImageSource]], extra: dict[str, Measure]) -> list[dict]:
@@ -553,8 +571,8 @@ def measure_batch(batch: Sequence[tuple[str, ImageSource]], extra: dict[str, Mea
             continue
         entropy, edges = detail(image)
         rows.append({
-            "id": id, "fate": "measured", "width": image.width, "height": image.height, "digest": digest(image),
-            "hash": image_hash(image).tobytes().hex(), "entropy": round(entropy, 4), "edges": round(edges, 5),
+            "id": id, "fate": "measured", "width": image.width, "height": image.height, "digest": pixel_hash(image),
+            "hash": perceptual_hash(image).tobytes().hex(), "entropy": round(entropy, 4), "edges": round(edges, 5),
         })
         opened.append((rows[-1], image))
     for name, measure in extra.items():

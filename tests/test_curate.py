@@ -33,13 +33,14 @@ from data.curate import (
     generate,
     judge_question,
     main,
+    measure_question,
     mend,
     select_questions,
     similarity,
     tells_answer,
 )
 from data.examples import Example, Question, example_row, load_examples, parse_questions
-from data.likeness import detail, hash_distances, image_hash, k_means, near_duplicates, semantic_duplicates
+from data.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
 from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
 from data.toy.writer import write_blocks
@@ -123,7 +124,8 @@ def verdict(right_seen: int, right_blind: int, prior: float, question: Question 
         ]
 
     config = replace(FilterConfig(data="", out=""), **changes)
-    return judge_question(question, asked, answers(right_seen, 0.9), answers(right_blind, prior), config)["fate"]
+    measured = measure_question(asked, answers(right_seen, 0.9), answers(right_blind, prior))
+    return judge_question(question, measured, config)["fate"]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,8 @@ def test_a_question_that_could_not_be_scored_is_neither_kept_nor_wrong():
     failed = [Answer(None, failure="too long")]
     fine = [Answer(asked[0].gold, (0.25,) * 4)]
     config = FilterConfig(data="", out="", tries=1, min_with_image=1)
-    assert judge_question(QUESTION, asked, failed, fine, config) == {"fate": "could not be scored", "failure": "too long"}
+    found = judge_question(QUESTION, measure_question(asked, failed, fine), config)
+    assert found == {"fate": "could not be scored", "failure": "too long"}
 
 
 def test_zero_of_four_lets_a_third_of_guesses_through_and_the_prior_catches_who_leans():
@@ -285,7 +288,7 @@ def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
     source = str(tmp_path / "toy/examples.jsonl")
     filter_questions(FilterConfig(source, str(tmp_path / "out"), max_questions=2), answer)
     rows = rows_of(tmp_path / "out")
-    assert [row["fate"] for row in rows] == ["filtered", "failed", "filtered"]
+    assert [row["fate"] for row in rows] == ["measured", "failed", "measured"]
     kept = load_examples(str(tmp_path / "out/examples.jsonl"))
     assert [len(example.questions) for example in kept] == [2, 2] and kept[1].family == "cards"
     report = (tmp_path / "out/report.md").read_text()
@@ -294,6 +297,48 @@ def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
     assert {(row["fate"], row["reason"]) for row in rows_of(tmp_path / "mute")} == {("failed", "too long")}
     assert "| could not be scored |" in (tmp_path / "mute/report.md").read_text()
     assert "| over the cap |" in report and "## over the cap" in report and "train-000001.png" in report
+
+
+def test_another_rule_is_decided_from_the_measurements_there_are(tmp_path):
+    """As the images' thresholds are; nothing is asked again, and a rule that is told later equals one told at first."""
+    export(ExportConfig(tmp_path / "toy", num=4))
+    source = str(tmp_path / "toy/examples.jsonl")
+
+    def answer(example, with_image, asked):  # right with the image; without it now and then
+        told = [it.gold if with_image or (it.source + place) % 3 == 0 else (it.gold + 1) % len(it.options)
+                for place, it in enumerate(asked)]
+        return [Answer(place, probs=[float(n == place) for n in range(len(it.options))]) for it, place in zip(asked, told)]
+
+    def never(*given):
+        raise AssertionError("measured again")
+
+    rules = [dict(), dict(max_without_image=2, max_prior=4.0), dict(max_questions=1, max_without_image=4, max_prior=4.0),
+             dict(min_with_image=0)]
+    filter_questions(FilterConfig(source, str(tmp_path / "out"), **rules[0]), answer)
+    for number, rule in enumerate(rules[1:]):
+        filter_questions(FilterConfig(source, str(tmp_path / "out"), **rule), never)
+        filter_questions(FilterConfig(source, str(tmp_path / f"new{number}"), **rule), answer)
+        for name in ("examples.jsonl", "report.md", "decisions.jsonl"):
+            assert (tmp_path / "out" / name).read_text() == (tmp_path / f"new{number}" / name).read_text()
+    kept = [len(load_examples(str(tmp_path / f"new{number}/examples.jsonl"))[0].questions) for number in (0, 1)]
+    assert kept[0] > 1 == kept[1]
+    with pytest.raises(ValueError, match="settings.json: expected tries 3 as now asked for, found 4; take another --out"):
+        filter_questions(FilterConfig(source, str(tmp_path / "out"), tries=3, min_with_image=3), never)
+
+
+def test_rows_of_one_picture_are_filtered_as_one(tmp_path):
+    """Its repeated question, put in another row, is a repeat all the same."""
+    photos = scenes(tmp_path / "photos", 2)
+    (photos / "02.png").write_bytes((photos / "00.png").read_bytes())
+    with (photos / "set.jsonl").open("w") as file:
+        for name, words in (("00.png", "What color is the cup?"), ("01.png", "What color is the cup?"),
+                            ("02.png", "What color is that cup?")):
+            row = example_row(Example(name, Path(), (replace(QUESTION, question=words),)), name)
+            file.write(json.dumps(row) + "\n")
+    filter_questions(FilterConfig(str(photos / "set.jsonl"), str(tmp_path / "out"), max_similarity=0.6), sees)
+    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    assert [(row["id"], sorted(one["fate"] for one in row["questions"])) for row in decisions] == [
+        ("00.png", ["kept", "repeated"]), ("01.png", ["kept"])]
 
 
 # ----------------------------------------------------------------------------------------------------- killed and rerun
@@ -325,7 +370,7 @@ def answers_slowly(example, with_image, asked):
 def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_path, monkeypatch, command):
     photos, out = scenes(tmp_path / "photos", 1), tmp_path / "out"
     for n in range(1, 30):
-        (photos / f"{n:02d}.png").write_bytes((photos / "00.png").read_bytes())
+        (photos / f"{n:02d}.png").write_bytes((photos / "00.png").read_bytes() + bytes([n]))  # each a picture of its own
     with (tmp_path / "photos/examples.jsonl").open("w") as file:
         for n in range(30):
             file.write(json.dumps(example_row(Example(f"{n:02d}.png", Path(), (QUESTION,)), f"{n:02d}.png")) + "\n")
@@ -414,8 +459,8 @@ def test_the_hash_stays_where_the_eye_sees_the_same_and_differs_elsewhere():
         w, h = picture.size
         for changed in (jpeg(picture, 60), picture.resize((2 * w, 2 * h), Image.Resampling.BICUBIC),
                         ImageEnhance.Brightness(picture).enhance(0.9)):
-            assert int(hash_distances(image_hash(picture)[:, None], image_hash(changed))[0]) <= 32
-    hashes = [image_hash(picture) for picture in pictures]
+            assert int(hash_distances(perceptual_hash(picture)[:, None], perceptual_hash(changed))[0]) <= 32
+    hashes = [perceptual_hash(picture) for picture in pictures]
     apart = [int(hash_distances(a[:, None], b)[0]) for i, a in enumerate(hashes) for b in hashes[:i]]
     assert min(apart) > 32 and np.median(apart) > 60
     bits = [[int(bit) for word in one for bit in f"{int(word):064b}"] for one in hashes[:2]]
