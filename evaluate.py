@@ -143,7 +143,7 @@ class PrismConfig(EvalConfig):
     """Tokens that the sampler's cache has room for."""
     floors: bool = False
     """Add rows without a caption, and with another image's captions."""
-    cache: str = "runs/captions"
+    cache: str = "runs/cache"
     """Captions are kept here by model, image, instruction and settings, and never written twice; empty for nowhere."""
 
     def __post_init__(self):
@@ -589,7 +589,7 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Found]:
             for picture in benchmark.pictures[:THUMBNAILS]:
                 id = picture.id if len(benchmarks) == 1 else f"{benchmark.name}:{picture.id}"  # as grpo/page.py names it
                 with suppress(ValueError):  # one that cannot be opened has its sentence in the rows
-                    keep_thumbnail(out.parent, id, partial(open_image, picture.image))
+                    keep_thumbnail(out, id, partial(open_image, picture.image))
     return benchmarks, found
 
 

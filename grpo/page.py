@@ -58,8 +58,8 @@ class Source:
     """A run or an evaluation."""
 
     name: str
-    folder: Path
-    """Where its thumbnails/ lies."""
+    path: Path
+    """The run's folder or the evaluation's file."""
     groups: list[tuple[int | None, list[dict]]]
     """(step, rows of one image), in the order of the files; an evaluation has no steps."""
     num_steps: int = 0
@@ -95,8 +95,8 @@ def load_sources(path: Path) -> list[Source]:
             row |= {"id": f"{row['benchmark']}:{row['id']}", "family": family}
         by_captioner.setdefault(row.get("captioner", path.stem), []).append(row)
     if len(by_captioner) == 1:
-        return [Source(path.stem, path.parent, [(None, group) for group in by_image(rows)])]
-    return [Source(name, path.parent, [(None, group) for group in by_image(part)]) for name, part in by_captioner.items()]
+        return [Source(path.stem, path, [(None, group) for group in by_image(rows)])]
+    return [Source(name, path, [(None, group) for group in by_image(part)]) for name, part in by_captioner.items()]
 
 
 def load_run(run_dir: Path) -> Source:
@@ -242,7 +242,7 @@ def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
         for groups in pages.values()
     ]
     files = {
-        group.id: next((path for one in sources if (path := thumbnail_file(one.folder, group.id)).is_file()), None)
+        group.id: next((path for one in sources if (path := thumbnail_file(one.path, group.id)).is_file()), None)
         for groups in pages.values() for group in groups
     }
     sizes = {id: path.stat().st_size * 4 / 3 for id, path in files.items() if path}

@@ -238,15 +238,17 @@ THUMBNAIL_SIZE = 256
 """Longest side in pixels; some 8 kB as WebP."""
 
 
-def thumbnail_file(folder: Path, id: str) -> Path:
-    """Where the thumbnail of the image `id` lies. Ids are any text: what is no plain name is told apart by its hash."""
+def thumbnail_file(source: Path, id: str) -> Path:
+    """Where the thumbnail of the image `id` lies: in a run folder's thumbnails/, or beside an evaluation's NAME.jsonl, in
+    NAME.thumbnails/. Ids are any text: what is no plain name is told apart by its hash."""
+    folder = source.with_suffix(".thumbnails") if source.suffix == ".jsonl" else source / "thumbnails"
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", id)[:60]
-    return folder / "thumbnails" / f"{plain}-{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.webp"
+    return folder / f"{plain}-{hashlib.sha256(id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.webp"
 
 
-def keep_thumbnail(folder: Path, id: str, open_image: Callable[[], Image.Image]) -> None:
-    """Writes the thumbnail of the image `id`, unless it is there: `folder` is a run's, or the one of an evaluation's file."""
-    path = thumbnail_file(folder, id)
+def keep_thumbnail(source: Path, id: str, open_image: Callable[[], Image.Image]) -> None:
+    """Writes the thumbnail of the image `id`, unless it is there: `source` is a run's folder or an evaluation's file."""
+    path = thumbnail_file(source, id)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".unfinished")

@@ -33,6 +33,8 @@ from evaluate import (
     report,
     run,
 )
+from grpo.page import browser_data, load_sources
+from grpo.report import thumbnail_file
 from grpo.scores import interval, paired_difference, summarize
 from reward.caprl import Answer, Verifier, load_verifier
 
@@ -199,6 +201,10 @@ def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
         r["tokens"] for r in rows]
     written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [r["accuracy"] for r in written] == [r["accuracy"] for r in rows] and written[0]["benchmark"] == "toy:heldout:4"
+    # Thumbnails lie beside the file under its name: not among other files', whose images may have the same ids.
+    assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "p.thumbnails", "cache"}
+    assert all(thumbnail_file(tmp_path / "p.jsonl", r["id"]).is_file() for r in rows)
+    assert len(browser_data(load_sources(tmp_path / "p.jsonl"), 1e9)["pictures"]) == 4
     with pytest.raises(ValueError, match="expected a new file, found one"):
         run(config)
     one = PrismConfig(**{**vars(config), "out": "", "num_captions": 3, "limit": 1})  # what is not there yet is written
@@ -264,6 +270,10 @@ def test_a_mistyped_model_is_named_before_any_model_runs(monkeypatch, config):
         monkeypatch.setattr(evaluate, name, lambda *args, **settings: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="a/typo/here: expected a model's folder or a hub name, found no such folder"):
         run(config)
+
+
+def test_the_cache_is_no_folder_that_the_readme_gives_to_other_programs():
+    assert PrismConfig(policy=("x",)).cache not in Path("README.md").read_text()
 
 
 def test_captions_of_a_folder_of_shards(tmp_path):

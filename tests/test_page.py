@@ -547,7 +547,7 @@ def test_two_runs_and_two_evaluations_side_by_side(driver, tiny_run, tmp_path):
         for row in rows
     ]
     paths = [evaluation(tmp_path / "before.jsonl", rows), evaluation(tmp_path / "after.jsonl", rows[4:])]
-    shutil.copytree(tiny_run / "thumbnails", tmp_path / "thumbnails")
+    shutil.copytree(tiny_run / "thumbnails", tmp_path / "before.thumbnails")
     for width in (400, 1400):
         with opened(driver, write_page(*paths), width):
             assert driver.execute_script("return document.querySelectorAll('#questions tbody tr').length") > 3

@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,25 @@ def test_the_demos_last_line(tmp_path, capsys):
     assert float(match[2]) - float(match[1]) == pytest.approx(float(match[3]), abs=0.0011)
     assert sum("before: " in line for line in lines) == 3 and any("| all |" in line for line in lines)
     demo(DemoConfig(num_images=3, num_steps=1, run_dir=tmp_path / "demo"))  # a second demo makes room for itself
+
+
+def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "demo"
+
+    def stopped(config):
+        train.train(replace(config, num_steps=1))
+        raise SystemExit(130)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr("data.toy.demo.train", stopped)
+        demo(DemoConfig(num_images=3, num_steps=2, run_dir=folder))
+    first = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="seed 1: expected 0 as the run to resume has it"):  # another demo: nor is it deleted
+        demo(DemoConfig(num_images=3, num_steps=2, run_dir=folder, seed=1))
+    demo(DemoConfig(num_images=3, num_steps=2, run_dir=folder))
+    assert "resumed from" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text().startswith(first) and first.count("\n") == 1
+    assert [len((folder / name).read_text().splitlines()) for name in ("metrics.jsonl", "starts.jsonl")] == [2, 2]
 
 
 @pytest.mark.parametrize("main, arguments", [

@@ -25,35 +25,38 @@ class DemoConfig:
     """Held-out images, 4 captions each."""
     num_steps: int = toy_config().num_steps
     run_dir: Path = Path("runs/demo")
-    """Emptied first if a demo is in it."""
+    """Emptied first if a whole demo is in it. One that was stopped goes on where its training stopped."""
 
 
 def demo(config: DemoConfig) -> None:
-    if (config.run_dir / "before.jsonl").exists():
+    before, after = config.run_dir / "before.jsonl", config.run_dir / "after.jsonl"
+    if before.exists() and after.exists():
         shutil.rmtree(config.run_dir)
-    training = toy_config(seed=config.seed, num_steps=config.num_steps, run_dir=str(config.run_dir))
+    before.unlink(missing_ok=True)
+    training = toy_config(seed=config.seed, num_steps=config.num_steps, run_dir=str(config.run_dir),
+                          resume=(config.run_dir / "config.json").exists())
     evaluation = PrismConfig(
         data=(f"toy:heldout:{config.num_images}",), policy=(training.policy,), verifier=training.verifier, seed=config.seed,
-        max_new_tokens=training.max_new_tokens, out=str(config.run_dir / "before.jsonl"), cache="",
+        max_new_tokens=training.max_new_tokens, out=str(before), cache="",
     )
     print("1. The shipped captioner on held-out images")
     (before_rows,) = run(evaluation)[1].values()
     print(f"2. Training: {training.num_steps} steps of {training.prompts_per_step} images x {training.group_size} captions")
     final = train(training)
     print("3. The trained captioner on the same images")
-    (after_rows,) = run(replace(evaluation, policy=(str(final),), out=str(config.run_dir / "after.jsonl")))[1].values()
+    (after_rows,) = run(replace(evaluation, policy=(str(final),), out=str(after)))[1].values()
 
-    before, after = summarize(before_rows), summarize(after_rows)
+    tables = summarize(before_rows), summarize(after_rows)
     print("\nWhat a verifier that never sees the image answers rightly from the captions (held-out images):\n")
     print("| family | before | after | words before | words after |\n| --- | --- | --- | ---: | ---: |")
-    for family, old in before.items():
-        new = after[family]
+    for family, old in tables[0].items():
+        new = tables[1][family]
         spans = [f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in (old, new)]
         print(f"| {family} | {spans[0]} | {spans[1]} | {old['words']:.1f} | {new['words']:.1f} |")
     print("\nThe first caption of three of the images:")
     for old, new in zip(before_rows[:12:4], after_rows[:12:4]):
         print(f"\n{old['id']}\n  before: {old['caption']}\n  after:  {new['caption']}")
-    old, new = before["all"]["accuracy"], after["all"]["accuracy"]
+    old, new = (table["all"]["accuracy"] for table in tables)
     print(f"\nrun folder: {config.run_dir} (report.html, metrics.jsonl, rollouts/, final/, before.jsonl, after.jsonl)")
     print(f"demo: before {old:.3f} after {new:.3f} rise {new - old:.3f}")
 
