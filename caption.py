@@ -25,11 +25,12 @@ import sys
 import tarfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -38,11 +39,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data.benchmarks import picture_rows
-from data.captions import check_export, count_finished, export_captions, read_about
+from data.benchmarks import IMAGE_COLUMNS, picture_rows
+from data.captions import check_export, count_finished, export_captions, finished_rows, read_about
 from data.examples import read_jsonl
-from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_images, open_image
-from data.parquet import parquet_groups
+from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_files, open_image, print_left_out, printable
+from data.parquet import parquet_columns, parquet_groups
 from grpo.config import run_program
 from grpo.disk import check_room, naming
 from grpo.policy import INSTRUCTION, Policy, Prompt, load_policy
@@ -58,7 +59,7 @@ class CaptionConfig:
     """Settings of caption.py."""
 
     images: str = ""
-    """A folder of images, searched with its subfolders; a JSONL file whose rows have `image` (or `image_path`) and may have
+    """An image, or a folder searched with its subfolders; a JSONL file whose rows have `image` (or `image_path`) and may have
     `id`; a parquet file or a tar file (WebDataset's layout), or a folder of these."""
     out: str = ""
     """The folder of captions. Run again, a program that was stopped goes on."""
@@ -191,25 +192,26 @@ class Shard:
 
 def plan_shards(source: Path, shard_size: int) -> list[Shard]:
     """The same list for every worker. Raises ValueError where there are no images."""
-    if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix in (".parquet", ".tar"))
-        if not files:
-            named = [path.relative_to(source).as_posix() for path in list_images(source)]
-            return _chunks([(name, name) for name in named], source, shard_size)
-    elif source.is_file():
-        files = [source]
-    else:
+    if not source.exists():
         raise ValueError(f"{source}: expected a folder or a file of images, found nothing")
-    kinds = {path.suffix for path in files}
+    folder, files = source.parent, [source]
+    if source.is_dir():
+        folder, files = source, list_files(source, IMAGE_SUFFIXES | {".parquet", ".tar"})
+    named = [(path.relative_to(folder).as_posix(), path) for path in files]
+    kinds = {path.suffix.lower() for path in files}
+    if not files:
+        raise ValueError(f"{source}: expected images, .parquet or .tar files, found none")
+    if kinds <= IMAGE_SUFFIXES:
+        return _chunks([(name, name) for name, _ in named], folder, shard_size)
     if kinds == {".tar"}:
-        return [Shard(lambda path=path: _tar_images(path), f"{path.name} {_size(path)}") for path in files]
-    if kinds == {".parquet"}:
         return [
-            Shard(lambda path=path, group=group: _parquet_images(path, group), f"{path.name} {group} {rows}")
-            for path in files for group, rows in enumerate(parquet_groups(path))
+            Shard(lambda name=name, path=path: _tar_images(path, name), f"{name} {_size(path)}")
+            for name, path in named
         ]
+    if kinds == {".parquet"}:
+        return [shard for name, path in named for shard in _parquet_shards(path, name)]
     if kinds == {".jsonl"}:
-        return _chunks(list(_jsonl_images(source)), source.parent, shard_size)
+        return _chunks(list(_jsonl_images(source)), folder, shard_size)
     raise ValueError(f"{source}: expected a folder, .jsonl, .parquet or .tar files of one kind, found {sorted(kinds)}")
 
 
@@ -231,47 +233,87 @@ def _jsonl_images(path: Path) -> Iterator[tuple[str, str]]:
     """(id, path as written). Whether an image is there is seen when its turn comes: looking for millions first takes hours."""
     first_line: dict[str, int] = {}
     for number, row in read_jsonl(path):
-        image = row.get("image", row.get("image_path"))
-        if not isinstance(image, str):
-            raise ValueError(f"{path} line {number}: expected a path in 'image', got {image!r}")
-        id = str(row.get("id", image))
+        written = (row.get(key) for key in ("image", "images", "image_path"))
+        image = next((value for value in written if value is not None), None)
+        image = image[0] if isinstance(image, list) and len(image) == 1 else image
+        if not isinstance(image, str) or image.startswith("data:"):
+            raise ValueError(f"{path} line {number}: expected a path in 'image', got {image!r:.80}")
+        id = image if row.get("id") is None else str(row["id"])
         if id in first_line:
             raise ValueError(f"{path} line {number}: id {id!r} was used before, on line {first_line[id]}")
         first_line[id] = number
         yield id, image
 
 
-def _parquet_images(path: Path, group: int) -> Iterator[tuple[str, str, ImageSource]]:
+def _parquet_shards(path: Path, name: str) -> list[Shard]:
+    columns, groups = parquet_columns(path), parquet_groups(path)
+    if not sum(groups) or not set(columns) & set(IMAGE_COLUMNS):
+        wanted = " or ".join(IMAGE_COLUMNS)
+        raise ValueError(f"{path}: expected rows with {wanted}, found {sum(groups)} rows of {columns}")
+    return [
+        Shard(lambda group=group: _parquet_images(path, name, group), f"{name} {group} {rows}")
+        for group, rows in enumerate(groups)
+    ]
+
+
+def _parquet_images(path: Path, file: str, group: int) -> Iterator[tuple[str, str, ImageSource]]:
+    stem = file.removesuffix(path.suffix)
     try:
         for row in picture_rows(path, group):
-            name = row.where.replace(str(path), path.name)
+            name = row.where.replace(str(path), file)
             # An `index` begins again in each file, and two images of one id would be one.
-            id = row.id if row.cells.get("id") is not None else f"{path.stem}:{row.where.rsplit(' ', 1)[1]}"
+            id = row.id if row.cells.get("id") is not None else f"{stem}:{row.where.rsplit(' ', 1)[1]}"
             try:
                 yield id, name, row.picture()[1]
             except ValueError as error:
                 yield id, name, _unreadable(name, error)
     except ValueError as error:
-        yield f"{path.stem}:group {group}", path.name, _unreadable(path.name, error)
+        yield f"{stem}:group {group}", file, _unreadable(file, error)
 
 
-def _tar_images(path: Path) -> Iterator[tuple[str, str, ImageSource]]:
+def _tar_images(path: Path, file: str) -> Iterator[tuple[str, str, ImageSource]]:
     """The images of a tar file by the place of their bytes, so that threads may read them. Ids are the tar's name and the
-    member's without its last ending."""
-    seen: set[str] = set()
+    member's without its last ending. Other members, unless they go with an image as in WebDataset's layout, are counted."""
+    stem, ids = file.removesuffix(path.suffix), set()
+    spans: dict[str, tuple[int, int]] = {}
+    others: list[tuple[str, str]] = []
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                key, _, ending = member.name.rpartition(".")
-                if member.isfile() and f".{ending.lower()}" in IMAGE_SUFFIXES:
-                    id = f"{path.stem}/{member.name if key in seen else key}"
-                    seen.add(key)
-                    name, span = f"{path.name}/{member.name}", (member.offset_data, member.size)
-                    yield id, name, StoredImage(name, lambda span=span: _read_span(path, *span))
+                written = printable(member.name)
+                key, ending = os.path.splitext(written)
+                if member.isfile():
+                    spans[member.name] = (member.offset_data, member.size)
+                elif member.isdir():
+                    continue
+                if os.path.basename(written).startswith("._"):
+                    others.append((written, "._* of macOS"))
+                elif ending.lower() not in IMAGE_SUFFIXES:
+                    others.append((key, ending.lower() or "without ending"))
+                else:
+                    more = (f"{written}:{number}" for number in count(2))
+                    id = next(id for id in chain((key, written), more) if id not in ids)
+                    ids.add(id)
+                    yield f"{stem}/{id}", f"{file}/{written}", _member(path, f"{file}/{written}", member, spans)
+            left_out = Counter(ending for key, ending in others if key not in ids)
+            print_left_out(path, left_out)
             if _read_span(path, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("cut off: expected its end, a block of zeros")  # of which tarfile says nothing
+            if not ids:
+                raise tarfile.ReadError("no image among its members")
     except (OSError, tarfile.TarError) as error:
-        yield path.stem, path.name, _unreadable(path.name, error)
+        yield stem, file, _unreadable(file, error)
+
+
+def _member(path: Path, name: str, member: tarfile.TarInfo, spans: dict[str, tuple[int, int]]) -> StoredImage:
+    """A link stands for the member before it that it leads to."""
+    target = member.linkname if member.islnk() else member.name
+    if member.issym():
+        target = os.path.normpath(os.path.join(os.path.dirname(member.name), member.linkname))
+    if target not in spans:
+        return _unreadable(name, f"a link to {printable(target)}, no member before it")
+    span = spans[target]
+    return StoredImage(name, lambda: _read_span(path, *span))
 
 
 def _read_span(path: Path, start: int, size: int) -> bytes:
@@ -280,7 +322,7 @@ def _read_span(path: Path, start: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _unreadable(name: str, reason: Exception) -> StoredImage:
+def _unreadable(name: str, reason: Exception | str) -> StoredImage:
     """So that a file that breaks off leaves a row with the reason, and neither stops its worker nor the next one."""
     def read() -> bytes:
         raise OSError(str(reason))
@@ -415,6 +457,10 @@ def caption(config: CaptionConfig) -> None:
     speed = _speed(totals, time.perf_counter() - started)
     print(f"{out}: {len(shards)} shards finished; this worker captioned {totals['images']} images, "
           f"{totals['unreadable']} of them unreadable; {speed}", flush=True)
+    first = next(finished_rows(out), None)
+    if all("error" in row for _, row in finished_rows(out)):
+        said = f"the first: {first[1]['error']}" if first else "no rows"
+        raise ValueError(f"{out}: expected a caption, found none; no image could be opened ({said})")
 
 
 def _caption_shard(policy: Policy, shard: Shard, lease: Lease, model: str, config: CaptionConfig,

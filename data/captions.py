@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.examples import read_jsonl
+from data.images import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 """What trainers replace by a picture or the like, wherever it stands."""
@@ -37,8 +38,15 @@ def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
 
 
 def export_captions(out: Path, layout: str) -> Path:
-    """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out and counted."""
+    """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out and counted.
+
+    Images stay the files that they are. Those that a trainer will see otherwise than the captioner did are counted, from their
+    heads: trainers call Pillow's `convert("RGB")`, which turns nothing and drops what is transparent.
+    """
     about, target = read_about(out), out / f"{layout}.json"
+    images = Path(about["images"])
+    images = images if images.is_dir() else images.parent
+    otherwise: dict[str, list[str]] = {}
     instruction, left_out, num_rows, num_cut = about["instruction"], {}, 0, 0
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     with unfinished.open("w", encoding="utf-8") as file:
@@ -48,6 +56,12 @@ def export_captions(out: Path, layout: str) -> Path:
             if reason := _not_exported(row):
                 left_out[reason] = left_out.get(reason, 0) + 1
                 continue
+            try:
+                why = seen_otherwise(images / row["image"])
+            except ValueError:
+                why = "not found or not readable here"
+            if why:
+                otherwise.setdefault(why, []).append(row["image"])
             turns = [{"from": "human", "value": f"<image>\n{instruction}"}, {"from": "gpt", "value": row["caption"]}]
             new = {"id": row["id"], "image": row["image"], "conversations": turns}
             if layout == "sharegpt":
@@ -62,6 +76,9 @@ def export_captions(out: Path, layout: str) -> Path:
         (out / "dataset_info.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     print(f"{target}: {num_rows} rows, {num_cut} of them cut off at {about['max_new_tokens']} tokens; images below "
           f"{about['images']}; left out: {left_out or 'none'}")
+    for why, names in otherwise.items():
+        print(f"warning: images that a trainer may see otherwise than the captioner did: "
+              f"{len(names)} {why}, the first is {names[0]}")
     return target
 
 

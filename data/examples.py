@@ -40,9 +40,10 @@ from data.images import (
     image_bytes,
     image_path,
     image_size,
-    list_images,
+    list_files,
     open_image,
     picture_hash,
+    print_left_out,
 )
 from data.parquet import is_parquet, parquet_columns, parquet_rows
 from grpo.disk import naming
@@ -261,9 +262,12 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
     In JSONL the id is the row's `id`, or else its `image` as written; in parquet, the row's `id` or number. Raises
     ValueError at the first row without an image.
     """
-    has_pictures = path.is_dir() and any(found.suffix.lower() in IMAGE_SUFFIXES for found in path.rglob("*"))
-    if has_pictures:
-        return [(image.relative_to(path).as_posix(), image) for image in list_images(path)]
+    files = list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"}) if path.is_dir() else []
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if pictures:
+        endings = (file.suffix.lower() for file in files)
+        print_left_out(path, Counter(ending for ending in endings if ending not in IMAGE_SUFFIXES))
+        return [(image.relative_to(path).as_posix(), image) for image in pictures]
     images = []
     for file in data_files(str(path)) if path.is_dir() else [path]:
         for where, content in _contents(file):

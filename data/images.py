@@ -344,13 +344,14 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
                 left_out[odd_name] += 1
             else:  # a link that leads nowhere too: it is named when it is opened
                 paths.append(path)
-    print_left_out(folder, left_out)
+    if os.environ.get("RANK", "0") == "0":  # each of torchrun's workers lists the same
+        print_left_out(folder, left_out)
     return sorted(paths)
 
 
 def print_left_out(source: Path, left_out: Counter) -> None:
-    """One line on stderr, of the first worker alone, unless nothing was left out."""
-    if left_out and os.environ.get("RANK", "0") == "0":
+    """One line on stderr, unless nothing was left out."""
+    if left_out:
         counts = [f"{number} {kind}" for kind, number in left_out.most_common(12)]
         counts += ["..."] if len(left_out) > len(counts) else []
         print(f"{printable(str(source))}: left out: {', '.join(counts)}", file=sys.stderr)

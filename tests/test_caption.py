@@ -147,6 +147,8 @@ def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
 @pytest.mark.parametrize(("row", "reason"), [
     ('{"id": "a"}', "list.jsonl line 2: expected a path in 'image', got None"),
     ('{"image": "a.png"}', "list.jsonl line 2: id 'a.png' was used before, on line 1"),
+    ('{"images": ["a.png", "b.png"]}', "list.jsonl line 2: expected a path in 'image', got .'a.png', 'b.png'"),
+    ('{"image": "data:image/png;base64,iVBO"}', "list.jsonl line 2: expected a path in 'image', got 'data:image/png"),
 ])
 def test_lists_that_do_not_fit(tmp_path, row, reason):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png"}\n' + row + "\n")
@@ -161,6 +163,86 @@ def test_lists_that_do_not_fit(tmp_path, row, reason):
     (tmp_path / "b.parquet").touch()
     with pytest.raises(ValueError, match="of one kind, found"):
         plan_shards(tmp_path, 4)
+
+
+def test_a_folder_of_many_things_is_taken_refused_or_counted(tmp_path, capsys):
+    """Photos beside a tar file were left out in silence; archives are found in subfolders and in capitals."""
+    (tmp_path / "mixed").mkdir()
+    for name in ("a.png", "b.JFIF", "c.heic", "d.tar"):
+        (tmp_path / "mixed" / name).touch()
+    with pytest.raises(ValueError, match=r"mixed: expected .* of one kind, found \['.jfif', '.png', '.tar'\]"):
+        plan_shards(tmp_path / "mixed", 4)
+    assert "mixed: left out: 1 .heic" in capsys.readouterr().err
+    (tmp_path / "tars/deep").mkdir(parents=True)
+    for name in ("x.TAR", "deep/x.tar"):
+        write_tar(tmp_path / "tars" / name, [("0.png", png(0))])
+    (tmp_path / "tars/readme.md").touch()
+    ids = [id for shard in plan_shards(tmp_path / "tars", 4) for id, _, _ in shard.images()]
+    assert ids == ["deep/x/0", "x/0"] and "left out: 1 .md" in capsys.readouterr().err
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").touch()
+    with pytest.raises(ValueError, match="notes: expected images, .parquet or .tar files, found none"):
+        plan_shards(tmp_path / "notes", 4)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(ValueError, match=r"text.parquet: expected rows with image or images, found 1 rows of \['text'\]"):
+        plan_shards(tmp_path / "text.parquet", 4)
+    (tmp_path / "list.jsonl").write_text('{"id": null, "image": null, "image_path": "a"}\n{"id": null, "images": ["b"]}\n')
+    (shard,) = plan_shards(tmp_path / "list.jsonl", 4)
+    assert [(id, name) for id, name, _ in shard.images()] == [("a", "a"), ("b", "b")]
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]) -> None:
+    """Members with their content, or with a kind of link and where it leads."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                archive.addfile(info)
+
+
+def test_no_member_of_a_tar_file_is_passed_over_in_silence(tmp_path, capsys):
+    """Links stand for what they lead to, equal names get ids of their own, names that are not UTF-8 a written form."""
+    members = [
+        ("s", (tarfile.DIRTYPE, "")), ("s/a.png", png(0)), ("s/a.json", b"{}"), ("s/a.png", png(1)), ("s/a.png", png(2)),
+        ("s/hard.png", (tarfile.LNKTYPE, "s/a.png")), ("s/soft.png", (tarfile.SYMTYPE, "./a.png")),
+        ("s/lost.png", (tarfile.SYMTYPE, "../b.png")), ("s/._a.png", b"\0\5"), ("s/b.heic", b""), ("s/caf\udce9.png", png(3)),
+    ]
+    write_tar(tmp_path / "t.tar", members)
+    (shard,) = plan_shards(tmp_path / "t.tar", 4)
+    images = {id: (name, image) for id, name, image in shard.images()}
+    assert list(images) == ["t/s/a", "t/s/a.png", "t/s/a.png:2", "t/s/hard", "t/s/soft", "t/s/lost", r"t/s/caf\xe9"]
+    assert images[r"t/s/caf\xe9"][0] == r"t.tar/s/caf\xe9.png"
+    for id, index in (("t/s/a", 0), ("t/s/a.png:2", 2), ("t/s/hard", 2), ("t/s/soft", 2), (r"t/s/caf\xe9", 3)):
+        assert images[id][1].read() == png(index)
+    with pytest.raises(ValueError, match=r"t.tar/s/lost.png: expected an image .* \(a link to b.png, no member before it\)"):
+        open_image(images["t/s/lost"][1])
+    assert capsys.readouterr().err == f"{tmp_path}/t.tar: left out: 1 ._* of macOS, 1 .heic\n"
+
+
+def test_a_run_without_a_caption_is_no_success(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.txt", b"none")])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"out: expected a caption, found none; .*a.tar: .*no image among its members"):
+            caption(CaptionConfig(str(tmp_path / "a.tar"), str(tmp_path / "out"), **TOY))
+    assert [row["id"] for row in rows_of(tmp_path / "out")] == ["a"]
+
+
+def test_a_single_picture_and_errors_that_are_the_same_in_every_run(tmp_path, expected):
+    """No address of a buffer stands in a row."""
+    (tmp_path / "0.png").write_bytes(png(0))
+    caption(CaptionConfig(str(tmp_path / "0.png"), str(tmp_path / "single"), **TOY))
+    assert [(row["id"], row["caption"]) for row in rows_of(tmp_path / "single")] == [("0.png", expected[0])]
+    write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("1.png", b"junk"), ("2.jpg", png(1)[:60]), ("3.gif", b"")])
+    found = []
+    for out in ("first", "second"):
+        caption(CaptionConfig(str(tmp_path / "a.tar"), str(tmp_path / out), **TOY))
+        found.append(rows_of(tmp_path / out))
+    assert found[0] == found[1] and [row.get("caption") for row in found[0]] == [expected[0], None, None, None]
+    assert not any("0x" in row.get("error", "") for row in found[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- leases
@@ -272,6 +354,24 @@ def test_llava_export_field_by_field(finished, capsys):
     assert check_export(finished / "llava.json") == 2
     with pytest.raises(ValueError, match=r"llava.json row 0: image .*a.png: expected a file, found nothing"):
         main(["--check", str(finished / "llava.json"), "--images", str(finished)])
+
+
+def test_an_export_warns_of_images_that_trainers_see_otherwise(finished, tmp_path, capsys, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "photos/x").mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(tmp_path / "photos/a.png", exif=exif)
+    Image.new("RGBA", (30, 20)).save(tmp_path / "photos/x/e.png")
+    monkeypatch.chdir(tmp_path)
+    main(["--out", str(finished), "--export", "llava"])
+    printed = capsys.readouterr().out
+    assert "otherwise than the captioner did: 1 turned by EXIF, the first is a.png" in printed
+    assert "otherwise than the captioner did: 1 transparent, the first is x/e.png" in printed
+    Image.new("RGB", (30, 20)).save(tmp_path / "photos/a.png")
+    (tmp_path / "photos/x/e.png").unlink()
+    main(["--out", str(finished), "--export", "llava"])
+    printed = capsys.readouterr().out
+    assert "EXIF" not in printed and "did: 1 not found or not readable here, the first is x/e.png" in printed
 
 
 def test_llama_factory_export_field_by_field(finished):

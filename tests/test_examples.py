@@ -131,6 +131,14 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
         load_examples(str(tmp_path / "latin.jsonl"))
 
 
+def test_lists_beside_pictures_are_counted_aloud(tmp_path, capsys):
+    """A folder's pictures go before its lists, which were left out in silence."""
+    (tmp_path / "a.jfif").touch()
+    (tmp_path / "list.jsonl").touch()
+    assert load_images(tmp_path) == [("a.jfif", tmp_path / "a.jfif")]
+    assert capsys.readouterr().err == f"{tmp_path}: left out: 1 .jsonl\n"
+
+
 def test_load_images(tmp_path):
     path = write(tmp_path / "i.jsonl", {"image": "x/1.png"}, {"id": 7, "image": "2.png"})
     assert load_images(Path(path)) == [("x/1.png", tmp_path / "x/1.png"), ("7", tmp_path / "2.png")]
