@@ -192,6 +192,8 @@ class Shard:
 
 def plan_shards(source: Path, shard_size: int) -> list[Shard]:
     """The same list for every worker. Raises ValueError where there are no images."""
+    if (name := printable(str(source))) != str(source):  # rows, about.json and messages are UTF-8
+        raise ValueError(f"{name}: expected a path in UTF-8")
     if not source.exists():
         raise ValueError(f"{source}: expected a folder or a file of images, found nothing")
     folder, files = source.parent, [source]

@@ -179,6 +179,8 @@ def test_a_folder_of_many_things_is_taken_refused_or_counted(tmp_path, capsys):
     (tmp_path / "tars/readme.md").touch()
     ids = [id for shard in plan_shards(tmp_path / "tars", 4) for id, _, _ in shard.images()]
     assert ids == ["deep/x/0", "x/0"] and "left out: 1 .md" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"caf\\xe9.tar: expected a path in UTF-8"):
+        plan_shards(tmp_path / "caf\udce9.tar", 4)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").touch()
     with pytest.raises(ValueError, match="notes: expected images, .parquet or .tar files, found none"):
