@@ -7,6 +7,7 @@
 """
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -147,7 +149,9 @@ def catch_stop_signals() -> Iterator[list[int]]:
 
 def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature: float = 1.0,
                   max_new_tokens: int = 4096) -> None:
-    """Weights (safetensors, 5 GB a file), tokenizer, image processor. Opens with from_pretrained and needs nothing of ours.
+    """Weights (safetensors, 5 GB a file) beside the source's own configuration, tokenizer and
+    processor files. Opens with from_pretrained of transformers 4.57 and 5 as the same model, and
+    needs nothing of ours.
 
     Its generation_config samples as training did, whatever the initial checkpoint's said: whoever opens the folder with a
     server that reads it gets the captions that were rewarded.
@@ -161,9 +165,48 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         model.save_pretrained(unfinished, max_shard_size="5GB")
+        if not policy.files:  # made here, from no checkpoint
+            policy.tokenizer.save_pretrained(unfinished)
+            policy.image_processor.save_pretrained(unfinished)
+    except (OSError, SafetensorError) as error:
+        room = free_at(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(f"{folder}: could not be written ({_reason(error)}; {room})") from None
     finally:
         model.generation_config = before
-    policy.tokenizer.save_pretrained(unfinished)
-    policy.image_processor.save_pretrained(unfinished)
+    for name, content in policy.files.items():
+        (unfinished / name).write_bytes(content)
+    head = model.get_output_embeddings().weight
+    _describe_(unfinished, dtype, is_tied=head is model.get_input_embeddings().weight)
+    for path in unfinished.iterdir():  # safetensors lets nobody else read what it writes
+        path.chmod(unfinished.stat().st_mode & 0o666)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+def _describe_(folder: Path, dtype: torch.dtype, is_tied: bool) -> None:
+    """Makes config.json say of the weights what is so, and both json files what transformers 4.57
+    reads too: rope_theta and rope_scaling beside rope_parameters, names of before 5."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    for part in (config, text, config["vision_config"]):
+        part.pop("torch_dtype", None)
+        part.pop("dtype", None)
+        part[key] = str(dtype).removeprefix("torch.")
+    for part in (config, text):
+        part["tie_word_embeddings"] = is_tied
+    if rope := dict(text.get("rope_parameters") or {}):
+        text["rope_theta"] = rope.pop("rope_theta")
+        text["rope_scaling"] = rope
+    _write_json(folder / "config.json", config)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # as 5 calls it
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(extra := tokenizer.pop("extra_special_tokens", []), list):
+            tokenizer["additional_special_tokens"] = extra
+        _write_json(folder / "tokenizer_config.json", tokenizer)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,9 +5,9 @@ needs torchvision for videos, which captions do not.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +26,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # From its module: `transformers.AutoImageProcessor` of 5.17 wants torchvision before it looks which backend is asked for.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import cached_file
 
 INSTRUCTION = "Please describe this image in detail."
 """The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
+
+SOURCE_FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)
+"""What a checkpoint may have beside weights and generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,8 @@ class Policy:
     pad_id: int
     forbidden_ids: tuple[int, ...]
     """Image, video and vision markers: never sampled, and left out of the softmax everywhere alike."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """`SOURCE_FILES` of the checkpoint as they are: an export has them again."""
 
     def prompt(self, image: Image.Image, instruction: str = INSTRUCTION, answer_start: str = "") -> Prompt:
         """Up to the answer, of which the first words may be given. Raises ValueError for an image that the processor
@@ -131,7 +141,10 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["a
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
     except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
         raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
-    return make_policy(model.to(device).eval(), tokenizer, image_processor)
+    # The folder, or what of a hub repository is on this machine.
+    folder = Path(cached_file(path, "config.json")).parent
+    files = {name: (folder / name).read_bytes() for name in SOURCE_FILES if (folder / name).is_file()}
+    return replace(make_policy(model.to(device).eval(), tokenizer, image_processor), files=files)
 
 
 def check_model_path(path: str) -> None:
