@@ -67,6 +67,7 @@ from grpo.preflight import (
     check_memory,
     check_policy,
     check_sampling,
+    check_templates,
     check_verifier,
     format_findings,
 )
@@ -435,6 +436,10 @@ def check(config: TrainConfig) -> None:
         prompts = [sampler.prompt(open_image(example.image)) for example in examples[:2]]
     of_image = [sampler.image_tokens(*size) for size in sizes.values()]
     text_tokens = len(prompts[0].input_ids) - sampler.image_tokens(*sizes[examples[0].id])
+    ends = {"policy": sampler.tokenizer.decode(prompts[0].input_ids)}
+    if run.verifier:
+        ends["verifier"] = run.verifier.tokenizer.decode(run.verifier.writers[config.abstain].tail_ids)
+    findings.append(check_templates(ends))
     asking_tokens = run.verifier.prompt_tokens(examples) if run.verifier else 0
     room = run.verifier.model.config.max_position_embeddings - asking_tokens if run.verifier else None
     findings.append(check_lengths(sampler, of_image, text_tokens, room, config))

@@ -1,5 +1,6 @@
 """`train.py --check`: what would go wrong hours into a run, looked for in minutes, on the real models, data and machine."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,28 @@ def _names(sampler: Policy, ids: Sequence[int]) -> str:
     return " ".join(f"{i} {sampler.tokenizer.convert_ids_to_tokens(i)}" for i in ids)
 
 
+def check_templates(texts: dict[str, str]) -> Finding:
+    """texts: by model, the end of a prompt as its chat template writes it."""
+    thinking = [
+        name for name, text in texts.items() if text.rfind("<think>") > text.rfind("</think>")
+    ]
+    return Finding(
+        "templates", f"of {' and '.join(texts)}",
+        f"the {thinking[0]}'s opens <think>: it would think where it is to answer; take a model "
+        "that does not think, or close it in the chat template with </think>" if thinking else "",
+    )
+
+
+def pixel_setting(sampler: Policy) -> str:
+    """The setting, and the file of the checkpoint, that bounds an image's pixels: a processor of
+    processor_config.json counts before a file of its own, max_pixels before longest_edge."""
+    name, nested = "preprocessor_config.json", json.loads(sampler.files.get("processor_config.json", b"{}"))
+    settings = json.loads(sampler.files.get(name, b"{}"))
+    if "image_processor" in nested:
+        name, settings = "processor_config.json", nested["image_processor"]
+    return f"{'longest_edge' if settings.get('max_pixels') is None else 'max_pixels'} in {name}"
+
+
 def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int, verifier_room: int | None,
                   config: TrainConfig) -> Finding:
     """verifier_room: tokens that the verifier has for a caption."""
@@ -63,7 +86,7 @@ def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int
     problem = ""
     if longest + config.max_new_tokens > room:
         problem = (f"the longest prompt and its caption take {longest + config.max_new_tokens} positions, the policy has "
-                   f"{room}: lower --max-new-tokens, or longest_edge in preprocessor_config.json")
+                   f"{room}: lower --max-new-tokens, or {pixel_setting(sampler)}")
     elif verifier_room is not None and config.max_new_tokens > verifier_room:
         problem = (f"the verifier has room for captions of {verifier_room} tokens: longer ones could not be scored; lower "
                    "--max-new-tokens or take a verifier with a longer context")

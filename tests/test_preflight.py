@@ -1,6 +1,7 @@
 """`train.py --check`: each thing that would go wrong later is wrong here, and the memory that it promises is what is used."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -20,8 +21,10 @@ from grpo.preflight import (
     check_memory,
     check_policy,
     check_sampling,
+    check_templates,
     check_verifier,
     format_findings,
+    pixel_setting,
 )
 from grpo.rollout import sample_rollouts
 from reward.audit import gold_probe
@@ -33,7 +36,7 @@ def test_the_toy_run_passes(tmp_path, capsys):
     check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run")))
     said = capsys.readouterr().out
     assert "WRONG" not in said and not (tmp_path / "run").exists()
-    for row in ("ranks", "data", "sampling", "tokens", "memory", "policy", "verifier", "disk"):
+    for row in ("ranks", "data", "sampling", "templates", "tokens", "memory", "policy", "verifier", "disk"):
         assert f"ok     {row}" in said
     assert "24 images with 7 to 14 questions" in said and "on-policy ratio 1.0000" in said
 
@@ -77,6 +80,44 @@ def test_lengths_that_do_not_fit(policy):
     assert f"take {room + 1} positions, the policy has {room}" in check_lengths(policy, [room - 119], 20, 100, config).problem
     assert not check_lengths(policy, [room - 120], 20, 100, config).problem
     assert "captions of 99 tokens" in check_lengths(policy, [16], 20, 99, config).problem
+
+
+@pytest.mark.parametrize("own, processor, setting", [
+    ({}, {}, "longest_edge in preprocessor_config.json"),
+    ({"max_pixels": 9, "size": {"longest_edge": 9}}, {}, "max_pixels in preprocessor_config.json"),
+    ({"max_pixels": None, "size": {}}, {}, "longest_edge in preprocessor_config.json"),
+    ({"max_pixels": 9}, {"processor_class": "x"}, "max_pixels in preprocessor_config.json"),
+    ({"max_pixels": 9}, {"image_processor": {"size": {}}}, "longest_edge in processor_config.json"),
+])
+def test_the_setting_that_changes_an_images_tokens_is_named(policy, own, processor, setting):
+    files = {"preprocessor_config.json": own, "processor_config.json": processor}
+    policy = replace(policy, files={name: json.dumps(content).encode() for name, content in files.items()})
+    problem = check_lengths(policy, [9999], 20, None, toy_config()).problem
+    assert problem.endswith(f"lower --max-new-tokens, or {setting}")
+
+
+@pytest.mark.parametrize("change, setting", [
+    ({"max_pixels": 6272}, "max_pixels in preprocessor_config.json"),
+    ({"size": {"longest_edge": 6272, "shortest_edge": 3136}}, "longest_edge in preprocessor_config.json"),
+])
+def test_the_setting_that_is_named_changes_something(tmp_path, change, setting):
+    shutil.copytree("data/toy/policy", tmp_path / "policy")
+    path = tmp_path / "policy/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    policy = load_policy(str(tmp_path / "policy"), torch.device("cpu"))
+    assert policy.image_processor.size["longest_edge"] == 6272 and pixel_setting(policy) == setting
+
+
+def test_a_template_that_opens_think_is_named(tmp_path, capsys):
+    assert not check_templates({"policy": "<think>\n\n</think>\n\n", "verifier": "</think> The answer is"}).problem
+    assert "the verifier's opens <think>" in check_templates({"policy": "a", "verifier": "<think>\n The answer is"}).problem
+    shutil.copytree("data/toy/policy", tmp_path / "policy")
+    template = tmp_path / "policy/chat_template.jinja"
+    template.write_text(template.read_text().rstrip() + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}")
+    with pytest.raises(SystemExit) as stop:
+        check(toy_config(policy=str(tmp_path / "policy"), data="toy:train:12", run_dir=str(tmp_path / "run"), max_new_tokens=8))
+    said = capsys.readouterr().out
+    assert stop.value.code == 2 and "WRONG  templates" in said and "the policy's opens <think>" in said
 
 
 def test_memory_and_disk(tmp_path, monkeypatch):
