@@ -23,7 +23,6 @@ import json
 import os
 import sys
 import tarfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -46,8 +45,8 @@ from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, list_files, op
 from data.parquet import parquet_columns, parquet_groups
 from grpo.config import run_program
 from grpo.disk import check_room, naming
-from grpo.policy import INSTRUCTION, Policy, Prompt, load_policy
-from grpo.report import to_json
+from grpo.policy import INSTRUCTION, Policy, Prompt, load_policy, weights_hash
+from grpo.report import heartbeat, to_json
 from grpo.rollout import sample_rollouts
 
 PIXEL_BYTES = 1 << 31
@@ -168,9 +167,7 @@ def model_hash(policy: Policy) -> str:
     parts = [config, policy.image_processor.to_dict(), policy.tokenizer.chat_template, policy.eos_ids]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     digest.update(policy.tokenizer.backend_tokenizer.to_str().encode())
-    for name, parameter in policy.model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(f"{policy.model.dtype} {weights_hash(policy.model)}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -345,15 +342,7 @@ class Lease:
         self.path = out / f"{name}.lease-{generation:04d}"
         self.part = out / f"{name}.part-{generation:04d}"
         self.finished = out / f"{name}.jsonl"
-        self._released = threading.Event()
-        threading.Thread(target=self._touch, args=(seconds / 4,), daemon=True).start()
-
-    def _touch(self, every: float) -> None:
-        while not self._released.wait(every):
-            try:
-                os.utime(self.path)
-            except FileNotFoundError:  # the shard was taken over and finished
-                return
+        self._released = heartbeat(self.path, seconds / 4)
 
     def release(self) -> None:
         self._released.set()

@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from data.examples import MAX_CHOICES, Example, load_examples, merge_pictures, read_manifest, scan_examples
+from data.examples import (
+    MAX_CHOICES,
+    Example,
+    examples_hash,
+    load_examples,
+    merge_pictures,
+    read_manifest,
+    scan_examples,
+)
 from data.images import image_size, open_image
 from grpo.advantage import group_advantages
 from grpo.checkpoint import (
@@ -56,7 +65,7 @@ from grpo.distributed import (
 from grpo.logprobs import CompletionScorer
 from grpo.memory import estimate_memory
 from grpo.page import write_page
-from grpo.policy import Policy, encode_images, load_policy
+from grpo.policy import Policy, encode_images, load_policy, weights_hash
 from grpo.preflight import (
     TRIAL_TOKENS,
     Finding,
@@ -74,10 +83,12 @@ from grpo.preflight import (
 from grpo.report import (
     SHOWN_GROUPS,
     check_run_dir,
+    check_writer,
     keep_thumbnail,
     log_start,
     log_step,
     log_tensorboard,
+    only_writer,
     open_tensorboard,
     rewind,
     saved_config,
@@ -262,13 +273,21 @@ def load_run(config: TrainConfig, device: torch.device, examples: list[Example])
     return Run(device, examples, sampler, scorer, reference, optimizer, reward, verifier)
 
 
+def contents_of(run: Run) -> dict[str, str]:
+    """What settings only name, before the first step: the rows, and the weights of all models."""
+    contents = {"data": f"{len(run.examples)} images, {examples_hash(run.examples)}"}
+    given = {"policy": run.sampler} | getattr(run.reward, "keywords", {})  # verifier or judge
+    return contents | {
+        name: weights_hash(one.model) for name, one in given.items() if hasattr(one, "model")
+    }
+
+
 def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
     """Makes the run folder, or takes folder and models back to the latest checkpoint; returns the number of steps done."""
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):
-        if not config.resume:
-            check_run_dir(run_dir)
-        config.check_resumes(saved_config(run_dir))
+        contents = contents_of(run) if rank() == 0 else {}
+        config.check_resumes(saved_config(run_dir), contents)
         found = latest_checkpoint(run_dir) if config.resume else None
         if config.resume and not found and (run_dir / "final").exists():
             raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found a finished run without any")
@@ -284,30 +303,41 @@ def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
     with all_or_none("resume"), naming(run_dir):
         if rank() == 0:
             make_room(run_dir, state)
-            start_run(run_dir, asdict(config))
+            start_run(run_dir, asdict(config) | {"contents": contents})
             rewind(run_dir, num_steps)
             log_start(run_dir, num_steps, world_size())
     return num_steps
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs the whole of it and returns the folder of the trained policy.
-
-    SIGTERM and SIGINT end it after the step, with a checkpoint: SystemExit with the shell's code for that signal.
-    """
+    """Runs the whole of it and returns the folder of the trained policy."""
     device = init_distributed(config.timeout_minutes)
     run_dir = Path(config.run_dir)
     config.prompts_per_rank(world_size())
-    if not config.resume:
-        check_run_dir(run_dir)  # before minutes are spent on models
-    check_room(run_dir)
-    with all_or_none("data"):
-        examples = load_examples(config.data)
-    examples = merge_pictures(examples)
-    run = load_run(config, device, examples)
-    first_step = begin(run_dir, run, config)
+    with ExitStack() as stack:
+        with all_or_none("run folder"):  # before minutes are spent on models
+            if not config.resume:
+                check_run_dir(run_dir)
+            check_room(run_dir)
+            if rank() == 0:
+                stack.enter_context(only_writer(run_dir))
+        with all_or_none("data"):
+            examples = load_examples(config.data)
+        examples = merge_pictures(examples)
+        run = load_run(config, device, examples)
+        take_steps(run_dir, run, begin(run_dir, run, config), config)
+        export(run, run_dir / "final", config)
+        print0(f"trained policy: {run_dir / 'final'}")
+        if rank() == 0:
+            print0(f"report: {write_page(run_dir)}")
+    return run_dir / "final"
+
+
+def take_steps(run_dir: Path, run: Run, first_step: int, config: TrainConfig) -> None:
+    """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint: SystemExit with the
+    shell's code for that signal."""
     sampler, scorer = run.sampler, run.scorer
-    print0(f"{len(run.examples)} images, {world_size()} rank(s) on {device.type}, {config}")
+    print0(f"{len(run.examples)} images, {world_size()} rank(s) on {run.device.type}, {config}")
     if listed := read_manifest(config.data):
         print0(f"{len(listed)} rows and questions of {config.data} are left out, as its manifest lists")
     print0(
@@ -315,10 +345,11 @@ def train(config: TrainConfig) -> Path:
         f"EOS {sampler.eos_ids}, never {sampler.forbidden_ids}; the checkpoint's generation_config is not used"
     )
     tensorboard = open_tensorboard(run_dir, first_step) if config.tensorboard and rank() == 0 else None
-    phases = Phases(device, config.timeout_minutes)
+    phases = Phases(run.device, config.timeout_minutes)
     saved_at, skipped_in_a_row = time.monotonic(), 0
     bar = tqdm(range(first_step, config.num_steps), desc="train", unit="step", disable=rank() != 0)
-    with catch_stop_signals() as signals:
+    step = first_step
+    with catch_stop_signals(lambda: step) as signals:
         for step in bar:
             started = time.perf_counter()
             batch = step_examples(run.examples, step, config.prompts_per_step, config.seed)
@@ -333,7 +364,7 @@ def train(config: TrainConfig) -> Path:
                 by_caption = [example for example in mine for _ in range(config.group_size)]
                 keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
                 result = run.reward(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
-                rewards = result.rewards.to(device)  # (B,), NaN where it could not be measured
+                rewards = result.rewards.to(run.device)  # (B,), NaN where it could not be measured
                 measured = reward_metrics(rollouts, result)
                 check_rewards(result, measured.get("failed_share", 0.0), config)
 
@@ -357,6 +388,7 @@ def train(config: TrainConfig) -> Path:
                 rows = gather_rows(rollout_rows(by_caption, rollouts, result, advantages))
                 with all_or_none("records"):
                     if rank() == 0:
+                        check_writer(run_dir)
                         order = {example.id: place for place, example in enumerate(batch)}
                         rows.sort(key=lambda row: order[row["id"]])  # as on one rank
                         probes = run.examples[: config.probe_images]
@@ -392,12 +424,6 @@ def train(config: TrainConfig) -> Path:
             if agreed["stop"] and not is_last:
                 print0(f"stopped after step {step}; --resume goes on from there")
                 raise SystemExit(128 + max(gather_rows(signals)))
-
-    export(run, run_dir / "final", config)
-    print0(f"trained policy: {run_dir / 'final'}")
-    if rank() == 0:
-        print0(f"report: {write_page(run_dir)}")
-    return run_dir / "final"
 
 
 def check(config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,6 +130,14 @@ class Row:
     row: str
     example: Example | None
     refused: tuple[Refused, ...]
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """16 hexadecimal digits of the ids and questions, in order: what all draws are functions of."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, *map(astuple, example.questions)]).encode())
+    return digest.hexdigest()[:16]
 
 
 def load_examples(source: str) -> list[Example]:

@@ -14,8 +14,8 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -120,21 +120,34 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def catch_stop_signals() -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGINT only fill the list, for the loop to see after its step; a later one interrupts at once.
+def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int]]:
+    """Inside, SIGTERM and SIGINT only fill the list, for the loop to see after its `step`; rank 0
+    says so at once. A later one interrupts.
 
     What comes within seconds of the first is the same wish: a scheduler signals the ranks and torchrun, which passes it on.
     """
     caught: list[int] = []
     interrupts_from = math.inf
+    says = rank() == 0
+
+    def say(sentence: str) -> None:
+        """Not by `print`, which a signal may have interrupted: it cannot be entered twice. On a
+        terminal the progress bar's line is cleared; the bar comes again below."""
+        if says:
+            with suppress(OSError):
+                clear = "\r\x1b[2K" if os.isatty(2) else "\n"
+                os.write(2, f"{clear}{sentence}\n".encode())
 
     def note(number, frame):
         nonlocal interrupts_from
         if time.monotonic() > interrupts_from:
-            raise KeyboardInterrupt
+            say("stopping without saving; --resume goes on from the last checkpoint")
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         if not caught:
             caught.append(number)
             interrupts_from = time.monotonic() + SAME_SIGNAL_S
+            say(f"finishing step {step()}, then saving; again after {SAME_SIGNAL_S:.0f} s stops "
+                "without saving")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

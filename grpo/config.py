@@ -195,11 +195,18 @@ class TrainConfig:
             raise ValueError(f"replicas {self.replicas}: expected a divisor of the {num_ranks} ranks")
         return self.prompts_per_step // num_ranks
 
-    def check_resumes(self, saved: dict) -> None:
-        """Raises ValueError where a setting that changes the numbers is not as it was when the run began."""
+    def check_resumes(self, saved: dict, contents: dict[str, str]) -> None:
+        """Raises ValueError where a setting that changes the numbers, or what data and models hold,
+        is not as it was when the run began. `saved`: its config.json; older ones have no contents.
+        """
         for name, value in asdict(self).items():
             if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
                 raise ValueError(f"{name} {value!r}: expected {saved[name]!r} as the run to resume has it")
+        for name, value in contents.items():
+            if (begun := saved.get("contents", {}).get(name, value)) != value:
+                what = "rows" if name == "data" else "weights"
+                raise ValueError(f"{name} {getattr(self, name)}: expected the {what} that the run "
+                                 f"to resume began with ({begun}), found others ({value})")
 
 
 FREE_ON_RESUME = {

@@ -10,6 +10,7 @@ was killed and resumed writes the same bytes as one that was not. What a clock o
 timing.jsonl and starts.jsonl.
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -19,12 +20,15 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
@@ -145,6 +149,104 @@ def check_run_dir(run_dir: Path) -> None:
         raise ValueError(f"{run_dir}: expected a run folder, found a file")
 
 
+WRITER = "writer.json"
+WRITER_DEAD_S = 180.0
+"""A writer on another machine without a heartbeat for so long is taken for dead. More than the
+clocks of machines differ."""
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Inside, no other process writes to the run folder. Raises ValueError, with host and process
+    of the other, where one does already.
+
+    Its file is locked and touched. On the same machine the lock falls with its process, and the
+    next one takes over at once. Another machine may not see the lock: there the next one waits
+    until it sees a heartbeat, or none for `WRITER_DEAD_S`.
+    """
+    is_new = not run_dir.exists()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / WRITER
+    with _lock_writer(path) as file:
+        file.truncate(0)
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        file.write(to_json({"host": platform.node(), "process": os.getpid(), "since": since}))
+        file.flush()
+        ended = heartbeat(path, WRITER_DEAD_S / 12)
+        try:
+            yield
+        finally:
+            ended.set()
+            if _is_ours(_writer(path)):
+                path.unlink()
+            if is_new and not any(run_dir.iterdir()):
+                run_dir.rmdir()
+
+
+def check_writer(run_dir: Path) -> None:
+    """Raises ValueError if a process of another machine took this one for dead and goes on with its
+    run."""
+    writer = _writer(run_dir / WRITER)
+    if not _is_ours(writer):
+        raise ValueError(f"{run_dir}: expected to be its only writer, found {_name(writer)}")
+
+
+def heartbeat(path: Path, every_s: float) -> threading.Event:
+    """Touches the file from a thread, until the event is set or the file is gone."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(every_s):
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return
+
+    threading.Thread(target=touch, daemon=True).start()
+    return ended
+
+
+def _lock_writer(path: Path) -> TextIO:
+    """The file, open and locked. Raises ValueError if its writer lives."""
+    while True:
+        with ExitStack() as stack:
+            file = stack.enter_context(path.open("a+", encoding="utf-8"))
+            writer, can_lock = _writer(path), True
+            refusal = ValueError(f"{path.parent}: expected no other writer, found {_name(writer)}")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise refusal from None
+            except OSError:  # a file system without locks: heartbeats only
+                can_lock = False
+            if writer and not (can_lock and writer["host"] == platform.node()):
+                beat, started = path.stat().st_mtime, time.monotonic()
+                while max(time.time() - beat, time.monotonic() - started) < WRITER_DEAD_S:
+                    time.sleep(WRITER_DEAD_S / 180)
+                    if path.stat().st_mtime != beat:
+                        raise refusal
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                stack.pop_all()
+                return file
+        # Its last writer has just removed it.
+
+
+def _writer(path: Path) -> dict:
+    """host, process and since when; empty if there is none, or it has only begun."""
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def _name(writer: dict) -> str:
+    said = "process {process} on {host}, since {since}"
+    return said.format(**writer) if writer else "another process"
+
+
+def _is_ours(writer: dict) -> bool:
+    return (writer.get("host"), writer.get("process")) == (platform.node(), os.getpid())
+
+
 def start_run(run_dir: Path, config: dict) -> None:
     """Makes the folder and writes config.json."""
     (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
@@ -153,8 +255,10 @@ def start_run(run_dir: Path, config: dict) -> None:
 
 def log_start(run_dir: Path, step: int, num_ranks: int) -> None:
     """Appends to starts.jsonl what runs where: a line for the first start, one for each time the run was resumed."""
-    with (run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(to_json({"step": step} | describe_start(num_ranks)) + "\n")
+    path = run_dir / "starts.jsonl"
+    whole = path.read_bytes().rpartition(b"\n")[:2] if path.exists() else ()  # not what was cut off
+    line = to_json({"step": step} | describe_start(num_ranks)) + "\n"
+    _replace(path, b"".join((*whole, line.encode())))
 
 
 def describe_start(num_ranks: int) -> dict:
@@ -193,32 +297,51 @@ def saved_config(run_dir: Path) -> dict:
 
 
 def rewind(run_dir: Path, num_steps: int) -> None:
-    """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step before that is not there."""
+    """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step
+    before that is not there, or twice."""
     for name in LOGS:
         path = run_dir / name
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []  # of bytes: an id may hold U+2028
-        kept = lines[:num_steps]
-        steps = [json.loads(line)["step"] for line in kept if line.endswith(b"\n")]  # one cut off is of a step to be redone
-        if steps != list(range(num_steps)):
-            raise ValueError(f"{path}: expected a line for each of {num_steps} steps, found {len(steps)}")
-        _replace(path, b"".join(kept))
+        steps = [_step_of(line) for line in lines]
+        kept = [step for step in steps if step < num_steps]
+        if kept != list(range(num_steps)):
+            doubled = sorted({step for step in kept if kept.count(step) > 1})
+            said = f"{path}: expected a line for each of {num_steps} steps, found {len(kept)}"
+            if doubled:
+                said += (f"; two processes have written steps {', '.join(map(str, doubled))}: keep "
+                         f"the first line of each step in {', '.join(LOGS)}, then --resume")
+            raise ValueError(said)
+        _replace(path, b"".join(line for line, step in zip(lines, steps) if step < num_steps))
     for path in (run_dir / "rollouts").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) >= num_steps:
             path.unlink()
 
 
+def _step_of(line: bytes) -> float:
+    """Infinity for a line that was cut off: it is of a step to be redone."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 def read_log(path: Path) -> list[dict]:
-    """Rows of a JSONL file that may still be written to: a last line without its end is left out, a missing file is empty.
+    """Rows of a JSONL file that may still be written to, or whose writer was stopped: a last line
+    that was cut off is left out, as are zeros that a power cut left; a missing file is empty.
     Raises ValueError for any other line that is no JSON object, naming file and line."""
     rows = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().rstrip(b"\0\r\n ").split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, start=1):
+        line = line.strip(b"\0\r ")
         try:
-            row = json.loads(line.decode()) if line.strip() else None
+            row = json.loads(line.decode()) if line else None
         except ValueError as error:
+            if number == len(lines):
+                break
             raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
         if row is not None and not isinstance(row, dict):
-            raise ValueError(f"{path} line {number}: expected a JSON object, got {type(row).__name__}")
+            got = type(row).__name__
+            raise ValueError(f"{path} line {number}: expected a JSON object, got {got}")
         rows += [row] if row is not None else []
     return rows
 

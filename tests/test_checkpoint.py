@@ -2,19 +2,24 @@
 
 import json
 import os
+import platform
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
-from grpo import checkpoint, disk
+from data.toy.export import ExportConfig, export
+from grpo import checkpoint, disk, report
 from grpo.checkpoint import (
     catch_stop_signals,
     init_moments_,
@@ -25,7 +30,18 @@ from grpo.checkpoint import (
     training_state,
 )
 from grpo.config import TrainConfig, toy_config
-from grpo.report import LOGS, check_run_dir, log_step, rewind, saved_config, start_run
+from grpo.policy import weights_hash
+from grpo.report import (
+    LOGS,
+    check_run_dir,
+    check_writer,
+    heartbeat,
+    log_step,
+    only_writer,
+    rewind,
+    saved_config,
+    start_run,
+)
 from train import train
 
 KILLS = 20
@@ -99,32 +115,157 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path):
 
 def test_a_stop_signal_saves_and_ends_the_run(left_alone, tmp_path):
     program = "import sys; from test_checkpoint import settings, train, Path; train(settings(Path(sys.argv[1]), save_every=0))"
-    child = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"})
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"},
+    )
     while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    said, _ = child.communicate(timeout=120)
+    said, answered = child.communicate(timeout=120)
     num_steps = latest_checkpoint(tmp_path / "run")[1]
+    assert answered.count(f"\nfinishing step {num_steps - 1}, then saving; again after 5 s") == 1
     assert child.returncode == 128 + signal.SIGTERM and f"stopped after step {num_steps - 1}; --resume goes on" in said
     assert 1 <= num_steps < 6 and not (tmp_path / "run/final").exists()
     train(settings(tmp_path / "run", save_every=0))
     assert everything(tmp_path / "run") == everything(left_alone)
 
 
-def test_signals_close_together_are_one(monkeypatch):
+def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp_path):
+    program = "import sys; from test_checkpoint import settings, train, Path; "
+    program += "train(settings(Path(sys.argv[1]), num_steps=999))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"},
+    )
+    while not (tmp_path / "run/checkpoints/latest").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    config = (tmp_path / "run/config.json").read_text()
+    with pytest.raises(ValueError, match=f"process {child.pid} on {platform.node()}, since 20"):
+        train(settings(tmp_path / "run"))
+    assert (tmp_path / "run/config.json").read_text() == config
+    child.kill()
+    child.wait()
+    assert (tmp_path / "run/writer.json").exists()
+    train(settings(tmp_path / "run", num_steps=latest_checkpoint(tmp_path / "run")[1] + 1))
+    assert not (tmp_path / "run/writer.json").exists()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert steps == list(range(len(steps)))
+
+
+def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch):
+    """As on a file system that shows no locks of other machines."""
+    monkeypatch.setattr(report, "WRITER_DEAD_S", 0.5)
+    other = {"host": "elsewhere", "process": 7, "since": "2026-01-01T00:00:00+00:00"}
+    path = tmp_path / "writer.json"
+    path.write_text(json.dumps(other))
+    ended = heartbeat(path, 0.01)
+    refusal = "expected no other writer, found process 7 on elsewhere, since 2026-01-01"
+    with pytest.raises(ValueError, match=refusal), only_writer(tmp_path):
+        pass
+    ended.set()
+    with only_writer(tmp_path):  # dead
+        check_writer(tmp_path)
+        path.write_text(json.dumps(other))  # which took this process for dead
+        with pytest.raises(ValueError, match="expected to be its only writer, found process 7"):
+            check_writer(tmp_path)
+    assert json.loads(path.read_text()) == other
+    with only_writer(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing was written
+
+
+def test_steps_that_two_processes_wrote_are_named_with_the_repair(tmp_path):
+    start_run(tmp_path, {})
+    for step in (0, 1, 1, 2, 2, 3):
+        log_step(tmp_path, step, {}, {}, {}, [])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    want = "expected a line for each of 4 steps, found 6; two processes have written steps 1, 2: "
+    want += "keep the first line of each step in metrics.jsonl, audit.jsonl, timing.jsonl, then --"
+    with pytest.raises(ValueError, match=want):
+        rewind(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    rewind(tmp_path, 1)  # to before it happened
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_a_run_goes_on_with_its_own_rows_and_weights_only(tmp_path):
+    """Under the same paths: rows added, rows in another order, one weight of a model changed."""
+    data = tmp_path / "set/examples.jsonl"
+    export(ExportConfig(data.parent, num=3))
+    rows = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(rows[:2]))
+    for name in ("policy", "verifier"):
+        shutil.copytree(f"data/toy/{name}", tmp_path / name)
+    config = settings(
+        tmp_path / "run", data=str(data), policy=str(tmp_path / "policy"), num_steps=1,
+        verifier=str(tmp_path / "verifier"), group_size=2, max_new_tokens=8, audit_every=0,
+    )
+    train(config)
+    saved = (tmp_path / "run/config.json").read_text()
+    for change in (rows, rows[1::-1]):
+        data.write_text("".join(change))
+        with pytest.raises(ValueError, match="^data .*: expected the rows that the run to resume"):
+            train(replace(config, num_steps=2))
+    data.write_text("".join(rows[:2]))
+    for name in ("policy", "verifier"):
+        path = tmp_path / name / "model.safetensors"
+        weights = load_file(path)
+        weights[min(weights)].view(-1)[3] += 1
+        whole = path.read_bytes()
+        save_file(weights, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"^{name} .*{name}: expected the weights that the"):
+            train(replace(config, num_steps=2))
+        path.write_bytes(whole)
+    assert (tmp_path / "run/config.json").read_text() == saved
+    old = json.loads(saved)
+    assert set(old.pop("contents")) == {"data", "policy", "verifier"}
+    (tmp_path / "run/config.json").write_text(json.dumps(old))  # of a run that began without them
+    train(replace(config, num_steps=2))
+    want = saved.replace('"num_steps": 1', '"num_steps": 2')
+    assert (tmp_path / "run/config.json").read_text() == want
+
+
+def test_the_hash_of_weights_is_of_their_values(policy):
+    """The same in bfloat16 and float32, where both hold the same; another after any change."""
+    model = policy.model.to(torch.bfloat16)
+    before = weights_hash(model)
+    assert weights_hash(model.float()) == before
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight[5], weight[6] = weight[6].clone(), weight[5].clone()
+    assert weights_hash(model) != before
+
+
+def test_signals_close_together_are_one(monkeypatch, capfd):
+    """The answer needs no stream of Python's, which the signal may have come in the middle of."""
     monkeypatch.setattr(checkpoint, "SAME_SIGNAL_S", 0.2)
     before = signal.getsignal(signal.SIGTERM)
-    with catch_stop_signals() as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+    with catch_stop_signals(lambda: 3) as caught:
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "stderr", None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
         assert caught == [signal.SIGTERM]
+        assert capfd.readouterr().err == (
+            "\nfinishing step 3, then saving; again after 0 s stops without saving\n"
+        )
         time.sleep(0.25)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        assert capfd.readouterr().err.count("stopping without saving; --resume goes on") == 2
     assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    with catch_stop_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_stopped_torchrun_saves_and_ends_all_ranks(tmp_path):

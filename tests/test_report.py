@@ -68,13 +68,23 @@ def test_starts_say_what_ran_where(tiny_run, tmp_path):
     assert start["machine"]["cores"] >= 1 and start["machine"]["memory_gib"] > 0 and start["machine"]["gpus"] == []
     log_start(tmp_path, 0, 1)
     log_start(tmp_path, 5, 2)  # resumed
-    assert [(start["step"], start["ranks"]) for start in read_log(tmp_path / "starts.jsonl")] == [(0, 1), (5, 2)]
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')  # killed while it wrote
+    log_start(tmp_path, 7, 2)
+    starts = [(start["step"], start["ranks"]) for start in read_log(tmp_path / "starts.jsonl")]
+    assert starts == [(0, 1), (5, 2), (7, 2)]
 
 
 def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_log(path) == []
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "rew')
+    assert read_log(path) == [{"step": 0}, {"step": 1}]
+    cut = '{"step": 2, "rew'
+    for torn in (f"{cut}\n", f"{cut}\n\n", f"{cut}\0\0", "\0" * 100, "\0\n", "\x80"):
+        path.write_bytes(b'{"step": 0}\n{"step": 1}\n' + torn.encode("latin-1"))
+        assert read_log(path) == [{"step": 0}, {"step": 1}], torn
+    path.write_text('{"step": 0}\n\0\0\0{"step": 1}')  # after a power cut; whole without its end
     assert read_log(path) == [{"step": 0}, {"step": 1}]
     path.write_text('{"step": 0}\n{"step": 1, \n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl line 2: expected a JSON object \("):
