@@ -106,6 +106,8 @@ def load_run(run_dir: Path) -> Source:
     series: dict[str, dict[int, float | None]] = {}
     for name in LOGS:
         for row in read_log(run_dir / name):
+            if type(row.get("step")) is not int:
+                raise ValueError(f"{run_dir / name}: expected a step in each row, got {row!r:.80}")
             for key, value in row.items():
                 if key != "step" and (value is None or isinstance(value, int | float)):
                     series.setdefault(key, {})[row["step"]] = value
@@ -128,14 +130,20 @@ def step_of(path: Path) -> int:
 
 def read_rows(path: Path) -> list[dict]:
     """Captions of a file. Raises ValueError for a row that is none, naming file and row."""
-    rows = read_log(path)
+    rows = [_known(row) for row in read_log(path)]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("caption"), str):
             raise ValueError(f"{path} row {number}: expected an id and a caption, got {sorted(row)}")
         for one in row.setdefault("questions", []):
             if not isinstance(one, dict) or not isinstance(one.get("question"), str):
                 raise ValueError(f"{path} row {number}: expected questions as asked, got {one!r}")
+        row["questions"] = [_known(one) for one in row["questions"]]
     return rows
+
+
+def _known(row: dict) -> dict:
+    """null is absent."""
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def by_image(rows: Iterable[dict]) -> list[list[dict]]:

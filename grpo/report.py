@@ -330,14 +330,15 @@ def read_log(path: Path) -> list[dict]:
     that was cut off is left out, as are zeros that a power cut left; a missing file is empty.
     Raises ValueError for any other line that is no JSON object, naming file and line."""
     rows = []
-    lines = path.read_bytes().rstrip(b"\0\r\n ").split(b"\n") if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.rstrip(b"\0\r\n ").split(b"\n")
     for number, line in enumerate(lines, start=1):
         line = line.strip(b"\0\r ")
         try:
             row = json.loads(line.decode()) if line else None
         except ValueError as error:
-            if number == len(lines):
-                break
+            if number == len(lines) and (rows or not content.endswith(b"\n")):
+                break  # a file of nothing else is no log
             raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
         if row is not None and not isinstance(row, dict):
             got = type(row).__name__

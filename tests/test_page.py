@@ -273,6 +273,22 @@ def test_bad_input_is_named(tmp_path, arguments, message):
     made_run(tmp_path / "run", [])
     with pytest.raises(ValueError, match=re.escape(message)):
         main([str(tmp_path / word.lower()) for word in arguments.split()])
+
+
+def test_what_is_null_or_cut_off_is_absent(tmp_path):
+    question = {"question": "What?", "options": None, "chosen": None, "probs": None, "reply": None}
+    rows = [
+        {"id": "1", "caption": "first words", "questions": None, "family": None, "accuracy": None},
+        {"id": "1", "caption": "more", "questions": [question], "parts": None, "length": None},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text + '{"id": "2", "capt\n')
+    main([str(tmp_path / "rows.jsonl")])
+    assert ">None<" not in (tmp_path / "rows.html").read_text()
+    made_run(tmp_path / "run", [])
+    (tmp_path / "run/metrics.jsonl").write_text('{"reward": 1}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl: expected a step in each row, got {'rew"):
+        main([str(tmp_path / "run")])
     with pytest.raises(ValueError, match="max_mb 0: expected more than 0"):
         PageConfig(tmp_path, max_mb=0)
 
