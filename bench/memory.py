@@ -43,6 +43,9 @@ CASES = {
         StepConfig(hidden=512, layers=8, verifier_hidden=512, verifier_layers=8), {"gradient_checkpointing": True}
     ),
     "vocabulary 151,936": (StepConfig(vocab=151_936, tokens=64), {}),
+    "the same, replies in words": (
+        StepConfig(vocab=151_936, tokens=64), {"verifier_mode": "sample", "verifier_max_new_tokens": 10}
+    ),
     "vision frozen": (StepConfig(sizes=(896,), prompts=1), {"freeze": "vision"}),
 }
 

@@ -57,7 +57,8 @@ def _size(module: nn.Module) -> int:
 def _cache_bytes(model: PreTrainedModel, width: int) -> int:
     """Of keys and values, per token."""
     text = model.config.get_text_config()
-    return 2 * width * text.num_hidden_layers * text.num_key_value_heads * _head_dim(text)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * width * text.num_hidden_layers * heads * _head_dim(text)
 
 
 def _head_dim(text) -> int:
@@ -96,16 +97,23 @@ def _pixel_bytes(policy: PreTrainedModel, image_tokens: int) -> int:
 
 def _verifier(verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int, width: int,
               asking_tokens: int) -> int:
-    """The cache of a batch, and the widest layer's activations."""
+    """The cache of a batch, the widest layer's activations and, where it replies in words, the
+    logits of the next token of each row."""
     if verifier is None:
         return 0
     text = verifier.config.get_text_config()
-    longest = min(config.max_new_tokens + asking_tokens, text.max_position_embeddings)
+    replies = config.verifier_mode == "sample"
+    reply_tokens = config.verifier_max_new_tokens if replies else 0
+    room = getattr(text, "max_position_embeddings", None) or VERIFIER_TOKENS  # Bloom has no limit
+    longest = min(config.max_new_tokens + asking_tokens + reply_tokens, room)
     questions = config.num_questions * config.num_shuffles
-    tokens = min(VERIFIER_TOKENS, config.prompts_per_step // num_ranks * config.group_size * questions * longest)
-    return tokens * _cache_bytes(verifier, width) + tokens // questions * width * (
-        3 * text.intermediate_size + 6 * text.hidden_size
-    )
+    rows = config.prompts_per_step // num_ranks * config.group_size * questions
+    tokens = min(VERIFIER_TOKENS, rows * longest)
+    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    activations = tokens // questions * width * (3 * wide + 6 * text.hidden_size)
+    # As they come, in float32, and the probabilities.
+    logits = tokens // longest * text.vocab_size * (width + 4 + 4) if replies else 0
+    return tokens * _cache_bytes(verifier, width) + activations + logits
 
 
 VERIFIER_TOKENS = 262_144

@@ -215,6 +215,21 @@ def test_one_token_more_in_the_vocabulary(policy, vocab_size, rows):
     assert sizes[1] - sizes[0] == 4 * (text.hidden_size + rows)
 
 
+def test_a_verifier_that_replies_holds_logits_of_every_row(policy, verifier_model):
+    """8 captions with 4 questions under 2 shuffles are 64 rows. Each has logits as they came, in
+    float32 and as probabilities, and 10 tokens more in the cache of 2 layers; these 10 of a caption
+    are in the activations too."""
+    text = verifier_model.config
+    settings = dict(prompts_per_step=2, group_size=4, num_questions=4, num_shuffles=2, max_new_tokens=40)
+    sizes = [
+        estimate_memory(policy.model, verifier_model, toy_config(**settings, **mode), 1, False, 40, 20, 100)["phase verifier"]
+        for mode in ({}, {"verifier_mode": "sample", "verifier_max_new_tokens": 10})
+    ]
+    keys = 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    activations = 4 * (3 * text.intermediate_size + 6 * text.hidden_size)
+    assert sizes[1] - sizes[0] == 64 * text.vocab_size * 12 + 64 * 10 * keys + 8 * 10 * activations
+
+
 def test_static_memory_hand_computed(policy):
     """1 parameter of the sampler: 2 bytes; of the trainer: 12 over the ranks that share it, 4 more in the update, for its
     gradient; of the reference: 2 over them."""
