@@ -65,7 +65,7 @@ from grpo.distributed import (
 from grpo.logprobs import CompletionScorer
 from grpo.memory import estimate_memory
 from grpo.page import write_page
-from grpo.policy import Policy, encode_images, load_policy, weights_hash
+from grpo.policy import TEMPLATE_DATE, Policy, encode_images, load_policy, weights_hash
 from grpo.preflight import (
     TRIAL_TOKENS,
     Finding,
@@ -168,7 +168,7 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
 def load_reward(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> tuple[RewardFunction, AskVerifier | None]:
     """The reward and, where it is CapRL's, its verifier."""
     if config.reward == "judge":
-        return partial(judge_rewards, judge=load_policy(config.judge, device, dtype)), None
+        return partial(judge_rewards, judge=load_policy(config.judge, device, dtype, writes=False)), None
     verifier = load_verifier(
         config.verifier, device, dtype, mode=config.verifier_mode, temperature=config.verifier_temperature,
         max_new_tokens=config.verifier_max_new_tokens,
@@ -303,7 +303,8 @@ def begin(run_dir: Path, run: Run, config: TrainConfig) -> int:
     with all_or_none("resume"), naming(run_dir):
         if rank() == 0:
             make_room(run_dir, state)
-            start_run(run_dir, asdict(config) | {"contents": contents})
+            fixed = {"contents": contents, "template_date": TEMPLATE_DATE.isoformat()}
+            start_run(run_dir, asdict(config) | fixed)
             rewind(run_dir, num_steps)
             log_start(run_dir, num_steps, world_size())
     return num_steps
@@ -342,7 +343,8 @@ def take_steps(run_dir: Path, run: Run, first_step: int, config: TrainConfig) ->
         print0(f"{len(listed)} rows and questions of {config.data} are left out, as its manifest lists")
     print0(
         f"sampling: temperature {config.temperature}, no top-k or top-p, at most {config.max_new_tokens} tokens, "
-        f"EOS {sampler.eos_ids}, never {sampler.forbidden_ids}; the checkpoint's generation_config is not used"
+        f"EOS {sampler.names(sampler.eos_ids)}, never {sampler.names(sampler.forbidden_ids)}; the checkpoint's "
+        "generation_config is not used"
     )
     tensorboard = open_tensorboard(run_dir, first_step) if config.tensorboard and rank() == 0 else None
     phases = Phases(run.device, config.timeout_minutes)
@@ -467,7 +469,7 @@ def check(config: TrainConfig) -> None:
         ends["verifier"] = run.verifier.tokenizer.decode(run.verifier.writers[config.abstain].tail_ids)
     findings.append(check_templates(ends))
     asking_tokens = run.verifier.prompt_tokens(examples) if run.verifier else 0
-    room = run.verifier.model.config.max_position_embeddings - asking_tokens if run.verifier else None
+    room = run.verifier.context - asking_tokens if run.verifier else None
     findings.append(check_lengths(sampler, of_image, text_tokens, room, config))
     estimate = estimate_memory(
         sampler.model, run.verifier.model if run.verifier else None, config, world_size(), device.type == "cuda",

@@ -54,7 +54,7 @@ from data.likeness import detail, hash_distances, near_duplicates, perceptual_ha
 from grpo.config import run_program
 from grpo.disk import check_room, naming
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
-from grpo.policy import Policy, load_policy
+from grpo.policy import Policy, chat_text, load_policy
 from grpo.report import to_json
 from grpo.rollout import sample_rollouts
 from reward.caprl import Answer, Asked, PromptWriter, choose_letter, pad_left, shuffle_options
@@ -305,7 +305,7 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
     with all_or_none("start"):
         examples = load_examples(config.data)
         if answer is None:
-            model = load_policy(config.model, device, "auto" if device.type == "cuda" else torch.float32)
+            model = load_policy(config.model, device, "auto" if device.type == "cuda" else torch.float32, writes=False)
             answer = partial(answer_by_options, model, PromptWriter(model.tokenizer), batch_size=config.batch_size)
     examples = merge_pictures(examples)
     settings = {key: getattr(config, key) for key in ("data", "model", "tries", "seed")}
@@ -475,9 +475,7 @@ def answer_by_options(model: Policy, writer: PromptWriter, example: Example, wit
 def _head(model: Policy, image: ImageSource | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Token ids (T,), positions (3, T) and pixels of the prompt up to the question, with the image or without one."""
     instruction = BLIND if image is None else SEEING
-    text = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "text", "text": instruction}]}], tokenize=False, add_generation_prompt=True
-    )
+    text = chat_text(model.tokenizer, [{"type": "text", "text": instruction}])
     tail = model.tokenizer.encode(text.split(instruction)[1], add_special_tokens=False)
     if image is None:
         ids = torch.tensor(model.tokenizer.encode(text, add_special_tokens=False))

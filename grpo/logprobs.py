@@ -156,7 +156,7 @@ class HeadLogprobs(torch.autograd.Function):
         forbidden = torch.tensor(forbidden_ids, dtype=torch.long, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = temper_logits_(_product(hidden[part], weight, memory), temperature, forbidden_ids)  # (rows, V)
+            logits = temper_logits_(_product(hidden[part], weight, memory), temperature, forbidden)  # (rows, V)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
             # A few rows at a time, so that there is never a second (rows, V).
             for few, norm, entropy in zip(*(each.split(SOFTMAX_ROWS) for each in (logits, norms[part], entropies[part]))):
@@ -166,20 +166,20 @@ class HeadLogprobs(torch.autograd.Function):
                     few[:, forbidden] = 0.0  # 0 * -inf would be nan
                     torch.sub(norm, probs.mul_(few).sum(-1), out=entropy)
         logprobs -= norms
-        ctx.save_for_backward(hidden, weight, targets, norms)
-        ctx.temperature, ctx.forbidden_ids, ctx.rows = temperature, forbidden_ids, rows
+        ctx.save_for_backward(hidden, weight, targets, norms, forbidden)
+        ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, norms = ctx.saved_tensors
+        hidden, weight, targets, norms, forbidden = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad = grad[:, None] / ctx.temperature
         memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = temper_logits_(_product(hidden[part], weight, memory), ctx.temperature, ctx.forbidden_ids)  # (rows, V)
+            logits = temper_logits_(_product(hidden[part], weight, memory), ctx.temperature, forbidden)  # (rows, V)
             # d log p(target) / d logits = onehot(target) - p
             grad_logits = logits.sub_(norms[part, None]).exp_().mul_(-grad[part])
             grad_logits = grad_logits.scatter_add_(-1, targets[part, None], grad[part]).to(weight.dtype)

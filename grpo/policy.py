@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -23,12 +24,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # From its module: `transformers.AutoImageProcessor` of 5.17 wants torchvision before it looks which backend is asked for.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file
+
+from grpo.decode import check_layers
 
 INSTRUCTION = "Please describe this image in detail."
 """The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
@@ -39,6 +43,18 @@ SOURCE_FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )
 """What a checkpoint may have beside weights and generation_config.json."""
+
+TEMPLATE_DATE = date(2025, 1, 1)
+"""Today, to a chat template that asks for the date: a run that goes on tomorrow reads and writes the
+same prompts. Ours."""
+
+_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdDeFHIjmMpSuwxXyYzZ" for flag in ("", "-")]
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace({part!r}, {TEMPLATE_DATE.strftime(part)!r})" for part in _DIRECTIVES)
+    + " }}{%- endmacro %}\n"
+)
+"""In front of a template, in place of the function that transformers gives it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,8 @@ class Policy:
     eos_ids: tuple[int, ...]
     pad_id: int
     forbidden_ids: tuple[int, ...]
-    """Image, video and vision markers: never sampled, and left out of the softmax everywhere alike."""
+    """Image, video and vision markers, and ids without a token (vocabularies are padded): never sampled, and left out of the
+    softmax everywhere alike."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """`SOURCE_FILES` of the checkpoint as they are: an export has them again."""
 
@@ -77,9 +94,7 @@ class Policy:
         pixels = self.image_processor(images=[image], return_tensors="pt")
         grid = pixels["image_grid_thw"]  # (1, 3)
         content = [{"type": "image"}, {"type": "text", "text": instruction}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        text = chat_text(self.tokenizer, content)
         ids = self.tokenizer.encode(text + answer_start, add_special_tokens=False)
         image_id = self.model.config.image_token_id
         if ids.count(image_id) != 1:
@@ -97,6 +112,13 @@ class Policy:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def names(self, ids: Sequence[int]) -> str:
+        """Ids with their tokens, to be read; those without one are counted."""
+        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
+        named = [f"{i} {token}" for i, token in zip(ids, tokens) if token is not None]
+        unnamed = [f"{tokens.count(None)} ids without a token"] if None in tokens else []
+        return ", ".join(named + unnamed)
 
 
 @torch.no_grad()
@@ -128,25 +150,35 @@ def image_inputs(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[
             del inner.get_image_features
 
 
-def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32) -> Policy:
-    """A policy from a local folder or a hub name, in `dtype` or ("auto") as it was saved. Raises ValueError in one sentence
-    if it is unusable.
+def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32,
+                writes: bool = True) -> Policy:
+    """A policy from a local folder or a hub name, in `dtype` or ("auto") as it was saved. Raises
+    ValueError in one sentence if it is unusable. `writes`: see `make_policy`.
 
     In eval mode, where it stays even while it is trained: dropout would make the first ratio of a step differ from 1.
     """
+    with loading(path, "policy"):
+        tokenizer = load_tokenizer(path)
+        chat_text(tokenizer, [{"type": "image"}])
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        model = load_model(AutoModelForImageTextToText, path, dtype)
+        # The folder, or what of a hub repository is on this machine.
+        folder = Path(cached_file(path, "config.json")).parent
+        files = {name: (folder / name).read_bytes() for name in SOURCE_FILES if (folder / name).is_file()}
+        return replace(make_policy(model.to(device).eval(), tokenizer, image_processor, writes), files=files)
+
+
+@contextmanager
+def loading(path: str, what: str) -> Iterator[None]:
+    """Whatever is wrong with a checkpoint that is loaded inside becomes a ValueError of one sentence."""
     check_model_path(path)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        # tokenizer.json as it was saved. AutoTokenizer puts Qwen2's own word splitting in its place wherever the model is a
-        # Qwen2, which changes what a checkpoint trained with another one reads.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
-        raise ValueError(f"{path}: expected a policy's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
-    # The folder, or what of a hub repository is on this machine.
-    folder = Path(cached_file(path, "config.json")).parent
-    files = {name: (folder / name).read_bytes() for name in SOURCE_FILES if (folder / name).is_file()}
-    return replace(make_policy(model.to(device).eval(), tokenizer, image_processor), files=files)
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of transformers, safetensors, jinja, huggingface_hub: each has its own
+        reason = (str(error) or type(error).__name__).splitlines()[0][:400]
+        raise ValueError(f"{path}: expected a {what}'s folder or a hub name ({reason})") from None
 
 
 def check_model_path(path: str) -> None:
@@ -159,16 +191,95 @@ def check_model_path(path: str) -> None:
         raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
 
 
-def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor) -> Policy:
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """tokenizer.json as it was saved, with the chat template wherever the checkpoint has it.
+
+    AutoTokenizer puts Qwen2's own word splitting in its place wherever the model is a Qwen2, which
+    changes what a checkpoint trained with another one reads.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    if not tokenizer.chat_template:  # only processors read chat_template.json
+        tokenizer.chat_template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
+    return tokenizer
+
+
+def load_model(auto_class: type, path: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    """The model of a local folder or a hub name. Raises ValueError where a weight would be a random
+    number, and where one that is for the model's own modules would be left out (of an adapter, or of
+    a layer more than config.json tells). Weights of other modules may be there: a vision tower's."""
+    if find_adapter_config_file(path):
+        raise ValueError("expected a whole model, found an adapter (adapter_config.json): merge it into its base")
+    model, report = auto_class.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    own = tuple(f"{name}." for name, _ in model.named_modules() if name not in ("", model.base_model_prefix))
+    unused = [key for key in report["unexpected_keys"] if "lora_" in key or key.startswith(own)]
+    shapes = [f"{key} {list(size)} for {list(wanted)}" for key, size, wanted in report["mismatched_keys"]]
+    faults = {"missing": report["missing_keys"], "of another shape": shapes, "that it has no place for": unused}
+    for fault, keys in faults.items():
+        if keys:
+            first = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            raise ValueError(f"{len(keys)} weights of {type(model).__name__} {fault}: {first}")
+    return model
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
+    """The text of a user's turn up to the answer. Raises ValueError if there is no chat template."""
+    if not tokenizer.chat_template:
+        places = "chat_template.jinja, chat_template.json or tokenizer_config.json"
+        raise ValueError(f"expected a chat template in {places}, found none")
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _FIXED_DATE + template
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template, tokenize=False,
+        add_generation_prompt=True,
+    )
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end a text: generation_config's and the tokenizer's, as many checkpoints have one of
+    their ends in one of the files only."""
     named = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    eos_ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
-    if not eos_ids:
+    return tuple(sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])}))
+
+
+def unnamed_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that the head has a row for and the tokenizer no token."""
+    return tuple(sorted(set(range(len(model.get_output_embeddings().weight))) - set(tokenizer.get_vocab().values())))
+
+
+LAYOUT = (
+    "model.visual", "model.get_rope_index", "model.get_image_features", "config.image_token_id",
+    "config.video_token_id", "config.vision_start_token_id", "config.vision_end_token_id",
+)
+"""What a policy is asked for besides its text layers."""
+
+
+def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor,
+                writes: bool = True) -> Policy:
+    """Raises ValueError for a model that is not laid out like Qwen2.5-VL and Qwen3-VL. One that only
+    reads (a judge) may have text layers that grpo/decode.py does not compute: `writes` False."""
+    parts = [(model, name) for name in LAYOUT] + [(image_processor, name) for name in ("merge_size", "patch_size")]
+    for owner, name in parts:
+        try:
+            attrgetter(name)(owner)
+        except AttributeError:
+            lacking = f"{type(owner).__name__} without {name}"
+            raise ValueError(f"expected the layout of Qwen2.5-VL or Qwen3-VL, found {lacking}") from None
+    if writes:
+        check_layers(model)
+    ends = eos_ids(model, tokenizer)
+    if not ends:
         raise ValueError("expected an EOS id in the policy's generation_config or tokenizer, found none")
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     config = model.config
     marks = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
     marks |= {tokenizer.convert_tokens_to_ids(token) for token in ("<|vision_pad|>",) if token in tokenizer.get_vocab()}
-    return Policy(model, tokenizer, image_processor, tuple(sorted(eos_ids)), pad_id, tuple(sorted(marks)))
+    never = tuple(sorted(marks.union(unnamed_ids(model, tokenizer))))
+    policy = Policy(model, tokenizer, image_processor, ends, pad_id, never)
+    policy.prompt(Image.new("RGB", (64, 64)))  # a chat template or a processor that does not fit: now, not in a run
+    return policy
 
 
 def weights_hash(model: nn.Module) -> str:

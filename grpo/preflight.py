@@ -39,7 +39,7 @@ def format_findings(findings: Sequence[Finding]) -> str:
 
 
 def check_sampling(sampler: Policy, config: TrainConfig) -> Finding:
-    names = [_names(sampler, ids) for ids in (sampler.eos_ids, [sampler.pad_id], sampler.forbidden_ids)]
+    names = [sampler.names(ids) for ids in (sampler.eos_ids, [sampler.pad_id], sampler.forbidden_ids)]
     is_clear = set(sampler.eos_ids).isdisjoint(sampler.forbidden_ids)
     return Finding(
         "sampling",
@@ -47,10 +47,6 @@ def check_sampling(sampler: Policy, config: TrainConfig) -> Finding:
         f"{names[0]}, pad {names[1]}, never {names[2]}; the checkpoint's generation_config is not used",
         "" if is_clear else "an EOS id is an image marker too: look at the policy's config.json",
     )
-
-
-def _names(sampler: Policy, ids: Sequence[int]) -> str:
-    return " ".join(f"{i} {sampler.tokenizer.convert_ids_to_tokens(i)}" for i in ids)
 
 
 def check_templates(texts: dict[str, str]) -> Finding:

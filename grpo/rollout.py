@@ -44,11 +44,12 @@ class Rollouts:
         )
 
 
-def temper_logits_(logits: Tensor, temperature: float, forbidden_ids: Sequence[int]) -> Tensor:
-    """(..., V) float32 logits, made those of the distribution that is sampled and scored: tempered, forbidden ids at -inf."""
+def temper_logits_(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
+    """(..., V) float32 logits, made those of the distribution that is sampled and scored: tempered, those of the forbidden
+    ids (F,) int64 at -inf."""
     if temperature != 1:
         logits /= temperature
-    logits[..., list(forbidden_ids)] = -torch.inf
+    logits[..., forbidden] = -torch.inf
     return logits
 
 
@@ -100,6 +101,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     streams = [torch.Generator().manual_seed(random.Random(key).getrandbits(63)) for key in keys]
     uniforms = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams]).to(device)  # (B, L)
     eos_ids = torch.tensor(policy.eos_ids, device=device)
+    forbidden = torch.tensor(policy.forbidden_ids, device=device)
     members = torch.arange(group_size, device=device)
 
     longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
@@ -125,7 +127,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
             positions = torch.cat([positions, new_positions.repeat_interleave(group_size)])
             logits = torch.cat([logits, new_logits.float().repeat_interleave(group_size, 0)])
 
-        logits = temper_logits_(logits, temperature or 1.0, policy.forbidden_ids)
+        logits = temper_logits_(logits, temperature or 1.0, forbidden)
         logprob = logits.log_softmax(-1)
         if logprob[:, 0].isnan().any():  # where one is, all of the row are
             raise ValueError("the policy's logits are not finite")

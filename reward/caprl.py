@@ -30,20 +30,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.cache_utils import DynamicLayer
 
 from data.examples import Example, Question, fold_choice
-from grpo.policy import check_model_path
+from grpo.policy import chat_text, eos_ids, load_model, load_tokenizer, loading, unnamed_ids
 from grpo.rollout import draw_tokens
 
 LETTERS = "ABCDEFGHIJ"
@@ -211,11 +210,7 @@ class PromptWriter:
         task = task or f"{INSTRUCTION}\n\n{ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES}"
         # The space before caption and question comes with them: tokenizers join it to the word that follows.
         content = f"{task}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": content}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
-            text = content + "\n"
+        text = chat_text(tokenizer, content) if tokenizer.chat_template else content + "\n"
         if text.count("[CAPTION]") != 1 or text.count("[QUESTION]") != 1:
             raise ValueError("expected the verifier's chat template to show the user's text once, unchanged")
         head, rest = text.split("[CAPTION]")
@@ -291,7 +286,8 @@ def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], 
     """
     ids, mask = pad_left(rows, seen.device)
     index = torch.tensor(parents, device=seen.device)
-    cache.batch_select_indices(index)  # nothing to do on an empty cache
+    if seen.shape[1]:  # not every cache can do nothing
+        cache.batch_select_indices(index)
     seen = torch.cat([seen[index], mask], dim=1)  # (B, T + L)
     positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(
@@ -302,21 +298,36 @@ def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], 
 
 def prefill_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
     """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run once."""
-    cache = DynamicCache(config=model.config)
-    seen = torch.ones(1, 0, dtype=torch.long, device=model.device)
-    _, cache, seen = prefill_(model, [head], [0], cache, seen)
+    _, cache, seen = prefill_(model, [head], [0], *_empty_past(model))
     return prefill_(model, captions, [0] * len(captions), cache, seen)
+
+
+def _empty_past(model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
+    cache = DynamicCache(config=model.config)
+    return cache, torch.ones(1, 0, dtype=torch.long, device=model.device)
+
+
+def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]], questions: list[list[list[int]]]):
+    """For each (caption, question) the token ids that are still to be run and its place in the past; cache and mask of
+    that past: `prefill_`'s arguments. Head, caption and question are token ids.
+
+    Head and captions are run once and shared, if every layer sees all that came before. A window counts places, padding
+    between caption and question among them, and a recurrent state has read that padding: there the rows are whole, each
+    padded in front only.
+    """
+    rows = [row for group in questions for row in group]
+    parents = [i for i, group in enumerate(questions) for _ in group]
+    cache, seen = _empty_past(model)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return [head + captions[i] + row for i, row in zip(parents, rows)], [0] * len(rows), cache, seen
+    _, cache, seen = prefill_captions(model, head, captions)
+    return rows, parents, cache, seen
 
 
 def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]], questions: list[list[list[int]]],
                   letter_ids: list[int]) -> Tensor:
-    """Logits of the letters at the answer's position, one row per (caption, question): (sum of questions, letters).
-
-    Head, caption and question are token ids. The head is run once, each caption once, then each question.
-    """
-    _, cache, seen = prefill_captions(model, head, captions)
-    rows = [row for group in questions for row in group]
-    hidden, _, _ = prefill_(model, rows, [i for i, group in enumerate(questions) for _ in group], cache, seen)
+    """Logits of the letters at the answer's position, one row per (caption, question): (sum of questions, letters)."""
+    hidden, _, _ = prefill_(model, *question_rows(model, head, captions, questions))
     # The letters' rows of the head only: a few products in place of a vocabulary of 150,000.
     # In float32, where letters of like logits do not tie: a tie would always go to the first one.
     lm_head = model.get_output_embeddings()
@@ -343,6 +354,8 @@ class Verifier:
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
         self.writers = {abstain: PromptWriter(tokenizer, abstain, task, answer_start) for abstain in (False, True)}
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.eos_ids, self.forbidden_ids = eos_ids(model, tokenizer), unnamed_ids(model, tokenizer)
 
     def prompt_tokens(self, examples: Sequence[Example]) -> int:
         """Tokens of the longest prompt beside the caption: head, question and options."""
@@ -364,7 +377,7 @@ class Verifier:
         caption_ids = [writer.caption_ids(caption) for caption in captions]
         question_ids = [[writer.question_ids(one) for one in group] for group in asked]
         reply = self.max_new_tokens if self.mode == "sample" else 0
-        room = self.model.config.max_position_embeddings - len(writer.head_ids) - reply
+        room = self.context - len(writer.head_ids) - reply
         lengths = [len(caption) + max(map(len, group)) for caption, group in zip(caption_ids, question_ids, strict=True)]
         fits = sorted((i for i, length in enumerate(lengths) if length <= room), key=lambda i: lengths[i])
         rows, beside = [len(group) for group in asked], len(writer.head_ids) + reply
@@ -389,25 +402,34 @@ class Verifier:
 
     def _answer_by_reply(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
                          asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
-        _, cache, seen = prefill_captions(self.model, writer.head_ids, caption_ids)
-        parents = torch.tensor([i for i, group in enumerate(question_ids) for _ in group], device=seen.device)
-        cache.batch_select_indices(parents)
-        ids, mask = pad_left([row for group in question_ids for row in group], seen.device)  # (B, L)
+        rows, parents, cache, seen = question_rows(self.model, writer.head_ids, caption_ids, question_ids)
+        parents = torch.tensor(parents, device=seen.device)
+        ids, mask = pad_left(rows, seen.device)  # (B, L)
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips as many ids as the cache holds
-        for number, layer in enumerate(cache.layers):  # one at a time: never the whole cache twice
-            if type(layer) is DynamicLayer:  # not one with a sliding window
+        if past.shape[1]:
+            cache.batch_select_indices(parents)
+            for number, layer in enumerate(cache.layers):  # one at a time: never the whole cache twice
                 cache.layers[number] = RoomyLayer(layer, ids.shape[1] + self.max_new_tokens)
-        del layer  # or its keys and values would stay until all is written
+            del layer  # or its keys and values would stay until all is written
         sampler = RowSampler(
             [f"{name}:{place}:reply" for name, group in zip(names, question_ids) for place in range(len(group))],
-            self.temperature, self.max_new_tokens,
+            self.temperature, self.max_new_tokens, self.forbidden_ids,
         )
-        out = self.model.generate(
-            input_ids=torch.cat([past, ids], dim=1), attention_mask=torch.cat([seen[parents], mask], dim=1),
-            past_key_values=cache, logits_processor=[sampler], do_sample=False,  # the sampler has drawn already
-            num_beams=1, repetition_penalty=1.0, max_new_tokens=self.max_new_tokens,
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=self.max_new_tokens,  # the sampler has drawn already
+            eos_token_id=list(self.eos_ids) or None,
             pad_token_id=self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
         )
+        # generate fills in from the model's own what another config leaves open.
+        before, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            out = self.model.generate(
+                input_ids=torch.cat([past, ids], dim=1), attention_mask=torch.cat([seen[parents], mask], dim=1),
+                past_key_values=cache if past.shape[1] else None, logits_processor=[sampler],
+                generation_config=config,
+            )
+        finally:
+            self.model.generation_config = before
         replies = self.tokenizer.batch_decode(out[:, past.shape[1] + ids.shape[1] :], skip_special_tokens=True)
         rows = iter(zip(replies, sampler.is_broken.tolist(), strict=True))
         return [[_read(*next(rows), one) for one in group] for group in asked]
@@ -438,8 +460,8 @@ class RoomyLayer(DynamicLayer):
 class RowSampler(LogitsProcessor):
     """Sampling inside `generate` with a random stream per row: a reply does not depend on the rows beside it."""
 
-    def __init__(self, names: list[str], temperature: float, max_new_tokens: int):
-        self.temperature, self.step = temperature, 0
+    def __init__(self, names: list[str], temperature: float, max_new_tokens: int, forbidden_ids: Sequence[int] = ()):
+        self.temperature, self.step, self.forbidden = temperature, 0, torch.tensor(forbidden_ids, dtype=torch.long)
         streams = [random.Random(name) for name in names]
         self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)] for stream in streams]).double()  # (B, L)
         self.is_broken = torch.zeros(len(names), dtype=torch.bool)
@@ -447,6 +469,8 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # In place where it can be: at a large vocabulary fresh memory costs as much as the arithmetic.
+        self.forbidden = self.forbidden.to(scores.device)
+        scores[:, self.forbidden] = -torch.inf
         probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
         is_broken = probs[:, 0].isnan()  # as is all of the row then
         token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
@@ -485,13 +509,32 @@ def _read(reply: str, is_broken: bool, asked: Asked) -> Answer:
 
 def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32, **settings) -> Verifier:
     """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises ValueError if unusable."""
-    check_model_path(path)
+    with loading(path, "verifier"):
+        tokenizer = load_tokenizer(path)
+        model = load_model(AutoModelForCausalLM, path, dtype).to(device).eval().requires_grad_(False)
+        verifier = Verifier(model, tokenizer, **settings)
+        check_rows(model, verifier.writers[False])
+    return verifier
+
+
+@torch.no_grad()
+def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
+    """Raises ValueError if two short rows, run as `option_logits` runs them, end in other hidden states
+    than each alone: such a model would answer one caption by what stands beside it."""
+    head = writer.head_ids[-8:]
+    captions = [writer.caption_ids(""), writer.caption_ids("A red square. A blue star.")]
+    questions = [[writer.tail_ids], [writer.middle_ids + writer.tail_ids]]
+    name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # tokenizer.json as saved, whatever the kind of model
-    except (OSError, ValueError, SafetensorError) as error:  # transformers raises ValueError for another kind of model
-        raise ValueError(f"{path}: expected a verifier's folder or a hub name ({str(error).splitlines()[0][:200]})") from None
-    return Verifier(model.to(device).eval().requires_grad_(False), tokenizer, **settings)
+        hidden, _, _ = prefill_(model, *question_rows(model, head, captions, questions))
+        whole = [torch.tensor([head + caption + rows[0]]) for caption, rows in zip(captions, questions)]
+        alone = [model.base_model(ids.to(model.device), use_cache=False).last_hidden_state for ids in whole]
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"{wanted}, {name} fails with them: {error}") from None
+    for row, states in zip(hidden[:, -1].float(), alone):
+        error = (row - states[0, -1]).norm() / states[0, -1].float().norm()
+        if error > torch.finfo(model.dtype).eps ** 0.5:  # far above rounding; what is wrong is by 0.005 and more
+            raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")
 
 
 # ----------------------------------------------------------------------------------------------- 4. reading the answer

@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers as hf
+from conftest import widen
 from transformers.cache_utils import DynamicLayer
 
 from data.examples import Example, Question
@@ -412,6 +414,151 @@ def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer, 
                 reply.append(verifier_model(torch.tensor([ids + reply])).logits[0, -1].argmax().item())
             assert answer.reply == tokenizer.decode(reply, skip_special_tokens=True)
     assert len({id(layer) for layer in written}) >= verifier_model.config.num_hidden_layers
+
+
+SMALL = dict(vocab_size=751, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16)
+
+
+def gemma3():
+    """Nested text settings, a window of 8 tokens on every other layer."""
+    text = SMALL | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+    return hf.Gemma3ForConditionalGeneration(hf.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=749
+    ))
+
+
+def qwen3_next():
+    linear = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+    return hf.Qwen3NextForCausalLM(hf.Qwen3NextConfig(
+        **SMALL, **linear, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+        layer_types=["linear_attention", "full_attention"],
+    ))
+
+
+KINDS = {
+    "Gemma 3": gemma3,
+    "Bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=751, hidden_size=64, n_layer=2, n_head=4)),
+    "GPT-OSS": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    ),
+    "Mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=751, hidden_size=64, num_hidden_layers=2, state_size=8)
+    ),
+    "Qwen3-Next": qwen3_next,
+}
+
+
+def saved(model, tokenizer, folder):
+    widen(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("mode", ["logits", "sample"])
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_verifiers_of_other_kinds_answer_as_on_one_row_alone(tokenizer, tmp_path, make, mode):
+    """Windows, recurrent states, experts, settings that are nested or without a longest context. Compared with whole prompts
+    on rows of their own, token by token."""
+    torch.manual_seed(0)
+    verifier = load_verifier(
+        saved(make(), tokenizer, tmp_path), torch.device("cpu"), mode=mode, temperature=1e-6, max_new_tokens=4
+    )
+    writer = verifier.writers[False]
+    asked = [draw(QUESTIONS, n, f"{n}") for n in (3, 1, 2, 2)]
+    for caption, group, answers in zip(CAPTIONS, asked, verifier(CAPTIONS, asked, ["k"] * 4)):
+        for one, answer in zip(group, answers, strict=True):
+            if mode == "logits":
+                want = separate_prompt(verifier.model, writer, caption, one)
+                assert answer.probs == pytest.approx(want.tolist(), abs=1e-4)
+            else:
+                ids = writer.head_ids + writer.caption_ids(caption) + writer.question_ids(one)
+                reply: list[int] = []
+                while len(reply) < 4 and not set(reply) & set(verifier.eos_ids):
+                    logits = verifier.model(torch.tensor([ids + reply])).logits[0, -1]
+                    reply.append(logits.argmax().item())
+                assert answer.reply == tokenizer.decode(reply, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=751, hidden_size=64, num_hidden_layers=2)), "states come out"),
+    (lambda: hf.BertLMHeadModel(hf.BertConfig(
+        vocab_size=751, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)), "states come out"),
+    (lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(
+        **SMALL, layer_types=["linear_attention", "full_attention"], num_local_experts=2)), "fails with them"),
+])
+def test_a_verifier_that_padding_disturbs_is_refused_when_loaded(tokenizer, tmp_path, make, message):
+    with pytest.raises(ValueError, match=f"expected layers that padding and a cache do not disturb, .*{message}") as caught:
+        load_verifier(saved(make(), tokenizer, tmp_path), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_context_without_an_end_has_room_for_all(tokenizer, tmp_path):
+    verifier = load_verifier(saved(KINDS["Bloom"](), tokenizer, tmp_path), torch.device("cpu"))
+    assert not hasattr(verifier.model.config, "max_position_embeddings") and verifier.context == math.inf
+    verifier = load_verifier(saved(gemma3(), tokenizer, tmp_path), torch.device("cpu"))
+    assert verifier.context == verifier.model.config.text_config.max_position_embeddings
+
+
+def write_(verifier_model, tokens):
+    """Makes the model write `tokens` one after the other, the last one again and again."""
+    written: list[int] = []
+
+    def write(module, args, output):
+        output[:] = -50.0
+        output[..., tokens[min(len(written), len(tokens) - 1)]] = 50.0
+        written.append(0)
+        return output
+
+    verifier_model.lm_head.register_forward_hook(write)
+
+
+@pytest.mark.parametrize("ends", [738, [738], None])
+def test_a_reply_ends_with_the_tokenizers_eos_too(verifier_model, tokenizer, ends):
+    """generation_config knows <|endoftext|> only, or nothing, and the verifier ends its turn with <|im_end|>: " B" it is, not
+    " B", end, " A A A"."""
+    verifier_model.generation_config.eos_token_id = ends
+    b, a = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in (" B", " A"))
+    write_(verifier_model, [b, tokenizer.eos_token_id, a])
+    verifier = Verifier(verifier_model, tokenizer, mode="sample")
+    [[answer]] = verifier(["red"], [draw([COLOR], 1, "k")], ["a"])
+    assert answer.reply == " B" and answer.chosen == 1
+
+
+LEAKS = {
+    "no_repeat_ngram_size": 2, "suppress_tokens": list(range(300)), "guidance_scale": 1.5, "cache_implementation": "static",
+    "stop_strings": ["B"], "return_dict_in_generate": True, "num_beams": 4, "num_return_sequences": 2, "max_time": 1e-6,
+    "min_new_tokens": 6, "forced_eos_token_id": 737, "penalty_alpha": 0.6, "prompt_lookup_num_tokens": 3, "max_length": 20,
+    "exponential_decay_length_penalty": (2, 2.0), "begin_suppress_tokens": list(range(300)), "output_attentions": True,
+    "sequence_bias": [[[40], -50.0]], "token_healing": True, "use_cache": False,
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_nothing_of_the_verifiers_generation_config_counts(verifier_model, tokenizer, name):
+    asked = [draw(QUESTIONS, 2, f"{i}") for i in range(4)]
+    verifier = Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=8)
+    plain = verifier(CAPTIONS, asked, list("abcd"))
+    setattr(verifier_model.generation_config, name, LEAKS[name])
+    assert verifier(CAPTIONS, asked, list("abcd")) == plain
+    assert getattr(verifier_model.generation_config, name) == LEAKS[name]  # the model is as it was
+
+
+def test_a_verifier_never_writes_an_id_without_a_token(verifier_model, tokenizer):
+    """A padded vocabulary whose spare rows always win."""
+    verifier_model.resize_token_embeddings(800, mean_resizing=False)
+
+    def prefer_spare_rows(module, args, output):
+        output[..., 751:] += 100.0
+        return output
+
+    plain = Verifier(verifier_model, tokenizer, mode="sample")
+    asked = [draw(QUESTIONS, 2, f"{i}") for i in range(4)]
+    wanted = plain(CAPTIONS, asked, list("abcd"))
+    verifier_model.lm_head.register_forward_hook(prefer_spare_rows)
+    assert plain(CAPTIONS, asked, list("abcd")) == wanted and any(answer.reply for [answer, _] in wanted)
 
 
 def test_a_layer_with_room_holds_what_a_growing_one_does():

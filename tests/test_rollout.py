@@ -181,7 +181,7 @@ def test_draw_tokens_never_takes_an_impossible_one():
 
 def test_temper_logits_hand_computed():
     logits = torch.tensor([1.0, 2.0, 3.0])
-    assert temper_logits_(logits, 0.5, [1]).tolist() == [2, -math.inf, 6]
+    assert temper_logits_(logits, 0.5, torch.tensor([1])).tolist() == [2, -math.inf, 6]
 
 
 @pytest.mark.parametrize("groups_at_a_time", [1, 2, 3])
