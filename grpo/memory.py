@@ -55,10 +55,10 @@ def _size(module: nn.Module) -> int:
 
 
 def _cache_bytes(model: PreTrainedModel, width: int) -> int:
-    """Of keys and values, per token."""
+    """Of keys and values, per token; 0 of a model without attention, whose states do not grow."""
     text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * width * text.num_hidden_layers * heads * _head_dim(text)
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    return 2 * width * text.num_hidden_layers * heads * _head_dim(text) if heads else 0
 
 
 def _head_dim(text) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import keys
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from data.toy.export import ExportConfig, export
 from grpo import preflight
@@ -253,3 +254,16 @@ def test_static_memory_hand_computed(policy):
     assert many - one == 4 * size // 4  # the second micro-batch of a rank finds the gradients of the first
     frozen = estimate_memory(policy.model, None, replace(config, freeze="vision+merger"), 1, False, 40, 20, 0)
     assert frozen["masters and moments"] == 12 * (size - visual) + 4 * visual and frozen["sampler's weights"] == 0
+
+
+@pytest.mark.parametrize("make", [
+    lambda: BloomForCausalLM(BloomConfig(vocab_size=751, hidden_size=64, n_layer=2, n_head=4)),
+    lambda: MambaForCausalLM(MambaConfig(vocab_size=751, hidden_size=64, num_hidden_layers=2)),
+])
+def test_verifiers_that_lack_settings_of_llama_are_estimated(policy, make):
+    """No longest context, no width of the MLP, no key-value heads, no heads at all."""
+    config = toy_config(prompts_per_step=4, group_size=2, max_new_tokens=20)
+    with_it, without = (
+        estimate_memory(policy.model, verifier, config, 1, False, 40, 20, 100) for verifier in (make(), None)
+    )
+    assert with_it["phase verifier"] > without["phase verifier"] == 0
