@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -66,26 +67,65 @@ class Question:
     """False where it can be answered without looking; known in the toy world only."""
 
     def __post_init__(self):
-        if not self.question.strip():
+        if not plain_text(self.question):
             raise ValueError("the question text is empty")
-        try:
-            "".join((self.question, *map(str, self.choices))).encode()
-        except UnicodeEncodeError:  # tokenizers raise TypeError, days later
-            raise ValueError("expected text in question and choices, got half a surrogate pair") from None
+        check_text("question and choices", self.question, self.kind, *map(str, self.choices))
         if not 2 <= len(self.choices) <= MAX_CHOICES:
             raise ValueError(f"expected 2 to {MAX_CHOICES} choices, got {len(self.choices)}")
-        if not all(isinstance(choice, str) and choice.strip() for choice in self.choices):
+        if not all(isinstance(choice, str) and plain_text(choice) for choice in self.choices):
             raise ValueError(f"expected non-empty text in every choice, got {list(self.choices)}")
-        folded = [fold_choice(choice) or choice for choice in self.choices]
-        if len(set(folded)) < len(folded):
+        if len(set(map(plain_text, self.choices))) < len(self.choices):
             raise ValueError(f"expected distinct choices, got {list(self.choices)}")
         if type(self.answer_index) is not int or not 0 <= self.answer_index < len(self.choices):
             raise ValueError(f"answer_index {self.answer_index!r} outside {len(self.choices)} choices")
 
 
+def check_text(name: str, *texts: str) -> None:
+    """Raises ValueError for half a surrogate pair: tokenizers would raise TypeError, days later."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected text in {name}, got half a surrogate pair") from None
+
+
+_WIDE = {0xFF01 + place: 0x21 + place for place in range(94)}  # ASCII, as wide as Chinese signs
+_CURLY = "\u201c\u201d\u300c\u300d\u2018\u2019\u3002\u3010\u3011"
+SIGNS = _WIDE | str.maketrans(_CURLY, "\"\"\"\"''.[]")
+"""For `text.translate`: curly quotes and Chinese signs to their ASCII kin, one for one."""
+
+
+def plain_text(text: str) -> str:
+    """The text as a reader sees it: composed (NFC), single spaces, none around, nothing without
+    width. Choices are distinct if these are."""
+    seen = re.sub("[\u200b\u2060\ufeff]", "", unicodedata.normalize("NFC", text))
+    return " ".join(seen.split())
+
+
+def fold_text(text: str) -> str:
+    """For comparing only: without case, width and style of letters and signs; spaces are kept."""
+    folded = unicodedata.normalize("NFKC", text.translate(SIGNS)).casefold()
+    return unicodedata.normalize("NFKC", folded)  # casefold takes some letters apart
+
+
 def fold_choice(text: str) -> str:
-    """What of a choice's text counts when it is compared: neither case nor spaces nor the punctuation around it."""
-    return re.sub(r"\s+", " ", text).strip(" ,:;!()*\"'`").rstrip(". ").casefold()
+    """What of a choice's text counts when it is compared: folded, without the quotes, brackets or
+    stars around it and the punctuation after it. `6'` is no `6"`, and `-5` no `5`."""
+    folded, before = " ".join(fold_text(plain_text(text)).split()), None
+    while folded != before:
+        before, folded = folded, folded.rstrip(" .,:;!")
+        if len(folded) > 2 and folded[0] + folded[-1] in ('""', "''", "``", "**", "__", "()", "[]"):
+            folded = folded[1:-1].strip()
+    return folded
+
+
+def find_choice(text: str, choices: Sequence[str]) -> int | None:
+    """Place of the choice that reads as `text` does, or else of the only one that is equal when
+    folded: where folding makes two choices one ("Ff", "FF"), only the first will do."""
+    for spell in (plain_text, fold_choice):
+        spelled = [spell(choice) for choice in choices]
+        if spell(text) and spelled.count(spell(text)) == 1:
+            return spelled.index(spell(text))
+    return None
 
 
 @dataclass(frozen=True)
@@ -337,7 +377,11 @@ class _Line(dict):
 
 def _json_row(line: bytes, offset: int = 0) -> dict | str:
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
+        if re.search(rb"\\u[dD][89a-fA-F]", line):  # UTF-8 itself has no half surrogate pairs
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "expected text in the row, got half a surrogate pair"
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are such
         return f"expected a JSON object ({error})"
     if not isinstance(row, dict):
@@ -349,27 +393,27 @@ def _json_row(line: bytes, offset: int = 0) -> dict | str:
 
 def _read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageSource, str, list]:
     """id, image, family and the questions as written. Raises ValueError for a row without one of them."""
-    if "qa_response" in row:
-        if not isinstance(row["qa_response"], str):
-            raise ValueError(f"expected text in 'qa_response', got {_short(row['qa_response'])}")
-        image, id = _image(row, file, where, root), row.get("id")
-        id = row.get("image_path") if id is None else id
-        return str(id), image, str(row.get("family", "all")), parse_questions(row["qa_response"])
-    is_published = "reward_model" in row
-    wanted = ("id", "reward_model") if is_published else ("id", "questions")
-    keys = [*wanted, *([] if {"images", "image_path"} & set(row) else ["image"])]
-    if missing := [key for key in sorted(keys, key=("id image questions reward_model").index) if key not in row]:
-        raise ValueError(f"expected the key {missing[0]!r}, got {sorted(row)}")
-    if not isinstance(row["id"], str | int) or row["id"] == "":
-        raise ValueError(f"expected a text in 'id', got {_short(row['id'])}")
-    entries = row[wanted[1]]
-    if is_published:
-        entries = entries.get("ground_truth") if isinstance(entries, dict) else None
+    forms = [key for key in ("qa_response", "reward_model", "questions") if key in row]
+    form = next((key for key in forms if row[key] is not None), forms[0] if forms else "questions")
+    id, entries = row.get("id"), row.get(form)
+    if form == "qa_response":
+        if not isinstance(entries, str):
+            raise ValueError(f"expected text in 'qa_response', got {_short(entries)}")
+        ids = [row.get(key) for key in ("id", "image_path", "image")]
+        id, entries = next((id for id in ids if id is not None), where), parse_questions(entries)
+    else:
+        keys = ["id", *([] if {"images", "image_path"} & set(row) else ["image"]), form]
+        if missing := [key for key in keys if key not in row]:
+            raise ValueError(f"expected the key {missing[0]!r}, got {sorted(row)}")
+        if not isinstance(id, str | int) or id == "":
+            raise ValueError(f"expected a text in 'id', got {_short(id)}")
+        if form == "reward_model":
+            entries = entries.get("ground_truth") if isinstance(entries, dict) else None
     image = _image(row, file, where, root)
-    if not isinstance(entries, list) or not entries:
-        name = "'reward_model.ground_truth'" if is_published else "'questions'"
+    if form != "qa_response" and (not isinstance(entries, list) or not entries):
+        name = "'reward_model.ground_truth'" if form == "reward_model" else "'questions'"
         raise ValueError(f"expected a list with at least one question in {name}, got {_short(entries)}")
-    return str(row["id"]), image, str(row.get("family") or row.get("domain") or "all"), entries
+    return str(id), image, str(row.get("family") or row.get("domain") or "all"), entries
 
 
 def _image(row: dict, file: Path, where: str, root: Path) -> ImageSource:
@@ -409,42 +453,44 @@ def read_question(entry: Any) -> Question:
     if isinstance(entry, Dropped):
         raise ValueError(f"{entry.reason}: {_short(entry.text)}")
     try:
-        text, choices = entry["question"], entry["choices"]
-        answer = entry["answer_index"] if "answer_index" in entry else entry["answer"]
-    except (KeyError, TypeError):
+        text, choices = entry.get("question"), entry.get("choices")
+        answer = entry.get("answer_index")
+    except AttributeError:
         raise ValueError(f"expected question, choices and answer_index or answer, got {_short(entry)}") from None
     if not isinstance(text, str):
         raise ValueError(f"expected text in 'question', got {_short(text)}")
     if not isinstance(choices, list):
         raise ValueError(f"expected a list of choices, got {_short(choices)}")
     choices = strip_labels(choices)
-    if "answer_index" not in entry:
+    if answer is None:
         Question(text, choices, 0)  # that the choices are sound comes before which one is right
-        answer = find_answer(answer, choices)
+        answer = find_answer(entry.get("answer"), choices)
     kind = entry.get("kind") or entry.get("category") or ""
     kind = "/".join(map(str, kind)) if isinstance(kind, list) else str(kind)
-    return Question(text, choices, answer, kind, entry.get("needs_image", True))
+    return Question(text, choices, answer, kind, entry.get("needs_image") is not False)
 
 
-# The second signs are the wide ones of Chinese text: brackets ff08 and ff09, colon ff1a, full stop ff0e, list comma 3001.
-_LABEL = r"[(\uff08]?([A-J])[)\uff09]|([A-J])(?:[.:](?=\s)|[\u3001\uff0e\uff1a])"
-_LABELLED = re.compile(rf"\s*(?:{_LABEL})\s*(.*)", re.DOTALL)
+# Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M." has no label.
+_AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|[^\x00-\x7f]))"
+_LABEL = rf"\**(?:[(\[]?([A-J])[)\]]|([A-J])(?:[.:]{_AFTER_STOP}|\u3001))\**"
+_LABELLED = re.compile(rf"\s*{_LABEL}\s*", re.IGNORECASE)
 
 
 def strip_labels(choices: list[str]) -> tuple[str, ...]:
-    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: ", "(A) " and their Chinese
-    forms. Options are given letters when they are shuffled.
+    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: ", "(A) ", "[A] ",
+    small letters, bold ones and their Chinese forms. Options are given letters when they are
+    shuffled.
 
     Choices are taken as they are unless every one carries a label. Raises ValueError where labels with a bracket are not
     A, B, C, ... in order: which choice the answer means would be a guess.
     """
-    found = [_LABELLED.fullmatch(str(choice)) for choice in choices]
-    if not choices or not all(found):
+    matches = [_LABELLED.match(str(choice).translate(SIGNS)) for choice in choices]
+    if not choices or not all(matches):
         return tuple(choices)
-    labels = [match[1] or match[2] for match in found]
-    if labels == list("ABCDEFGHIJ"[: len(labels)]):
-        return tuple(match[3].strip() for match in found)
-    if any(match[1] for match in found):
+    labels = "".join(match[1] or match[2] for match in matches).upper()
+    if labels == "ABCDEFGHIJ"[: len(labels)]:
+        return tuple(str(choice)[match.end() :].strip() for choice, match in zip(choices, matches))
+    if any(match[1] for match in matches):
         raise ValueError(f"expected choices labelled A, B, C, ... in order, got {choices}")
     return tuple(choices)  # "B. Obama", "A. Lincoln": names
 
@@ -456,20 +502,20 @@ def find_answer(answer: Any, choices: tuple[str, ...]) -> int:
     """
     if not isinstance(answer, str) or not answer.strip(" *_"):
         raise ValueError(f"expected the answer's letter or text, got {_short(answer)}")
-    said, texts = answer.strip(" \t\n*_"), [fold_choice(choice) for choice in choices]
-    by_text = texts.index(fold_choice(said)) if texts.count(fold_choice(said)) == 1 else None
+    said = answer.strip(" \t\n*_")
+    by_text = find_choice(said, choices)
     if by_text is not None and len(said) > 1:
         return by_text
-    match = re.fullmatch(rf"(?:{_LABEL}|([A-J]))[.*]*\s*(.*)", said, re.DOTALL)
-    letter, rest = (match[1] or match[2] or match[3], fold_choice(match[4])) if match else ("", "")
-    by_letter = "ABCDEFGHIJ".index(letter) if letter and (not match[3] or not rest) else None
-    if by_letter is None:
+    match = re.match(rf"(?:{_LABEL}|([A-J])[.*]*$)\s*", said.translate(SIGNS), re.IGNORECASE)
+    if not match:
         if by_text is None:
             raise ValueError(f"expected an answer among the choices {list(choices)}, got {answer!r}")
         return by_text
+    letter, rest = (match[1] or match[2] or match[3]).upper(), said[match.end() :]
+    by_letter = "ABCDEFGHIJ".index(letter)
     if by_letter >= len(choices):
         raise ValueError(f"expected a letter of the {len(choices)} choices as the answer, got {answer!r}")
-    if (rest and rest != texts[by_letter]) or (by_text is not None and by_text != by_letter):
+    if (rest and find_choice(rest, choices) != by_letter) or by_text not in (None, by_letter):
         raise ValueError(f"letter and text of the answer disagree: {answer!r}, where {letter} is {choices[by_letter]!r}")
     return by_letter
 

@@ -73,6 +73,12 @@ def question(**changes) -> dict:
         (["B. Obama", "A. Lincoln"], ("B. Obama", "A. Lincoln")),  # names, not labels
         (["A.M.", "B.C."], ("A.M.", "B.C.")),
         (["A) B) x", "B) y"], ("B) x", "y")),  # once
+        (["(a) red", "(b) blue"], ("red", "blue")), (["a) red", "b) blue"], ("red", "blue")),
+        (["a. red", "b. blue"], ("red", "blue")), (["A.red", "B.blue"], ("red", "blue")),
+        (["（A）红", "（B）蓝"], ("红", "蓝")), (["Ａ．红", "Ｂ．蓝"], ("红", "蓝")), (["A.红", "B.蓝"], ("红", "蓝")),
+        (["[A] red", "[B] blue"], ("red", "blue")),
+        (["**A)** red", "**B)** blue"], ("red", "blue")),
+        (["a. red", "c. blue"], ("a. red", "c. blue")), (["a man", "a dog"], ("a man", "a dog")),
     ],
 )
 def test_labels_are_taken_off_once(tmp_path, choices, want):
@@ -96,7 +102,7 @@ def test_labels_are_taken_off_once(tmp_path, choices, want):
         (question(answer_index=-1), "line 2: id 'a', question 1: answer_index -1 outside 2 choices"),
         (question(answer_index="B"), "line 2: id 'a', question 1: answer_index 'B' outside 2 choices"),
         (question(answer_index=True), "line 2: id 'a', question 1: answer_index True outside 2 choices"),
-        (question(choices=["x", " X"]), "line 2: id 'a', question 1: expected distinct choices"),
+        (question(choices=["x y", " x  y"]), "line 2: id 'a', question 1: expected distinct choices"),
         (question(choices=["x", ""]), "line 2: id 'a', question 1: expected non-empty text in every choice"),
         (question(choices=["x", 3]), "line 2: id 'a', question 1: expected non-empty text in every choice"),
         (question(choices=["x"]), "line 2: id 'a', question 1: expected 2 to 10 choices, got 1"),
@@ -325,7 +331,7 @@ BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
     (caprl, dict(choices=[f"choice {i}" for i in range(11)]), "expected 2 to 10 choices, got 11"),
     (caprl, dict(choices=["red", None]), "expected non-empty text in every choice"),
     (caprl, dict(choices=["A) red", "B) "]), "expected non-empty text in every choice"),
-    (caprl, dict(choices=["A) red", "B) Red."]), "expected distinct choices"),
+    (caprl, dict(choices=["A) caf\u00e9", "B) cafe\u0301"]), "expected distinct choices"),
     (caprl, dict(choices=["B) red", "A) blue"]), "expected choices labelled A, B, C, ... in order"),
     (caprl, dict(answer=None), "expected the answer's letter or text, got None"),
     (caprl, dict(answer=""), "expected the answer's letter or text, got ''"),
@@ -427,11 +433,88 @@ def test_pictures_of_a_parquet_file_are_read_in_any_order_from_a_bounded_cache(t
         ("C", ("x", "y", "z"), 2), ("C)", ("x", "y", "z"), 2), ("**C) z**", ("x", "y", "z"), 2), ("(B) y", ("x", "y"), 1),
         ("b", ("a", "b"), 1), ("y.", ("x", "Y"), 1), ("A. Lincoln", ("B. Obama", "A. Lincoln"), 1),
         ("A man", ("A dog", "A man"), 1),
+        ("b", ("x", "y"), 1), ("(b) y", ("x", "y"), 1), ("（Ｂ）", ("x", "y"), 1),
+        ("cafe\u0301", ("x", "caf\u00e9"), 1),
+        ("FF", ("Ff", "FF"), 1), ("6\"", ("6'", '6"'), 1), ("B) FF", ("Ff", "FF"), 1),
+        ("5!", ("5", "5!"), 1),
         ("B", ("A", "B"), 1), ("yes", ("yes", "no"), 0), ("B、乙", ("甲", "乙"), 1), ("D. 3.5", ("1", "2", "3", "3.5"), 3),
     ],
 )
 def test_an_answer_is_found_by_letter_or_text(answer, choices, want):
     assert find_answer(answer, choices) == want
+
+
+@pytest.mark.parametrize(
+    "answer, choices",
+    [("ff", ("Ff", "FF")), ("b", ("b", "x")), ("6", ("6'", '6"')), ("(b) x", ("x", "y"))],
+)
+def test_an_answer_that_may_mean_two_choices_is_refused(answer, choices):
+    with pytest.raises(ValueError, match="disagree|expected an answer among"):
+        find_answer(answer, choices)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("a", "A", "b", "B"), ("Ff", "FF", "ff"), ("6'", '6"'), ("5", "-5", "+5", "5!"),
+        ("f(x)", "f(x", "(1)", "1"), ("m²", "m2"),
+    ],
+)
+def test_choices_are_distinct_if_a_reader_tells_them_apart(choices):
+    """Such questions were refused as if their choices were alike."""
+    for place, choice in enumerate(choices):
+        assert choice.lower() in "ab" or find_answer(choice, choices) == place  # a letter may be another one's label
+    for same in (f" {choices[0]}", f"{choices[0]}\u00a0", f"\ufeff{choices[0]}"):
+        with pytest.raises(ValueError, match="expected distinct choices"):
+            Question("Which?", (*choices, same), 0)
+    with pytest.raises(ValueError, match="expected non-empty text in every choice"):
+        Question("Which?", (*choices, "\u200b"), 0)
+
+
+ASKED = ROW["questions"][0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        own("x", image_path=None, images=None), own("x", image=None, image_path="a.png"),
+        own("x", qa_response=None, reward_model=None), own("x", family=None, domain=None),
+        own("x", questions=[ASKED | {"answer": None, "kind": None, "needs_image": None}]),
+        own("x", questions=[ASKED | {"answer_index": None, "answer": "y"}]),
+        raw("x", qa_response=BLOCKS, questions=None, family=None, image=None),
+        raw(None), raw(None, image=None),
+        own("x", questions=None, reward_model={"ground_truth": [ASKED]}),
+    ],
+)  # fmt: skip
+def test_null_is_absent(tmp_path, row):
+    [_, example] = load_examples(write_set(tmp_path, [own("first"), json.dumps(row).encode()]))
+    assert example.id == (row["id"] or "a.png") and example.family == "all"
+    assert example.image == tmp_path / "a.png"
+    assert example.questions[0].answer_index == 1 and example.questions[0].needs_image is True
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    """Two files with one, put together, have it in the middle too."""
+    path = Path(write(tmp_path / "q.jsonl", *("\ufeff" + json.dumps(own(id)) for id in "ab")))
+    assert path.read_bytes().startswith(b"\xef\xbb\xbf{")
+    assert [example.id for example in load_examples(str(path))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        own("s\ud83d"), own("s", family="f\ud83d"), own("s", image="\udc00.png"), own("s", **{"more\ud83d": 1}),
+        own("s", questions=[ASKED | {"kind": "\ud83d"}]), own("s", questions=[ASKED | {"question": "\uDFFF?"}]),
+        own("s", questions=[ASKED | {"choices": ["x", "y\ud83d"]}]), raw("s", qa_response=BLOCKS + "\ud83d"),
+    ],
+)  # fmt: skip
+def test_half_a_surrogate_pair_anywhere_refuses_its_row_alone(tmp_path, row):
+    """In id, family or kind it ended a run at the step where the row's turn came."""
+    whole = own("b", family="\U0001f600")  # both halves, as JSON escapes it
+    examples, refused = scan_examples(write_set(tmp_path, [own("a"), row, whole]))
+    assert [example.id for example in examples] == ["a", "b"] and examples[1].family == "\U0001f600"
+    assert len(refused) == 1
+    assert refused[0].endswith("set line 2: expected text in the row, got half a surrogate pair")
 
 
 def test_a_models_text_is_read_block_by_block_and_what_is_dropped_is_named():
@@ -464,7 +547,7 @@ B）蓝
 **Answer:** B
 #### 6. **Alike?**
  - A) x
- - B) X
+ - B)  x
 **Answer:** A
 #### 7. **Out of order?**
  - A) x
