@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from data.examples import Example, Question, fold_choice
+from data.examples import SIGNS, Example, Question, find_choice, fold_choice, fold_text
 from grpo.policy import chat_text, eos_ids, load_model, load_tokenizer, loading, unnamed_ids
 from grpo.rollout import draw_tokens
 
@@ -178,12 +178,22 @@ def ask(questions: Sequence[Question], config: RewardConfig, name: str) -> list[
 
 
 def shuffle_options(question: Question, source: int, rng: random.Random, abstain: bool = False) -> Asked:
+    """Options that mean others by their place ("All of the above") stay last. All options stay in
+    their places where such a one stands further up, or where one means others by their letters
+    ("Both A and B"). Where any stays, the abstain option comes last."""
     if len(question.choices) + abstain > len(LETTERS):
         beside = " beside the abstain option" if abstain else ""
         raise ValueError(f"expected at most {len(LETTERS) - abstain} choices{beside}: {question.question!r}")
-    order = list(range(len(question.choices) + abstain))  # the last place, if there is one more, is the abstain option
-    rng.shuffle(order)
     texts = [*question.choices, ABSTAIN]
+    num_free = num_choices = len(question.choices)
+    while means_places(texts[num_free - 1]):
+        num_free -= 1
+    if any(means_places(text) or means_letters(text, num_choices) for text in texts[:num_free]):
+        num_free = 0
+    num_free += abstain and num_free == num_choices
+    order = list(range(num_free))  # the place after the choices is that of the abstain option
+    rng.shuffle(order)
+    order += range(num_free, num_choices + abstain)
     return Asked(
         question.question,
         tuple(texts[place] for place in order),
@@ -191,6 +201,27 @@ def shuffle_options(question: Question, source: int, rng: random.Random, abstain
         source=source,
         abstain=order.index(len(question.choices)) if abstain else None,
     )
+
+
+def means_places(text: str) -> bool:
+    """"All of the above", "the first two options", "以上都是"; not "above the table"."""
+    all_of_the = r"\b(?:the|all|none|any|both|either|neither|each|some) (?:of )?"
+    above = r"(?:above|below|following|preceding|previous)(?! the\b)\b"
+    first_option = r"\b(?:first|second|third|last|previous) (?:\w+ )?(?:option|choice|answer)s?\b"
+    option_above = r"\b(?:option|choice|answer)s? above\b"
+    pattern = f"{all_of_the}{above}|{first_option}|{option_above}|以上|以下|上述|下述"
+    return bool(re.search(pattern, fold_text(text)))
+
+
+def means_letters(text: str, num_choices: int) -> bool:
+    """"Both A and B", "A and C only", "AB都对": letters of choices, with words or signs that join
+    them; not a letter alone, nor "Plan A"."""
+    folded, last = fold_choice(text), LETTERS[num_choices - 1].lower()
+    letters = rf"(?<![a-z])[a-{last}]+(?![a-z])"
+    words = (r"\b(?:and|or|nor|both|neither|either|only|all|not|but|except|of|the|same|as|is|are|"
+             r"correct|true|right|wrong|(?:option|answer|choice)s?)\b|[和与或及都均皆对错是正确只有选项]")
+    is_joined = re.fullmatch(rf"(?:{letters}|{words}|[\s,&/+()\u3001])+", folded)
+    return bool(is_joined and re.search(letters, folded) and not re.fullmatch(r"[a-j]+\W*", folded))
 
 
 # ------------------------------------------------------------------------------------------------------- 2. the prompt
@@ -541,34 +572,91 @@ def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
 
 
 def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
-    """Place of the choice that `reply` names: by exactly one offered letter, by the text of exactly one choice, or by both.
+    """Place of the choice that `reply` names, or None. Case, width and style of letters and signs
+    do not matter (`fold_text`).
 
-    None for everything else: no letter, two letters, a letter that is not offered, a letter beside another choice's text,
-    a reply that is one choice's letter and another one's text. Words are no letters ("Based on", "Can not answer", "A man",
-    "I think"), and "not B" names no choice.
+    Quotes, stars, "The answer is", "Option", "I think" lead to the answer and are passed over. Then
+    1. if a choice's text begins the reply, it is that choice: of several the longest, and up to the
+       end of a word or number ("20" is no "2"). Letters within that text ("Point B") are no labels.
+       A text of one letter has to be the whole reply.
+    2. Else a letter counts where it is a label: first in the reply or after "answer is" or
+       "option", and there in brackets, at the end of its clause, or before "because" or "is right".
+    3. None if anything else is named too: another label in whatever clause, another choice's text
+       right after it (or its last words: "B. Obama" for "Barack Obama"), or what "and", "or" and
+       "not" add.
     """
-    text = re.sub(r"^(?:the\s+)?answer(?:\s+is|:)", "", reply.strip(" \t\n*"), flags=re.IGNORECASE).strip(" \t\n*_\"'`")
-    texts, said = [fold_choice(choice) for choice in choices], fold_choice(text)
-    labelled = [f"{letter} {choice}".casefold() for letter, choice in zip(LETTERS, texts)]
-    if (label := re.sub(r"^\(?([a-j])[).:]? +", r"\1 ", said)) in labelled:  # "B) green"; "A red", which is no "A man"
-        return labelled.index(label)
-    by_text = texts.index(said) if said and texts.count(said) == 1 else None
-    if by_text is not None and len(said) > 1:
-        return by_text
-    text = re.sub(r"^\(?[a-j](?=[).:]|$)", lambda match: match[0].upper(), text)  # "b", "(b) green"
-    # A lone capital is a letter, but "A" and "I" before a word in small letters are words, unless that word goes on a sentence.
-    lone = r"(?<![A-Za-z'.])(?![AI] +(?!(?:is|because|since|as|and|or)\b)[a-z])([A-J])(?![A-Za-z'])"
-    found = list(re.finditer(lone, text))
-    by_letter = None
-    is_denied = re.search(r"\bnot [A-J]\b", text)
-    if len({match[1] for match in found}) == 1 and found[0][1] in LETTERS[: len(choices)] and not is_denied:
-        by_letter = LETTERS.index(found[0][1])
-        rest = fold_choice(text[found[0].end() :])
-        if rest in texts and texts.index(rest) != by_letter:
+    said = reply.rpartition("</think>")[2]
+    said = re.sub(r"(?s)<think>.*|<\|[^<>]*\|>|</?answer>", "", said).translate(SIGNS)
+    while (begun := _begun_by(said, choices))[0] is None and (lead := _LEAD.match(said)):
+        said = said[lead.end() :]
+    place, rest = begun
+    named = list(_NAMED.finditer(rest))
+    letters = {LETTERS.lower().index(match["letter"]) for match in named}
+    if place is None:
+        labels = [match for match in named if match["first"] is not None]
+        if not labels or len(letters) > 1 or re.search(r"\bnot\W+[a-j]\b(?! \w)", rest):
             return None
-    if by_text is None or by_letter is None:
-        return by_letter if by_text is None else by_text
-    return by_text if by_text == by_letter else None  # a choice may be a letter too: "B" of the options A) B, B) A
+        place, rest = letters.pop(), rest[labels[0].end() :]
+    rivals = letters.intersection(range(len(choices))) - {place}
+    if place >= len(choices) or rivals or _GOES_ON.match(rest):
+        return None
+    texts = [fold_choice(choice) for choice in choices]
+    clause = fold_choice(_NEXT_CLAUSE.match(rest)[1])
+    also = {i for i, text in enumerate(texts) if clause and f" {text}".endswith(f" {clause}")}
+    if begun[0] is None and place not in also:  # "B", where another choice's text is "B"
+        also |= {i for i, text in enumerate(texts) if text == LETTERS[place].lower()} - {place}
+    return place if place in also or not also else None
+
+
+def _begun_by(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
+    """Place of the choice whose text begins `said`, perhaps after its letter ("B green"), or None;
+    and the rest, folded."""
+    texts = [fold_choice(choice) for choice in choices]
+    folded = re.sub(r"[^\S\n]+", " ", fold_text(said)).strip(" ")
+    if (place := find_choice(said, choices)) is not None:
+        return place, folded if len(texts[place]) == 1 else ""  # "B" may be another one's label
+    spelled = [*texts, *(f"{letter} {text}" for letter, text in zip(LETTERS.lower(), texts))]
+    begins = [t for t in spelled if folded.startswith(t) and _TEXT_END.match(folded, len(t))]
+    longest = max(begins, key=len, default="")
+    if spelled.count(longest) != 1 or re.fullmatch("[a-j]? ?", longest):
+        return None, folded
+    return spelled.index(longest) % len(choices), folded[len(longest) :]
+
+
+# All but the first are of folded text. \u3001: comma of Chinese lists; \u2044: bar of a fraction.
+_LEAD = re.compile(
+    r"""[\s:,]+|[*_"'`(\[#>]+|(?:so|thus|therefore)\b|"""
+    r"(?:(?:the|my) )?(?:(?:correct|right|best|final) )?"
+    r"(?:answer|option|choice)\b(?: (?:is|would be)\b)?|is\b|i (?:think|choose|pick|say)\b|"
+    r"i(?:'d| would) (?:say|choose|pick)\b|答案[是为]?|选[项择]?",
+    re.IGNORECASE,
+)
+_TEXT_END = re.compile(
+    r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-])"""
+    r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
+)
+_LABEL_END = (
+    r"\s*$|\s*[\n,;!\u3001]|\.(?!\w\b|\s\w\.)|:(?!\d)| [-\u2013\u2014] | (?:because|since|as)\b|"
+    r" is (?:the )?(?:right|correct|best|answer)\b"
+)
+_CLAUSE_START = (
+    r"[,.;:!?\n\u3001]\s*(?:(?:but|so|and|or|then|no|wait)\s+)*| (?:and|or|but|so) |"
+    r" [-\u2013\u2014] |(?<!\w)(?=[(\[])"
+)
+_NAMED = re.compile(
+    r"(?:(?P<first>^|\b(?:answer|option|choice)(?: is)?:? ?|"
+    r"答案[是为]?:? ?|(?<!不)选[项择]? ?)|"
+    rf"""{_CLAUSE_START})["'*_`$(\[]*(?P<letter>[a-j])(?: (?P=letter)\b)*["'*_`$]*"""
+    rf"(?:[)\]]|(?={_LABEL_END}))"
+)
+_GOES_ON = re.compile(
+    r"""["'*_`)\]]*\s*(?:[&+/]|(?:and|or|nor)\b|"""
+    r"(?:is|are|was|were|does|do)(?:n't| (?:not|wrong|incorrect|false))\b)"
+)
+_NEXT_CLAUSE = re.compile(
+    r"""(?:[\s,:;"'*`)\]\u3001]|\.(?!\d)|[-\u2013\u2014]\s)*"""
+    r"((?:(?! because )[^.,:;!?\n\u3001]|[.,:](?=\d))*)"
+)
 
 
 # ------------------------------------------------------------------------------------------------------- 5. the reward

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - Chinese text has its own punctuation
 import copy
 import itertools
 import math
@@ -148,6 +149,145 @@ def test_parse_choice_where_the_options_are_letters_or_alike():
     assert parse_choice("A", ["A", "B"]) == 0 and parse_choice("B) A", ["B", "A"]) == 1
     assert parse_choice("red", ["red", "dark red"]) == 0
     assert parse_choice("dark red", ["red", "dark red"]) == 1
+    assert parse_choice("A.", ["a", "A"]) is None and parse_choice("D, because", ["A", "B", "D", "C"]) is None
+    assert parse_choice("F", ["A", "F"]) == 1  # there is no option under F
+    assert parse_choice("FF", ["Ff", "FF"]) == 1 and parse_choice("ff", ["Ff", "FF"]) is None
+    assert parse_choice("B) FF", ["Ff", "FF"]) == 1 and parse_choice("6'", ["6\"", "6'"]) == 1
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("Point B", "Point D", "Point A", "Point C"), ("5 A", "10 A", "15 A", "20 A"),
+        ("10° C", "25° C", "30° C", "40° C"),
+        ("Vitamin C", "Vitamin B", "Vitamin A", "Vitamin D"),
+        ("Grade A", "Grade B", "Grade D", "none"),
+        ("C major", "A minor", "G major", "D minor"), ("Type O", "Type A", "Type B", "Type AB"),
+        ("Mr. A", "Mr. B", "Ms. A", "A"),
+        ("J. K. Rowling", "C. S. Lewis", "A. A. Milne", "D. H. Lawrence"),
+        ("Point (A)", "Point (B)", "Point (C)", "A (D)"),
+        ("A-frame", "B-side", "C-section", "D-day"),
+        ("A dog", "I see none", "B cell", "C. elegans"), ("C", "C++", "C#", "D. C."),
+        ("2", "20", "-2", "2.5"), ("10 %", "10", "1", "0.1"), ("1/2", "1", "2", "1/4"),
+        ("3:30", "3", "3:00", "3 - 4"),
+        ("red", "red car", "car", "dark red"), ("红色", "绿色", "红色汽车", "A点"), ("一", "一百", "百", "二"),
+    ],
+)  # fmt: skip
+def test_a_reply_that_begins_with_an_option_is_no_other_one_in_any_order(choices):
+    """Capitals inside an option ("Point B") were read as the letter of another one, in 18 of 24 orders."""
+    replies = ["{}", "{}.", "The answer is {} as stated", "**{}**, because it says so",
+               "{} is the highest", "Option: “{}”"]
+    for order in itertools.permutations(choices):
+        for place, text in enumerate(order):
+            for reply in replies:
+                read = parse_choice(reply.format(text), order)
+                assert read == place or (read is None and len(text) == 1), (reply.format(text), order)
+
+
+@pytest.mark.parametrize(
+    "reply, want",
+    [
+        ("The answer is B) green because", 1), ("B. green", 1), ("B\n\nExplanation: A is wrong", 1),
+        ("option b", 1), ("[B]", 1),
+        ("B. The correct answer is B", 1), ("B. Note that A is common", 1),
+        ("B, since A and C are not mentioned", 1), ("$B$", 1),
+        ("My answer is (b).", 1), ("<think>A or C? The answer is A</think>B", 1),
+        ("<answer>B</answer>", 1), ("B<|im_end|>", 1),
+        ("The caption says so. The answer is B.", 1), ("A is wrong, so the answer is B", 1),
+        ("B\ngreen", 1), ("B - green", 1),
+        ("green (B)", 1), ("green, option B", 1), ("The answer is “blue”", 2), ("I’d say B", 1),
+        ("（Ｂ）", 1), ("B：green", 1),
+        ("选B。", 1), ("应该选B。", 1), ("答案是（B）。", 1), ("答案：Ｂ", 1), ("【B】", 1), ("B、green", 1),
+        ("ＧＲＥＥＮ。", 1),
+        ("B：red", None), ("B）red", None), ("B。red", None), ("不选B", None), ("不是B", None),
+        ("A和B", None), ("B – red", None),
+        ("A is wrong", None), ("It isn't A", None), ("A or B?", None), ("A, B", None),
+        ("A B C D", None), ("(A) or (B)", None),
+        ("A+B", None), ("A/B", None), ("B?", None), ("C\nWait, D", None),
+        ("The answer is B. The answer is C", None),
+        ("red or blue", None), ("red, blue", None), ("red and white", None), ("red/blue", None),
+        ("red is wrong", None),
+        ("red isn't it", None), ("red (B)", None), ("red, option B", None), ("B\nred", None),
+        ("greenish", None),
+        ("Vitamin C.", None), ("Point B.", None), ("Grade A.", None), ("Type B", None),
+        ("A4", None), ("C#", None),
+        ("B.C.", None), ("a C", None), ("What about A?", None), ("not green", None),
+        ("<think>The answer is B", None),
+    ],
+)  # fmt: skip
+def test_chatty_and_chinese_replies(reply, want):
+    assert parse_choice(reply, ["red", "green", "blue", "pink"]) == want
+
+
+@pytest.mark.parametrize(
+    "reply, choices, want",
+    [
+        *((reply, ["2", "3"], None) for reply in ("2 1/2", "2.5", "2,000", "2 %", "20", "-2")),
+        *((reply, ["2", "3"], None) for reply in ("2 - 3", "2 or 3", "2/3", "2:30", "2°", "2nd")),
+        ("2, not 3", ["2", "3"], 0), ("½", ["1", "2"], None), ("5%", ["5", "6"], None),
+        ("B) -5", ["5", "-5"], 1),
+        ("B) 2.5", ["2", "2.5"], 1), ("cafe\u0301", ["caf\u00e9", "bar"], 0),
+        ("caf\u00e9", ["cafe\u0301", "bar"], 0),
+        ("don’t know", ["don't know", "know"], 0), ("don't know", ["don’t know", "know"], 0),
+        ("“绿色”", ["红色", "绿色"], 1),
+        ("绿色（B）", ["红色", "绿色"], 1), ("绿色（A）", ["红色", "绿色"], None), ("一百", ["一", "二"], None),
+        ("A. Lincoln", ["Barack Obama", "Joe Biden", "Abraham Lincoln"], None),
+        ("B. Obama", ["Barack Obama", "x"], None),
+        ("Yes, no cars", ["Yes", "No"], 0), ("No, yes", ["Yes", "No"], None),
+        ("yes or no", ["Yes", "No"], None),
+        ("None of the above", ["None", "None of the above"], 1),
+        ("A", ["1", "2", "Both A and B"], 0),
+        ("Both A and B", ["1", "2", "Both A and B"], 2), ("A dog", ["a man", "a dog"], 1),
+        ("A red", ["red", "A red"], 1),
+    ],
+)  # fmt: skip
+def test_replies_and_what_the_options_make_of_them(reply, choices, want):
+    assert parse_choice(reply, choices) == want
+
+
+# ------------------------------------------------------------------------------------- options that mean other options
+
+
+def orders(choices: tuple[str, ...], abstain: bool = False) -> set[tuple[str, ...]]:
+    question = Question("Which?", choices, len(choices) - 1)
+    asked = [shuffle_options(question, 0, random.Random(seed), abstain) for seed in range(300)]
+    assert all(one.options[one.gold] == choices[-1] for one in asked)
+    return {one.options for one in asked}
+
+
+@pytest.mark.parametrize(
+    "last", ["All of the above", "None of the above.", "both of the ABOVE", "All above", "以上都是",
+             "The first two options"]
+)
+def test_an_option_that_means_those_above_stays_last(last):
+    assert orders(("x", "y", "z", last)) == {(*three, last) for three in itertools.permutations("xyz")}
+    assert orders(("x", "y", last), abstain=True) == {("x", "y", last, ABSTAIN), ("y", "x", last, ABSTAIN)}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("x", "y", "Both A and B"), ("x", "A and C only", "z"), ("x", "y", "Neither A nor B", "z"),
+        ("x", "y", "A和B"),
+        ("x", "y", "AB都对"), ("x", "Only A", "y"), ("x", "y", "Both A and B", "None of the above"),
+        ("All of the above", "x", "y"),
+        ("x", "None of the following", "y"), ("x", "y", "All except B"),
+    ],
+)  # fmt: skip
+def test_options_with_letters_of_others_are_not_shuffled(choices):
+    assert orders(choices) == {choices} and orders(choices, abstain=True) == {(*choices, ABSTAIN)}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("A", "B", "C"), ("Plan A", "Plan B", "x"), ("above the table", "above", "below"),
+        ("A", "B", "AB"), ("A+", "B+", "O"), ("A minor", "a dog", "I only"),
+        ("All", "Both", "None of these"), ("the cat is above the dog", "x", "y"),
+    ],
+)  # fmt: skip
+def test_all_other_options_are_shuffled(choices):
+    assert orders(choices) == set(itertools.permutations(choices))
 
 
 # ----------------------------------------------------------------------------------------------------------- the reward
