@@ -185,8 +185,10 @@ class _Layer:
 
 
 LAYER_WEIGHTS = {
-    f"{name}.weight" for name in ("input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj",
-                                  "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    f"{name}.weight" for name in (
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )
 }
 BIASES = {f"self_attn.{name}_proj.bias" for name in "qkv"}
 HEAD_NORMS = {f"self_attn.{name}_norm.weight" for name in "qk"}
@@ -194,28 +196,33 @@ HEAD_NORMS = {f"self_attn.{name}_norm.weight" for name in "qk"}
 
 @torch.no_grad()
 def check_layers(model: PreTrainedModel) -> None:
-    """Raises ValueError, in one sentence, for a model of which `Decoder` would compute something else than its forward.
+    """Raises ValueError, in one sentence, for a model of which `Decoder` would compute something else
+    than its forward.
 
-    It reads weights past the modules' own forward. So each layer has to have the weights that are read and no others (of
-    experts, adapters, further norms or sinks), in modules that are just what they seem.
+    It reads weights past the modules' own forward. So each layer has to have the weights that are read
+    and no others (of experts, adapters, further norms), in modules that are just what they seem.
     """
     text, name = getattr(model.model, "language_model", None), type(model).__name__
     if not hasattr(text, "layers"):
-        raise ValueError(f"expected a policy with text layers in model.language_model, found {name}")
+        raise ValueError(f"expected a policy's text layers in model.language_model, found {name}")
     config = text.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = config.rope_parameters.get("rope_type")
     if kinds != {"full_attention"} or config.hidden_act != "silu" or rope != "default":
         found = f"{sorted(kinds)}, {config.hidden_act}, {rope}"
-        raise ValueError(f"expected a policy with full attention, silu and default rope, got {found}")
+        what = "a policy with full attention, silu and default rope"
+        raise ValueError(f"expected {what}, got {found}")
     norms = [text.norm]
-    plain = [(text.embed_tokens, nn.Embedding, "the embedding"), (model.lm_head, nn.Linear, "the head")]
+    plain = [(text.embed_tokens, nn.Embedding, "the embedding")]
+    plain.append((model.lm_head, nn.Linear, "the head"))
     for number, layer in enumerate(text.layers):
         weights, where = {key for key, _ in layer.named_parameters()}, f"layer {number} of {name}"
-        if odd := weights ^ (LAYER_WEIGHTS | (weights & BIASES and BIASES) | (weights & HEAD_NORMS and HEAD_NORMS)):
-            absent, more = sorted(odd - weights)[:1], sorted(odd & weights)[:1]
-            found = " but ".join([f"no {key}" for key in absent] + [f"{key}, which is not read" for key in more])
-            raise ValueError(f"expected a policy with the layers of Qwen2.5-VL or Qwen3-VL, found in {where} {found}")
+        wanted = LAYER_WEIGHTS.union(*(some for some in (BIASES, HEAD_NORMS) if weights & some))
+        if weights != wanted:
+            absent = [f"no {key}" for key in sorted(wanted - weights)[:1]]
+            unread = [f"{key}, which is not read" for key in sorted(weights - wanted)[:1]]
+            found = " but ".join(absent + unread)
+            raise ValueError(f"expected layers of Qwen2.5-VL or Qwen3-VL, found in {where} {found}")
         for key in sorted(weights):
             module = layer.get_submodule(key.rpartition(".")[0])
             if "norm" in key:
@@ -223,15 +230,18 @@ def check_layers(model: PreTrainedModel) -> None:
             else:
                 plain.append((module, nn.Linear, f"{key} in {where}"))
         if layer.self_attn.scaling != layer.self_attn.head_dim**-0.5:
-            raise ValueError(f"expected attention scaled by 1 / sqrt({layer.self_attn.head_dim}), found {where}")
+            width = layer.self_attn.head_dim
+            raise ValueError(f"expected attention scaled by 1 / sqrt({width}), found {where}")
     for module, kind, place in plain:
         if type(module) is not kind:
-            raise ValueError(f"expected a plain {kind.__name__} for {place}, found {type(module).__name__}")
+            what = f"a plain {kind.__name__} for {place}"
+            raise ValueError(f"expected {what}, found {type(module).__name__}")
     if model.lm_head.bias is not None:
         raise ValueError(f"expected a head without a bias, found one in {name}")
     for norm in norms:
-        x = torch.linspace(-1, 1, len(norm.weight), dtype=norm.weight.dtype, device=norm.weight.device)
-        if not torch.allclose(norm(x), F.rms_norm(x, x.shape, norm.weight, config.rms_norm_eps), rtol=0.05, atol=1e-3):
+        x = torch.linspace(-1, 1, len(norm.weight)).to(norm.weight)
+        wanted = F.rms_norm(x, x.shape, norm.weight, config.rms_norm_eps)
+        if not torch.allclose(norm(x), wanted, rtol=0.05, atol=1e-3):
             raise ValueError(f"expected plain RMS norms, found {type(norm).__name__} in {name}")
 
 

@@ -45,8 +45,8 @@ SOURCE_FILES = (
 """What a checkpoint may have beside weights and generation_config.json."""
 
 TEMPLATE_DATE = date(2025, 1, 1)
-"""Today, to a chat template that asks for the date: a run that goes on tomorrow reads and writes the
-same prompts. Ours."""
+"""Today, to a chat template that asks for the date: a run that goes on tomorrow has the same prompts.
+Ours."""
 
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdDeFHIjmMpSuwxXyYzZ" for flag in ("", "-")]
 _FIXED_DATE = (
@@ -83,8 +83,8 @@ class Policy:
     eos_ids: tuple[int, ...]
     pad_id: int
     forbidden_ids: tuple[int, ...]
-    """Image, video and vision markers, and ids without a token (vocabularies are padded): never sampled, and left out of the
-    softmax everywhere alike."""
+    """Image, video and vision markers, and ids without a token (vocabularies are padded): never
+    sampled, and left out of the softmax everywhere alike."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """`SOURCE_FILES` of the checkpoint as they are: an export has them again."""
 
@@ -150,8 +150,8 @@ def image_inputs(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[
             del inner.get_image_features
 
 
-def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["auto"] = torch.float32,
-                writes: bool = True) -> Policy:
+def load_policy(path: str, device: torch.device,
+                dtype: torch.dtype | Literal["auto"] = torch.float32, writes: bool = True) -> Policy:
     """A policy from a local folder or a hub name, in `dtype` or ("auto") as it was saved. Raises
     ValueError in one sentence if it is unusable. `writes`: see `make_policy`.
 
@@ -164,13 +164,15 @@ def load_policy(path: str, device: torch.device, dtype: torch.dtype | Literal["a
         model = load_model(AutoModelForImageTextToText, path, dtype)
         # The folder, or what of a hub repository is on this machine.
         folder = Path(cached_file(path, "config.json")).parent
-        files = {name: (folder / name).read_bytes() for name in SOURCE_FILES if (folder / name).is_file()}
-        return replace(make_policy(model.to(device).eval(), tokenizer, image_processor, writes), files=files)
+        there = [name for name in SOURCE_FILES if (folder / name).is_file()]
+        files = {name: (folder / name).read_bytes() for name in there}
+        policy = make_policy(model.to(device).eval(), tokenizer, image_processor, writes)
+        return replace(policy, files=files)
 
 
 @contextmanager
 def loading(path: str, what: str) -> Iterator[None]:
-    """Whatever is wrong with a checkpoint that is loaded inside becomes a ValueError of one sentence."""
+    """Whatever is wrong with a checkpoint that is loaded inside becomes a ValueError in a sentence."""
     check_model_path(path)
     try:
         yield
@@ -203,19 +205,28 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_model(auto_class: type, path: str, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+def load_model(auto_class: type, path: str,
+               dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """The model of a local folder or a hub name. Raises ValueError where a weight would be a random
     number, and where one that is for the model's own modules would be left out (of an adapter, or of
-    a layer more than config.json tells). Weights of other modules may be there: a vision tower's."""
+    a layer beyond config.json's). Weights of other modules may be there: a vision tower's."""
     if find_adapter_config_file(path):
-        raise ValueError("expected a whole model, found an adapter (adapter_config.json): merge it into its base")
+        found = "an adapter (adapter_config.json): merge it into its base"
+        raise ValueError(f"expected a whole model, found {found}")
     model, report = auto_class.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
-    own = tuple(f"{name}." for name, _ in model.named_modules() if name not in ("", model.base_model_prefix))
+    outer = ("", model.base_model_prefix)
+    own = tuple(f"{name}." for name, _ in model.named_modules() if name not in outer)
     unused = [key for key in report["unexpected_keys"] if "lora_" in key or key.startswith(own)]
-    shapes = [f"{key} {list(size)} for {list(wanted)}" for key, size, wanted in report["mismatched_keys"]]
-    faults = {"missing": report["missing_keys"], "of another shape": shapes, "that it has no place for": unused}
+    shapes = [
+        f"{key} {list(size)} for {list(wanted)}" for key, size, wanted in report["mismatched_keys"]
+    ]
+    faults = {
+        "missing": report["missing_keys"], "of another shape": shapes,
+        "that it has no place for": unused,
+    }
     for fault, keys in faults.items():
         if keys:
             first = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
@@ -241,12 +252,14 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     """Ids that end a text: generation_config's and the tokenizer's, as many checkpoints have one of
     their ends in one of the files only."""
     named = (model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    return tuple(sorted({i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])}))
+    lists = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
+    return tuple(sorted(set().union(*lists)))
 
 
 def unnamed_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Ids that the head has a row for and the tokenizer no token."""
-    return tuple(sorted(set(range(len(model.get_output_embeddings().weight))) - set(tokenizer.get_vocab().values())))
+    rows = range(len(model.get_output_embeddings().weight))
+    return tuple(sorted(set(rows).difference(tokenizer.get_vocab().values())))
 
 
 LAYOUT = (
@@ -256,17 +269,18 @@ LAYOUT = (
 """What a policy is asked for besides its text layers."""
 
 
-def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor,
-                writes: bool = True) -> Policy:
+def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                image_processor: BaseImageProcessor, writes: bool = True) -> Policy:
     """Raises ValueError for a model that is not laid out like Qwen2.5-VL and Qwen3-VL. One that only
     reads (a judge) may have text layers that grpo/decode.py does not compute: `writes` False."""
-    parts = [(model, name) for name in LAYOUT] + [(image_processor, name) for name in ("merge_size", "patch_size")]
-    for owner, name in parts:
+    parts = [(model, name) for name in LAYOUT]
+    for owner, name in [*parts, (image_processor, "merge_size"), (image_processor, "patch_size")]:
         try:
             attrgetter(name)(owner)
         except AttributeError:
             lacking = f"{type(owner).__name__} without {name}"
-            raise ValueError(f"expected the layout of Qwen2.5-VL or Qwen3-VL, found {lacking}") from None
+            what = "the layout of Qwen2.5-VL or Qwen3-VL"
+            raise ValueError(f"expected {what}, found {lacking}") from None
     if writes:
         check_layers(model)
     ends = eos_ids(model, tokenizer)
@@ -278,7 +292,7 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, imag
     marks |= {tokenizer.convert_tokens_to_ids(token) for token in ("<|vision_pad|>",) if token in tokenizer.get_vocab()}
     never = tuple(sorted(marks.union(unnamed_ids(model, tokenizer))))
     policy = Policy(model, tokenizer, image_processor, ends, pad_id, never)
-    policy.prompt(Image.new("RGB", (64, 64)))  # a chat template or a processor that does not fit: now, not in a run
+    policy.prompt(Image.new("RGB", (64, 64)))  # a template or processor that does not fit: now
     return policy
 
 

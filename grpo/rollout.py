@@ -45,8 +45,8 @@ class Rollouts:
 
 
 def temper_logits_(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
-    """(..., V) float32 logits, made those of the distribution that is sampled and scored: tempered, those of the forbidden
-    ids (F,) int64 at -inf."""
+    """(..., V) float32 logits, made those of the distribution that is sampled and scored: tempered,
+    those of the forbidden ids (F,) int64 at -inf."""
     if temperature != 1:
         logits /= temperature
     logits[..., forbidden] = -torch.inf

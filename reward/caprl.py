@@ -338,26 +338,29 @@ def _empty_past(model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
     return cache, torch.ones(1, 0, dtype=torch.long, device=model.device)
 
 
-def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]], questions: list[list[list[int]]]):
-    """For each (caption, question) the token ids that are still to be run and its place in the past; cache and mask of
-    that past: `prefill_`'s arguments. Head, caption and question are token ids.
+def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]],
+                  questions: list[list[list[int]]]):
+    """For each (caption, question) the token ids that are still to be run and its place in the past;
+    cache and mask of that past: `prefill_`'s arguments. Head, caption and question are token ids.
 
-    Head and captions are run once and shared, if every layer sees all that came before. A window counts places, padding
-    between caption and question among them, and a recurrent state has read that padding: there the rows are whole, each
-    padded in front only.
+    Head and captions are run once and shared, if every layer sees all that came before. A window counts
+    places, padding between caption and question among them, and a recurrent state has read that
+    padding: there the rows are whole, each padded in front only.
     """
     rows = [row for group in questions for row in group]
     parents = [i for i, group in enumerate(questions) for _ in group]
     cache, seen = _empty_past(model)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return [head + captions[i] + row for i, row in zip(parents, rows)], [0] * len(rows), cache, seen
+        whole = [head + captions[i] + row for i, row in zip(parents, rows)]
+        return whole, [0] * len(rows), cache, seen
     _, cache, seen = prefill_captions(model, head, captions)
     return rows, parents, cache, seen
 
 
 def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]], questions: list[list[list[int]]],
                   letter_ids: list[int]) -> Tensor:
-    """Logits of the letters at the answer's position, one row per (caption, question): (sum of questions, letters)."""
+    """Logits of the letters at the answer's position, one row per (caption, question): (sum of
+    questions, letters)."""
     hidden, _, _ = prefill_(model, *question_rows(model, head, captions, questions))
     # The letters' rows of the head only: a few products in place of a vocabulary of 150,000.
     # In float32, where letters of like logits do not tie: a tie would always go to the first one.
@@ -385,7 +388,8 @@ class Verifier:
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
         self.writers = {abstain: PromptWriter(tokenizer, abstain, task, answer_start) for abstain in (False, True)}
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        text = model.config.get_text_config()
+        self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
         self.eos_ids, self.forbidden_ids = eos_ids(model, tokenizer), unnamed_ids(model, tokenizer)
 
     def prompt_tokens(self, examples: Sequence[Example]) -> int:
@@ -433,7 +437,9 @@ class Verifier:
 
     def _answer_by_reply(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
                          asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
-        rows, parents, cache, seen = question_rows(self.model, writer.head_ids, caption_ids, question_ids)
+        rows, parents, cache, seen = question_rows(
+            self.model, writer.head_ids, caption_ids, question_ids
+        )
         parents = torch.tensor(parents, device=seen.device)
         ids, mask = pad_left(rows, seen.device)  # (B, L)
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips as many ids as the cache holds
@@ -455,7 +461,8 @@ class Verifier:
         before, self.model.generation_config = self.model.generation_config, GenerationConfig()
         try:
             out = self.model.generate(
-                input_ids=torch.cat([past, ids], dim=1), attention_mask=torch.cat([seen[parents], mask], dim=1),
+                input_ids=torch.cat([past, ids], dim=1),
+                attention_mask=torch.cat([seen[parents], mask], dim=1),
                 past_key_values=cache if past.shape[1] else None, logits_processor=[sampler],
                 generation_config=config,
             )
@@ -491,8 +498,10 @@ class RoomyLayer(DynamicLayer):
 class RowSampler(LogitsProcessor):
     """Sampling inside `generate` with a random stream per row: a reply does not depend on the rows beside it."""
 
-    def __init__(self, names: list[str], temperature: float, max_new_tokens: int, forbidden_ids: Sequence[int] = ()):
-        self.temperature, self.step, self.forbidden = temperature, 0, torch.tensor(forbidden_ids, dtype=torch.long)
+    def __init__(self, names: list[str], temperature: float, max_new_tokens: int,
+                 forbidden_ids: Sequence[int] = ()):
+        self.temperature, self.step = temperature, 0
+        self.forbidden = torch.tensor(forbidden_ids, dtype=torch.long)
         streams = [random.Random(name) for name in names]
         self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)] for stream in streams]).double()  # (B, L)
         self.is_broken = torch.zeros(len(names), dtype=torch.bool)
@@ -542,29 +551,30 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
     """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises ValueError if unusable."""
     with loading(path, "verifier"):
         tokenizer = load_tokenizer(path)
-        model = load_model(AutoModelForCausalLM, path, dtype).to(device).eval().requires_grad_(False)
-        verifier = Verifier(model, tokenizer, **settings)
+        model = load_model(AutoModelForCausalLM, path, dtype).to(device).eval()
+        verifier = Verifier(model.requires_grad_(False), tokenizer, **settings)
         check_rows(model, verifier.writers[False])
     return verifier
 
 
 @torch.no_grad()
 def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
-    """Raises ValueError if two short rows, run as `option_logits` runs them, end in other hidden states
-    than each alone: such a model would answer one caption by what stands beside it."""
+    """Raises ValueError if two short rows, run as `option_logits` runs them, end in other hidden
+    states than each alone: such a model would answer one caption by what stands beside it."""
     head = writer.head_ids[-8:]
     captions = [writer.caption_ids(""), writer.caption_ids("A red square. A blue star.")]
     questions = [[writer.tail_ids], [writer.middle_ids + writer.tail_ids]]
     name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
     try:
         hidden, _, _ = prefill_(model, *question_rows(model, head, captions, questions))
-        whole = [torch.tensor([head + caption + rows[0]]) for caption, rows in zip(captions, questions)]
-        alone = [model.base_model(ids.to(model.device), use_cache=False).last_hidden_state for ids in whole]
+        whole = [torch.tensor([head + caption + row]) for caption, [row] in zip(captions, questions)]
+        outputs = [model.base_model(ids.to(model.device), use_cache=False) for ids in whole]
+        alone = [output.last_hidden_state[0, -1].float() for output in outputs]
     except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"{wanted}, {name} fails with them: {error}") from None
     for row, states in zip(hidden[:, -1].float(), alone):
-        error = (row - states[0, -1]).norm() / states[0, -1].float().norm()
-        if error > torch.finfo(model.dtype).eps ** 0.5:  # far above rounding; what is wrong is by 0.005 and more
+        error = (row - states).norm() / states.norm()
+        if error > torch.finfo(model.dtype).eps ** 0.5:  # far above rounding
             raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")
 
 
