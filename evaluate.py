@@ -33,8 +33,7 @@ from tqdm import tqdm
 
 from caption import caption_batches, model_hash, text_hash
 from data.benchmarks import Benchmark, FreeQuestion, Item, Metric, Picture, load_benchmark
-from data.captions import finished_rows
-from data.examples import read_jsonl
+from data.captions import caption_rows
 from data.images import ImageSource, image_name, open_image, picture_hash
 from data.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from grpo.config import run_program
@@ -245,11 +244,8 @@ def _cache_key(image: ImageSource) -> str:
 
 def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[dict]]:
     """Captions of each picture by the ids of all its rows. Raises ValueError for a broken line or a picture without any."""
-    rows = finished_rows(Path(path)) if Path(path).is_dir() else (
-        (f"{path} line {number}", row) for number, row in read_jsonl(Path(path))
-    )
     by_id: dict[str, list[dict]] = {}
-    for where, row in rows:
+    for where, row in caption_rows(Path(path)):
         if "id" not in row or not (isinstance(row.get("caption"), str) or "error" in row):
             raise ValueError(f"{where}: expected an object with id and caption, got {sorted(row)}")
         kept = {key: row[key] for key in ("caption", "tokens", "finish_reason", "error") if key in row}

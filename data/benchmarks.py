@@ -19,9 +19,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.examples import Example, Question, find_answer, fold_choice, load_examples, merge_pictures, read_jsonl, strip_labels
+from data.examples import (
+    Example,
+    Question,
+    check_text,
+    filled,
+    find_answer,
+    find_choice,
+    json_rows,
+    load_examples,
+    merge_pictures,
+    strip_labels,
+)
 from data.images import ImageSource, StoredImage, picture_hash
-from data.metrics import anls, captionqa_offers_abstain, chartqapro, exact_match, relaxed_accuracy
+from data.metrics import (
+    EXACT_TYPES,
+    anls,
+    captionqa_offers_abstain,
+    chartqapro,
+    exact_match,
+    relaxed_accuracy,
+)
 from data.parquet import parquet_rows
 from grpo.distributed import all_or_none
 
@@ -30,7 +48,8 @@ csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
 Metric = Literal["choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"]
 
 KINDS: dict[str, Metric] = {
-    "chartqa": "relaxed", "chartqapro": "chartqapro", "docvqa": "anls", "infovqa": "anls", "seed": "choice", "ai2d": "choice",
+    "chartqa": "relaxed", "chartqapro": "chartqapro", "chartqapro-script": "chartqapro",
+    "docvqa": "anls", "infovqa": "anls", "seed": "choice", "ai2d": "choice",
     "mmstar": "choice", "captionqa": "captionqa", "choice": "choice", "exact": "exact",
 }
 """Kind -> metric. `choice` and `exact` are for any other file with options, or with an answer that has to be equal."""
@@ -47,7 +66,11 @@ class FreeQuestion:
     answers: tuple[str, ...]
     """Any of them is right (anls, exact, relaxed); for chartqapro one per turn, the last one counts."""
     question_type: str = ""
+    """ChartQAPro's, as far as it counts in the score."""
     year_flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_text("question and answers", self.question, self.question_type, *self.answers)
 
     def score(self, metric: Metric, prediction: str) -> float:
         if metric == "relaxed":
@@ -104,6 +127,9 @@ def load_benchmark(source: str) -> Benchmark:
     found: dict[str, tuple[ImageSource, list[str], list[Item]]] = {}  # by the picture's bytes: its rows share its captions
     seen: set[str] = set()
     for row in _rows(Path(rest)):
+        if isinstance(row, str):
+            refused.append(row)
+            continue
         try:
             if row.id in seen:
                 raise ValueError(f"id {row.id!r} was used before")
@@ -159,7 +185,8 @@ class Row:
         return str(value[0] if isinstance(value, list) else value).strip()
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[Row | str]:
+    """The rows; in place of one that is none, a sentence."""
     if path.is_dir() or "*" in path.name:
         files = sorted(path.glob("*.parquet") if path.is_dir() else path.parent.glob(path.name))
         splits = sorted({re.split(r"-\d", file.name)[0] for file in files})  # "test" of "test-00000-of-00002.parquet"
@@ -178,15 +205,21 @@ def _rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: expected a .tsv, .parquet or .jsonl file")
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, cells in read_jsonl(path):
+def _jsonl_rows(path: Path) -> Iterator[Row | str]:
+    for where, content in json_rows(path):
+        if isinstance(content, str):
+            yield f"{path} {where}: {content}"
+            continue
+        cells = filled(content)
+
         def picture(cells=cells):
-            file = path.parent / str(cells.get("image", ""))
+            file = path.parent / str(cells.get("image", cells.get("image_path", "")))
             if not file.is_file():
                 raise ValueError(f"image {file}: expected a file, found nothing")
             return picture_hash(file), file
 
-        yield Row(f"{path} line {number}", str(cells.get("id", number)), cells, picture)
+        id = cells.get("id", where.removeprefix("line "))
+        yield Row(f"{path} {where}", str(id), cells, picture)
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
@@ -215,7 +248,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
             if values is None:
                 return
             if values:
-                cells = dict(zip(header, values))
+                cells = _told(dict(zip(header, values)))
                 index = cells.setdefault("index", str(number))
                 spans.setdefault(index, (start, place))
                 yield Row(f"{path} row {number}", index, cells, lambda cells=cells: _tsv_picture(path, header, cells, spans))
@@ -279,8 +312,14 @@ def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
     """The rows of a parquet file, or of one row group. Raises ValueError if they cannot be read. A row without an id has its
     place for one."""
     for place, cells in parquet_rows(path, group=group):
-        id = str(next((cells[key] for key in ID_COLUMNS if cells.get(key) is not None), f"{path.stem}:{place}"))
+        cells = _told(cells)
+        id = str(next((cells[key] for key in ID_COLUMNS if key in cells), f"{path.stem}:{place}"))
         yield Row(f"{path} row {place}", id, cells, lambda cells=cells: _stored_picture(cells))
+
+
+def _told(cells: dict) -> dict:
+    """Without what a table has in place of nothing: null, and pandas' nan, also written as text."""
+    return {key: cell for key, cell in filled(cells).items() if cell != "nan" and cell == cell}
 
 
 def _stored_picture(cells: dict) -> tuple[str, ImageSource]:
@@ -303,7 +342,8 @@ def _items(row: Row, kind: str) -> list[Item | str]:
         family = str(row.cells.get("domain") or row.cells.get("family") or "all")
         items: list[Item | str] = []
         for number, cells in enumerate(row.cells["questions"]):
-            inner = Row(row.where, f"{row.id}:{number}", cells if isinstance(cells, dict) else {}, row.picture)
+            cells = filled(cells) if isinstance(cells, dict) else {}
+            inner = Row(row.where, f"{row.id}:{number}", cells, row.picture)
             try:
                 items.append(Item(inner.id, _question(inner, kind), family))
             except ValueError as error:
@@ -318,7 +358,7 @@ def _items(row: Row, kind: str) -> list[Item | str]:
 def _question(row: Row, kind: str) -> Question | FreeQuestion:
     metric = KINDS[kind]
     if metric == "chartqapro":
-        return _chartqapro_question(row)
+        return _chartqapro_question(row, kind)
     if metric in ("choice", "captionqa"):
         return _choice_question(row, kind)
     answers = row.cell("answers", "answer")
@@ -330,8 +370,9 @@ def _question(row: Row, kind: str) -> Question | FreeQuestion:
     return FreeQuestion(_with_hint(row, str(row.cell("question", "query"))), answers)
 
 
-def _chartqapro_question(row: Row) -> FreeQuestion:
-    """Several turns are a conversation: those before the last come with their answers."""
+def _chartqapro_question(row: Row, kind: str) -> FreeQuestion:
+    """Several turns are a conversation: those before the last come with their answers. In
+    `chartqapro-script` no type asks for an equal answer, as in the published script."""
     questions, answers = (_as_list(row.cell(name, name.lower())) for name in ("Question", "Answer"))
     if len(questions) != len(answers) or not all(map(str.strip, answers)):
         raise ValueError(f"expected an answer for each of {len(questions)} questions, got {answers}")
@@ -339,18 +380,19 @@ def _chartqapro_question(row: Row) -> FreeQuestion:
     earlier = "".join(f"{question}\n{answer}\n" for question, answer in zip(questions[:-1], answers[:-1]))
     context = row.text("Paragraph", "paragraph")
     text = (f"{context}\n" if context else "") + earlier + questions[-1]
-    return FreeQuestion(text, tuple(answers), row.text("Question Type", "question_type"), tuple(flags))
+    asked_for = row.text("Question Type", "question_type")
+    if kind == "chartqapro-script" and asked_for in EXACT_TYPES:
+        asked_for = ""
+    return FreeQuestion(text, tuple(answers), asked_for, tuple(flags))
 
 
 def _choice_question(row: Row, kind: str) -> Question:
     """Options in lettered columns (VLMEvalKit, SEED), in a list (AI2D, CaptionQA, ours), or in the question's text (MMStar)."""
     text, category = str(row.cell("question")), row.text("category", "kind")
     for names in ([*"ABCDEFGHIJ"], [f"choice_{letter}" for letter in "abcdefghij"]):
-        if names[0] in row.cells:
-            given = [row.text(name) for name in names]  # an option that is not there is empty
-            options = given[: len(given) - next((n for n, option in enumerate(reversed(given)) if option), len(given))]
-            if options:
-                return Question(_with_hint(row, text), tuple(options), _letter(row.cell("answer"), options), category)
+        if options := _without_missing([row.text(name) for name in names]):
+            place = _letter(row.cell("answer"), options)
+            return Question(_with_hint(row, text), tuple(options), place, category)
     listed = row.cells.get("choices") or row.cells.get("options")
     if listed:
         options = list(strip_labels([str(option) for option in _as_list(listed)]))
@@ -363,7 +405,7 @@ def _choice_question(row: Row, kind: str) -> Question:
             place = int(answer)
         else:  # a letter, or a choice's text
             place = find_answer(str(answer), tuple(options))
-        return Question(text, tuple(options), place, category)
+        return Question(_with_hint(row, text), tuple(options), place, category)
     text, options = _inline_options(text)
     return Question(_with_hint(row, text), tuple(options), _letter(row.cell("answer"), options), category)
 
@@ -379,8 +421,14 @@ def _inline_options(text: str) -> tuple[str, list[str]]:
                 options.append(rest[: next_one.start()].strip())
                 rest = rest[next_one.end() :]
             stem = re.sub(r"\b(?:Options|Choices):\s*$", "", text[: start[-1].start()].rstrip()).rstrip()
-            return stem, [*options, rest.strip()]
+            return stem, _without_missing([*options, rest.strip()])
     raise ValueError("expected options in columns A, B, ..., in a list, or in the question's text, found none")
+
+
+def _without_missing(options: list[str]) -> list[str]:
+    """Without empty ones at the end, or "nan" in their place; one with others after it is empty."""
+    given = ["" if option == "nan" else option for option in options]
+    return given[: max((place for place, option in enumerate(given, 1) if option), default=0)]
 
 
 def _letter(answer, options: list[str]) -> int:
@@ -391,10 +439,9 @@ def _letter(answer, options: list[str]) -> int:
 
 
 def _by_text(answer: str, options: list[str]) -> int:
-    places = [place for place, option in enumerate(options) if fold_choice(option) == fold_choice(answer)]
-    if len(places) != 1:
+    if (place := find_choice(answer, options)) is None:
         raise ValueError(f"answer {answer!r}: expected the text of exactly one of {options}")
-    return places[0]
+    return place
 
 
 def _with_hint(row: Row, text: str) -> str:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.examples import read_jsonl
+from data.examples import check_text, filled, read_jsonl
 from data.images import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
@@ -35,6 +35,27 @@ def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
         if path.stat().st_size:  # a tar file without images leaves an empty one
             for line, row in read_jsonl(path):
                 yield f"{path} line {line}", row
+
+
+def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where, row with id and caption or error) of a folder that caption.py has written, of a JSONL
+    file, or of a file that is one JSON object from ids to captions, or to lists of them."""
+    if path.is_dir():
+        yield from finished_rows(path)
+        return
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):  # no such file, or not one object: read by lines
+        whole = None
+    if not isinstance(whole, dict) or {"id", "caption", "error"} & set(whole):
+        for number, row in read_jsonl(path):
+            yield f"{path} line {number}", filled(row)
+        return
+    for id, captions in whole.items():
+        for caption in captions if isinstance(captions, list) else [captions]:
+            check_text(f"{path}, the object's {id!r}", id, str(caption))
+            row = caption if isinstance(caption, dict) else {"caption": caption}
+            yield f"{path}, the object's {id!r}", filled(row) | {"id": id}
 
 
 def export_captions(out: Path, layout: str) -> Path:
@@ -95,7 +116,7 @@ def check_export(path: Path, images: Path | None = None) -> int:
     """The number of rows of a file in LLaVA's or LLaMA-Factory's format. Raises ValueError at the first row that a trainer
     would stumble over; with `images`, also for a picture that is not there."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON file ({error})") from None
     if not isinstance(rows, list) or not rows:
@@ -103,6 +124,8 @@ def check_export(path: Path, images: Path | None = None) -> int:
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
         try:
+            row = filled(row) if isinstance(row, dict) else row
+            check_text("the row", json.dumps(row, ensure_ascii=False))
             _check_row(row, images)
             if "id" in row and seen.setdefault(row["id"], number) != number:
                 raise ValueError(f"id {row['id']!r} was used before, in row {seen[row['id']]}")

@@ -336,7 +336,7 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not empty. Raises ValueError for a missing, empty or broken file."""
-    for where, content in _json_rows(path):
+    for where, content in json_rows(path):
         if isinstance(content, str):
             raise ValueError(f"{path} {where}: {content}")
         yield int(where.removeprefix("line ")), content
@@ -352,10 +352,16 @@ def _contents(file: Path) -> Iterator[tuple[str, dict | str]]:
         for number, row in parquet_rows(file, known):
             yield f"row {number}", row
     else:
-        yield from _json_rows(file)
+        yield from json_rows(file)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
+def filled(row: dict) -> dict:
+    """The row without its nulls: what is null is absent."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
+    """("line 1", the object or why there is none) of each line that is not empty."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a {'JSONL file, found a folder' if path.is_dir() else 'file, found nothing'}")
     found, offset = False, 0
@@ -620,10 +626,10 @@ def read_manifest(source: str) -> set[tuple[str, str, int | None]]:
     (_, head), *rows = read_jsonl(path)
     for file in data_files(source):
         name, size = _name_in(source, file), file.stat().st_size
-        if head.get("files", {}).get(name) != size:
+        if (head.get("files") or {}).get(name) != size:
             raise ValueError(f"{path}: expected a manifest of the files as they are, found another size of {name}; "
                              f"write it anew with `python -m data.examples {source}`")
-    return {(row["file"], row["row"], row["question"]) for _, row in rows}
+    return {(row["file"], row["row"], row.get("question")) for _, row in rows}
 
 
 def manifest_path(source: str) -> Path:

@@ -53,8 +53,9 @@ def chartqapro(prediction: str, answers: Sequence[str], question_type: str, year
 
     An item whose year flag is YES, and every item of the types in EXACT_TYPES, has to be equal; other numbers may be 5%
     off, percent signs dropped; other texts score their ANLS, here only above 0.5. Full stops at the end are dropped.
-    `answers` has one entry per turn of a conversation, and the last one is asked for. Raises ValueError for no answer, or an
-    empty one.
+    `answers` has one entry per turn of a conversation, and the last one is asked for. The published
+    script finds out whether the type is in EXACT_TYPES and does not use it: for its scores, give ""
+    in place of such a type. Raises ValueError for no answer, or an empty one.
     """
     if not answers:
         raise ValueError("expected at least one gold answer, found none")

@@ -216,6 +216,79 @@ def test_a_bad_row_is_refused_and_counted(tmp_path, change, reason):
     assert len(found.refused) == 1 and found.refused[0].startswith(f"{path} row 1: ") and reason in found.refused[0]
 
 
+def test_what_a_table_has_in_place_of_nothing_is_missing(tmp_path):
+    """pandas writes missing options and hints as nan, lmms-lab's MMBench too; "None" and "NaN" are options."""
+    cells = {"question": "Q?", "hint": "nan", "category": "nan", "answer": "A"}
+    rows = [cells | {"index": 0, "A": "yes", "B": "no", "C": "nan", "D": "nan"},
+            cells | {"index": 1, "A": "None", "B": "NaN", "C": "NA", "D": "nan"},
+            cells | {"index": 2, "A": "x", "B": "nan", "C": "y", "D": "nan"}]
+    path = write_tsv(tmp_path / "x.tsv", [row | {"image": b64("red")} for row in rows])
+    stored = write_parquet(tmp_path / "x.parquet", [row | {"image": {"bytes": png("red")}} for row in rows])
+    for source in (f"choice:{path}", f"choice:{stored}"):
+        found = load_benchmark(source)
+        assert asked(found) == [(RED, "0", "all", Question("Q?", ("yes", "no"), 0)),
+                                (RED, "1", "all", Question("Q?", ("None", "NaN", "NA"), 0))]
+        assert len(found.refused) == 1 and "non-empty text in every choice" in found.refused[0]
+    question = "Which? Choices: (A) Yes (B) No (C) nan (D) nan"
+    assert _inline_options(question) == ("Which?", ["Yes", "No"])
+    assert _inline_options("Which? Options: A: 1, B: nan, C: 2") == ("Which?", ["1", "", "2"])  # to be refused
+
+
+def test_case_and_signs_tell_options_apart(tmp_path):
+    rows = [{"index": n, "image": b64("red"), "question": "Q?", "A": a, "B": b, "answer": "B"}
+            for n, (a, b) in enumerate([("a", "A"), ("Ff", "FF"), ("6'", '6"'), ("5", "5!")])]
+    found = load_benchmark(f"choice:{write_tsv(tmp_path / 'x.tsv', rows)}")
+    assert not found.refused
+    assert [question.choices for *_, question in asked(found)] == [("a", "A"), ("Ff", "FF"), ("6'", '6"'), ("5", "5!")]
+
+
+def test_a_hint_is_shown_with_listed_options_too(tmp_path):
+    """ScienceQA's: "Both parents are Ff.", without which there is no answer."""
+    row = {"image": {"bytes": png("red")}, "question": "What ratio?", "choices": ["0:4", "2:2"],
+           "answer": 1, "hint": "Both are Ff."}
+    found = load_benchmark(f"choice:{write_parquet(tmp_path / 's.parquet', [row])}")
+    assert asked(found)[0][3] == Question("Both are Ff.\nWhat ratio?", ("0:4", "2:2"), 1)
+
+
+def test_null_is_absent_in_our_jsonl_and_a_broken_row_is_refused_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    entry = {"question": "C?", "choices": ["x", "y"], "answer_index": None, "answer": "y", "hint": None}
+    row = {"id": None, "image": None, "image_path": "a.png", "domain": None, "family": None, "questions": [entry]}
+    lines = [json.dumps(row), json.dumps(row), '{"id": "s", "image": "a.png", "questions": [{"question": "\\ud83d"}]}', "{"]
+    (tmp_path / "own.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n")
+    found = load_benchmark(f"choice:{tmp_path}/own.jsonl")
+    assert asked(found) == [(RED, f"{n}:0", "all", Question("C?", ("x", "y"), 1)) for n in (1, 2)]
+    assert len(found.refused) == 2 and "own.jsonl line 3: expected text in the row, got half a" in found.refused[0]
+    assert "own.jsonl line 4: expected a JSON object" in found.refused[1]
+
+
+def test_half_a_surrogate_pair_in_the_text_of_a_list_refuses_its_row(tmp_path):
+    """Text of a cell is sound UTF-8, but a list in it may spell out anything."""
+    rows = [{"index": n, "image": b64("red"), "question": "Q?", "answer": answer}
+            for n, answer in enumerate(["['a']", r"['\ud83d']"])]
+    found = load_benchmark(f"docvqa:{write_tsv(tmp_path / 'x.tsv', rows)}")
+    assert [item.id for item in found.pictures[0].items] == ["0"]
+    assert "x.tsv row 1: expected text in question and answers, got half a surrogate pair" in found.refused[0]
+
+
+def test_chartqapro_by_its_paper_and_by_its_script(tmp_path):
+    """The script takes no notice of the type: 12.4 is within 5% of 12, "tree" 3 of 4 letters of "true", by hand. Years count
+    in both."""
+    kinds = ("Fact Checking", "Multi Choice", "Factoid", "Conversational")
+    rows = [{"Question": ["Q?"], "Answer": [gold], "Question Type": kind, "Year": [year], "image": png("red")}
+            for kind in kinds for gold, year in (("12", "NO"), ("true", "NO"), ("2016", "YES"))]
+    path = write_parquet(tmp_path / "p.parquet", rows)
+    scores = {}
+    for kind in ("chartqapro", "chartqapro-script"):
+        found = load_benchmark(f"{kind}:{path}")
+        questions = [question for *_, question in asked(found)]
+        scores[kind] = [question.score(found.metric, prediction)
+                        for question, prediction in zip(questions, 4 * ["12.4", "tree", "2015"])]
+        assert [family for _, _, family, _ in asked(found)] == [kind for kind in kinds for _ in range(3)]
+    assert scores["chartqapro"] == [0, 0, 0, 0, 0, 0, 1, 0.75, 0, 1, 0.75, 0]
+    assert scores["chartqapro-script"] == 4 * [1, 0.75, 0]
+
+
 def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
     row = {"question": "How many?", "options": ["1", "2", "3", "4"], "answer": "2", "image": {"bytes": b"a"}}
     path = write_parquet(tmp_path / "x.parquet", [row])

@@ -316,6 +316,34 @@ def test_a_picture_in_many_rows_is_one_picture(tmp_path, capsys):
         run(replace(config, limit=1, policy=("data/toy/verifier",)))
 
 
+def test_captions_may_be_one_object_from_ids_to_captions(tmp_path):
+    """Also one that is written over several lines, with a byte order mark, and of one picture only."""
+    pictures = [Picture(id, tmp_path / "x", ()) for id in "ab"]
+    path = tmp_path / "c.json"
+    given = {"a": "One.", "b": ["Two.", {"caption": "Three.", "tokens": 2, "error": None}], "c": "None's."}
+    for indent, mark in ((None, ""), (1, "\ufeff")):
+        path.write_text(mark + json.dumps(given, indent=indent))
+        assert evaluate.read_captions(str(path), pictures) == [
+            [{"caption": "One."}], [{"caption": "Two."}, {"caption": "Three.", "tokens": 2}]
+        ]
+    path.write_text(json.dumps({"a": "One."}))
+    assert evaluate.read_captions(str(path), pictures[:1]) == [[{"caption": "One."}]]
+    path.write_text(json.dumps({"a": 3}))
+    with pytest.raises(ValueError, match="c.json, the object's 'a': expected an object with id and caption"):
+        evaluate.read_captions(str(path), pictures[:1])
+
+
+def test_null_in_captions_is_absent_and_half_a_surrogate_pair_is_named(tmp_path):
+    """A null error was one, and the caption beside it was lost."""
+    pictures, path = [Picture("a", tmp_path / "x", ())], tmp_path / "c.jsonl"
+    path.write_text("\ufeff" + json.dumps({"id": "a", "caption": "x", "error": None, "tokens": None}) + "\n")
+    assert evaluate.read_captions(str(path), pictures) == [[{"caption": "x"}]]
+    for text in (json.dumps({"id": "a", "caption": "x\ud83d"}), json.dumps({"a": "x\ud83d"})):
+        path.write_text(text + "\n")
+        with pytest.raises(ValueError, match="c.jsonl.* got half a surrogate pair"):
+            evaluate.read_captions(str(path), pictures)
+
+
 def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):
     [a, b] = load_benchmark(str(one_question_a_row(tmp_path))).pictures
     assert (a.id, a.other_ids, b.id, b.other_ids) == ("q0", ("q2", "q3"), "q1", ("q4",))
