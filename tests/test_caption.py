@@ -225,6 +225,16 @@ def test_no_member_of_a_tar_file_is_passed_over_in_silence(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path}/t.tar: left out: 1 ._* of macOS, 1 .heic\n"
 
 
+def test_null_and_a_byte_order_mark_are_nothing_in_an_exported_file(tmp_path):
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    row = {"id": "a", "image": None, "images": None, "conversations": turns}
+    (tmp_path / "l.json").write_text("\ufeff" + json.dumps([row]))
+    assert check_export(tmp_path / "l.json") == 1
+    (tmp_path / "l.json").write_text(json.dumps([row, row | {"id": "b\ud83d"}]))
+    with pytest.raises(ValueError, match="l.json row 1: expected text in the row, got half a surr"):
+        check_export(tmp_path / "l.json")
+
+
 def test_a_run_without_a_caption_is_no_success(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.txt", b"none")])
     for _ in range(2):
