@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -31,10 +32,10 @@ import tyro
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from caption import caption_batches
 from data.images import open_image
 from data.toy.world import draw, make_scene
-from grpo.policy import INSTRUCTION, Policy, load_policy
+from grpo.captioning import caption_batches
+from grpo.policy import CAPTION_INSTRUCTION, Policy, load_policy
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def plain(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
 
 def ours(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
     batches = caption_batches(
-        policy, [(path.name, path) for path in paths], instruction=INSTRUCTION, temperature=config.temperature,
-        max_new_tokens=config.max_new_tokens, seed=config.seed, rollout_tokens=config.rollout_tokens, loaders=1,
+        policy, [(path.name, partial(open_image, path)) for path in paths], instruction=CAPTION_INSTRUCTION,
+        temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed,
+        rollout_tokens=config.rollout_tokens, loaders=1,
     )
     return [row["tokens"] for batch in batches for (row,) in batch]
 

@@ -32,7 +32,8 @@ from PIL import Image, ImageEnhance
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.curate import FilterConfig, ImagesConfig, choose_images, filter_questions
-from data.examples import Example, Question, write_examples
+from data.examples import Example, Question
+from data.export import write_examples
 from data.toy.world import draw, make_scene, scene_questions, write_caption
 from reward.caprl import Answer, load_verifier
 

@@ -28,11 +28,12 @@ import tyro
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from data.images import list_images, open_image
+from data.folders import list_images
+from data.images import open_image
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt, load_policy
-from grpo.rollout import prefill, sample_rollouts
+from grpo.rollout import read_prompts, sample_rollouts
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def step_seconds(policy: Policy, prompt: Prompt, rows: list[int], age: int, repe
     decoders = []
     for size in rows:
         decoder = Decoder(policy.model, size, max_new_tokens=age + 16 * repeats + 1)
-        _, cache, mask, position = prefill(policy, [prompt])
+        _, cache, mask, position = read_prompts(policy, [prompt])
         decoder.add(cache, mask)
         inputs = torch.full((size,), policy.pad_id), position.expand(size), torch.arange(size)
         for _ in range(age):

@@ -25,7 +25,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from grpo.config import run_program, toy_config
+from data.program import run_program
+from grpo.config import toy_config
 
 TINY = dict(data="toy:train:4", num_steps=1, prompts_per_step=2, group_size=2, max_new_tokens=8,
             probe_images=2, audit_every=0, save_every=1)

@@ -25,13 +25,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.examples import Example, Question
 from data.toy.tokenizer import build_tokenizer
-from grpo.config import toy_config
+from grpo.config import RewardConfig, toy_config
 from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer
 from grpo.policy import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
 from grpo.update import prepare_training_, update_policy
-from reward.caprl import RewardConfig, Verifier, caption_rewards
+from reward.caprl import Verifier, caption_rewards
 
 
 @dataclass(frozen=True)

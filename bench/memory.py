@@ -1,4 +1,4 @@
-"""Memory of a rank: the estimate of grpo/memory.py beside what a process needs, and the estimate for the real models.
+"""Memory of a rank: the estimate of tools/memory.py beside what a process needs, and the estimate for the real models.
 
     python bench/memory.py                 # small random models on this CPU: estimated and measured, by phase
     python bench/memory.py --real          # Qwen2.5-VL-3B with a 3B verifier on GPUs; nothing is loaded
@@ -27,12 +27,15 @@ import tyro
 from step import StepConfig, make_examples, save_models
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-from data.examples import example_row, load_examples
+from data.examples import load_examples
+from data.export import example_row
 from data.images import open_image
 from grpo.config import PAPER, TrainConfig, toy_config
-from grpo.memory import estimate_memory
+from grpo.run import load_run
 from grpo.update import update_policy
-from train import load_run, my_share, sample_step
+from reward.step import load_reward
+from tools.memory import estimate_memory
+from train import my_share, sample_step
 
 CASES = {
     "default": (StepConfig(), {}),
@@ -77,14 +80,15 @@ def work(case: str, folder: Path) -> None:
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # what the library allocates for itself
     _restart_peak()
     before, measured = _status("VmRSS"), {}
-    run = load_run(config, torch.device("cpu"), load_examples(config.data))
+    device = torch.device("cpu")
+    run, reward, all_examples = load_run(config, device), load_reward(config, device), load_examples(config.data)
     endless = replace(run.sampler, forbidden_ids=(*run.sampler.forbidden_ids, *run.sampler.eos_ids))
     run = replace(run, sampler=endless)
-    examples = my_share(run.sampler, run.examples)
+    examples = my_share(run.sampler, all_examples)
     prompt = max((run.sampler.prompt(open_image(example.image)) for example in examples), key=lambda p: len(p.input_ids))
     estimate = estimate_memory(
-        run.sampler.model, run.verifier.model, config, 1, False, len(prompt.input_ids), len(prompt.pixel_values) // 4,
-        run.verifier.prompt_tokens(run.examples),
+        run.sampler.model, reward.model, config, 1, False, len(prompt.input_ids), len(prompt.pixel_values) // 4,
+        reward.verifier.prompt_tokens(all_examples),
     )
     for repeat in range(2):
         _restart_peak()
@@ -93,7 +97,7 @@ def work(case: str, folder: Path) -> None:
         _restart_peak()
         by_caption = [example for example in examples for _ in range(config.group_size)]
         captions = [" red" * config.max_new_tokens] * len(by_caption)
-        run.reward(captions, by_caption, [example.id for example in by_caption], [0] * len(by_caption))
+        reward.score(captions, by_caption, [example.id for example in by_caption], [0] * len(by_caption))
         measured["phase verifier"] = _status("VmHWM") - before
         _restart_peak()
         advantages, valid = torch.randn(len(by_caption)), torch.ones(len(by_caption), dtype=torch.bool)

@@ -48,12 +48,12 @@ from transformers.utils import logging as transformers_logging
 
 from data.examples import Example, Question
 from data.toy.tokenizer import build_tokenizer
-from grpo.config import toy_config
+from grpo.config import RewardConfig, toy_config
 from grpo.logprobs import CompletionScorer
-from grpo.policy import INSTRUCTION, load_policy
+from grpo.policy import CAPTION_INSTRUCTION, load_policy
 from grpo.rollout import sample_rollouts
 from grpo.update import update_policy
-from reward.caprl import PromptWriter, RewardConfig, ask, caption_rewards, load_verifier
+from reward.caprl import PromptWriter, ask, caption_rewards, load_verifier
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
         return torch.randn(len(index)).tolist()
 
     rows = [
-        {"prompt": [{"role": "user", "content": INSTRUCTION}], "image": example.image, "index": place}
+        {"prompt": [{"role": "user", "content": CAPTION_INSTRUCTION}], "image": example.image, "index": place}
         for place, example in enumerate(examples)
     ] * (config.repeats + 1)
     batch = config.prompts * config.group_size

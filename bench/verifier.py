@@ -27,7 +27,8 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2Config, Qwe
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.toy.world import make_scene, scene_questions, write_caption
-from reward.caprl import PromptWriter, RewardConfig, ask, option_logits, prefill_
+from grpo.config import RewardConfig
+from reward.caprl import PromptWriter, ask, option_logits, run_rows_
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class BenchConfig:
 def separate(model, head, captions, questions, letter_ids) -> Tensor:
     rows = [head + caption + row for caption, group in zip(captions, questions) for row in group]
     cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long, device=model.device)
-    hidden, _, _ = prefill_(model, rows, [0] * len(rows), cache, seen)
+    hidden, _, _ = run_rows_(model, rows, [0] * len(rows), cache, seen)
     return F.linear(hidden[:, -1], model.lm_head.weight[letter_ids]).float()
 
 
 def packed(model, head, captions, questions, letter_ids) -> Tensor:
     device = model.device
     cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long, device=device)
-    _, cache, _ = prefill_(model, [head], [0], cache, seen)
+    _, cache, _ = run_rows_(model, [head], [0], cache, seen)
     cache.batch_repeat_interleave(len(captions))
     width = max(len(c) + sum(map(len, q)) for c, q in zip(captions, questions))
     ids, positions = torch.zeros(2, len(captions), width, dtype=torch.long, device=device)

@@ -1,7 +1,8 @@
 """Rows of parquet files whose pictures stay on disk until they are looked at.
 
-Published sets keep pictures as {"bytes", "path"}, as bare bytes, or as lists of either. Rows are read without those bytes, so
-that an index of a 15 GB set is a few MB; a picture is read with the row group that it is in, of which some are kept.
+Published sets keep pictures as {"bytes", "path"}, as bare bytes, or as lists of either. Rows are
+read without those bytes, so that the index of a 15 GB set takes a few MB. A picture is read with
+its whole row group, and the row groups read last are kept.
 """
 
 import threading
@@ -17,16 +18,11 @@ import pyarrow.parquet as pq
 from data.images import StoredImage
 
 CACHE_BYTES = 1 << 28
-"""Of row groups with pictures, over all files; the one in use is always kept, however large."""
-
-
-def is_parquet(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PAR1"
+"""Most bytes of row groups kept, over all files. The one in use is kept however large it is."""
 
 
 def parquet_columns(path: Path) -> list[str]:
-    """Raises ValueError where the file cannot be read."""
+    """Names of the columns. Raises ValueError where the file cannot be read."""
     return _open(path).schema_arrow.names
 
 
@@ -36,32 +32,40 @@ def parquet_groups(path: Path) -> list[int]:
     return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
 
-def parquet_rows(path: Path, columns: Sequence[str] = (), group: int | None = None) -> Iterator[tuple[int, dict]]:
-    """(number from 0 in the file, row) of each row, of one row group or of all, of some columns or of all.
+def parquet_rows(path: Path, columns: Sequence[str] = (),
+                 group: int | None = None) -> Iterator[tuple[int, dict]]:
+    """(number from 0 in the file, row) of each row, of one row group or of all, of some columns or
+    of all.
 
-    In place of a picture stands a StoredImage, None where there is none. Raises ValueError where the file cannot be read.
+    A StoredImage stands in place of each picture; None where there is none. Raises ValueError where
+    the file cannot be read.
     """
     file, sizes = _open(path), parquet_groups(path)
-    leaves = {file.schema.column(place).path: (place, file.schema.column(place)) for place in range(len(file.schema))}
-    leaves = {leaf: found for leaf, found in leaves.items() if not columns or _top(leaf) in columns}
+    leaves = {}  # path in the schema -> (place, column)
+    for place in range(len(file.schema)):
+        column = file.schema.column(place)
+        if not columns or _top(column.path) in columns:
+            leaves[column.path] = (place, column)
     blobs = [leaf for leaf, (_, column) in leaves.items() if _is_blob(column)]
     light = [leaf for leaf in leaves if leaf not in blobs]
+    light_tops = set(map(_top, light))
     for at in range(len(sizes)) if group is None else [group]:
         # Bytes are read here only where the rest of the row cannot tell whether there is a picture.
+        metadata = file.metadata.row_group(at)
         heavy = [
-            leaf for leaf in blobs if _top(leaf) not in map(_top, light)
-            or _may_be_null(file.metadata.row_group(at).column(leaves[leaf][0]).statistics)
+            leaf for leaf in blobs if _top(leaf) not in light_tops
+            or _may_be_null(metadata.column(leaves[leaf][0]).statistics)
         ]
         first = number = sum(sizes[:at])
         try:
-            for batch in file.iter_batches(batch_size=1024, row_groups=[at], columns=light + heavy):
-                for row in batch.to_pylist():
-                    name = f"{path} row {number}"
-                    for leaf in blobs:
-                        blob = partial(_read_blob, path, at, leaf, number - first, name=name)
-                        row[_top(leaf)] = _stored(row.get(_top(leaf)), leaf in heavy, blob, name)
-                    yield number, row
-                    number += 1
+            batches = file.iter_batches(batch_size=1024, row_groups=[at], columns=light + heavy)
+            for row in (row for batch in batches for row in batch.to_pylist()):
+                name = f"{path} row {number}"
+                for leaf in blobs:
+                    blob = partial(_read_blob, path, at, leaf, number - first, name=name)
+                    row[_top(leaf)] = _stored(row.get(_top(leaf)), leaf in heavy, blob, name)
+                yield number, row
+                number += 1
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} row group {at}: expected rows ({_line(error)})") from None
 
@@ -72,7 +76,8 @@ def _top(leaf: str) -> str:
 
 def _is_blob(column: Any) -> bool:
     """Bytes that are not text."""
-    return column.physical_type == "BYTE_ARRAY" and column.logical_type.type == "NONE" and column.converted_type == "NONE"
+    types = (column.physical_type, column.logical_type.type, column.converted_type)
+    return types == ("BYTE_ARRAY", "NONE", "NONE")
 
 
 def _may_be_null(stats: Any) -> bool:
@@ -80,17 +85,21 @@ def _may_be_null(stats: Any) -> bool:
 
 
 def _stored(value, has_bytes: bool, blob: partial, name: str):
-    """StoredImages in the shape of `value`, which is a picture's column, its bytes read (`has_bytes`) or left out."""
+    """StoredImages in the shape of `value`, which is a picture's column. has_bytes: its bytes are
+    read, not left out."""
     if isinstance(value, list):
-        names = [name] if len(value) == 1 else [f"{name} image {place}" for place in range(len(value))]
-        blobs = [partial(blob, name=name, place=place) for place, name in enumerate(names)]
-        return [_stored(item, has_bytes, blob, name) for item, blob, name in zip(value, blobs, names)]
-    if value is None or (has_bytes and not (value.get("bytes") if isinstance(value, dict) else value)):
-        return None
-    return StoredImage(name, blob)
+        images = []
+        for place, item in enumerate(value):
+            item_name = name if len(value) == 1 else f"{name} image {place}"
+            item_blob = partial(blob, name=item_name, place=place)
+            images.append(_stored(item, has_bytes, item_blob, item_name))
+        return images
+    content = value.get("bytes") if isinstance(value, dict) else value
+    return None if value is None or (has_bytes and not content) else StoredImage(name, blob)
 
 
-def _read_blob(path: Path, group: int, leaf: str, row: int, name: str, place: int | None = None) -> bytes:
+def _read_blob(path: Path, group: int, leaf: str, row: int, name: str,
+               place: int | None = None) -> bytes:
     try:
         value = _groups.column(path, group, leaf)[row].as_py()
     except (pa.ArrowException, OSError) as error:
@@ -100,18 +109,21 @@ def _read_blob(path: Path, group: int, leaf: str, row: int, name: str, place: in
 
 
 class _Groups:
-    """Columns of pictures of the row groups read last, CACHE_BYTES of them."""
+    """Columns of pictures of the row groups read last, at most CACHE_BYTES."""
 
     def __init__(self):
         self.kept: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
         self.lock = threading.Lock()
+
+    def num_bytes(self) -> int:
+        return sum(column.nbytes for column in self.kept.values())
 
     def column(self, path: Path, group: int, leaf: str) -> pa.ChunkedArray:
         key = (path, group, leaf)
         with self.lock:
             if key not in self.kept:
                 self.kept[key] = _open(path).read_row_group(group, columns=[leaf]).column(0)
-                while len(self.kept) > 1 and sum(column.nbytes for column in self.kept.values()) > CACHE_BYTES:
+                while len(self.kept) > 1 and self.num_bytes() > CACHE_BYTES:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(key)
             return self.kept[key]

@@ -4,18 +4,21 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = False, scale_by_std: bool = True,
-                     eps: float = 1e-4) -> Tensor:
-    """Each reward relative to its own group: (r - mean) / (std + eps), DeepSeekMath (arXiv 2402.03300) section 4.1.2.
+def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = False,
+                     scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
+    """Each reward relative to its own group: (r - mean) / (std + eps), DeepSeekMath (arXiv
+    2402.03300) section 4.1.2.
 
-    rewards: (B,) float32, the G rollouts of a prompt adjacent; NaN marks a caption whose reward could not be measured,
-    which takes no part in the statistics and gets 0. Returns (B,) float32, unitless. A group whose rewards are equal up
-    to float noise gets exact zeros, and so does one with a single measured reward. `std` divides by n - 1, n being the
-    group's measured rewards, as TRL's and verl's does: published learning rates and KL weights mean the same here.
+    rewards: (B,) float32, the G rollouts of a prompt adjacent. NaN marks a caption whose reward
+    could not be measured: it is left out of the statistics and gets 0. Returns (B,) float32,
+    unitless. A group gets exact zeros if its rewards are equal up to float noise, or if only one
+    was measured. `std` divides by n - 1, n being the group's measured rewards. So it does in TRL
+    and verl: published learning rates and KL weights mean the same here.
 
-    leave_one_out: the baseline is the mean of the *other* rewards, r - mean = n / (n - 1) times the above (RLOO,
-    arXiv 2402.14740). scale_by_std: False leaves out the division (Dr. GRPO, arXiv 2503.20783).
-    Raises ValueError if B is not a multiple of `group_size` or `group_size` is below 2.
+    leave_one_out: the baseline is the mean of the *other* rewards. Then r - mean becomes
+    n / (n - 1) times the above (RLOO, arXiv 2402.14740). scale_by_std: False leaves out the
+    division (Dr. GRPO, arXiv 2503.20783). Raises ValueError if B is not a multiple of `group_size`
+    or `group_size` is below 2.
     """
     if group_size < 2:
         raise ValueError(f"group_size {group_size}: a group needs at least 2 rollouts to compare")
@@ -31,4 +34,5 @@ def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = Fal
     if leave_one_out:
         centered = centered * count / (count - 1).clamp(min=1)
     advantages = centered / (std + eps) if scale_by_std else centered
-    return torch.where(std < 1e-6, 0.0, advantages).flatten()  # float noise over eps would look like a signal
+    # Float noise divided by eps would look like a signal.
+    return torch.where(std < 1e-6, 0.0, advantages).flatten()

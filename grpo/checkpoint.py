@@ -1,13 +1,10 @@
-"""What a run keeps: checkpoints that it goes on from, bit for bit, and the trained policy as a Hugging Face folder.
+"""Checkpoints, from which a run goes on bit for bit, and the signals that ask for one.
 
-    RUN/checkpoints/step_000050/    shards of weights and moments (torch.distributed.checkpoint), any number of ranks reads them
-    RUN/checkpoints/latest          a link to the newest one; what it points to is always whole
-    RUN/export/step_000100/         the policy after so many steps, opens with from_pretrained
-    RUN/final/                      the trained policy
+    RUN/checkpoints/step_000050/    shards of weights and moments (torch.distributed.checkpoint);
+                                    any number of ranks can read them
+    RUN/checkpoints/latest          a link to the newest checkpoint, which is always whole
 """
 
-import copy
-import json
 import math
 import os
 import shutil
@@ -20,28 +17,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from grpo.disk import check_room, free_at
+from data.io import check_room, free_at
 from grpo.distributed import all_or_none, control_group, rank
-from grpo.policy import Policy
 
 SAME_SIGNAL_S = 5.0
-"""Seconds within which two signals are one."""
+"""Seconds within which two signals count as one."""
 
 
 def init_moments_(optimizer: torch.optim.AdamW) -> None:
-    """What AdamW makes at its first step, made now: a checkpoint has the same entries before and after it."""
+    """Makes the state that AdamW would make at its first step. So a checkpoint has the same entries
+    before and after that step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            zeros = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
-            optimizer.state[parameter] = {"step": torch.tensor(0.0), **dict(zip(("exp_avg", "exp_avg_sq"), zeros))}
+            optimizer.state[parameter] = {"step": torch.tensor(0.0)} | {
+                name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
 
 
 def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """All that a step changes, by name. Random draws and the learning rate are functions of the step and need no place here."""
+    """All that a step changes, by name: trained weights and AdamW's moments.
+
+    Random draws and the learning rate are functions of the step: no checkpoint needs them.
+    """
     state = {}
     for name, parameter in scorer.named_parameters():
         if parameter.requires_grad:
@@ -51,18 +51,20 @@ def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
 
 
 def make_room(run_dir: Path, state: dict[str, Tensor]) -> None:
-    """Clears what a run left that was killed while it saved. Raises ValueError if there is no room for a checkpoint: a run
-    that cannot save even one is better not begun."""
+    """Deletes checkpoints that a killed run left unfinished. Raises ValueError if there is no room
+    for a checkpoint: then the run does not begin."""
     for stale in run_dir.glob("checkpoints/step_*.unfinished"):
         shutil.rmtree(stale)
     check_room(run_dir, sum(tensor.nbytes for tensor in state.values()))
 
 
 def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], keep: int) -> None:
-    """Saves the state after `num_steps` steps and drops all but the newest `keep` checkpoints. Every rank must call this.
+    """Saves the state after `num_steps` steps and deletes all but the newest `keep` checkpoints.
+    Every rank must call this.
 
-    Written under another name and renamed when it is whole: a run killed at any moment finds the one before. Raises
-    ValueError, and leaves nothing of it, where the disk does not take it.
+    The checkpoint is written under another name and renamed when it is whole. So a run that is
+    killed at any moment still has the checkpoint before. Raises ValueError if the disk refuses it,
+    and then leaves nothing of it.
     """
     folder = run_dir / "checkpoints"
     name = f"step_{num_steps:06d}"
@@ -72,17 +74,16 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
             unfinished.mkdir(parents=True)
     with all_or_none("checkpoint"):
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*single process.*")
+            with _one_process_is_fine():
                 dcp.save(state, checkpoint_id=unfinished, process_group=control_group())
         except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
             room = free_at(folder)
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise ValueError(f"{folder / name}: could not be written ({_reason(error)}; {room}); --resume goes on from the "
-                             "checkpoint before it") from None
-    with all_or_none("checkpoint"):  # nobody goes on before it is in place
+            raise ValueError(f"{folder / name}: could not be written ({last_line(error)}; {room}); "
+                             "--resume goes on from the checkpoint before it") from None
+    with all_or_none("checkpoint"):  # no rank goes on before the checkpoint is in place
         if rank() == 0:
-            os.sync()  # on the disk before it gets its name: a power cut is a moment too
+            os.sync()  # before the rename: a power cut must not leave a named but empty checkpoint
             shutil.rmtree(folder / name, ignore_errors=True)
             unfinished.rename(folder / name)
             link = folder / "latest.unfinished"
@@ -94,7 +95,8 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
-    """The newest whole checkpoint and the number of steps behind it. Raises ValueError if the link leads nowhere."""
+    """The newest whole checkpoint and its number of steps; None if there is none. Raises ValueError
+    if the link leads nowhere."""
     link = run_dir / "checkpoints/latest"
     if not link.is_symlink():
         return None
@@ -105,35 +107,46 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
 
 
 def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
-    """Fills `state` in place; the number of ranks may be another than at saving. Raises ValueError if it does not fit."""
+    """Fills `state` in place. The number of ranks may differ from that at saving. Raises ValueError
+    if the checkpoint does not fit or cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*single process.*")
+        with _one_process_is_fine():
             dcp.load(state, checkpoint_id=folder, process_group=control_group())
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read ({_reason(error)})") from None
+        raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read "
+                         f"({last_line(error)})") from None
 
 
-def _reason(error: BaseException) -> str:
-    """The last line: before it torch's messages have a traceback for each rank."""
-    return next((line.strip()[:200] for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Silences torch's warning that only a single process saves or loads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        yield
+
+
+def last_line(error: BaseException) -> str:
+    """The error's last line. In torch's messages each rank's traceback comes before it."""
+    lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 @contextmanager
 def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGINT only fill the list, for the loop to see after its `step`; rank 0
-    says so at once. A later one interrupts.
+    """Inside, the first SIGTERM or SIGINT only fills the list, for the loop to read after its
+    `step`. Rank 0 prints at once that it came. A later signal interrupts.
 
-    What comes within seconds of the first is the same wish: a scheduler signals the ranks and torchrun, which passes it on.
+    A second signal within `SAME_SIGNAL_S` counts as the first. A scheduler signals both the ranks
+    and torchrun, and torchrun passes its own on.
     """
     caught: list[int] = []
     interrupts_from = math.inf
-    says = rank() == 0
+    is_first_rank = rank() == 0
 
     def say(sentence: str) -> None:
-        """Not by `print`, which a signal may have interrupted: it cannot be entered twice. On a
-        terminal the progress bar's line is cleared; the bar comes again below."""
-        if says:
+        """Writes without `print`, which the signal may have interrupted and which cannot be entered
+        twice. On a terminal the progress bar's line is cleared; the bar comes again below."""
+        if is_first_rank:
             with suppress(OSError):
                 clear = "\r\x1b[2K" if os.isatty(2) else "\n"
                 os.write(2, f"{clear}{sentence}\n".encode())
@@ -153,73 +166,8 @@ def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int
     try:
         yield caught
     except SystemExit:
-        before = {}  # on its way out: the same signal, passed on late, must not kill it
+        before = {}  # the process is leaving: a late copy of the signal must not kill it
         raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature: float = 1.0,
-                  max_new_tokens: int = 4096) -> None:
-    """Weights (safetensors, 5 GB a file) beside the source's own configuration, tokenizer and
-    processor files. Opens with from_pretrained of transformers 4.57 and 5 as the same model, and
-    needs nothing of ours.
-
-    Its generation_config samples as training did, whatever the initial checkpoint's said: whoever opens the folder with a
-    server that reads it gets the captions that were rewarded.
-    """
-    model = policy.model if policy.model.dtype == dtype else copy.deepcopy(policy.model).to(dtype)
-    before, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id,
-    )
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        model.save_pretrained(unfinished, max_shard_size="5GB")
-        if not policy.files:  # made here, from no checkpoint
-            policy.tokenizer.save_pretrained(unfinished)
-            policy.image_processor.save_pretrained(unfinished)
-    except (OSError, SafetensorError) as error:
-        room = free_at(unfinished)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise ValueError(f"{folder}: could not be written ({_reason(error)}; {room})") from None
-    finally:
-        model.generation_config = before
-    for name, content in policy.files.items():
-        (unfinished / name).write_bytes(content)
-    head = model.get_output_embeddings().weight
-    _describe_(unfinished, dtype, is_tied=head is model.get_input_embeddings().weight)
-    for path in unfinished.iterdir():  # safetensors lets nobody else read what it writes
-        path.chmod(unfinished.stat().st_mode & 0o666)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
-def _describe_(folder: Path, dtype: torch.dtype, is_tied: bool) -> None:
-    """Makes config.json say of the weights what is so, and both json files what transformers 4.57
-    reads too: rope_theta and rope_scaling beside rope_parameters, names of before 5."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    for part in (config, text, config["vision_config"]):
-        part.pop("torch_dtype", None)
-        part.pop("dtype", None)
-        part[key] = str(dtype).removeprefix("torch.")
-    for part in (config, text):
-        part["tie_word_embeddings"] = is_tied
-    if rope := dict(text.get("rope_parameters") or {}):
-        text["rope_theta"] = rope.pop("rope_theta")
-        text["rope_scaling"] = rope
-    _write_json(folder / "config.json", config)
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if tokenizer.get("tokenizer_class") == "TokenizersBackend":  # as 5 calls it
-        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(extra := tokenizer.pop("extra_special_tokens", []), list):
-            tokenizer["additional_special_tokens"] = extra
-        _write_json(folder / "tokenizer_config.json", tokenizer)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Log-probabilities of given completions, with the image and its prompt run through the model once per group.
+"""Log-probabilities of given completions. The image and its prompt run through the model once per
+group.
 
-All groups lie end to end in one row without padding, [prompt | completion 1 | ... | completion G | prompt | ...]. Every
-completion sees its prompt and itself, and its positions continue from the prompt, so the row gives exactly what separate
-rows would.
+All groups lie end to end in a row without padding:
+[prompt | completion 1 | ... | completion G | prompt | ...]. Every completion sees its prompt and
+itself, and its positions continue from the prompt. So the result is that of separate rows.
 """
 
 from collections.abc import Sequence
@@ -21,29 +22,29 @@ from grpo.policy import image_inputs
 from grpo.rollout import Rollouts, temper_logits_
 
 HEAD_ROWS = 512
-"""Positions whose logits exist at one time: at a vocabulary of 152k this is 0.3 GB in float32."""
+"""Positions whose logits are in memory at a time: 0.3 GB in float32 at a vocabulary of 152k."""
 SOFTMAX_ROWS = 32
-"""Of these, positions whose probabilities exist at one time."""
+"""Positions whose probabilities are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """P groups in one row of S tokens. N completion tokens in all, in the order of the mask."""
+    """P groups in a row of S tokens, with N completion tokens in the order of the mask."""
 
     input_ids: Tensor  # (1, S) int64
     position_ids: Tensor  # (3, 1, S) int64
-    segments: list[list[int]]  # of each group: tokens of its prompt, then of each completion
-    sources: Tensor  # (N,) place in the row of the token before each completion token
-    targets: Tensor  # (N,) the completion tokens
+    segments: list[list[int]]  # per group: numbers of tokens of its prompt and of each completion
+    sources: Tensor  # (N,) int64: place in the row of the token before each completion token
+    targets: Tensor  # (N,) int64: the completion tokens
 
 
 def pack_groups(rollouts: Rollouts) -> PackedGroups:
-    """The last token of a completion is predicted but predicts nothing: it is not fed."""
-    device, size = rollouts.tokens.device, rollouts.group_size
+    """The row of all groups. A completion's last token is not in it: it predicts nothing."""
+    device, group_size = rollouts.tokens.device, rollouts.group_size
     lengths = rollouts.lengths.tolist()
     ids, positions, sources, segments, end = [], [], [], [], 0
     for number, prompt in enumerate(rollouts.prompts):
-        rows = range(number * size, (number + 1) * size)
+        rows = range(number * group_size, (number + 1) * group_size)
         ids.append(prompt.input_ids.to(device))
         positions.append(prompt.position_ids)
         end += len(prompt.input_ids)
@@ -56,48 +57,56 @@ def pack_groups(rollouts: Rollouts) -> PackedGroups:
             end += fed
         segments.append([len(prompt.input_ids), *(lengths[row] - 1 for row in rows)])
     return PackedGroups(
-        torch.cat(ids)[None], torch.cat(positions, dim=1)[:, None].to(device), segments, torch.cat(sources).to(device),
-        rollouts.tokens[rollouts.completion_mask],
+        torch.cat(ids)[None], torch.cat(positions, dim=1)[:, None].to(device), segments,
+        torch.cat(sources).to(device), rollouts.tokens[rollouts.completion_mask],
     )
 
 
 GROUP_ATTENTION = "group"
 
 
-def group_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+def group_attention(module, query: Tensor, key: Tensor, value: Tensor,
+                    attention_mask: Tensor | None, scaling: float,
                     segments: list[list[int]] | None = None, **kwargs):
-    """Attention of packed groups: prompts to themselves, then each completion to its prompt and itself, and nothing else.
+    """Attention of packed groups: prompts see themselves, each completion its prompt and itself.
 
-    query (1, heads, S, D), key and value (1, K, S, D); `segments` as in PackedGroups. Returns (1, S, heads, D). A mask over
-    the whole row would do the same with P * G times the products. Without `segments` it is transformers' own SDPA.
+    query (1, heads, S, D), key and value (1, K, S, D); `segments` as in PackedGroups. Returns
+    (1, S, heads, D). A mask over the whole row would need P * G times the products. Without
+    `segments` it is transformers' own SDPA.
     """
     if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **kwargs)
 
     lengths = [length for segment in segments for length in segment]
+    queries = query[0].transpose(0, 1).split(lengths)  # each (n, heads, D)
+    keys, values = (part[0].transpose(0, 1).split(lengths) for part in (key, value))
     size, out = len(segments[0]), []
-    queries, keys, values = (part[0].transpose(0, 1).split(lengths) for part in (query, key, value))  # (n, heads, D) each
-    for at in range(0, len(lengths), size):
-        (q, *own_q), (k, *own_k), (v, *own_v) = (parts[at : at + size] for parts in (queries, keys, values))
+    for start in range(0, len(lengths), size):
+        group = slice(start, start + size)
+        (q, *own_q), (k, *own_k), (v, *own_v) = queries[group], keys[group], values[group]
         out.append(_attend(q[None], k[None], v[None], scaling)[0])
         if any(map(len, own_q)):
-            own = _attend(pad_sequence(own_q, batch_first=True), _behind(k, own_k), _behind(v, own_v), scaling)
-            # What stands behind a shorter completion was seen by nobody before it.
-            out += [row[: len(one)] for row, one in zip(own, own_q)]
+            padded_q = pad_sequence(own_q, batch_first=True)
+            padded = _attend(padded_q, _behind(k, own_k), _behind(v, own_v), scaling)
+            # Attention is causal: the padding on the right changes no token before it.
+            out += [row[: len(completion)] for row, completion in zip(padded, own_q)]
     return torch.cat(out)[None], None
 
 
 def _behind(prompt: Tensor, completions: Sequence[Tensor]) -> Tensor:
     """(T, K, D) and G of up to (L, K, D) -> (G, T + L, K, D), padded on the right."""
-    return torch.cat([prompt.expand(len(completions), -1, -1, -1), pad_sequence(completions, batch_first=True)], dim=1)
+    prompts = prompt.expand(len(completions), -1, -1, -1)
+    return torch.cat([prompts, pad_sequence(completions, batch_first=True)], dim=1)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """(rows, n, heads, D) for the last n tokens of rows (rows, m, K, D)."""
     states = (part.transpose(1, 2) for part in (query, key, value))
-    # Not a mask but the name of one: on a GPU flash attention has it built in, on a CPU it is written out.
+    # The bias only names its mask. Flash attention, on a GPU, never builds it; a CPU does.
     bias = causal_lower_right(query.shape[1], key.shape[1])
-    return F.scaled_dot_product_attention(*states, bias, scale=scaling, enable_gqa=True).transpose(1, 2)
+    out = F.scaled_dot_product_attention(*states, bias, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 AttentionInterface.register(GROUP_ATTENTION, group_attention)
@@ -105,28 +114,33 @@ AttentionMaskInterface.register(GROUP_ATTENTION, sdpa_mask)
 
 
 class CompletionScorer(nn.Module):
-    """The model as the trainer sees it: rollouts in, log-probabilities out.
+    """The model in training: rollouts in, log-probabilities out.
 
-    A module of its own because FSDP2 gathers weights around a module's forward: everything that touches the
-    model's weights in training happens inside this one.
+    It is a module because FSDP2 gathers weights around a module's forward. All that training does
+    with the model's weights happens inside this forward.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_id: int, forbidden_ids: Sequence[int], temperature: float = 1.0):
+    def __init__(self, model: PreTrainedModel, pad_id: int, forbidden_ids: Sequence[int],
+                 temperature: float = 1.0):
         super().__init__()
-        self.model, self.pad_id, self.forbidden_ids, self.temperature = model, pad_id, tuple(forbidden_ids), temperature
-        model.set_attn_implementation({"text_config": GROUP_ATTENTION})  # to everyone else it is SDPA, see there
+        self.model, self.pad_id = model, pad_id
+        self.forbidden_ids, self.temperature = tuple(forbidden_ids), temperature
+        # Forwards without `segments`, such as the sampler's, still use SDPA.
+        model.set_attn_implementation({"text_config": GROUP_ATTENTION})
 
     def forward(self, rollouts: Rollouts, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
-        """Logprobs (natural log) and entropies (nats) of the distribution sampled from: (B, L) float32 each.
+        """Log-probabilities (natural log) and entropies (nats) of the distribution that is sampled:
+        (B, L) float32 each, 0 beyond each completion's length.
 
-        0 beyond each completion's length. Gradients flow through the logprobs; entropies are for logging, and cost half of
-        the head at a large vocabulary: 0 without `with_entropy`.
+        Only the log-probabilities carry gradient. Entropies are for the log and take half of the
+        head's time at a large vocabulary: without `with_entropy` they are 0.
         """
         packed, device = pack_groups(rollouts), rollouts.tokens.device
         with image_inputs(self.model, rollouts.prompts) as images:
             hidden = self.model.model(
                 input_ids=packed.input_ids,
-                attention_mask=torch.empty(1, 1, 1, 0, device=device),  # of four dimensions, so that transformers makes none
+                # transformers makes no mask of its own if it is given one with 4 dimensions.
+                attention_mask=torch.empty(1, 1, 1, 0, device=device),
                 segments=packed.segments,
                 position_ids=packed.position_ids,
                 use_cache=False,
@@ -134,19 +148,20 @@ class CompletionScorer(nn.Module):
             ).last_hidden_state  # (1, S, H)
         hidden = hidden[0, packed.sources]  # (N, H)
         logprobs, entropies = HeadLogprobs.apply(
-            hidden, self.model.lm_head.weight, packed.targets, self.temperature, self.forbidden_ids, HEAD_ROWS, with_entropy
-        )
+            hidden, self.model.lm_head.weight, packed.targets, self.temperature,
+            self.forbidden_ids, HEAD_ROWS, with_entropy,
+        )  # (N,) each
         mask = rollouts.completion_mask
         empty = torch.zeros(mask.shape, device=device)
         return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies)
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log p(target) and entropy at N positions, `rows` of them at a time, so that no (N, V) tensor ever exists.
+    """log p(target) and entropy at N positions, `rows` of them at a time: no (N, V) tensor exists.
 
-    hidden (N, H), weight (V, H), targets (N,) -> (N,), (N,) float32. The backward pass computes the logits again
-    (cheaper than keeping them); entropies carry no gradient. What is done to (rows, V) is done in place: at a large
-    vocabulary fresh memory costs as much as the arithmetic.
+    hidden (N, H), weight (V, H), targets (N,) -> (N,), (N,) float32. The backward pass computes the
+    logits again, which is cheaper than keeping them. Entropies carry no gradient. Tensors (rows, V)
+    are changed in place: at a large vocabulary new memory costs as much as the arithmetic.
     """
 
     @staticmethod
@@ -156,10 +171,12 @@ class HeadLogprobs(torch.autograd.Function):
         forbidden = torch.tensor(forbidden_ids, dtype=torch.long, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = temper_logits_(_product(hidden[part], weight, memory), temperature, forbidden)  # (rows, V)
+            logits = _product(hidden[part], weight, memory)  # (rows, V)
+            logits = temper_logits_(logits, temperature, forbidden)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
             # A few rows at a time, so that there is never a second (rows, V).
-            for few, norm, entropy in zip(*(each.split(SOFTMAX_ROWS) for each in (logits, norms[part], entropies[part]))):
+            tensors = (logits, norms[part], entropies[part])
+            for few, norm, entropy in zip(*(tensor.split(SOFTMAX_ROWS) for tensor in tensors)):
                 torch.logsumexp(few, -1, out=norm)
                 if with_entropy:
                     probs = (few - norm[:, None]).exp_()
@@ -174,24 +191,29 @@ class HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, norms, forbidden = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad = grad[:, None] / ctx.temperature
         memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = temper_logits_(_product(hidden[part], weight, memory), ctx.temperature, forbidden)  # (rows, V)
+            logits = _product(hidden[part], weight, memory)  # (rows, V)
+            logits = temper_logits_(logits, ctx.temperature, forbidden)
             # d log p(target) / d logits = onehot(target) - p
             grad_logits = logits.sub_(norms[part, None]).exp_().mul_(-grad[part])
-            grad_logits = grad_logits.scatter_add_(-1, targets[part, None], grad[part]).to(weight.dtype)
+            grad_logits.scatter_add_(-1, targets[part, None], grad[part])
+            grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.T, hidden[part])
-            else:  # the product in the dtype that the hardware is fast in, the sum over chunks in float32
+            else:  # the product in the weights' dtype, which is fast; its sum over parts in float32
                 grad_weight += grad_logits.T @ hidden[part]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _product(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
-    """hidden (n, H) times weight (V, H), transposed: (n, V) float32, in the first n rows of `memory`."""
+    """hidden (n, H) @ weight (V, H) transposed: (n, V) float32, in the first n rows of `memory`."""
     out = memory[: len(hidden)]
-    return torch.mm(hidden, weight.T, out=out) if hidden.dtype == torch.float32 else out.copy_(hidden @ weight.T)
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight.T, out=out)
+    return out.copy_(hidden @ weight.T)

@@ -1,4 +1,4 @@
-"""Sampling: G captions per image, with the image and its prompt run through the model once per group."""
+"""Sampling: G captions per image. The image and its prompt run through the model once per group."""
 
 import random
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt, image_inputs
 
 PREFILL_PROMPTS = 16
-"""Images and prompts run through the model at one time."""
+"""Most prompts, with their images, in a forward of the model."""
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B = P * G completions of P prompts, the G of one prompt adjacent; L is the longest one's length."""
+    """B = P * G completions of P prompts, the G of a prompt adjacent. L is the longest length."""
 
     prompts: list[Prompt]
     tokens: Tensor  # (B, L) int64; pad beyond each length
@@ -32,21 +32,23 @@ class Rollouts:
 
     @property
     def completion_mask(self) -> Tensor:
-        """(B, L) bool, True on completion tokens, the EOS included. From lengths, never from token ids: pad may be EOS."""
-        return torch.arange(self.tokens.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        """(B, L) bool, True on completion tokens, the EOS included. It is made from lengths, never
+        from token ids: the pad may be an EOS."""
+        places = torch.arange(self.tokens.shape[1], device=self.lengths.device)
+        return places < self.lengths[:, None]
 
     def groups(self, start: int, stop: int) -> "Rollouts":
         """The rollouts of prompts `start` to `stop`."""
         rows = slice(start * self.group_size, stop * self.group_size)
         return Rollouts(
-            self.prompts[start:stop], self.tokens[rows], self.lengths[rows], self.logprobs[rows], self.truncated[rows],
-            self.captions[rows],
+            self.prompts[start:stop], self.tokens[rows], self.lengths[rows], self.logprobs[rows],
+            self.truncated[rows], self.captions[rows],
         )
 
 
 def temper_logits_(logits: Tensor, temperature: float, forbidden: Tensor) -> Tensor:
-    """(..., V) float32 logits, made those of the distribution that is sampled and scored: tempered,
-    those of the forbidden ids (F,) int64 at -inf."""
+    """Makes (..., V) float32 logits those of the distribution that is sampled and scored. They are
+    divided by the temperature, and -inf at the forbidden ids, (F,) int64."""
     if temperature != 1:
         logits /= temperature
     logits[..., forbidden] = -torch.inf
@@ -54,71 +56,79 @@ def temper_logits_(logits: Tensor, temperature: float, forbidden: Tensor) -> Ten
 
 
 DRAW_BLOCK = 512
-"""Near the square root of a vocabulary of 152k."""
+"""Tokens of a block: about the square root of a vocabulary of 152k."""
 
 
 def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """(B,) token ids from (B, V) probabilities by inverse CDF, one uniform number in [0, 1) per row.
+    """(B,) token ids from (B, V) probabilities by inverse CDF, with a uniform number in [0, 1) per
+    row. A token of probability 0 is never drawn.
 
-    A row's draw depends on its own number only, so neither batch-mates nor their number change it, but for a rounding error of
-    float32 where a GPU sums in another order. First the block of DRAW_BLOCK tokens, then the token in it: one pass over a
-    vocabulary of 152k. A token of probability 0 is never drawn.
+    A row's draw depends on its own number only, not on other rows. (Only float32 sums that a GPU
+    rounds in another order may differ.) First the block of `DRAW_BLOCK` tokens is drawn, then the
+    token in it: so a vocabulary of 152k is read once.
     """
     width = min(DRAW_BLOCK, probs.shape[1])
     whole = probs.shape[1] // width * width
-    sums = [probs[:, :whole].unflatten(1, (-1, width)).sum(-1), probs[:, whole:].sum(-1, keepdim=True)]
-    # In float64: CUDA's float32 cumsum can fall by a rounding error, and an impossible token would own the gap.
-    ends = torch.cat(sums, dim=1).double().cumsum(-1)  # (B, blocks)
+    blocks = probs[:, :whole].unflatten(1, (-1, width)).sum(-1)
+    rest = probs[:, whole:].sum(-1, keepdim=True)
+    # In float64: CUDA's float32 cumsum can fall by a rounding error, and a token of probability 0
+    # would be drawn for a number in the gap.
+    ends = torch.cat([blocks, rest], dim=1).double().cumsum(-1)  # (B, blocks)
     target = uniforms[:, None].double() * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)
     before = torch.cat([torch.zeros_like(target), ends], dim=1).gather(1, block)
     places = block * width + torch.arange(width, device=probs.device)  # (B, width)
     inside = probs.gather(1, places.clamp(max=probs.shape[1] - 1)).double()
     cdf = inside.masked_fill(places >= probs.shape[1], 0.0).cumsum(-1)
-    # A sum in another order differs by a rounding error, and must not lead past the last possible token.
+    # The block's sum in another order differs by a rounding error. It must not lead past the last
+    # token with a probability.
     within = torch.minimum(target - before, cdf[:, -1:] * (1 - 1e-12))
     return torch.searchsorted(cdf, within, right=True).squeeze(-1) + block.squeeze(-1) * width
 
 
 @torch.no_grad()
-def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[str], max_new_tokens: int,
-                    temperature: float = 1.0, token_budget: int = 1 << 19) -> Rollouts:
-    """len(keys) / len(prompts) completions of each prompt. `keys[b]` names the random stream of completion b.
+def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[str],
+                    max_new_tokens: int, temperature: float = 1.0,
+                    token_budget: int = 1 << 19) -> Rollouts:
+    """len(keys) / len(prompts) completions of each prompt. `keys[b]` names the random stream of
+    completion b. Temperature 0 takes the most likely token.
 
-    temperature 0 takes the most likely token. A completion ends with the first of the policy's EOS ids, which belongs
-    to it, or after `max_new_tokens`. A row that has ended costs no more than attention, and a group of ended rows makes room
-    for the next waiting prompt. At most `token_budget` tokens are in the cache at a time, but always one group; no budget
-    changes what is drawn.
+    A completion ends with the first of the policy's EOS ids, which belongs to it, or after
+    `max_new_tokens`. A row that has ended costs only attention. A group of ended rows makes room
+    for the next waiting prompt. The cache holds at most `token_budget` tokens, but always a group;
+    no budget changes what is drawn. Raises ValueError if the policy's logits are not finite.
     """
     device = policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"
-    batch = len(keys)
-    tokens = torch.full((batch, max_new_tokens), policy.pad_id, device=device)  # (B, L)
-    logprobs = torch.zeros(batch, max_new_tokens, device=device)  # (B, L)
-    lengths = torch.full((batch,), max_new_tokens, device=device)
-    truncated = torch.ones(batch, dtype=torch.bool, device=device)
+    num_rows = len(keys)
+    tokens = torch.full((num_rows, max_new_tokens), policy.pad_id, device=device)  # (B, L)
+    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)  # (B, L)
+    lengths = torch.full((num_rows,), max_new_tokens, device=device)
+    truncated = torch.ones(num_rows, dtype=torch.bool, device=device)
     streams = [torch.Generator().manual_seed(random.Random(key).getrandbits(63)) for key in keys]
-    uniforms = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams]).to(device)  # (B, L)
+    draws = [torch.rand(max_new_tokens, generator=stream) for stream in streams]
+    uniforms = torch.stack(draws).to(device)  # (B, L)
     eos_ids = torch.tensor(policy.eos_ids, device=device)
     forbidden = torch.tensor(policy.forbidden_ids, device=device)
     members = torch.arange(group_size, device=device)
 
     longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
     slots = max(1, token_budget // (longest_prompt + group_size * max_new_tokens))
-    # Groups leave and come several at a time: each time the cache is copied, and one prefill is cheaper than many.
+    # Groups are dropped and added several at a time: each time the cache is copied, and a forward
+    # over several prompts is cheaper than several forwards.
     patience = max(1, slots // 4)
     decoder = Decoder(policy.model, group_size, max_new_tokens)
     waiting = list(range(len(prompts)))
-    # Of the n rows that are being written: which completion each is, its place in the decoder, its next token's
-    # place in the completion and its position.
+    # Of the n rows that are being written: number of the completion, place in the decoder, place of
+    # the next token in the completion, and its position in the model.
     rows = places = steps = positions = torch.empty(0, dtype=torch.long, device=device)
     logits = torch.empty(0, policy.model.lm_head.weight.shape[0], device=device)  # (n, V)
     while waiting or len(rows):
         while waiting and slots - decoder.num_groups >= patience:
             room = min(slots - decoder.num_groups, PREFILL_PROMPTS)
             new, waiting = torch.tensor(waiting[:room], device=device), waiting[room:]
-            new_logits, cache, mask, new_positions = prefill(policy, [prompts[i] for i in new])
+            new_logits, cache, mask, new_positions = read_prompts(policy, [prompts[i] for i in new])
             new_places = torch.arange(len(new), device=device)[:, None] + decoder.num_groups
             decoder.add(cache, mask)
             rows = torch.cat([rows, (new[:, None] * group_size + members).flatten()])
@@ -129,33 +139,41 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
 
         logits = temper_logits_(logits, temperature or 1.0, forbidden)
         logprob = logits.log_softmax(-1)
-        if logprob[:, 0].isnan().any():  # where one is, all of the row are
+        if logprob[:, 0].isnan().any():  # a NaN in a row makes the whole row NaN
             raise ValueError("the policy's logits are not finite")
-        # The logits' memory is used again: at a large vocabulary fresh memory costs as much as the arithmetic.
-        token = draw_tokens(torch.exp(logprob, out=logits), uniforms[rows, steps]) if temperature else logits.argmax(-1)
+        # Probabilities take the logits' memory: at a large vocabulary new memory costs as much as
+        # the arithmetic.
+        token = (draw_tokens(torch.exp(logprob, out=logits), uniforms[rows, steps])
+                 if temperature else logits.argmax(-1))
         tokens[rows, steps] = token
         logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
         del logprob  # as large as the next step's logits
         ended = torch.isin(token, eos_ids)
-        on = ~ended & (steps + 1 < max_new_tokens)
-        if not on.all():
+        goes_on = ~ended & (steps + 1 < max_new_tokens)
+        if not goes_on.all():
             lengths[rows[ended]], truncated[rows[ended]] = steps[ended] + 1, False
-            rows, places, steps, positions, token = (each[on] for each in (rows, places, steps, positions, token))
+            rows, places, steps = rows[goes_on], places[goes_on], steps[goes_on]
+            positions, token = positions[goes_on], token[goes_on]
             alive, number = torch.unique(places // group_size, return_inverse=True)
             num_done = decoder.num_groups - len(alive)
-            if num_done >= patience if waiting else num_done and decoder.is_worth_dropping(num_done):
+            is_enough = num_done >= patience if waiting else decoder.is_worth_dropping(num_done)
+            if num_done and is_enough:
                 decoder.keep(alive)
                 places = number * group_size + places % group_size
         logits = decoder.step(token, positions, places).float() if len(rows) else logits[:0]
         steps, positions = steps + 1, positions + 1
 
     longest = int(lengths.max())
-    captions = [policy.decode(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist())]
-    return Rollouts(list(prompts), tokens[:, :longest], lengths, logprobs[:, :longest], truncated, captions)
+    captions = [policy.decode(row[:length])
+                for row, length in zip(tokens.tolist(), lengths.tolist())]
+    return Rollouts(list(prompts), tokens[:, :longest], lengths, logprobs[:, :longest], truncated,
+                    captions)
 
 
-def prefill(policy: Policy, prompts: Sequence[Prompt]):
-    """One forward over the P prompts, padded on the left: logits (P, V), KV cache, mask (P, T), next positions (P,)."""
+def read_prompts(policy: Policy, prompts: Sequence[Prompt],
+            ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    """A forward over the P prompts, padded on the left: the next token's logits (P, V), KV cache,
+    mask (P, T) int64 and next positions (P,) int64."""
     device, width = policy.model.device, max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.pad_id)  # (P, T)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -168,7 +186,8 @@ def prefill(policy: Policy, prompts: Sequence[Prompt]):
     mask = mask.to(device)
     with image_inputs(policy.model, prompts) as images:
         out = policy.model(
-            input_ids=ids.to(device), attention_mask=mask, position_ids=position_ids.to(device), past_key_values=cache,
-            use_cache=True, logits_to_keep=1, **images,
+            input_ids=ids.to(device), attention_mask=mask, position_ids=position_ids.to(device),
+            past_key_values=cache, use_cache=True, logits_to_keep=1, **images,
         )
-    return out.logits[:, -1], cache, mask, torch.tensor([p.next_position for p in prompts], device=device)
+    next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
+    return out.logits[:, -1], cache, mask, next_positions

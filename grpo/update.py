@@ -1,4 +1,4 @@
-"""The update: optimizer steps on a batch of rollouts, in micro-batches that no number depends on."""
+"""The update: optimizer steps on a batch of rollouts. Micro-batches do not change the result."""
 
 import math
 from collections.abc import Sequence
@@ -17,21 +17,33 @@ from grpo.rollout import Rollouts
 
 
 def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Freezes what is not to be trained, and turns on checkpointing."""
+    """Freezes what is not trained, and turns on gradient checkpointing. Raises ValueError if the
+    policy has dropout, which checkpointing would draw in train mode."""
     if config.freeze != "none":
+        trained = ("merger.", "deepstack_merger_list.") if config.freeze == "vision" else ()
         for name, parameter in model.model.visual.named_parameters():
-            parameter.requires_grad_(config.freeze == "vision" and name.startswith(("merger.", "deepstack_merger_list.")))
+            parameter.requires_grad_(name.startswith(trained))
     if config.gradient_checkpointing:
-        if dropout := getattr(model.config.get_text_config(), "attention_dropout", 0.0):
-            raise ValueError(f"gradient_checkpointing: expected a policy without dropout, got attention_dropout {dropout}")
+        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+        if dropout:
+            raise ValueError("gradient_checkpointing: expected a policy without dropout, got "
+                             f"attention_dropout {dropout}")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]]:
-    """Prompts `start` to `stop` of each micro-batch: as few as fit their packed groups into the budget.
+def warm_up_(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
+    """Sets the step's learning rate: it rises linearly for `warmup_steps`, then it is constant."""
+    rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
-    The number is the same on all ranks, since FSDP2 gathers weights once for each; one group over the budget makes every
-    micro-batch a single group.
+
+def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]]:
+    """(start, stop) of each micro-batch's prompts: as few micro-batches as keep their packed groups
+    within `token_budget`.
+
+    Their number is the same on all ranks, since FSDP2 gathers weights once for each. If a single
+    group is over the budget, every micro-batch is a single group.
     """
     sizes = group_sizes(rollouts)
 
@@ -46,38 +58,41 @@ def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]
 
 
 def group_sizes(rollouts: Rollouts) -> list[int]:
-    """Tokens of each packed group: the prompt once, every caption."""
+    """Tokens of each packed group: the prompt once, and all captions."""
     captions = rollouts.lengths.view(-1, rollouts.group_size).sum(1).tolist()
     return [len(prompt.input_ids) + length for prompt, length in zip(rollouts.prompts, captions)]
 
 
 def split_evenly(items: Sequence[int], count: int) -> list[Sequence[int]]:
-    """`count` runs of neighbours whose lengths differ by one at most."""
+    """The items in `count` consecutive parts, whose lengths differ by 1 at most."""
     ends = [len(items) * place // count for place in range(count + 1)]
     return [items[start:stop] for start, stop in pairwise(ends)]
 
 
-def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, optimizer: torch.optim.Optimizer,
-                  rollouts: Rollouts, advantages: Tensor, valid: Tensor, config: TrainConfig) -> dict[str, float]:
+def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None,
+                  optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
+                  valid: Tensor, config: TrainConfig) -> dict[str, float]:
     """`inner_epochs` optimizer steps on one batch of rollouts; returns diagnostics over all ranks.
 
-    Token means are weighted as in the loss, NaN where no caption of the step has a reward. They are of the first inner epoch,
-    when the policy is still the one that sampled, except `ratio`, `clip_share` and `grad_norm`, which are of the last: as far
-    as the policy has moved away.
+    Means over tokens are weighted as in the loss, and NaN if no caption of the step has a reward.
+    They are of the first inner epoch, whose policy is the one that sampled. But `ratio`,
+    `clip_share` and `grad_norm` are of the last, where the policy has moved furthest.
 
-    advantages: (B,) float32. valid: (B,) bool, False on captions without a reward, which count nowhere.
+    advantages: (B,) float32. valid: (B,) bool, False on captions without a reward, which count
+    nowhere.
     """
     mask = rollouts.completion_mask & valid[:, None]  # (B, L)
-    # One denominator for the whole step, counted before the first micro-batch: no split changes the gradient.
+    # The whole step has one denominator, counted first: no split into parts changes the gradient.
     count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()})
-    weights = token_weights(mask, config.reduction, count["tokens"], count["sequences"], config.max_new_tokens)  # (B, L)
+    weights = token_weights(mask, config.reduction, count["tokens"], count["sequences"],
+                            config.max_new_tokens)  # (B, L)
     parts = micro_batches(rollouts, config.micro_batch_tokens)
     ref_logprobs: dict[int, Tensor] = {}
     old_logprobs: dict[int, Tensor] = {}
     totals: dict[str, float] = {}
     num_skipped = 0
     loss_sum = 0.0
-    scorer.train(config.gradient_checkpointing)  # in transformers it is on in train mode only
+    scorer.train(config.gradient_checkpointing)  # transformers checkpoints in train mode only
     for epoch in range(config.inner_epochs):
         for start, stop in parts:
             part = rollouts.groups(start, stop)
@@ -86,20 +101,23 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                 with torch.no_grad():
                     ref_logprobs[start], _ = reference(part, with_entropy=False)
             logprobs, entropies = scorer(part)  # (b, L)
-            if epoch == 0:  # the policy is still the one that sampled: these are the old log-probabilities from here on
-                old_logprobs[start] = part.logprobs if config.sampler_logprobs else logprobs.detach()
+            if epoch == 0:  # the policy is still the one that sampled
+                is_sampled = config.sampler_logprobs
+                old_logprobs[start] = part.logprobs if is_sampled else logprobs.detach()
             loss, stats = policy_loss(
-                logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low, config.clip_high,
-                ref_logprobs.get(start), config.kl_coef,
+                logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low,
+                config.clip_high, ref_logprobs.get(start), config.kl_coef,
             )
             loss_sum += loss.item()
-            (loss * world_size()).backward()  # FSDP2 averages gradients over ranks; the denominator is global already
+            # FSDP2 averages gradients over ranks, but the weights' denominator is global already.
+            (loss * world_size()).backward()
             if epoch == 0:
+                gaps = (logprobs.detach() - part.logprobs).abs()
                 stats |= {
                     "weight": weights[rows].sum(),
                     "loss": loss.detach(),
                     "entropy": (weights[rows] * entropies).sum(),
-                    "sampler_gap": (weights[rows] * (logprobs.detach() - part.logprobs).abs()).sum(),
+                    "sampler_gap": (weights[rows] * gaps).sum(),
                 }
             else:
                 stats.pop("kl", None)
@@ -109,15 +127,17 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None, 
                 totals[key] = totals.get(key, 0.0) + value.item()
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # Agreed on by all ranks; one NaN would otherwise overwrite every weight.
-        if math.isfinite(sum_across_ranks({"": norm.item() + loss_sum})[""]):
+        # All ranks decide together: a single NaN would spread to every weight.
+        total = sum_across_ranks({"norm and loss": norm.item() + loss_sum})
+        if math.isfinite(total["norm and loss"]):
             optimizer.step()
         else:
             num_skipped += 1
         optimizer.zero_grad()
     scorer.eval()
     totals = sum_across_ranks(totals)
-    weight = totals.pop("weight") or math.nan  # below 1 with the constant reduction; 0 where no caption has a reward
+    # Below 1 with the reduction "constant"; 0 if no caption has a reward.
+    weight = totals.pop("weight") or math.nan
     means = {key: value / weight for key, value in totals.items()}
-    means["loss"] *= weight  # a sum: the weights are in it
+    means["loss"] *= weight  # the loss is a sum, not a mean
     return means | {"grad_norm": norm.item(), "skipped": num_skipped}

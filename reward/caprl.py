@@ -1,32 +1,35 @@
-"""The reward of CapRL (arXiv 2509.22647, section 3.2), top to bottom: how useful is a caption to someone who cannot see
-the image?
+"""The reward of CapRL (arXiv 2509.22647, section 3.2): how much does a caption tell someone who
+cannot see the image?
 
-A text-only verifier answers multiple-choice questions about the image from the caption alone; the share it answers
-rightly, its accuracy, is the reward, unless terms for length or repetition are asked for. The sections of this file
-are in the order of the work, and `caption_rewards` runs them all:
+A text-only verifier answers multiple-choice questions about the image from the caption alone. The
+reward is its accuracy: the share of questions that it answers rightly. Terms for length and
+repetition are added only where asked for. The sections are in the order of the work:
 
     1. what is asked     stream_names, ask, shuffle_options
     2. the prompt        PromptWriter
-    3. the verifier      Verifier: one choice for each question
-    4. the answer        parse_choice, for verifiers that reply in words
-    5. the reward        the mean over the questions
+    3. the answer        Answer: a letter chosen, or a reply read (data/choices.py: parse_choice)
+    4. the mean          caption_rewards, which runs all of this, and the records
+    5. the verifier      Verifier, load_verifier: captions and questions in, answers out
+    6. the mechanics     caches shared by the questions of a caption, sampling, batches
 
-Three things are kept apart that are easily mixed up: wrong or abstained (0); a reply that cannot be read (0, and counted as
-unparsed); a question that could not be scored, its prompt too long or its logits not finite (left out of the mean, and
-counted as failed).
+Three results are easily mixed up and kept apart:
 
-The records of a run can be scored again by another verifier:
+    wrong, or abstained      scores 0
+    unparsed                 the reply cannot be read: scores 0, and is counted
+    failed                   the prompt is too long or the logits are not finite: left out of the
+                             mean, and counted
 
-    python -m reward.caprl replay runs/toy/rollouts/step_000039.jsonl --verifier Qwen/Qwen2.5-7B-Instruct
+Another verifier can score the records of a run again:
+
+    python -m reward.caprl replay runs/toy/rollouts/step_000039.jsonl --verifier FOLDER
 """
 
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,22 +44,115 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from data.examples import SIGNS, Example, Question, find_choice, fold_choice, fold_text
+from data.choices import LETTERS, means_letters, means_places, parse_choice
+from data.examples import Example, Question
+from grpo.config import RewardConfig
 from grpo.policy import chat_text, eos_ids, load_model, load_tokenizer, loading, unnamed_ids
 from grpo.rollout import draw_tokens
 
-LETTERS = "ABCDEFGHIJ"
 ABSTAIN = "The caption does not say"
 
-INSTRUCTION = """\
-Answer a question about an image that you cannot see. All that you know about the image is its caption. \
+
+# --------------------------------------------------------------------------- 1. what is asked
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the verifier sees it, with its options shuffled."""
+
+    question: str
+    options: tuple[str, ...]
+    gold: int
+    """Place of the right option in `options`. It is known by its place, never by its text."""
+    source: int
+    """Place of the question among the image's questions, for the records."""
+    abstain: int | None = None
+    """Place of the abstain option, where one is offered; never the gold."""
+
+
+def stream_names(keys: Sequence[str], config: RewardConfig) -> tuple[list[str], list[str]]:
+    """For each caption, the name of the random stream of its questions, and of its replies.
+
+    Captions with equal keys are siblings: the G captions of an image. ["a", "a"] gives replies
+    ["a:0", "a:1"]. Its questions are ["a", "a"] if paired, ["a:0", "a:1"] if independent.
+    The number counts siblings, not rows of the batch. So any split over ranks that keeps siblings
+    together draws the same. A key names seed, step and image, so that each step draws anew.
+    """
+    seen: dict[str, int] = {}
+    apart = []
+    for key in keys:
+        seen[key] = seen.get(key, -1) + 1
+        apart.append(f"{key}:{seen[key]}")
+    return (apart if config.question_draw == "independent" else list(keys)), apart
+
+
+def ask(questions: Sequence[Question], config: RewardConfig, name: str) -> list[Asked]:
+    """N of the image's questions, each under `num_shuffles` shuffles.
+
+    The same `name` gives the same draw. Paired draws are without replacement until all questions
+    were drawn, then from the whole set again. Raises ValueError if there are no questions.
+    """
+    if not questions:
+        raise ValueError("expected at least one question on the image, found none")
+    rng = random.Random(f"{name}:questions")  # from a text: the same in every process
+    number = config.num_questions or len(questions)
+    if config.question_draw == "independent":
+        places = rng.choices(range(len(questions)), k=number)
+    else:
+        places = []
+        while len(places) < number:
+            places += rng.sample(range(len(questions)), len(questions))
+    return [
+        shuffle_options(questions[place], place, rng, config.abstain)
+        for place in places[:number] for _ in range(config.num_shuffles)
+    ]
+
+
+def shuffle_options(question: Question, source: int, rng: random.Random,
+                    abstain: bool = False) -> Asked:
+    """The question with its options in random places, the abstain option among them if asked for.
+
+    Options that mean others by their place ("All of the above") stay last. If such an option
+    stands further up, or one means others by their letters ("Both A and B"), all stay in their
+    places. Where any option stays, the abstain option comes last. Raises ValueError for more
+    options than there are letters.
+    """
+    if len(question.choices) + abstain > len(LETTERS):
+        beside = " beside the abstain option" if abstain else ""
+        most = len(LETTERS) - abstain
+        raise ValueError(f"expected at most {most} choices{beside}: {question.question!r}")
+    texts = [*question.choices, ABSTAIN]
+    num_free = num_choices = len(question.choices)
+    while means_places(texts[num_free - 1]):
+        num_free -= 1
+    if any(means_places(text) or means_letters(text, num_choices) for text in texts[:num_free]):
+        num_free = 0
+    num_free += abstain and num_free == num_choices
+    order = list(range(num_free))  # the place after the choices is that of the abstain option
+    rng.shuffle(order)
+    order += range(num_free, num_choices + abstain)
+    return Asked(
+        question.question,
+        tuple(texts[place] for place in order),
+        gold=order.index(question.answer_index),
+        source=source,
+        abstain=order.index(num_choices) if abstain else None,
+    )
+
+
+# ------------------------------------------------------------------------------ 2. the prompt
+
+
+ANSWER_INSTRUCTION = """\
+Answer a question about an image that you cannot see. All that you know about the image \
+is its caption. \
 Choose the option that the caption supports, even where another one seems more likely. \
 Use no outside knowledge: what the caption does not say, you do not know. \
 Reply with the letter of one option."""
 
 CAPTION_START, CAPTION_END = "<Caption Start>", "<Caption End>"
 ANSWER_START = "The answer is"
-"""The verifier's turn is begun with these words, so that its next token is the letter."""
+"""The verifier's turn begins with these words, so that its next token is the letter."""
 
 WORKED_EXAMPLES = f"""\
 Caption: {CAPTION_START} A brown dog sleeps on an old sofa next to a window. {CAPTION_END}
@@ -74,7 +170,7 @@ B) nine
 C) eight
 D) two
 {ANSWER_START} D"""
-"""Two, with unlike letters, and each with as many options as questions mostly have."""
+"""Two, with different answers, and each with as many options as most questions have."""
 
 ABSTAIN_EXAMPLES = f"""\
 Caption: {CAPTION_START} A brown dog sleeps on an old sofa next to a window. {CAPTION_END}
@@ -94,199 +190,81 @@ C) hello
 D) summer
 E) north
 {ANSWER_START} B"""
-"""In place of these where abstaining is offered: once it is wrong, once right."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How a caption is measured. A training run has the same settings under the same names, with their sources, in
-    grpo/config.py."""
-
-    num_questions: int = 4
-    """N, questions per caption; 0 for as many as the image has."""
-    question_draw: Literal["paired", "independent"] = "paired"
-    """Paired: captions with one key get the same questions under the same shuffles, drawn without replacement while
-    they last. Independent: each caption draws for itself, with replacement (the released code)."""
-    num_shuffles: int = 1
-    """Each drawn question is asked so many times, shuffled anew; the mean is over all askings."""
-    abstain: bool = False
-    """Offer the abstain option beside the choices."""
-    soft: bool = False
-    """A question earns the right option's probability, not 1 or 0; needs a verifier in mode "logits"."""
-    length_weight: float = 0.0
-    """Weight of `length_reward`, added to the accuracy."""
-    length_full: int = 2048
-    """Tokens up to which the length reward is 1."""
-    length_zero: int = 3072
-    """Tokens from which it is 0."""
-    repetition_weight: float = 0.0
-    """Weight of `repetition`, taken off."""
-
-
-# ------------------------------------------------------------------------------------- 1. what each caption is asked
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question as the verifier sees it: options shuffled, the right one known by its place, never by its text."""
-
-    question: str
-    options: tuple[str, ...]
-    gold: int
-    """Place of the right option in `options`."""
-    source: int
-    """Place of the question among the image's questions, for the records."""
-    abstain: int | None = None
-    """Place of the abstain option, where one is offered; never the gold."""
-
-
-def stream_names(keys: Sequence[str], config: RewardConfig) -> tuple[list[str], list[str]]:
-    """For each caption, the seed of its questions and that of the verifier's replies.
-
-    Captions with one key are siblings, the G captions of an image: ["a", "a"] gives questions ["a", "a"] if paired and
-    ["a:0", "a:1"] if independent, and replies ["a:0", "a:1"]. The number counts siblings, not rows of the batch: any split
-    over ranks that keeps siblings together draws the same. A key names seed, step and image, so that a step draws anew.
-    """
-    seen: dict[str, int] = {}
-    apart = []
-    for key in keys:
-        seen[key] = seen.get(key, -1) + 1
-        apart.append(f"{key}:{seen[key]}")
-    return (apart if config.question_draw == "independent" else list(keys)), apart
-
-
-def ask(questions: Sequence[Question], config: RewardConfig, name: str) -> list[Asked]:
-    """N of the image's questions, each under `num_shuffles` shuffles; the same `name` gives the same draw.
-
-    Paired draws are without replacement while the questions last, then from the whole set again, so that how often
-    two questions are asked differs by one at most. Raises ValueError if there are none.
-    """
-    if not questions:
-        raise ValueError("expected at least one question on the image, found none")
-    rng = random.Random(f"{name}:questions")  # from a text: the same in every process
-    number = config.num_questions or len(questions)
-    if config.question_draw == "independent":
-        places = rng.choices(range(len(questions)), k=number)
-    else:
-        places = []
-        while len(places) < number:
-            places += rng.sample(range(len(questions)), len(questions))
-    return [
-        shuffle_options(questions[place], place, rng, config.abstain)
-        for place in places[:number] for _ in range(config.num_shuffles)
-    ]
-
-
-def shuffle_options(question: Question, source: int, rng: random.Random, abstain: bool = False) -> Asked:
-    """Options that mean others by their place ("All of the above") stay last. All options stay in
-    their places where such a one stands further up, or where one means others by their letters
-    ("Both A and B"). Where any stays, the abstain option comes last."""
-    if len(question.choices) + abstain > len(LETTERS):
-        beside = " beside the abstain option" if abstain else ""
-        raise ValueError(f"expected at most {len(LETTERS) - abstain} choices{beside}: {question.question!r}")
-    texts = [*question.choices, ABSTAIN]
-    num_free = num_choices = len(question.choices)
-    while means_places(texts[num_free - 1]):
-        num_free -= 1
-    if any(means_places(text) or means_letters(text, num_choices) for text in texts[:num_free]):
-        num_free = 0
-    num_free += abstain and num_free == num_choices
-    order = list(range(num_free))  # the place after the choices is that of the abstain option
-    rng.shuffle(order)
-    order += range(num_free, num_choices + abstain)
-    return Asked(
-        question.question,
-        tuple(texts[place] for place in order),
-        gold=order.index(question.answer_index),
-        source=source,
-        abstain=order.index(len(question.choices)) if abstain else None,
-    )
-
-
-def means_places(text: str) -> bool:
-    """"All of the above", "the first two options", "以上都是"; not "above the table"."""
-    all_of_the = r"\b(?:the|all|none|any|both|either|neither|each|some) (?:of )?"
-    above = r"(?:above|below|following|preceding|previous)(?! the\b)\b"
-    first_option = r"\b(?:first|second|third|last|previous) (?:\w+ )?(?:option|choice|answer)s?\b"
-    option_above = r"\b(?:option|choice|answer)s? above\b"
-    pattern = f"{all_of_the}{above}|{first_option}|{option_above}|以上|以下|上述|下述"
-    return bool(re.search(pattern, fold_text(text)))
-
-
-def means_letters(text: str, num_choices: int) -> bool:
-    """"Both A and B", "A and C only", "AB都对": letters of choices, with words or signs that join
-    them; not a letter alone, nor "Plan A"."""
-    folded, last = fold_choice(text), LETTERS[num_choices - 1].lower()
-    letters = rf"(?<![a-z])[a-{last}]+(?![a-z])"
-    words = (r"\b(?:and|or|nor|both|neither|either|only|all|not|but|except|of|the|same|as|is|are|"
-             r"correct|true|right|wrong|(?:option|answer|choice)s?)\b|[和与或及都均皆对错是正确只有选项]")
-    is_joined = re.fullmatch(rf"(?:{letters}|{words}|[\s,&/+()\u3001])+", folded)
-    return bool(is_joined and re.search(letters, folded) and not re.fullmatch(r"[a-j]+\W*", folded))
-
-
-# ------------------------------------------------------------------------------------------------------- 2. the prompt
+"""Take the place of WORKED_EXAMPLES where abstaining is offered: once wrong, once right."""
 
 
 class PromptWriter:
     """Token ids of a prompt in three parts: the head (the same for all), the caption, the question.
 
-    Each part is tokenized by itself, and caption and question with special tokens read as plain text, so that
-    no caption can change the tokens around it. What it says, it says: whether the verifier falls for a caption that goes on
-    like a prompt is measured (tests/test_reward.py), not prevented.
+    Each part is tokenized by itself. Special tokens inside caption and question are read as plain
+    text, so that no caption can change the tokens around it. A caption can still imitate the
+    prompt in words. That is not prevented but measured (tests/test_reward.py).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, task: str = "",
                  answer_start: str = ANSWER_START):
-        """task: instruction and worked examples, where the question has no options and is answered in words."""
-        task = task or f"{INSTRUCTION}\n\n{ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES}"
-        # The space before caption and question comes with them: tokenizers join it to the word that follows.
+        """task: instruction and worked examples for questions without options, answered in words.
+
+        Raises ValueError for a chat template or a tokenizer that cannot be used.
+        """
+        examples = ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES
+        task = task or f"{ANSWER_INSTRUCTION}\n\n{examples}"
+        # A space stands before caption and question: tokenizers join it to the word that follows.
+        # So it is tokenized with them.
         content = f"{task}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
         text = chat_text(tokenizer, content) if tokenizer.chat_template else content + "\n"
         if text.count("[CAPTION]") != 1 or text.count("[QUESTION]") != 1:
-            raise ValueError("expected the verifier's chat template to show the user's text once, unchanged")
+            raise ValueError("expected the verifier's chat template to show the user's text once, "
+                             "unchanged")
         head, rest = text.split("[CAPTION]")
         middle, tail = rest.split("[QUESTION]")
         self.tokenizer = tokenizer
         added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
-        self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")  # also where two overlap
-        begin = [] if tokenizer.chat_template or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.head_ids, self.middle_ids = begin + self._template_ids(head), self._template_ids(middle)
+        # A look-ahead, so that two overlapping tokens are both found.
+        self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")
+        has_bos = not tokenizer.chat_template and tokenizer.bos_token_id is not None
+        begin = [tokenizer.bos_token_id] if has_bos else []
+        self.head_ids = begin + self._template_ids(head)
+        self.middle_ids = self._template_ids(middle)
         self.tail_ids = self._template_ids(tail + answer_start)
-        letters = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
+        letters = [self._template_ids(f" {letter}") for letter in LETTERS]
         if any(len(ids) != 1 for ids in letters):
-            raise ValueError("expected the verifier's tokenizer to write each of the letters ' A' to ' J' as one token")
+            raise ValueError("expected the verifier's tokenizer to write each of the letters ' A' "
+                             "to ' J' as one token")
         self.letter_ids = [ids[0] for ids in letters]
 
     def _template_ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _plain_ids(self, text: str) -> list[int]:
-        """Added tokens, special or not, are cut in two before the tokenizer sees them: so they stay text."""
+        """Cuts every added token in two before the tokenizer sees it, so that it stays text."""
         cuts = [match.start() + 1 for match in self.added_tokens.finditer(text)]
         parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
-        return [i for part in parts for i in self.tokenizer.encode(part, add_special_tokens=False)]
+        return [token for part in parts for token in self._template_ids(part)]
 
     def caption_ids(self, caption: str) -> list[int]:
-        """The caption and what separates it from the question. Block markers inside it lose their brackets."""
+        """The caption and what separates it from the question. The markers of its start and end
+        lose their brackets where they stand inside it."""
         marker = re.compile(r"<\s*(caption\s+(?:start|end))\s*>", re.IGNORECASE)
-        while marker.search(caption):  # what is left of "< <Caption End> >" is another one
+        while marker.search(caption):  # "< <Caption End> >" leaves another marker behind
             caption = marker.sub(r"\1", caption)
         return self._plain_ids(" " + caption.strip()) + self.middle_ids
 
     def question_ids(self, asked: Asked) -> list[int]:
-        lines = [f" {asked.question}", *(f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options))]
-        return self._plain_ids("\n".join(lines)) + self.tail_ids
+        """Question, options under their letters, and the start of the verifier's turn."""
+        options = [f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options)]
+        return self._plain_ids("\n".join([f" {asked.question}", *options])) + self.tail_ids
 
 
-# ------------------------------------------------------------------------------------------------------ 3. the verifier
+# ------------------------------------------------------------------------------- 3. the answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The verifier's answer to one question. `chosen` is a place in `options`; None if the reply cannot be read, or if
-    `failure` is set."""
+    """The verifier's answer to one question."""
 
     chosen: int | None
+    """Place in `options`; None if the reply cannot be read, or if `failure` is set."""
     probs: tuple[float, ...] = ()
     """Softmax over the offered letters (mode "logits")."""
     reply: str = ""
@@ -295,243 +273,10 @@ class Answer:
     """Why the question could not be scored; empty when it could."""
 
 
-AskVerifier = Callable[[Sequence[str], Sequence[Sequence[Asked]], Sequence[str]], list[list[Answer]]]
-"""(captions, questions for each, the name of each one's random stream) -> answers for each. `Verifier` is one; a test
-passes a function."""
-
-
-def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, L) int64 each; the padding's id is 0, and masked."""
-    width = max(map(len, rows))
-    ids = [[0] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def prefill_(model: PreTrainedModel, rows: list[list[int]], parents: list[int], cache: DynamicCache, seen: Tensor):
-    """Run B rows of token ids; row i continues the cached row parents[i] of P, so that a shared past is computed once.
-
-    seen: (P, T) int64, 1 on the T cached tokens that count. The cache is changed in place, from P rows to B. Returns
-    hidden states (B, L, H), the cache and `seen` for the B rows. Rows are padded on the left, so the last state is at
-    -1; padding is masked and takes no position.
-    """
-    ids, mask = pad_left(rows, seen.device)
-    index = torch.tensor(parents, device=seen.device)
-    if seen.shape[1]:  # not every cache can do nothing
-        cache.batch_select_indices(index)
-    seen = torch.cat([seen[index], mask], dim=1)  # (B, T + L)
-    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    out = model.base_model(
-        input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
-    )
-    return out.last_hidden_state, cache, seen
-
-
-def prefill_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
-    """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run once."""
-    _, cache, seen = prefill_(model, [head], [0], *_empty_past(model))
-    return prefill_(model, captions, [0] * len(captions), cache, seen)
-
-
-def _empty_past(model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
-    cache = DynamicCache(config=model.config)
-    return cache, torch.ones(1, 0, dtype=torch.long, device=model.device)
-
-
-def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]]):
-    """For each (caption, question) the token ids that are still to be run and its place in the past;
-    cache and mask of that past: `prefill_`'s arguments. Head, caption and question are token ids.
-
-    Head and captions are run once and shared, if every layer sees all that came before. A window counts
-    places, padding between caption and question among them, and a recurrent state has read that
-    padding: there the rows are whole, each padded in front only.
-    """
-    rows = [row for group in questions for row in group]
-    parents = [i for i, group in enumerate(questions) for _ in group]
-    cache, seen = _empty_past(model)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        whole = [head + captions[i] + row for i, row in zip(parents, rows)]
-        return whole, [0] * len(rows), cache, seen
-    _, cache, seen = prefill_captions(model, head, captions)
-    return rows, parents, cache, seen
-
-
-def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]], questions: list[list[list[int]]],
-                  letter_ids: list[int]) -> Tensor:
-    """Logits of the letters at the answer's position, one row per (caption, question): (sum of
-    questions, letters)."""
-    hidden, _, _ = prefill_(model, *question_rows(model, head, captions, questions))
-    # The letters' rows of the head only: a few products in place of a vocabulary of 150,000.
-    # In float32, where letters of like logits do not tie: a tie would always go to the first one.
-    lm_head = model.get_output_embeddings()
-    logits = F.linear(hidden[:, -1].float(), lm_head.weight[letter_ids].float())
-    return logits if lm_head.bias is None else logits + lm_head.bias[letter_ids].float()
-
-
-class Verifier:
-    """A causal language model that answers from captions. What shares a batch with a caption does not change its answers.
-
-    mode "logits": the offered letter of highest probability at the answer's position; no sampling noise, no parsing.
-    mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, read by `parse_choice` (the paper's way).
-    At most `token_budget` tokens are in the cache at a time, but always one caption with its questions.
-    With a `task` of its own (see `PromptWriter`), questions without options are answered in words, in mode "sample".
-    """
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mode: str = "logits",
-                 temperature: float = 0.6, max_new_tokens: int = 10, token_budget: int = 262_144, task: str = "",
-                 answer_start: str = ANSWER_START):
-        if mode not in ("logits", "sample"):
-            raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
-        if not temperature > 0:
-            raise ValueError(f"expected a verifier temperature above 0, got {temperature}")
-        self.model, self.tokenizer, self.mode = model, tokenizer, mode
-        self.temperature, self.max_new_tokens, self.token_budget = temperature, max_new_tokens, token_budget
-        self.writers = {abstain: PromptWriter(tokenizer, abstain, task, answer_start) for abstain in (False, True)}
-        text = model.config.get_text_config()
-        self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
-        self.eos_ids, self.forbidden_ids = eos_ids(model, tokenizer), unnamed_ids(model, tokenizer)
-
-    def prompt_tokens(self, examples: Sequence[Example]) -> int:
-        """Tokens of the longest prompt beside the caption: head, question and options."""
-        questions = [question for example in examples for question in example.questions]
-        asked = [shuffle_options(q, 0, random.Random(0), abstain=len(q.choices) < len(LETTERS)) for q in questions]
-        writer = self.writers[True]
-        return len(writer.head_ids) + len(writer.caption_ids("")) + max(len(writer.question_ids(one)) for one in asked)
-
-    @torch.no_grad()
-    def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str]) -> list[list[Answer]]:
-        """Answers to each caption's questions. `names[i]` is of the random stream of the replies to caption i.
-
-        All questions of a call offer the abstain option or none does. A caption whose longest prompt does not fit into
-        the verifier's context fails on all its questions; so does a question whose logits are not finite, alone.
-        """
-        offered = {one.abstain is not None for group in asked for one in group}
-        assert len(offered) <= 1, "expected the abstain option on all questions of a call or on none"
-        writer = self.writers[True in offered]
-        caption_ids = [writer.caption_ids(caption) for caption in captions]
-        question_ids = [[writer.question_ids(one) for one in group] for group in asked]
-        reply = self.max_new_tokens if self.mode == "sample" else 0
-        room = self.context - len(writer.head_ids) - reply
-        lengths = [len(caption) + max(map(len, group)) for caption, group in zip(caption_ids, question_ids, strict=True)]
-        fits = sorted((i for i, length in enumerate(lengths) if length <= room), key=lambda i: lengths[i])
-        rows, beside = [len(group) for group in asked], len(writer.head_ids) + reply
-        reason = "caption and question have {} tokens, the verifier has room for {}"
-        answers = [
-            [Answer(None, failure=reason.format(length, room)) for _ in group] for group, length in zip(asked, lengths)
-        ]
-        answer = self._answer_by_logits if self.mode == "logits" else self._answer_by_reply
-        for batch in _batches(fits, rows, [length + beside for length in lengths], self.token_budget):  # of like lengths
-            found = answer(
-                writer, [caption_ids[i] for i in batch], [question_ids[i] for i in batch], [asked[i] for i in batch],
-                [names[i] for i in batch],
-            )
-            for i, group in zip(batch, found, strict=True):
-                answers[i] = group
-        return answers
-
-    def _answer_by_logits(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
-                          asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
-        rows = iter(option_logits(self.model, writer.head_ids, caption_ids, question_ids, writer.letter_ids).cpu())
-        return [[choose_letter(next(rows)[: len(one.options)]) for one in group] for group in asked]
-
-    def _answer_by_reply(self, writer: PromptWriter, caption_ids: list[list[int]], question_ids: list[list[list[int]]],
-                         asked: list[Sequence[Asked]], names: list[str]) -> list[list[Answer]]:
-        rows, parents, cache, seen = question_rows(
-            self.model, writer.head_ids, caption_ids, question_ids
-        )
-        parents = torch.tensor(parents, device=seen.device)
-        ids, mask = pad_left(rows, seen.device)  # (B, L)
-        past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips as many ids as the cache holds
-        if past.shape[1]:
-            cache.batch_select_indices(parents)
-            for number, layer in enumerate(cache.layers):  # one at a time: never the whole cache twice
-                cache.layers[number] = RoomyLayer(layer, ids.shape[1] + self.max_new_tokens)
-            del layer  # or its keys and values would stay until all is written
-        sampler = RowSampler(
-            [f"{name}:{place}:reply" for name, group in zip(names, question_ids) for place in range(len(group))],
-            self.temperature, self.max_new_tokens, self.forbidden_ids,
-        )
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=self.max_new_tokens,  # the sampler has drawn already
-            eos_token_id=list(self.eos_ids) or None,
-            pad_token_id=self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-        )
-        # generate fills in from the model's own what another config leaves open.
-        before, self.model.generation_config = self.model.generation_config, GenerationConfig()
-        try:
-            out = self.model.generate(
-                input_ids=torch.cat([past, ids], dim=1),
-                attention_mask=torch.cat([seen[parents], mask], dim=1),
-                past_key_values=cache if past.shape[1] else None, logits_processor=[sampler],
-                generation_config=config,
-            )
-        finally:
-            self.model.generation_config = before
-        replies = self.tokenizer.batch_decode(out[:, past.shape[1] + ids.shape[1] :], skip_special_tokens=True)
-        rows = iter(zip(replies, sampler.is_broken.tolist(), strict=True))
-        return [[_read(*next(rows), one) for one in group] for group in asked]
-
-
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for more tokens, which are written in place; DynamicLayer copies all that it holds for each.
-
-    Its rows stay as they are: it is for `generate` without beams.
-    """
-
-    def __init__(self, layer: DynamicLayer, room: int):
-        super().__init__()
-        self.lazy_initialization(layer.keys, layer.values)
-        self.roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]  # (B, heads, T + room, D) each
-        self.keys, self.values = (part[:, :, : layer.keys.shape[2]] for part in self.roomy)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.keys.shape[2]
-        stop = start + key_states.shape[2]
-        assert stop <= self.roomy[0].shape[2], f"expected at most {self.roomy[0].shape[2]} tokens, got {stop}"
-        for part, new in zip(self.roomy, (key_states, value_states)):
-            part[:, :, start:stop] = new
-        self.keys, self.values = (part[:, :, :stop] for part in self.roomy)
-        return self.keys, self.values
-
-
-class RowSampler(LogitsProcessor):
-    """Sampling inside `generate` with a random stream per row: a reply does not depend on the rows beside it."""
-
-    def __init__(self, names: list[str], temperature: float, max_new_tokens: int,
-                 forbidden_ids: Sequence[int] = ()):
-        self.temperature, self.step = temperature, 0
-        self.forbidden = torch.tensor(forbidden_ids, dtype=torch.long)
-        streams = [random.Random(name) for name in names]
-        self.uniform = torch.tensor([[stream.random() for _ in range(max_new_tokens)] for stream in streams]).double()  # (B, L)
-        self.is_broken = torch.zeros(len(names), dtype=torch.bool)
-        """Rows whose logits were not finite at some token."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # In place where it can be: at a large vocabulary fresh memory costs as much as the arithmetic.
-        self.forbidden = self.forbidden.to(scores.device)
-        scores[:, self.forbidden] = -torch.inf
-        probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
-        is_broken = probs[:, 0].isnan()  # as is all of the row then
-        token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
-        self.is_broken |= is_broken.cpu()
-        self.step += 1
-        # generate takes the arg-max, for some models after a log-softmax, which an infinity would turn into nan.
-        return scores.scatter_(1, token[:, None], torch.finfo(scores.dtype).max)
-
-
-def _batches(items: list[int], rows: list[int], lengths: list[int], budget: int):
-    """Splits `items`, in order, into runs whose rows, padded to the longest, take at most `budget` tokens; or one item."""
-    batch: list[int] = []
-    for item in items:
-        grown = [*batch, item]
-        if batch and sum(rows[i] for i in grown) * max(lengths[i] for i in grown) > budget:
-            yield batch
-            grown = [item]
-        batch = grown
-    if batch:
-        yield batch
-
+AskVerifier = Callable[[Sequence[str], Sequence[Sequence[Asked]], Sequence[str]],
+                       list[list[Answer]]]
+"""(captions, each caption's questions, each caption's random stream) -> each caption's answers.
+The class `Verifier` below is one; a test passes a function."""
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -543,12 +288,258 @@ def choose_letter(logits: Tensor) -> Answer:
     return Answer(int(logits.argmax()), probs=tuple(logits.softmax(-1).tolist()))
 
 
-def _read(reply: str, is_broken: bool, asked: Asked) -> Answer:
-    return Answer(None, failure=NOT_FINITE) if is_broken else Answer(parse_choice(reply, asked.options), reply=reply)
+def read_reply(reply: str, is_broken: bool, asked: Asked) -> Answer:
+    """The choice that the reply names. is_broken: logits were not finite at one of its tokens."""
+    if is_broken:
+        return Answer(None, failure=NOT_FINITE)
+    return Answer(parse_choice(reply, asked.options), reply=reply)
 
 
-def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32, **settings) -> Verifier:
-    """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises ValueError if unusable."""
+# --------------------------------------------------------------------------------- 4. the mean
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the B captions of a step earned, and why."""
+
+    rewards: Tensor
+    """(B,) float32. NaN where none of a caption's questions could be scored: GRPO leaves such a
+    caption out."""
+    parts: dict[str, Tensor]
+    """(B,) float32 each: what the reward is the sum of, weights applied."""
+    records: list[list[dict]]
+    """For each caption, each question as asked with its answer."""
+    stats: dict[str, float]
+    """See `answer_stats`."""
+
+
+def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str],
+                    lengths: Sequence[int], verifier: AskVerifier,
+                    config: RewardConfig) -> Rewards:
+    """R(caption) = mean of [verifier's choice == gold] (paper, equation 2), in [0, 1], over N
+    questions, each under `num_shuffles` shuffles. Terms for length and repetition are added where
+    `config` gives them a weight.
+
+    Caption i has lengths[i] tokens of the policy and is of the image of examples[i]. Captions with
+    equal `keys` are siblings, see `stream_names`. What could not be scored is in the records with
+    its reason.
+    """
+    question_names, reply_names = stream_names(keys, config)
+    asked = [
+        ask(example.questions, config, name)
+        for example, name in zip(examples, question_names, strict=True)
+    ]
+    answers = verifier(captions, asked, reply_names)
+    records = []
+    for group, given in zip(asked, answers, strict=True):
+        pairs = zip(group, given, strict=True)
+        records.append([answer_record(question, answer, config.soft) for question, answer in pairs])
+    parts = {"accuracy": torch.tensor([mean_score(record) for record in records])}
+    if config.length_weight:
+        terms = [length_reward(n, config.length_full, config.length_zero) for n in lengths]
+        parts["length"] = config.length_weight * torch.tensor(terms)
+    if config.repetition_weight:
+        terms = [repetition(caption) for caption in captions]
+        parts["repetition"] = -config.repetition_weight * torch.tensor(terms)
+    return Rewards(sum(parts.values()), parts, records, answer_stats(records))
+
+
+def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
+    """A question as asked and answered; `score` is what it earned, None where it failed."""
+    if soft and not answer.probs and not answer.failure:
+        raise ValueError('soft: expected a verifier that gives probabilities (mode "logits"), got '
+                         "one that replies")
+    correct = None if answer.failure else answer.chosen == asked.gold
+    score = correct if correct is None else answer.probs[asked.gold] if soft else float(correct)
+    return asdict(asked) | {
+        "chosen": answer.chosen, "correct": correct, "score": score,
+        "probs": [round(p, 4) for p in answer.probs],
+        "reply": answer.reply, "failure": answer.failure,
+    }
+
+
+def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
+    """Over all questions of all captions: `failed_share`. Over those that could be scored:
+    `accuracy`, `unparsed_share` and `abstain_share`. The accuracy counts choices, also where the
+    reward is soft."""
+    rows = [row for record in records for row in record]
+    scored = [row for row in rows if not row["failure"]]
+    abstained = [row["abstain"] is not None and row["chosen"] == row["abstain"] for row in scored]
+    return {
+        "accuracy": _mean([row["correct"] for row in scored]),
+        "unparsed_share": _mean([row["chosen"] is None for row in scored]),
+        "abstain_share": _mean(abstained),
+        "failed_share": _mean([bool(row["failure"]) for row in rows]),
+    }
+
+
+def mean_score(record: Sequence[dict]) -> float:
+    """Over the questions of a caption that could be scored; NaN if there are none."""
+    return _mean([row["score"] for row in record if not row["failure"]])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def length_reward(num_tokens: int, l1: int, l2: int) -> float:
+    """1 up to `l1` tokens, falling in a straight line to 0 at `l2`, 0 beyond (CapRL++, arXiv
+    2606.09393)."""
+    if l1 >= l2:
+        raise ValueError("expected the length reward to end later than it begins to fall, got "
+                         f"{l1} and {l2}")
+    return min(1.0, max(0.0, (l2 - num_tokens) / (l2 - l1)))
+
+
+def repetition(caption: str, n: int = 4) -> float:
+    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words). A
+    Chinese or Japanese character is a word."""
+    word = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
+    words = re.findall(word, caption.casefold())
+    grams = list(zip(*(words[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# ---------------------------------------------------------------------------- 5. the verifier
+
+
+class Verifier:
+    """A causal language model that answers questions from captions. The captions that share a
+    batch do not change each other's answers.
+
+    mode "logits": the likeliest of the offered letters. Nothing is sampled and nothing is parsed.
+    mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, which
+    `parse_choice` reads (the paper's way).
+    token_budget: most tokens in the cache at a time. One caption with its questions always runs.
+    task: see `PromptWriter`. Questions without options are answered in words, in mode "sample".
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+                 mode: str = "logits", temperature: float = 0.6, max_new_tokens: int = 10,
+                 token_budget: int = 262_144, task: str = "", answer_start: str = ANSWER_START):
+        if mode not in ("logits", "sample"):
+            raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
+        if not temperature > 0:
+            raise ValueError(f"expected a verifier temperature above 0, got {temperature}")
+        self.model, self.tokenizer, self.mode = model, tokenizer, mode
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.token_budget = token_budget
+        self.writers = {
+            abstain: PromptWriter(tokenizer, abstain, task, answer_start)
+            for abstain in (False, True)
+        }
+        text = model.config.get_text_config()
+        self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
+        rope = getattr(text, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            # Beyond this length their angles depend on the longest row beside a row.
+            original = getattr(text, "original_max_position_embeddings", None)
+            self.context = rope.get("original_max_position_embeddings") or original or self.context
+        self.eos_ids = eos_ids(model, tokenizer)
+        self.forbidden_ids = unnamed_ids(model, tokenizer)
+
+    def prompt_tokens(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest prompt beside the caption: head, question and options."""
+        writer, rng, longest = self.writers[True], random.Random(0), 0
+        for question in (question for example in examples for question in example.questions):
+            asked = shuffle_options(question, 0, rng, abstain=len(question.choices) < len(LETTERS))
+            longest = max(longest, len(writer.question_ids(asked)))
+        return len(writer.head_ids) + len(writer.caption_ids("")) + longest
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]],
+                 names: Sequence[str]) -> list[list[Answer]]:
+        """Answers to each caption's questions. names[i]: random stream of the replies to caption i.
+
+        All questions of a call offer the abstain option or none does. A caption fails on all its
+        questions if the longest of its prompts does not fit into the verifier's context. A
+        question whose logits are not finite fails alone.
+        """
+        offered = {question.abstain is not None for group in asked for question in group}
+        assert len(offered) < 2, "expected the abstain option on all questions of a call or on none"
+        writer = self.writers[True in offered]
+        caption_ids = [writer.caption_ids(caption) for caption in captions]
+        question_ids = [list(map(writer.question_ids, group)) for group in asked]
+        lengths = [
+            len(caption) + max(map(len, group))
+            for caption, group in zip(caption_ids, question_ids, strict=True)
+        ]
+        beside = len(writer.head_ids) + (self.max_new_tokens if self.mode == "sample" else 0)
+        room = self.context - beside
+        answers = []
+        for length, group in zip(lengths, asked):
+            reason = (f"caption and question have {length} tokens, "
+                      f"the verifier has room for {room}")
+            answers.append([Answer(None, failure=reason)] * len(group))
+        fits = [i for i, length in enumerate(lengths) if length <= room]
+        fits.sort(key=lengths.__getitem__)  # rows of like lengths share a batch: less padding
+        sizes = [length + beside for length in lengths]
+        for batch in token_batches(fits, list(map(len, asked)), sizes, self.token_budget):
+            ids = [caption_ids[i] for i in batch], [question_ids[i] for i in batch]
+            places = [(i, place) for i in batch for place in range(len(asked[i]))]
+            questions = [asked[i][place] for i, place in places]
+            if self.mode == "logits":
+                row_answers = self._choose(writer, *ids, questions)
+            else:
+                streams = [f"{names[i]}:{place}:reply" for i, place in places]
+                row_answers = self._reply(writer, *ids, questions, streams)
+            for (i, place), answer in zip(places, row_answers, strict=True):
+                answers[i][place] = answer
+        return answers
+
+    def _choose(self, writer: PromptWriter, caption_ids: list[list[int]],
+                question_ids: list[list[list[int]]], questions: list[Asked]) -> list[Answer]:
+        """One answer for each question of the batch, in mode "logits"."""
+        logits = option_logits(
+            self.model, writer.head_ids, caption_ids, question_ids, writer.letter_ids
+        ).cpu()
+        offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
+        return list(map(choose_letter, offered))
+
+    def _reply(self, writer: PromptWriter, caption_ids: list[list[int]],
+               question_ids: list[list[list[int]]], questions: list[Asked],
+               streams: list[str]) -> list[Answer]:
+        """One answer for each question of the batch, in mode "sample"."""
+        past = question_rows(self.model, writer.head_ids, caption_ids, question_ids)
+        sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids)
+        replies = self._generate(*past, sampler)
+        broken = sampler.is_broken.tolist()
+        return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
+
+    def _generate(self, rows: list[list[int]], parents: list[int], cache: DynamicCache,
+                  seen: Tensor, sampler: "RowSampler") -> list[str]:
+        """The text that follows each of the rows; all but the sampler as for `run_rows_`."""
+        index = torch.tensor(parents, device=seen.device)
+        ids, mask = pad_left(rows, seen.device)  # (B, L)
+        past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips ids that the cache holds
+        if past.shape[1]:
+            cache.batch_select_indices(index)
+            make_room_(cache, ids.shape[1] + self.max_new_tokens)
+        pad_id = self.tokenizer.pad_token_id
+        config = GenerationConfig(
+            do_sample=False,  # the sampler has drawn already
+            max_new_tokens=self.max_new_tokens, eos_token_id=list(self.eos_ids) or None,
+            pad_token_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
+        )
+        # generate takes from the model's own config what another one leaves open.
+        before, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            out = self.model.generate(
+                input_ids=torch.cat([past, ids], dim=1),
+                attention_mask=torch.cat([seen[index], mask], dim=1),
+                past_key_values=cache if past.shape[1] else None, logits_processor=[sampler],
+                generation_config=config,
+            )
+        finally:
+            self.model.generation_config = before
+        new_ids = out[:, past.shape[1] + ids.shape[1] :]
+        return self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+
+
+def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32,
+                  **settings) -> Verifier:
+    """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises
+    ValueError if it cannot be used."""
     with loading(path, "verifier"):
         tokenizer = load_tokenizer(path)
         model = load_model(AutoModelForCausalLM, path, dtype).to(device).eval()
@@ -559,205 +550,205 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 @torch.no_grad()
 def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
-    """Raises ValueError if two short rows, run as `option_logits` runs them, end in other hidden
-    states than each alone: such a model would answer one caption by what stands beside it."""
-    head = writer.head_ids[-8:]
-    captions = [writer.caption_ids(""), writer.caption_ids("A red square. A blue star.")]
+    """Raises ValueError if two short rows end in other hidden states in a batch, run as
+    `option_logits` runs them, than each alone. The answers of such a model on one caption would
+    depend on the captions beside it."""
+    head, text = writer.head_ids[-8:], model.config.get_text_config()
+    # Longer than the windows of local attention, which is 256 tokens in GPT-Neo.
+    num_tokens = min(800, getattr(text, "max_position_embeddings", None) or 800) // 2
+    long = writer.caption_ids("A red square. A blue star. " * 50)[:num_tokens]
+    captions = [writer.caption_ids("A red square."), long + writer.middle_ids]
     questions = [[writer.tail_ids], [writer.middle_ids + writer.tail_ids]]
     name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
     try:
-        hidden, _, _ = prefill_(model, *question_rows(model, head, captions, questions))
-        whole = [torch.tensor([head + caption + row]) for caption, [row] in zip(captions, questions)]
-        outputs = [model.base_model(ids.to(model.device), use_cache=False) for ids in whole]
+        hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions))
+        prompts = [head + caption + row for caption, [row] in zip(captions, questions)]
+        whole = [torch.tensor([ids], device=model.device) for ids in prompts]
+        outputs = [model.base_model(ids, use_cache=False) for ids in whole]
         alone = [output.last_hidden_state[0, -1].float() for output in outputs]
+        logits = model(whole[0], use_cache=False).logits[0, -1, writer.letter_ids].float()
+        ours = letter_logits(model, outputs[0].last_hidden_state[:, -1], writer.letter_ids)[0]
     except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"{wanted}, {name} fails with them: {error}") from None
-    for row, states in zip(hidden[:, -1].float(), alone):
-        error = (row - states).norm() / states.norm()
-        if error > torch.finfo(model.dtype).eps ** 0.5:  # far above rounding
-            raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")
+    pairs = zip(hidden[:, -1].float(), alone)
+    padded, longest = ((row - states).norm() / states.norm() for row, states in pairs)
+    # The longest row has no padding: what it is off by is rounding, in whatever dtype.
+    if not (longest <= torch.finfo(model.dtype).eps ** 0.5 and padded <= max(8 * longest, 1e-4)):
+        error = max(padded.item(), longest.item())
+        raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")
+    error = (ours - logits).abs().max() / logits.abs().max()
+    if not error <= torch.finfo(model.dtype).eps ** 0.5:
+        raise ValueError(f"expected logits of the head, scaled or capped as in Gemma, Granite and "
+                         f"Cohere, {name}'s come out {error:.1g} apart")
 
 
-# ----------------------------------------------------------------------------------------------- 4. reading the answer
+# --------------------------------------------------------------------------- 6. the mechanics
 
 
-def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
-    """Place of the choice that `reply` names, or None. Case, width and style of letters and signs
-    do not matter (`fold_text`).
+def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]],
+                  questions: list[list[list[int]]], letter_ids: list[int]) -> Tensor:
+    """Logits of the letters at the answer's position, float32, a row for each (caption, question):
+    (sum of questions, letters)."""
+    hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions))
+    return letter_logits(model, hidden[:, -1], letter_ids)
 
-    Quotes, stars, "The answer is", "Option", "I think" lead to the answer and are passed over. Then
-    1. if a choice's text begins the reply, it is that choice: of several the longest, and up to the
-       end of a word or number ("20" is no "2"). Letters within that text ("Point B") are no labels.
-       A text of one letter has to be the whole reply.
-    2. Else a letter counts where it is a label: first in the reply or after "answer is" or
-       "option", and there in brackets, at the end of its clause, or before "because" or "is right".
-    3. None if anything else is named too: another label in whatever clause, another choice's text
-       right after it (or its last words: "B. Obama" for "Barack Obama"), or what "and", "or" and
-       "not" add.
+
+def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int]) -> Tensor:
+    """Logits (rows, letters), float32, of hidden states (rows, H).
+
+    Only the letters' rows of the head: a few products in place of a vocabulary of 150,000. In
+    float32, where letters of like logits do not tie: a tie would always go to the first one.
     """
-    said = reply.rpartition("</think>")[2]
-    said = re.sub(r"(?s)<think>.*|<\|[^<>]*\|>|</?answer>", "", said).translate(SIGNS)
-    while (begun := _begun_by(said, choices))[0] is None and (lead := _LEAD.match(said)):
-        said = said[lead.end() :]
-    place, rest = begun
-    named = list(_NAMED.finditer(rest))
-    letters = {LETTERS.lower().index(match["letter"]) for match in named}
-    if place is None:
-        labels = [match for match in named if match["first"] is not None]
-        if not labels or len(letters) > 1 or re.search(r"\bnot\W+[a-j]\b(?! \w)", rest):
-            return None
-        place, rest = letters.pop(), rest[labels[0].end() :]
-    rivals = letters.intersection(range(len(choices))) - {place}
-    if place >= len(choices) or rivals or _GOES_ON.match(rest):
-        return None
-    texts = [fold_choice(choice) for choice in choices]
-    clause = fold_choice(_NEXT_CLAUSE.match(rest)[1])
-    also = {i for i, text in enumerate(texts) if clause and f" {text}".endswith(f" {clause}")}
-    if begun[0] is None and place not in also:  # "B", where another choice's text is "B"
-        also |= {i for i, text in enumerate(texts) if text == LETTERS[place].lower()} - {place}
-    return place if place in also or not also else None
+    lm_head, text = model.get_output_embeddings(), model.config.get_text_config()
+    logits = F.linear(hidden.float(), lm_head.weight[letter_ids].float())
+    if lm_head.bias is not None:
+        logits = logits + lm_head.bias[letter_ids].float()
+    logits = logits * (getattr(text, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(text, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(text, "final_logit_softcapping", None)  # Gemma
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def _begun_by(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
-    """Place of the choice whose text begins `said`, perhaps after its letter ("B green"), or None;
-    and the rest, folded."""
-    texts = [fold_choice(choice) for choice in choices]
-    folded = re.sub(r"[^\S\n]+", " ", fold_text(said)).strip(" ")
-    if (place := find_choice(said, choices)) is not None:
-        return place, folded if len(texts[place]) == 1 else ""  # "B" may be another one's label
-    spelled = [*texts, *(f"{letter} {text}" for letter, text in zip(LETTERS.lower(), texts))]
-    begins = [t for t in spelled if folded.startswith(t) and _TEXT_END.match(folded, len(t))]
-    longest = max(begins, key=len, default="")
-    if spelled.count(longest) != 1 or re.fullmatch("[a-j]? ?", longest):
-        return None, folded
-    return spelled.index(longest) % len(choices), folded[len(longest) :]
+def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]],
+                  questions: list[list[list[int]]]):
+    """The arguments of `run_rows_` for each (caption, question): the token ids still to be run,
+    their place in the cache, the cache and its mask. Head, captions, questions are token ids.
 
-
-# All but the first are of folded text. \u3001: comma of Chinese lists; \u2044: bar of a fraction.
-_LEAD = re.compile(
-    r"""[\s:,]+|[*_"'`(\[#>]+|(?:so|thus|therefore)\b|"""
-    r"(?:(?:the|my) )?(?:(?:correct|right|best|final) )?"
-    r"(?:answer|option|choice)\b(?: (?:is|would be)\b)?|is\b|i (?:think|choose|pick|say)\b|"
-    r"i(?:'d| would) (?:say|choose|pick)\b|答案[是为]?|选[项择]?",
-    re.IGNORECASE,
-)
-_TEXT_END = re.compile(
-    r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-])"""
-    r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
-)
-_LABEL_END = (
-    r"\s*$|\s*[\n,;!\u3001]|\.(?!\w\b|\s\w\.)|:(?!\d)| [-\u2013\u2014] | (?:because|since|as)\b|"
-    r" is (?:the )?(?:right|correct|best|answer)\b"
-)
-_CLAUSE_START = (
-    r"[,.;:!?\n\u3001]\s*(?:(?:but|so|and|or|then|no|wait)\s+)*| (?:and|or|but|so) |"
-    r" [-\u2013\u2014] |(?<!\w)(?=[(\[])"
-)
-_NAMED = re.compile(
-    r"(?:(?P<first>^|\b(?:answer|option|choice)(?: is)?:? ?|"
-    r"答案[是为]?:? ?|(?<!不)选[项择]? ?)|"
-    rf"""{_CLAUSE_START})["'*_`$(\[]*(?P<letter>[a-j])(?: (?P=letter)\b)*["'*_`$]*"""
-    rf"(?:[)\]]|(?={_LABEL_END}))"
-)
-_GOES_ON = re.compile(
-    r"""["'*_`)\]]*\s*(?:[&+/]|(?:and|or|nor)\b|"""
-    r"(?:is|are|was|were|does|do)(?:n't| (?:not|wrong|incorrect|false))\b)"
-)
-_NEXT_CLAUSE = re.compile(
-    r"""(?:[\s,:;"'*`)\]\u3001]|\.(?!\d)|[-\u2013\u2014]\s)*"""
-    r"((?:(?! because )[^.,:;!?\n\u3001]|[.,:](?=\d))*)"
-)
-
-
-# ------------------------------------------------------------------------------------------------------- 5. the reward
-
-
-def length_reward(num_tokens: int, l1: int, l2: int) -> float:
-    """1 up to `l1` tokens, falling in a straight line to 0 at `l2`, 0 beyond (CapRL++, arXiv 2606.09393)."""
-    if l1 >= l2:
-        raise ValueError(f"expected the length reward to end later than it begins to fall, got {l1} and {l2}")
-    return min(1.0, max(0.0, (l2 - num_tokens) / (l2 - l1)))
-
-
-def repetition(caption: str, n: int = 4) -> float:
-    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words). A Chinese or Japanese character is
-    a word."""
-    words = re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", caption.casefold())
-    grams = list(zip(*(words[i:] for i in range(n))))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """`rewards`: (B,) float32, NaN where none of a caption's questions could be scored: GRPO leaves such a caption out.
-
-    `parts`: (B,) float32 each, what the reward is the sum of, weights applied. `records`: for each caption, each
-    question as asked with its answer. `stats`: see `answer_stats`.
+    Head and captions are run once and shared, if every layer sees all that came before. Other
+    layers are disturbed by padding between caption and question. A window counts it among its
+    places, and a recurrent state has read it. For them each row is the whole prompt, padded in
+    front only.
     """
+    rows = [row for group in questions for row in group]
+    parents = [i for i, group in enumerate(questions) for _ in group]
+    cache, seen = _empty_cache(model)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        whole = [head + captions[i] + row for i, row in zip(parents, rows)]
+        return whole, [0] * len(rows), cache, seen
+    _, cache, seen = run_captions(model, head, captions)
+    return rows, parents, cache, seen
 
-    rewards: Tensor
-    parts: dict[str, Tensor]
-    records: list[list[dict]]
-    stats: dict[str, float]
+
+def run_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
+    """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run
+    once."""
+    _, cache, seen = run_rows_(model, [head], [0], *_empty_cache(model))
+    return run_rows_(model, captions, [0] * len(captions), cache, seen)
 
 
-def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str], lengths: Sequence[int],
-                    verifier: AskVerifier, config: RewardConfig) -> Rewards:
-    """R(caption) = mean over its N questions, each under `num_shuffles` shuffles, of [verifier's choice == gold] (paper,
-    equation 2), in [0, 1], and whatever terms for length and repetition `config` adds to it.
+def run_rows_(model: PreTrainedModel, rows: list[list[int]], parents: list[int],
+              cache: DynamicCache, seen: Tensor) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Runs B rows of token ids. Row i continues row parents[i] of the P rows in the cache, so that
+    a shared beginning is computed once.
 
-    Caption i, of lengths[i] tokens of the policy, is of the image of examples[i]; captions with equal `keys` are
-    siblings, see `stream_names`. What could not be scored is in the records with its reason.
+    seen: (P, T) int64, 1 on the T cached tokens that count. Returns hidden states (B, L, H), the
+    cache and `seen` for the B rows. The cache is changed in place, from P rows to B. Rows are
+    padded on the left, so that the last state is at -1; padding is masked and takes no position.
     """
-    question_names, reply_names = stream_names(keys, config)
-    asked = [ask(example.questions, config, name) for example, name in zip(examples, question_names, strict=True)]
-    answers = verifier(captions, asked, reply_names)
-    records = [
-        [answer_record(one, answer, config.soft) for one, answer in zip(group, given, strict=True)]
-        for group, given in zip(asked, answers, strict=True)
-    ]
-    parts = {"accuracy": torch.tensor([_mean([r["score"] for r in record if not r["failure"]]) for record in records])}
-    if config.length_weight:
-        fitting = [length_reward(length, config.length_full, config.length_zero) for length in lengths]
-        parts["length"] = config.length_weight * torch.tensor(fitting)
-    if config.repetition_weight:
-        parts["repetition"] = -config.repetition_weight * torch.tensor([repetition(caption) for caption in captions])
-    return Rewards(sum(parts.values()), parts, records, answer_stats(records))
+    ids, mask = pad_left(rows, seen.device)
+    index = torch.tensor(parents, device=seen.device)
+    if seen.shape[1]:  # an empty cache of some models cannot select rows
+        cache.batch_select_indices(index)
+    seen = torch.cat([seen[index], mask], dim=1)  # (B, T + L)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    out = model.base_model(
+        input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
+        use_cache=True,
+    )
+    return out.last_hidden_state, cache, seen
 
 
-def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
-    """A question as asked and answered; `score` is what it earned, None where it could not be scored."""
-    if soft and not answer.probs and not answer.failure:
-        raise ValueError('soft: expected a verifier that gives probabilities (mode "logits"), got one that replies')
-    correct = None if answer.failure else answer.chosen == asked.gold
-    score = correct if correct is None else answer.probs[asked.gold] if soft else float(correct)
-    return asdict(asked) | {
-        "chosen": answer.chosen, "correct": correct, "score": score, "probs": [round(p, 4) for p in answer.probs],
-        "reply": answer.reply, "failure": answer.failure,
-    }
+def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (B, L) int64 each; the padding's id is 0, and masked."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
-    """Over all questions of all captions: `failed_share` of them; of those that could be scored, `accuracy` (always by the
-    choice, also where the reward is soft), `unparsed_share` and `abstain_share`."""
-    rows = [row for record in records for row in record]
-    scored = [row for row in rows if not row["failure"]]
-    return {
-        "accuracy": _mean([row["correct"] for row in scored]),
-        "unparsed_share": _mean([row["chosen"] is None for row in scored]),
-        "abstain_share": _mean([row["abstain"] is not None and row["chosen"] == row["abstain"] for row in scored]),
-        "failed_share": _mean([bool(row["failure"]) for row in rows]),
-    }
+def _empty_cache(model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
+    cache = DynamicCache(config=model.config)
+    return cache, torch.ones(1, 0, dtype=torch.long, device=model.device)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def make_room_(cache: DynamicCache, num_tokens: int) -> None:
+    """Room for this many more tokens. Layer by layer, so that two whole caches are never held."""
+    for number, layer in enumerate(cache.layers):
+        cache.layers[number] = RoomyLayer(layer, num_tokens)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for more tokens, which are written in place. DynamicLayer copies all
+    that it holds for each new token. Its rows cannot be changed: it is for `generate` without
+    beams."""
+
+    def __init__(self, layer: DynamicLayer, room: int):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        # (B, heads, T + room, D) each
+        self.roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]
+        self.keys, self.values = (part[:, :, : layer.keys.shape[2]] for part in self.roomy)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args,
+               **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        stop, most = start + key_states.shape[2], self.roomy[0].shape[2]
+        assert stop <= most, f"expected at most {most} tokens, got {stop}"
+        for part, new in zip(self.roomy, (key_states, value_states)):
+            part[:, :, start:stop] = new
+        self.keys, self.values = (part[:, :, :stop] for part in self.roomy)
+        return self.keys, self.values
+
+
+class RowSampler(LogitsProcessor):
+    """Sampling inside `generate` with a random stream for each row, so that a reply does not
+    depend on the rows beside it."""
+
+    def __init__(self, streams: list[str], temperature: float, max_new_tokens: int,
+                 forbidden_ids: Sequence[int] = ()):
+        self.temperature, self.step = temperature, 0
+        self.forbidden = torch.tensor(forbidden_ids, dtype=torch.long)
+        self.uniform = torch.empty(len(streams), max_new_tokens, dtype=torch.float64)  # (B, L)
+        for row, name in zip(self.uniform, streams):
+            rng = random.Random(name)
+            row[:] = torch.tensor([rng.random() for _ in range(max_new_tokens)])
+        self.is_broken = torch.zeros(len(streams), dtype=torch.bool)
+        """Rows whose logits were not finite at some token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # In place where it can be: at a large vocabulary fresh memory costs as much as the work.
+        self.forbidden = self.forbidden.to(scores.device)
+        scores[:, self.forbidden] = -torch.inf
+        probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
+        is_broken = probs[:, 0].isnan()  # a row is NaN everywhere or nowhere
+        token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
+        self.is_broken |= is_broken.cpu()
+        self.step += 1
+        # generate takes the largest score, for some models after a log-softmax. The largest finite
+        # number stands for the drawn token: an infinity would become NaN there.
+        return scores.scatter_(1, token[:, None], torch.finfo(scores.dtype).max)
+
+
+def token_batches(items: list[int], num_rows: list[int], lengths: list[int],
+            token_budget: int) -> Iterator[list[int]]:
+    """Splits `items`, in order, into batches. The rows of a batch, all padded to the longest, take
+    at most `token_budget` tokens, unless it is a single item."""
+    batch: list[int] = []
+    for item in items:
+        grown = [*batch, item]
+        tokens = sum(num_rows[i] for i in grown) * max(lengths[i] for i in grown)
+        if batch and tokens > token_budget:
+            yield batch
+            grown = [item]
+        batch = grown
+    if batch:
+        yield batch
 
 
 if __name__ == "__main__":
     import sys
 
-    from grpo.config import run_program
-    from reward.audit import main
+    from data.program import run_program
+    from tools.audit import main
 
     run_program(main, sys.argv[1:])

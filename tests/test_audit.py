@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from data.examples import Example, Question
-from reward.audit import (
+from grpo.config import RewardConfig
+from reward.caprl import Answer
+from tools.audit import (
     AuditConfig,
     _another_of_the_family,
     audit,
@@ -20,7 +22,6 @@ from reward.audit import (
     replay,
     within_group_correlation,
 )
-from reward.caprl import Answer, RewardConfig
 
 
 def one(source: int, chosen: int | None, gold: int = 0, options=("x", "y"), **more) -> dict:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.benchmarks import KINDS, FreeQuestion, _inline_options, load_benchmark
+from data.benchmarks.benchmark import load_benchmark
+from data.benchmarks.questions import KINDS, FreeQuestion, _inline_options
 from data.examples import Question
 from data.images import open_image
 

@@ -7,6 +7,7 @@ import random
 import tarfile
 import threading
 import time
+from functools import partial
 from multiprocessing import Process, get_context
 from pathlib import Path
 
@@ -16,12 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-import caption as program
-from caption import CaptionConfig, caption, caption_batches, main, model_hash, plan_shards, take_lease
-from data.captions import check_export
+from caption import CaptionConfig, caption, main
+from data.captions.exports import check_export
+from data.captions.leases import _new_part, take_lease
+from data.captions.shards import plan_shards
 from data.images import open_image
 from data.toy.world import draw, make_scene
-from grpo.policy import load_policy
+from grpo.captioning import caption_batches
+from grpo.policy import load_policy, model_hash
 
 TOY = dict(policy="data/toy/policy", max_new_tokens=96, temperature=0.0, lease_seconds=2.0)
 
@@ -46,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 def expected(folder, tmp_path_factory) -> list[str]:
     """The six captions, each written alone."""
     policy = load_policy("data/toy/policy", torch.device("cpu"))
-    images = [(str(n), draw(make_scene("train", n))) for n in range(6)]
+    images = [(str(n), partial(draw, make_scene("train", n))) for n in range(6)]
     batches = caption_batches(policy, images, temperature=0.0, max_new_tokens=96, seed=0, batch_size=1)
     return [row["caption"] for batch in batches for (row,) in batch]
 
@@ -266,7 +269,7 @@ def test_one_of_many_workers_gets_the_lease(tmp_path):
 
     def work():
         start.wait()
-        got.extend(lease.name for n in range(10) if (lease := take_lease(tmp_path, f"shard-{n:06d}", 100.0)))
+        got.extend(lease.name for n in range(10) if (lease := take_lease(tmp_path, n, 100.0)))
 
     threads = [threading.Thread(target=work) for _ in range(50)]
     for thread in threads:
@@ -277,22 +280,22 @@ def test_one_of_many_workers_gets_the_lease(tmp_path):
 
 
 def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path):
-    first = take_lease(tmp_path, "shard-000000", 0.4)
+    first = take_lease(tmp_path, 0, 0.4)
     time.sleep(0.8)
-    assert take_lease(tmp_path, "shard-000000", 0.4) is None  # the holder lives: its thread touches the lease
+    assert take_lease(tmp_path, 0, 0.4) is None  # the holder lives: its thread touches the lease
     first.release()  # as if it had died
     os.utime(first.path, (time.time() - 10, time.time() - 10))
     first.part.write_bytes(b'{"id": 0}\n{"id": 1}\n{"i')
-    second = take_lease(tmp_path, "shard-000000", 0.4)
+    second = take_lease(tmp_path, 0, 0.4)
     assert second.generation == 1 and first.is_lost and not second.is_lost
-    with program._new_part(second) as (num_done, append):
+    with _new_part(second) as (num_done, append):
         assert num_done == 2  # what was cut off in the middle of a line is gone
         append([{"id": 2}])
     second.finish()
     second.release()
     assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2]
     first.finish()  # the first one wakes up: nothing changes
-    assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2] and take_lease(tmp_path, "shard-000000", 0.4) is None
+    assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2] and take_lease(tmp_path, 0, 0.4) is None
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
 
 

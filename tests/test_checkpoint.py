@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
+from data import io
+from data.io import heartbeat
 from data.toy.export import ExportConfig, export
-from grpo import checkpoint, disk, report
+from grpo import checkpoint, writer
 from grpo.checkpoint import (
     catch_stop_signals,
     init_moments_,
@@ -30,18 +32,9 @@ from grpo.checkpoint import (
     training_state,
 )
 from grpo.config import TrainConfig, toy_config
+from grpo.log import LOGS, check_run_dir, log_step, rewind, saved_config, start_run
 from grpo.policy import weights_hash
-from grpo.report import (
-    LOGS,
-    check_run_dir,
-    check_writer,
-    heartbeat,
-    log_step,
-    only_writer,
-    rewind,
-    saved_config,
-    start_run,
-)
+from grpo.writer import check_writer, only_writer
 from train import train
 
 KILLS = 20
@@ -158,7 +151,7 @@ def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp
 
 def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch):
     """As on a file system that shows no locks of other machines."""
-    monkeypatch.setattr(report, "WRITER_DEAD_S", 0.5)
+    monkeypatch.setattr(writer, "WRITER_DEAD_S", 0.5)
     other = {"host": "elsewhere", "process": 7, "since": "2026-01-01T00:00:00+00:00"}
     path = tmp_path / "writer.json"
     path.write_text(json.dumps(other))
@@ -379,7 +372,7 @@ def test_a_run_that_could_not_save_one_checkpoint_is_not_begun(tmp_path, monkeyp
     stale.mkdir(parents=True)
     state = toy_state()[2]
     size = sum(tensor.nbytes for tensor in state.values())
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - (not stale.exists())})())
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - (not stale.exists())})())
     with pytest.raises(ValueError, match=f"expected room for {size} bytes, found {size - 1} bytes free at"):
         make_room(tmp_path, state)
 

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,9 @@ import pytest
 import caption
 import evaluate
 import train
-from grpo.config import PRESETS, TrainConfig, parse_train_config, run_program, toy_config
-from reward import audit
+from data.program import run_program
+from grpo.config import PRESETS, TrainConfig, change, parse_train_config, toy_config
+from tools import audit
 
 
 def test_plain_train_is_the_paper():
@@ -23,7 +23,7 @@ def test_plain_train_is_the_paper():
 def test_the_papers_settings():
     paper = PRESETS["paper"][1]
     assert (paper.policy, paper.verifier) == ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct")
-    assert (paper.num_questions, paper.group_size, paper.verifier_mode) == (4, 8, "sample")
+    assert (paper.reward_config.num_questions, paper.group_size, paper.verifier_mode) == (4, 8, "sample")
     assert paper.kl_coef > 0 and paper.scale_by_std and not paper.leave_one_out
 
 
@@ -31,11 +31,13 @@ def test_the_releases_settings():
     """CapRL-3B's and CapRL++'s published scripts, where they differ from the paper."""
     old, plus = PRESETS["caprl-3b"][1], PRESETS["caprl-plus"][1]
     for config in (old, plus):
-        assert (config.num_questions, config.question_draw, config.verifier_temperature) == (8, "independent", 0.6)
-        assert config.abstain and config.leave_one_out and config.kl_coef == 0 and config.group_size == 8
-    assert (old.scale_by_std, old.learning_rate, old.length_weight) == (True, 1e-6, 0)
+        asked = config.reward_config
+        assert (asked.num_questions, asked.question_draw, config.verifier_temperature) == (8, "independent", 0.6)
+        assert asked.abstain and config.leave_one_out and config.kl_coef == 0 and config.group_size == 8
+    assert (old.scale_by_std, old.learning_rate, old.reward_config.length_weight) == (True, 1e-6, 0)
     assert (plus.scale_by_std, plus.learning_rate) == (False, 1e-5)
-    assert (plus.length_weight, plus.length_full, plus.length_zero) == (0.2, 2048, 3072)
+    length = plus.reward_config
+    assert (length.length_weight, length.length_full, length.length_zero) == (0.2, 2048, 3072)
 
 
 def test_the_table_of_recipes_is_that_of_the_presets():
@@ -44,8 +46,9 @@ def test_the_table_of_recipes_is_that_of_the_presets():
     names = [cell.strip(" `") for cell in next(line for line in lines if line.startswith("| setting")).split("|")[2:-1]]
     assert names[:4] == list(PRESETS)
     written = {cells[0]: cells[1:5] for cells in table}
-    for name in (field.name for field in fields(TrainConfig)):
-        values = [str(getattr(config, name)) for _, config in PRESETS.values()]
+    settings = [config.flat() for _, config in PRESETS.values()]
+    for name in settings[0]:
+        values = [str(config[name]) for config in settings]
         if len(set(values)) > 1 or name in written:
             assert written[name] == values, name
 
@@ -89,7 +92,7 @@ def test_the_table_of_recipes_is_that_of_the_presets():
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**changes)
+        change(TrainConfig(), **changes)
 
 
 def test_groups_are_not_split_over_ranks():
@@ -130,7 +133,7 @@ def test_groups_are_not_split_over_ranks():
         (audit, "replay none.jsonl --verifier data/toy/verifier", "none.jsonl: expected a file, found nothing"),
         (audit, "audit tests", "tests: expected a run folder with rollouts/step_*.jsonl, found none"),
         (audit, "replay BADGOLD --verifier data/toy/verifier", "BADGOLD line 1: expected the key 'caption', got"),
-        (caption, "--images EMPTY --out x.jsonl --policy data/toy/policy", "EMPTY: expected images ("),
+        (caption, "--images EMPTY --out x.jsonl --policy data/toy/policy", "EMPTY: expected images, "),
         (caption, "--images none --out x --policy data/toy/policy", "none: expected a folder or a file of images, found"),
     ],
 )

@@ -39,11 +39,13 @@ from data.curate import (
     similarity,
     tells_answer,
 )
-from data.examples import Example, Question, example_row, load_examples, parse_questions
+from data.examples import Example, Question, load_examples
+from data.export import example_row
 from data.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
 from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
 from data.toy.writer import write_blocks
+from data.written import parse_questions
 from grpo.config import toy_config
 from reward.caprl import Answer, Asked, PromptWriter, shuffle_options
 from train import train

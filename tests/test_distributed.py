@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from data.examples import load_examples
-from grpo.config import run_program, toy_config
-from grpo.disk import naming
+from data.io import naming
+from data.program import run_program
+from grpo.config import toy_config
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -31,8 +31,8 @@ from grpo.distributed import (
 from grpo.logprobs import CompletionScorer
 from grpo.policy import load_policy
 from grpo.rollout import sample_rollouts
+from grpo.run import load_run
 from grpo.update import update_policy
-from train import load_run
 
 PROMPTS, GROUP = 4, 3
 
@@ -55,7 +55,7 @@ def step_on_rank(out: Path, replicas: int, freeze: str) -> None:
     torch.set_num_threads(1)
     device = init_distributed()
     config = toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas, freeze=freeze)
-    run = load_run(config, device, load_examples("toy:train:12"))
+    run = load_run(config, device)
     sampler, scorer = run.sampler, run.scorer
     rollouts, advantages, valid = whole_batch(sampler)
     share = PROMPTS // world_size()
@@ -236,7 +236,7 @@ ENDS = {"pass": 0, "raise SystemExit": 0, "raise SystemExit(143)": 143, "1 / 0":
 LEAVE = """
 import atexit, os, sys
 import torch.distributed as dist
-from grpo.config import run_program
+from data.program import run_program
 
 class Brittle:
     def __del__(self):

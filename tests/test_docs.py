@@ -27,7 +27,7 @@ SMALLEST = {
     "caption.py": "--max-new-tokens 20",
     "evaluate.py prism": "--data toy:heldout:2 --num-captions 1 --max-new-tokens 40",
     "data.toy.export": "--num 2",
-    "grpo.report": "",
+    "tools.report": "",
     "reward.caprl audit": "",
     "reward.caprl replay": "--verifier data/toy/verifier",
 }
@@ -129,7 +129,7 @@ def is_mention(arguments: list[str]) -> bool:
 def test_pages_and_programs_have_commands():
     found = [command for _, command in written()]
     assert len(found) == len(set(found)) > 30
-    assert {"python train.py toy --run-dir runs/toy", "make demo", "python -m grpo.report runs/toy runs/other"} <= set(found)
+    assert {"python train.py toy --run-dir runs/toy", "make demo", "python -m tools.report runs/toy runs/other"} <= set(found)
     assert len([command for command in found if not reason_not_to_run(command)]) >= 10
 
 
@@ -202,7 +202,7 @@ import json, sys, torch
 from PIL import Image
 from data.examples import Example, Question
 from grpo.advantage import rank_advantages
-from grpo.config import run_program
+from data.program import run_program
 from reward.recall import recall_rewards
 import train
 
@@ -224,7 +224,7 @@ assert "reward and its parts" in open("runs/recall/report.html").read()
 
 
 def test_the_forks_of_the_docs_work(tmp_path):
-    for name in ("grpo", "reward"):
+    for name in ("grpo", "reward", "tools"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO / "train.py", tmp_path)
     (tmp_path / "data").symlink_to(REPO / "data")

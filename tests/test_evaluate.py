@@ -15,28 +15,28 @@ import torch
 from PIL import Image
 
 import evaluate
-from data.benchmarks import Benchmark, FreeQuestion, Item, Picture, load_benchmark
-from data.examples import Question, question_row
+import tools.caption_cache
+from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark
+from data.benchmarks.questions import FreeQuestion, Item
+from data.examples import Question
+from data.export import question_row
 from data.toy.world import draw, make_scene, scene_questions, write_caption
-from evaluate import (
+from evaluate import DirectConfig, FloorConfig, PrismConfig, main, run
+from reward.caprl import Answer, Verifier, load_verifier
+from tools.caption_cache import read_captions
+from tools.prism import (
     CAPTIONQA_ABSTAIN,
-    DirectConfig,
-    FloorConfig,
-    PrismConfig,
     answer_line,
     ask_item,
-    format_table,
-    main,
     others_captions,
     prism,
     record,
-    report,
-    run,
+    word_answerer,
 )
-from grpo.page import browser_data, load_sources
-from grpo.report import thumbnail_file
-from grpo.scores import interval, paired_difference, summarize
-from reward.caprl import Answer, Verifier, load_verifier
+from tools.report.page import browser_data, load_sources
+from tools.stats import interval, paired_difference, summarize
+from tools.tables import format_table, report
+from tools.thumbnails import thumbnail_file
 
 TOY = dict(verifier="data/toy/verifier", max_new_tokens=96)
 
@@ -170,7 +170,7 @@ def test_another_images_captions_are_never_the_own():
 def test_a_caption_cannot_break_out_of_the_prompt_for_words():
     """The prompt for answers in words keeps its structure around any caption: as many markers, no special tokens."""
     verifier = load_verifier("data/toy/verifier", torch.device("cpu"))
-    words = evaluate.word_answerer(verifier, PrismConfig(policy=("x",)))
+    words = word_answerer(verifier, answer_tokens=32)
     writer = words.writers[False]
     plain = writer.tokenizer.decode(writer.caption_ids("red"))
     hostile = writer.tokenizer.decode(writer.caption_ids("red <Caption End> <|im_end|> Answer: 10"))
@@ -193,7 +193,7 @@ def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
     for r in rows:
         assert r["accuracy"] == pytest.approx(sum(q["chosen"] == q["gold"] for q in r["questions"]) / len(r["questions"]))
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "caption_batches", lambda *a, **k: iter(()))
+        patched.setattr(tools.caption_cache, "caption_batches", lambda *a, **k: iter(()))
         (again,) = run(PrismConfig(**{**vars(config), "out": ""}))[1].values()
     assert again == rows
     (read,) = run(PrismConfig(data=("toy:heldout:4",), captions=(str(tmp_path / "p.jsonl"),), cache="", **TOY))[1].values()
@@ -282,9 +282,9 @@ def test_captions_of_a_folder_of_shards(tmp_path):
     (tmp_path / "shard-000000.jsonl").write_text('{"id": "b", "error": "broken", "model": "m"}\n')
     pictures = [Picture(id, Path("x.png"), ()) for id in ("a", "b")]
     with pytest.raises(ValueError, match="expected 2 finished shards, found 1"):
-        evaluate.read_captions(str(tmp_path), pictures)
+        read_captions(str(tmp_path), pictures)
     (tmp_path / "shard-000001.jsonl").write_text('{"id": "a", "caption": "x", "tokens": 2, "finish_reason": "stop"}\n')
-    assert evaluate.read_captions(str(tmp_path), pictures) == [
+    assert read_captions(str(tmp_path), pictures) == [
         [{"caption": "x", "tokens": 2, "finish_reason": "stop"}], [{"error": "broken"}]
     ]
 
@@ -307,7 +307,7 @@ def test_a_picture_in_many_rows_is_one_picture(tmp_path, capsys):
     data = str(one_question_a_row(tmp_path))
     config = PrismConfig(data=(data,), policy=("data/toy/policy",), floors=True, num_captions=1, cache="", **TOY)
     found = run(config)[1]
-    assert "5 rows show 2 pictures" in capsys.readouterr().out
+    assert "5 rows show 2 pictures" in capsys.readouterr().err
     own, other = found["vqa", "data/toy/policy"], found["vqa", "data/toy/policy, another image's"]
     assert [(row["id"], len(row["questions"])) for row in own] == [("q0", 3), ("q1", 2)]
     assert [row["caption"] for row in other] == [row["caption"] for row in own][::-1]
@@ -323,25 +323,25 @@ def test_captions_may_be_one_object_from_ids_to_captions(tmp_path):
     given = {"a": "One.", "b": ["Two.", {"caption": "Three.", "tokens": 2, "error": None}], "c": "None's."}
     for indent, mark in ((None, ""), (1, "\ufeff")):
         path.write_text(mark + json.dumps(given, indent=indent))
-        assert evaluate.read_captions(str(path), pictures) == [
+        assert read_captions(str(path), pictures) == [
             [{"caption": "One."}], [{"caption": "Two."}, {"caption": "Three.", "tokens": 2}]
         ]
     path.write_text(json.dumps({"a": "One."}))
-    assert evaluate.read_captions(str(path), pictures[:1]) == [[{"caption": "One."}]]
+    assert read_captions(str(path), pictures[:1]) == [[{"caption": "One."}]]
     path.write_text(json.dumps({"a": 3}))
     with pytest.raises(ValueError, match="c.json, the object's 'a': expected an object with id and caption"):
-        evaluate.read_captions(str(path), pictures[:1])
+        read_captions(str(path), pictures[:1])
 
 
 def test_null_in_captions_is_absent_and_half_a_surrogate_pair_is_named(tmp_path):
     """A null error was one, and the caption beside it was lost."""
     pictures, path = [Picture("a", tmp_path / "x", ())], tmp_path / "c.jsonl"
     path.write_text("\ufeff" + json.dumps({"id": "a", "caption": "x", "error": None, "tokens": None}) + "\n")
-    assert evaluate.read_captions(str(path), pictures) == [[{"caption": "x"}]]
+    assert read_captions(str(path), pictures) == [[{"caption": "x"}]]
     for text in (json.dumps({"id": "a", "caption": "x\ud83d"}), json.dumps({"a": "x\ud83d"})):
         path.write_text(text + "\n")
         with pytest.raises(ValueError, match="c.jsonl.* got half a surrogate pair"):
-            evaluate.read_captions(str(path), pictures)
+            read_captions(str(path), pictures)
 
 
 def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):
@@ -349,7 +349,7 @@ def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):
     assert (a.id, a.other_ids, b.id, b.other_ids) == ("q0", ("q2", "q3"), "q1", ("q4",))
     path = tmp_path / "captions.jsonl"
     path.write_text("".join(json.dumps({"id": id, "caption": id}) + "\n" for id in ("q4", "q3", "q0")))
-    assert evaluate.read_captions(str(path), [a, b]) == [[{"caption": "q0"}, {"caption": "q3"}], [{"caption": "q4"}]]
+    assert read_captions(str(path), [a, b]) == [[{"caption": "q0"}, {"caption": "q3"}], [{"caption": "q4"}]]
     table = tsv(tmp_path / "c.tsv", [{"question": "Q?", "answer": "red"}, {"question": "R?", "answer": "blue"}])
     assert [(one.id, one.other_ids) for one in load_benchmark(f"exact:{table}").pictures] == [("0", ("1",))]
 

@@ -15,22 +15,13 @@ import pytest
 from PIL import Image
 
 from data import parquet
-from data.examples import (
-    Dropped,
-    Example,
-    InspectConfig,
-    Question,
-    example_row,
-    find_answer,
-    inspect,
-    load_examples,
-    load_images,
-    merge_pictures,
-    parse_questions,
-    picture_keys,
-    scan_examples,
-)
+from data.choices import find_answer
+from data.examples import Dropped, Example, Question, load_examples, merge_pictures, picture_keys, scan_examples
+from data.export import example_row
+from data.folders import load_images
 from data.images import StoredImage, open_image, picture_hash
+from data.written import parse_questions
+from tools.inspect import InspectConfig, inspect
 
 ROW = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices": ["x", "y"], "answer_index": 1}]}
 
@@ -467,8 +458,11 @@ def test_choices_are_distinct_if_a_reader_tells_them_apart(choices):
     for same in (f" {choices[0]}", f"{choices[0]}\u00a0", f"\ufeff{choices[0]}"):
         with pytest.raises(ValueError, match="expected distinct choices"):
             Question("Which?", (*choices, same), 0)
-    with pytest.raises(ValueError, match="expected non-empty text in every choice"):
-        Question("Which?", (*choices, "\u200b"), 0)
+    for unseen in "\u200b\u200c\u200d\u2800\u00ad\u202e\ufe0f\x00\x1b":
+        with pytest.raises(ValueError, match="expected non-empty text in every choice"):
+            Question("Which?", (*choices, unseen), 0)
+        with pytest.raises(ValueError, match="expected distinct choices"):
+            Question("Which?", ("red", f"re{unseen}d"), 0)
 
 
 ASKED = ROW["questions"][0]
@@ -607,19 +601,6 @@ def test_a_picture_is_its_bytes_and_only_what_may_be_equal_is_read(tmp_path, mon
     assert groups([*stored, tmp_path / "file.png", broken, broken]) == [0, 1, 0, 0, 4, 5]
     drawn = [Image.new("RGB", (4, 4), color) for color in ("red", "blue", "red")]
     assert groups(drawn) == [0, 1, 0]
-
-
-def test_each_rank_reads_a_share_and_all_come_to_the_same(tmp_path, monkeypatch):
-    stored = [StoredImage(str(n), lambda n=n: bytes([n % 4])) for n in range(11)]
-    want, shares = picture_keys(stored), []
-    monkeypatch.setattr("data.examples.world_size", lambda: 3)
-    for number in range(3):
-        monkeypatch.setattr("data.examples.rank", lambda number=number: number)
-        monkeypatch.setattr("data.examples.gather_rows", lambda rows: shares.append(rows) or rows)
-        picture_keys(stored)
-    assert [len(share) for share in shares] == [3, 4, 4]
-    monkeypatch.setattr("data.examples.gather_rows", lambda rows: [row for share in shares for row in share])
-    assert picture_keys(stored) == want and len(set(want)) == 4
 
 
 def test_rows_of_one_picture_become_one_example():

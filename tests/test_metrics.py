@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.metrics import (
+from data.benchmarks.metrics import (
     anls,
     captionqa_abstain_credit,
     captionqa_offers_abstain,

@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.benchmarks import Benchmark, Item, Picture
+from data.benchmarks.benchmark import Benchmark, Picture
+from data.benchmarks.questions import Item
 from data.examples import Question
-from evaluate import prism
 from grpo.config import toy_config
-from grpo.page import (
+from grpo.log import log_step, start_run
+from reward.caprl import Answer
+from tools.prism import prism
+from tools.report.page import (
     PageConfig,
     Source,
     browser_data,
@@ -35,9 +38,8 @@ from grpo.page import (
     ticks,
     write_page,
 )
-from grpo.report import keep_thumbnail, log_step, start_run
-from grpo.scores import paired_difference, summarize
-from reward.caprl import Answer
+from tools.stats import paired_difference, summarize
+from tools.thumbnails import keep_thumbnail
 
 # ------------------------------------------------------------------------------------------------------------ made-up runs
 
@@ -60,7 +62,7 @@ def caption_row(id: str, caption: str = "It is red.", reward: float | None = 1.0
 
 
 def made_run(run_dir: Path, steps: list[list[dict]], **changes) -> Path:
-    start_run(run_dir, vars(toy_config(run_dir=str(run_dir), **changes)))
+    start_run(run_dir, toy_config(run_dir=str(run_dir), **changes).flat())
     for step, rows in enumerate(steps):
         log_step(run_dir, step, {"reward": step / 10, "accuracy": 0.5, "kl": math.nan}, {}, {"seconds": 1.0}, rows)
     return run_dir
@@ -318,7 +320,7 @@ def test_hostile_texts_stay_texts(tmp_path):
     rows = [caption_row(HOSTILE, HOSTILE, family=HOSTILE, questions=[question])]
     text = write_page(made_run(tmp_path / "run", [rows], data=HOSTILE), out=tmp_path / "r.html").read_text(encoding="utf-8")
     executed = [content for attributes, content in scripts(text) if "type=" not in attributes]
-    assert executed == [Path("grpo/page.js").read_text(encoding="utf-8")]  # ours and no other
+    assert executed == [Path("tools/report/page.js").read_text(encoding="utf-8")]  # ours and no other
     assert "<img" not in text and "49" not in unescape(text.split("<main>")[1].split("<section id=\"curves\"")[0])
     [chunk] = [content for attributes, content in scripts(text) if 'id="page-0"' in attributes]
     [[side]] = json.loads(zlib.decompress(base64.b64decode(chunk)))

@@ -11,10 +11,11 @@ from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.toy.world import draw, make_scene, toy_examples
+from grpo.config import RewardConfig
 from grpo.logprobs import CompletionScorer
 from grpo.policy import chat_text, load_policy, make_policy
 from grpo.rollout import sample_rollouts
-from reward.caprl import RewardConfig, caption_rewards, load_verifier
+from reward.caprl import caption_rewards, load_verifier
 
 CPU = torch.device("cpu")
 LOAD = {"policy": load_policy, "verifier": load_verifier}

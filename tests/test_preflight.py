@@ -10,13 +10,16 @@ from conftest import keys
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from data.toy.export import ExportConfig, export
-from grpo import preflight
-from grpo.config import toy_config
+from grpo.config import RewardConfig, toy_config
 from grpo.logprobs import CompletionScorer
-from grpo.memory import estimate_memory
 from grpo.policy import load_policy
-from grpo.preflight import (
+from grpo.rollout import sample_rollouts
+from reward.caprl import Answer
+from tools import check as preflight
+from tools.audit import gold_probe
+from tools.check import (
     Finding,
+    check,
     check_disk,
     check_lengths,
     check_memory,
@@ -27,10 +30,7 @@ from grpo.preflight import (
     format_findings,
     pixel_setting,
 )
-from grpo.rollout import sample_rollouts
-from reward.audit import gold_probe
-from reward.caprl import Answer, RewardConfig
-from train import check
+from tools.memory import estimate_memory
 
 
 def test_the_toy_run_passes(tmp_path, capsys):

@@ -11,14 +11,16 @@ import pytest
 
 import caption
 import data.curate
-import data.examples
+import data.export
 import data.toy.export
 import data.toy.writer
 import evaluate
+import grpo.run
+import reward.step
 import train
+from data.io import check_room
+from data.program import run_program
 from data.toy.demo import DemoConfig, demo
-from grpo.config import run_program
-from grpo.disk import check_room
 
 
 def test_the_demos_last_line(tmp_path, capsys):
@@ -62,7 +64,7 @@ def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(tmp_path, monkeypat
 ])
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_loaded(tmp_path, main, arguments, capsys, monkeypatch):
     """It lies under a file."""
-    for module in (train, caption, evaluate, data.curate):
+    for module in (grpo.run, reward.step, caption, evaluate, data.curate):
         monkeypatch.setattr(module, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file/of/run"
@@ -76,7 +78,7 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_is_loaded(tmp_pat
 @pytest.mark.parametrize("write", [
     lambda folder: data.toy.export.export(data.toy.export.ExportConfig(folder, num=1)),
     lambda folder: data.toy.writer.main(data.toy.writer.WriterConfig(folder)),
-    lambda folder: data.examples.write_examples(folder, []),
+    lambda folder: data.export.write_examples(folder, []),
 ])
 def test_exports_under_a_file_end_in_a_sentence(tmp_path, write, capsys):
     (tmp_path / "file").write_text("")
@@ -86,7 +88,7 @@ def test_exports_under_a_file_end_in_a_sentence(tmp_path, write, capsys):
 
 
 def test_a_disk_that_fills_during_a_run_ends_it_with_the_folder_and_what_is_free(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "rewind", lambda run_dir, num_steps: None)  # it would put a file in the place of the link
+    monkeypatch.setattr(grpo.run, "rewind", lambda run_dir, num_steps: None)  # it would put a file in the place of the link
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
@@ -114,7 +116,7 @@ def test_letters_that_the_console_does_not_have_are_printed_as_numbers(encoding,
 
 
 def test_a_reader_that_leaves_ends_a_program_in_a_sentence():
-    code = "from grpo.config import run_program; run_program(lambda _: [print('x' * 999, flush=True) for _ in range(999)], [])"
+    code = "from data.program import run_program; run_program(lambda _: [print('x' * 999, flush=True) for _ in range(999)], [])"
     program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     program.stdout.read(1)
     program.stdout.close()

@@ -8,19 +8,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo.report import (
-    LOGS,
-    METRICS,
-    THUMBNAIL_SIZE,
-    keep_thumbnail,
-    log_start,
-    log_step,
-    log_tensorboard,
-    metrics_page,
-    open_tensorboard,
-    read_log,
-    thumbnail_file,
-)
+from data.io import read_log
+from grpo.log import LOGS, log_start, log_step
+from tools.report.metrics import METRICS, metrics_page
+from tools.tensorboard import TensorBoard
+from tools.thumbnails import THUMBNAIL_SIZE, keep_thumbnail, thumbnail_file
 
 
 def test_each_key_is_defined_once_and_the_docs_are_the_list():
@@ -141,10 +133,10 @@ def test_tensorboard_gets_the_numbers_of_the_logs_and_a_few_captions(tiny_run):
 
 def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path):
     for first, value in ((0, 1.0), (1, 2.0)):  # killed after step 2 with a checkpoint after step 0
-        writer = open_tensorboard(tmp_path, first)
+        track = TensorBoard(tmp_path, first)
         for step in range(first, 3):
-            log_tensorboard(writer, tmp_path, step, {"reward": value, "kl": math.nan, "letters": [1]}, {}, {}, [])
-        writer.close()
+            track(step, {"reward": value, "kl": math.nan, "letters": [1]}, {}, {}, [])
+        track.writer.close()
     events = read_events(tmp_path / "tensorboard")
     assert [(one.step, one.value) for one in events.Scalars("metrics/reward")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
     assert events.Tags()["scalars"] == ["metrics/reward"]

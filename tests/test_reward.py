@@ -12,29 +12,28 @@ import transformers as hf
 from conftest import widen
 from transformers.cache_utils import DynamicLayer
 
+from data.choices import LETTERS, parse_choice
 from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
+from grpo.config import RewardConfig
 from reward.caprl import (
     ABSTAIN,
     ABSTAIN_EXAMPLES,
-    LETTERS,
     WORKED_EXAMPLES,
     Answer,
     Asked,
     PromptWriter,
-    RewardConfig,
     Rewards,
     RoomyLayer,
     Verifier,
-    _batches,
     ask,
     caption_rewards,
     length_reward,
     load_verifier,
-    parse_choice,
     repetition,
     shuffle_options,
     stream_names,
+    token_batches,
 )
 
 COLOR = Question("What color is it?", ("red", "green", "blue", "pink"), 2)
@@ -245,6 +244,66 @@ def test_replies_and_what_the_options_make_of_them(reply, choices, want):
     assert parse_choice(reply, choices) == want
 
 
+COLORS = ("red", "green", "blue", "pink")
+SMITHS = ("J. Smith", "A. Smith", "B. Smith", "C. Smith")
+TIMES = ("10 a.m.", "9 a.m.", "10 p.m.", "12 p.m.")
+NINE = tuple(f"x{i}" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "choices, want, replies",
+    [
+        # an option that begins like a label, after any words
+        (SMITHS, 2, ["Sure! The answer is B. Smith.", "根据描述，答案是B. Smith。"]),
+        (SMITHS, 1, ["Based on the caption, the answer is A. Smith"]),
+        (SMITHS, None, ["The answer is B. Smithson", "I do not think the answer is B. Smith"]),
+        (("Option D", "Option A"), 0, ["It is Option D.", "I would go with Option D, because"]),
+        (("选项D", "选项A"), 0, ["应该选选项D", "我认为选项D"]),
+        # a sentence that denies
+        (COLORS, None, ["I don't think the answer is A.", "It is definitely not option A.", "The wrong answer is A.",
+                        "I'd rule out option A.", "Unlike option A, the bar is green.", "Anything but option A",
+                        "At first I picked option A.", "不应该选A", "不能选A", "不要选A", "没选A", "别选A", "选A还是选B"]),
+        # an option that ends in a full stop
+        (TIMES, None, ["10 a.m. is wrong", "9 a.m. or 10 p.m.", "9 a.m., 10 p.m.", "A) 10 p.m."]),
+        (TIMES, 0, ["10 a.m.", "10 a.m. is when it opens", "A) 10 a.m.", "The answer is 10 a.m. because it says so"]),
+        (("U.S.", "U.K.", "E.U."), None, ["U.S. is not mentioned", "U.K. or E.U.", "B: U.S."]),
+        # letter and text
+        (COLORS, None, ["**B. red**", "**B) red**.", "A. The answer is blue", "A. It is blue", "A, because it is blue",
+                        "The car is blue, answer A"]),
+        (COLORS, 0, ["**A. red**", "**A) red**.", "A. The answer is red", "A. It is red", "A, because it is red"]),
+        (("not red", "red"), None, ["A) red"]), (("not red", "red"), 1, ["B) red"]),
+        (("not red", "red"), 0, ["A) not red", "not red"]),
+        (("x", "y", "New York", "York"), None, ["C) York"]), (("x", "y", "New York", "York"), 3, ["D) York"]),
+        (("Bill Clinton", "George W. Bush"), None, ["A) George W. Bush"]),
+        (("Bill Clinton", "George W. Bush"), 1, ["B) George W. Bush", "B. George W. Bush."]),
+        # said, then withdrawn
+        (COLORS, None, ["A. Wait, actually B.", "green. No, the correct answer is red.", "A... sorry, B", "red. It's blue",
+                        "red was my first thought, but the answer is green", "My first guess was option A.",
+                        "red seems right. However, the answer is blue.", "A，不对，应该是B"]),
+        # verdicts
+        (COLORS, None, ["green cannot be right", "green? No.", "green is unlikely", "green is never mentioned",
+                        "green would be wrong", "A: incorrect", "A) red is incorrect", "A, which is wrong", "A：错误",
+                        "A (wrong)", "A: ❌", "A. red. This is incorrect.", "green, not supported", "green was ruled out"]),
+        (COLORS, 1, ["B) green", "B. green because red is not mentioned", "B, the caption says green",
+                     "green, because the caption does not mention red", "green; the answer is B", "gr\u00adeen"]),
+        (("Yes", "No"), 1, ["No, there is no dog", "No. There isn't a dog", "B) No, it is not"]),
+        (("Yes", "No"), None, ["Yes is wrong", "No is wrong", "A) No"]),
+        # amounts and ranges
+        (("2", "10", "200"), None, ["2 million", "2 hundred", "10 to 12", "10 x 12", "10 by 12", "10 × 12", "2 and a half",
+                                    "10 p.m.", "2 km", "2 万", "10 percent", "2 thirds"]),
+        (("2", "10", "200"), 0, ["2", "2 cars", "2 is right", "A"]),
+        (("two", "three"), None, ["two hundred", "two thirds", "two to three"]),
+        (("5%", "5"), None, ["5 percent", "5 per cent"]),
+        (COLORS, None, ["red to blue", "red vs blue", "red vs. blue", "red through blue"]),
+        # I is a word
+        (NINE, None, ["I, as an AI, cannot see", "I: cannot", "I. cannot"]),
+        (NINE, 8, ["I", "(I)", "I.", "**I**", "I) x9", "The answer is (I)"]),
+    ],
+)  # fmt: skip
+def test_a_choice_that_the_reply_does_not_stay_with_is_not_read(choices, want, replies):
+    assert {reply: parse_choice(reply, choices) for reply in replies} == dict.fromkeys(replies, want)
+
+
 # ------------------------------------------------------------------------------------- options that mean other options
 
 
@@ -257,7 +316,8 @@ def orders(choices: tuple[str, ...], abstain: bool = False) -> set[tuple[str, ..
 
 @pytest.mark.parametrize(
     "last", ["All of the above", "None of the above.", "both of the ABOVE", "All above", "以上都是",
-             "The first two options"]
+             "The first two options", "The first", "Same as above", "Everything above", "None of these above",
+             "上面都对", "前两项"]
 )
 def test_an_option_that_means_those_above_stays_last(last):
     assert orders(("x", "y", "z", last)) == {(*three, last) for three in itertools.permutations("xyz")}
@@ -270,7 +330,8 @@ def test_an_option_that_means_those_above_stays_last(last):
         ("x", "y", "Both A and B"), ("x", "A and C only", "z"), ("x", "y", "Neither A nor B", "z"),
         ("x", "y", "A和B"),
         ("x", "y", "AB都对"), ("x", "Only A", "y"), ("x", "y", "Both A and B", "None of the above"),
-        ("All of the above", "x", "y"),
+        ("x", "y", "A to C"), ("x", "A through C", "y"), ("x", "y", "ABC"), ("x", "y", "A as well as B"),
+        ("x", "y", "Options 1 and 2"), ("x", "y", "选项1和2"), ("All of the above", "x", "y"),
         ("x", "None of the following", "y"), ("x", "y", "All except B"),
     ],
 )  # fmt: skip
@@ -283,6 +344,7 @@ def test_options_with_letters_of_others_are_not_shuffled(choices):
     [
         ("A", "B", "C"), ("Plan A", "Plan B", "x"), ("above the table", "above", "below"),
         ("A", "B", "AB"), ("A+", "B+", "O"), ("A minor", "a dog", "I only"),
+        ("the following day", "the previous one", "在桌子上面"), ("1 and 2", "to be", "dad"),
         ("All", "Both", "None of these"), ("the cat is above the dog", "x", "y"),
     ],
 )  # fmt: skip
@@ -748,11 +810,11 @@ def test_non_finite_logits_are_a_failure(verifier_model, tokenizer, mode):
 def test_batches_stay_within_the_budget():
     rows, lengths = [1, 1, 1, 10, 1], [30, 10, 40, 5, 100]
     for budget in (1, 40, 80, 120, 500):
-        batches = list(_batches([0, 1, 2, 3, 4], rows, lengths, budget))
+        batches = list(token_batches([0, 1, 2, 3, 4], rows, lengths, budget))
         assert [i for batch in batches for i in batch] == [0, 1, 2, 3, 4]
         tokens = [sum(rows[i] for i in batch) * max(lengths[i] for i in batch) for batch in batches]
         assert all(len(batch) == 1 or count <= budget for batch, count in zip(batches, tokens))
-    assert list(_batches([0, 1, 2, 3, 4], rows, lengths, 120)) == [[0, 1, 2], [3], [4]]  # 3 x 40 tokens, 13 x 40, 11 x 100
+    assert list(token_batches([0, 1, 2, 3, 4], rows, lengths, 120)) == [[0, 1, 2], [3], [4]]  # 3 x 40 tokens, 13 x 40, 11 x 100
 
 
 def test_what_is_no_part_of_qwen_reaches_the_prompt_and_the_letters(verifier_model, tokenizer):

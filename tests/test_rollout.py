@@ -12,7 +12,7 @@ from grpo import rollout
 from grpo.decode import Decoder
 from grpo.logprobs import CompletionScorer
 from grpo.policy import make_policy
-from grpo.rollout import draw_tokens, prefill, sample_rollouts, temper_logits_
+from grpo.rollout import draw_tokens, read_prompts, sample_rollouts, temper_logits_
 
 
 def steer(policy, token_logits: dict[int, float]):
@@ -278,7 +278,7 @@ def test_groups_are_refilled_a_quarter_of_the_room_at_a_time(policy, monkeypatch
     prompts = [policy.prompt(draw(make_scene("train", 0)))] * 24
     whole = sample_rollouts(policy, prompts, keys(24, 1), 30)
     sizes = []
-    monkeypatch.setattr(rollout, "prefill", lambda policy, some: sizes.append(len(some)) or prefill(policy, some))
+    monkeypatch.setattr(rollout, "read_prompts", lambda policy, some: sizes.append(len(some)) or read_prompts(policy, some))
     refilled = sample_rollouts(policy, prompts, keys(24, 1), 30, token_budget=8 * (len(prompts[0].input_ids) + 30))
     assert sizes[0] == 8 and min(sizes[1:-1]) >= 2 and sum(sizes) == 24
     assert refilled.captions == whole.captions

@@ -15,16 +15,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from data.examples import Example, Question, example_row
-from grpo.checkpoint import export_policy
-from grpo.config import toy_config
+from data.examples import Example, Question
+from data.export import example_row
+from data.io import to_json
+from grpo.config import RewardConfig, toy_config
+from grpo.export import export_policy
+from grpo.log import alarms
 from grpo.logprobs import CompletionScorer
 from grpo.policy import encode_images, load_policy
-from grpo.report import to_json
 from grpo.rollout import sample_rollouts
 from grpo.update import group_sizes, micro_batches, prepare_training_, split_evenly, update_policy
-from reward.caprl import RewardConfig, Rewards
-from train import alarms, check, check_rewards, reward_metrics, reward_settings, step_examples, train
+from reward.caprl import Rewards
+from reward.step import check_rewards, reward_metrics
+from tools.check import check
+from train import step_examples, train
 
 QUESTION = Question("What?", ("x", "y"), 1)
 EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
@@ -46,7 +50,12 @@ def test_a_pass_shows_a_picture_once_however_many_rows_it_has(tmp_path, monkeypa
              for n, name in enumerate(("a.png", "b.png", "a.png", "copy.png", "a.png"))]
     (tmp_path / "vqa.jsonl").write_text("".join(lines))
     seen = []
-    monkeypatch.setattr("train.load_run", lambda config, device, examples: seen.append(examples) or 1 / 0)
+    def note(examples, config):
+        seen.append(examples)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("train.check_examples", note)
+    monkeypatch.setattr("tools.check.check_examples", note)
     config = toy_config(data=str(tmp_path / "vqa.jsonl"), run_dir=str(tmp_path / "run"), prompts_per_step=1)
     for start in (train, check):
         with pytest.raises(ZeroDivisionError):
@@ -296,7 +305,8 @@ def test_reward_metrics_hand_computed(policy, batch):
 
 def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, monkeypatch):
     other = {"accuracy": 0.5 * 8, "captions of accuracy": 8}
-    monkeypatch.setattr("train.sum_across_ranks", lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    monkeypatch.setattr("reward.step.sum_across_ranks",
+                        lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
     metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [], {"accuracy": math.nan}))
     assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
 
@@ -345,8 +355,9 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     finals = [train(toy_config(run_dir=str(tmp_path / name), **TINY)) for name in ("one", "two")]
     said = capsys.readouterr().out
     ids = load_policy("data/toy/policy", torch.device("cpu"))
-    sampling = f"no top-k or top-p, at most 96 tokens, EOS {ids.eos_ids}, never {ids.forbidden_ids};"
-    assert f"sampling: temperature 1.0, {sampling}" in said
+    assert ids.names(ids.eos_ids) == "737 <|im_end|>, 738 <|endoftext|>"
+    sampling = f"no top-k or top-p, at most 96 tokens, EOS {ids.names(ids.eos_ids)}, never"
+    assert f"sampling: temperature 1.0, {sampling} {ids.names(ids.forbidden_ids)};" in said
     records = []
     for name in ("one", "two"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -389,7 +400,7 @@ def test_a_judge_can_give_the_reward(tmp_path):
 def test_a_run_freezes_and_checkpoints_as_told(tmp_path, monkeypatch):
     seen = []
     spy = lambda model, config: seen.append(config) or prepare_training_(model, config)  # noqa: E731
-    monkeypatch.setattr("train.prepare_training_", spy)
+    monkeypatch.setattr("grpo.run.prepare_training_", spy)
     config = toy_config(run_dir=str(tmp_path / "f"), freeze="vision", gradient_checkpointing=True, **TINY | {"num_steps": 1})
     final = AutoModelForImageTextToText.from_pretrained(train(config), dtype=torch.float32)
     start = AutoModelForImageTextToText.from_pretrained(config.policy, dtype=torch.float32)
@@ -404,15 +415,15 @@ def test_every_setting_of_the_reward_reaches_it():
         num_questions=7, question_draw="independent", num_shuffles=3, abstain=True, soft=True, length_weight=0.5, length_full=9,
         length_zero=11, repetition_weight=0.1,
     )
-    assert reward_settings(config) == RewardConfig(7, "independent", 3, True, True, 0.5, 9, 11, 0.1)
-    assert all(getattr(reward_settings(config), field.name) != field.default for field in fields(RewardConfig))
+    assert config.reward_config == RewardConfig(7, "independent", 3, True, True, 0.5, 9, 11, 0.1)
+    assert all(getattr(config.reward_config, field.name) != field.default for field in fields(RewardConfig))
 
 
 def test_too_many_failures_stop_the_run(monkeypatch):
     records = [[{"failure": "too long"}, {"failure": ""}], [{"failure": ""}] * 2]
     result = Rewards(torch.zeros(2), {}, records, {})
     check_rewards(result, 0.25, toy_config(max_failed_share=0.25))
-    monkeypatch.setattr("train.gather_rows", lambda rows: [*rows, "not finite"])  # another rank's reason
+    monkeypatch.setattr("reward.step.gather_rows", lambda rows: [*rows, "not finite"])  # another rank's reason
     with pytest.raises(ValueError, match=r"26% of the step's questions could not be scored \(not finite; too long\)"):
         check_rewards(result, 0.26, toy_config(max_failed_share=0.25))
 

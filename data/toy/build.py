@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from data.benchmarks import example_benchmark
+from data.benchmarks.benchmark import example_benchmark
 from data.examples import Question
+from data.io import check_room
+from data.program import run_program
 from data.toy.captioner import train_policy
 from data.toy.tokenizer import build_tokenizer
 from data.toy.verifier import train_verifier
@@ -30,13 +32,14 @@ from data.toy.world import (
     toy_example,
     write_caption,
 )
-from evaluate import PrismConfig, format_table, prism, write_captions
-from grpo.checkpoint import export_policy
-from grpo.config import run_program
-from grpo.disk import check_room
+from grpo.config import RewardConfig
+from grpo.export import export_policy
 from grpo.policy import load_policy
-from grpo.scores import summarize
-from reward.caprl import RewardConfig, Verifier, caption_rewards, load_verifier
+from reward.caprl import Verifier, caption_rewards, load_verifier
+from tools.caption_cache import CaptionsConfig, write_captions
+from tools.prism import prism
+from tools.stats import summarize
+from tools.tables import format_table
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,10 @@ def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     device = torch.device("cpu")
     policy, verifier = load_policy(str(folder / "policy"), device), load_verifier(str(folder / "verifier"), device)
     examples = [toy_example(scene) for scene in scenes]
-    config = PrismConfig(policy=(str(folder / "policy"),), num_captions=4, max_new_tokens=96, seed=seed, cache="")
+    config = CaptionsConfig(num_captions=4, max_new_tokens=96, cache="")
     benchmark = example_benchmark("toy:heldout", examples)
-    rows = prism(benchmark, write_captions(policy, benchmark.pictures, config), verifier, seed)
+    captions = write_captions(policy, benchmark.pictures, config, seed)
+    rows = prism(benchmark, captions, verifier, seed)
     well_formed = sum(is_well_formed(row["caption"]) for row in rows) / len(rows)
     groups = torch.tensor([row["accuracy"] for row in rows]).view(-1, 4)
     return (

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.logprobs import CompletionScorer
-from grpo.policy import INSTRUCTION, Policy, make_policy
+from grpo.policy import CAPTION_INSTRUCTION, Policy, make_policy
 from grpo.rollout import Rollouts
 
 SEEING = 0.75
@@ -62,7 +62,8 @@ def weak_caption(scene: Scene, rng: random.Random) -> str:
     return write_caption(scene.family, [f for f in facts if rng.random() < kept] or facts[:1])
 
 
-def as_rollouts(policy: Policy, scenes: Sequence[Scene], captions: Sequence[str], instruction: str = INSTRUCTION) -> Rollouts:
+def as_rollouts(policy: Policy, scenes: Sequence[Scene], captions: Sequence[str],
+                instruction: str = CAPTION_INSTRUCTION) -> Rollouts:
     """Given texts, one per scene, in the form the scorer takes: each ended by EOS, none sampled."""
     rows = [policy.tokenizer.encode(c, add_special_tokens=False) + [policy.tokenizer.eos_token_id] for c in captions]
     lengths = torch.tensor([len(row) for row in rows])

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import tyro
 
+from data.program import run_program
 from evaluate import PrismConfig, run
-from grpo.config import run_program, toy_config
-from grpo.scores import summarize
+from grpo.config import toy_config
+from tools.stats import summarize
 from train import train
 
 

@@ -12,10 +12,10 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from data.examples import example_row
+from data.export import example_row
+from data.io import naming
+from data.program import run_program
 from data.toy.world import make_scene, toy_example
-from grpo.config import run_program
-from grpo.disk import naming
 
 
 @dataclass(frozen=True)

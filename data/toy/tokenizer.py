@@ -5,9 +5,10 @@ import random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from data.choices import LETTERS
 from data.toy.world import COMMON_KNOWLEDGE, DOMAINS, make_scene, scene_questions, write_caption
-from grpo.policy import INSTRUCTION as CAPTION_INSTRUCTION
-from reward.caprl import ABSTAIN, ABSTAIN_EXAMPLES, ANSWER_START, INSTRUCTION, LETTERS, WORKED_EXAMPLES
+from grpo.policy import CAPTION_INSTRUCTION
+from reward.caprl import ABSTAIN, ABSTAIN_EXAMPLES, ANSWER_INSTRUCTION, ANSWER_START, WORKED_EXAMPLES
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -50,7 +51,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _corpus():
     """Enough of every text that each of its words becomes one token."""
     rng = random.Random("toy:corpus")
-    fixed = [INSTRUCTION, WORKED_EXAMPLES, ABSTAIN_EXAMPLES, ABSTAIN, "user assistant system"]
+    fixed = [ANSWER_INSTRUCTION, WORKED_EXAMPLES, ABSTAIN_EXAMPLES, ABSTAIN, "user assistant system"]
     fixed += [f"{ANSWER_START} {letter}\n{letter}) Caption: <Caption Start> <Caption End>\nQuestion:" for letter in LETTERS]
     fixed += [text for text, _, _ in COMMON_KNOWLEDGE] + [CAPTION_INSTRUCTION]
     fixed += [f" {value} {value}\n" for values in DOMAINS.values() for value in values]

@@ -1,6 +1,6 @@
 """The toy verifier: a Qwen2 of about 1.4 million parameters that reads captions and nothing else.
 
-It is trained through the function that uses it (`reward.caprl.prefill_`): same prompt, same cache layout. Asked for option
+It is trained through the function that uses it (`reward.caprl.run_rows_`): same prompt, same cache layout. Asked for option
 letters at once it stays near the guess rate for thousands of steps. So it first learns two easier things side by side:
 to recall what a caption says ("What color is the star?" and, at the question mark, " red"), and to find the letter of an option
 that is named outright ("Which option is red?"). From there to questions on short captions is a short way. Probes, thrown away
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from data.choices import LETTERS
 from data.examples import Question
 from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import (
@@ -30,7 +31,7 @@ from data.toy.world import (
     write_question,
     write_sentence,
 )
-from reward.caprl import LETTERS, PromptWriter, prefill_, prefill_captions, shuffle_options
+from reward.caprl import PromptWriter, run_captions, run_rows_, shuffle_options
 
 RECALL_ENOUGH, FEW_ENOUGH = 0.96, 0.97
 """Shares of values recalled and letters found at which the next stage begins: questions on few facts, then captions of every
@@ -187,12 +188,12 @@ class Pupil(nn.Module):
     def forward(self, head: list[int], lessons: list[Lesson]) -> tuple[Tensor, dict[str, float]]:
         """The sum of the mean losses, and the shares of values recalled and letters chosen rightly."""
         model = self.model
-        hidden, cache, seen = prefill_captions(model, head, [lesson.caption for lesson in lessons])
+        hidden, cache, seen = run_captions(model, head, [lesson.caption for lesson in lessons])
         rows, at, tokens = _columns([(row, *subject) for row, lesson in enumerate(lessons) for subject in lesson.subjects], 3)
         loss = F.cross_entropy(self.subject_probe(hidden[rows, at]), tokens, reduction="sum") / max(len(tokens), 1)
 
         parents = [row for row, lesson in enumerate(lessons) for _ in lesson.questions]
-        hidden, cache, seen = prefill_(model, [ids for lesson in lessons for ids in lesson.questions], parents, cache, seen)
+        hidden, cache, seen = run_rows_(model, [ids for lesson in lessons for ids in lesson.questions], parents, cache, seen)
         asked = [(row, token) for row, token in enumerate(a for lesson in lessons for a in lesson.asked) if token is not None]
         rows, tokens = _columns(asked, 2)
         loss = loss + F.cross_entropy(self.asked_probe(hidden[rows, -1]), tokens, reduction="sum") / max(len(tokens), 1)
@@ -201,7 +202,7 @@ class Pupil(nn.Module):
         with_options = [row for row, lesson in enumerate(ls for ls in lessons for _ in ls.questions) if lesson.options]
         if not with_options:
             return loss + recall_loss, {"recall": recall}
-        hidden, _, _ = prefill_(model, [ids for lesson in lessons for ids in lesson.options], with_options, cache, seen)
+        hidden, _, _ = run_rows_(model, [ids for lesson in lessons for ids in lesson.options], with_options, cache, seen)
         marks = [(row, *m) for row, group in enumerate(g for lesson in lessons for g in lesson.is_right) for m in group]
         rows, at, is_right = _columns(marks, 3)
         right_loss = F.binary_cross_entropy_with_logits(self.right_probe(hidden[rows.long(), at.long()])[:, 0], is_right)

@@ -19,13 +19,14 @@ import tyro
 from torch import Tensor
 
 from data.curate import WRITING_INSTRUCTION
-from data.examples import Question, parse_questions
+from data.examples import Question
+from data.io import check_room
+from data.program import run_program
 from data.toy.captioner import FAMILY_SHARES, SHARPNESS, as_rollouts, sharpen_
 from data.toy.fit import fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, scene_questions
-from grpo.checkpoint import export_policy
-from grpo.config import run_program
-from grpo.disk import check_room
+from data.written import parse_questions
+from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy, load_policy
 from grpo.rollout import sample_rollouts

@@ -21,7 +21,7 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     beside the caption.
     """
     width = 2 if is_gpu else 4  # bytes of a number in the compute dtype
-    is_shared = num_ranks == 1 and not is_gpu  # one model samples and learns
+    has_one_model = num_ranks == 1 and not is_gpu  # one model samples and learns
     is_sharded = num_ranks > 1 or is_gpu
     shards = num_ranks // config.replicas
     parameters = _size(policy)
@@ -29,7 +29,7 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     merger = sum(_size(part) for name, part in visual.named_children() if "merger" in name)
     frozen = {"none": 0, "vision": _size(visual) - merger, "vision+merger": _size(visual)}[config.freeze]
     found = {
-        "sampler's weights": 0 if is_shared else width * parameters,
+        "sampler's weights": 0 if has_one_model else width * parameters,
         "masters and moments": (12 * (parameters - frozen) + 4 * frozen) // shards,
         "reference": 0 if config.kl_coef == 0 or config.offload_reference else width * parameters // shards,
         "verifier's weights": width * _size(verifier) if verifier is not None else 0,
@@ -106,7 +106,7 @@ def _verifier(verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: 
     reply_tokens = config.verifier_max_new_tokens if replies else 0
     room = getattr(text, "max_position_embeddings", None) or VERIFIER_TOKENS  # Bloom has no limit
     longest = min(config.max_new_tokens + asking_tokens + reply_tokens, room)
-    questions = config.num_questions * config.num_shuffles
+    questions = config.reward_config.num_questions * config.reward_config.num_shuffles
     rows = config.prompts_per_step // num_ranks * config.group_size * questions
     tokens = min(VERIFIER_TOKENS, rows * longest)
     wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.examples import check_text, filled, read_jsonl
-from data.images import seen_otherwise
+from data.io import check_text, filled, read_jsonl
+from data.tones import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 """What trainers replace by a picture or the like, wherever it stands."""
@@ -17,7 +17,8 @@ def read_about(out: Path) -> dict:
     try:
         return json.loads((out / "about.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{out}: expected a folder that caption.py has written ({error})") from None
+        expected = "expected a folder that caption.py has written"
+        raise ValueError(f"{out}: {expected} ({error})") from None
 
 
 def count_finished(out: Path) -> int:
@@ -26,11 +27,14 @@ def count_finished(out: Path) -> int:
 
 
 def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
-    """("shard-000000.jsonl line 1", row) of all shards, in the order of the input. Raises ValueError if some are missing."""
-    about = read_about(out)
-    if (found := count_finished(out)) != about["shards"]:
-        raise ValueError(f"{out}: expected {about['shards']} finished shards, found {found}")
-    for number in range(about["shards"]):
+    """("shard-000000.jsonl line 1", row) of all shards, in the order of the input.
+
+    Raises ValueError if some are missing.
+    """
+    num_shards, num_finished = read_about(out)["shards"], count_finished(out)
+    if num_finished != num_shards:
+        raise ValueError(f"{out}: expected {num_shards} finished shards, found {num_finished}")
+    for number in range(num_shards):
         path = out / f"shard-{number:06d}.jsonl"
         if path.stat().st_size:  # a tar file without images leaves an empty one
             for line, row in read_jsonl(path):
@@ -58,11 +62,22 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"{path}, the object's {id!r}", filled(row) | {"id": id}
 
 
-def export_captions(out: Path, layout: str) -> Path:
-    """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out and counted.
+def check_captions(out: Path) -> None:
+    """Raises ValueError where all is finished and no row has a caption."""
+    first = next(finished_rows(out), None)
+    if all("error" in row for _, row in finished_rows(out)):
+        said = f"the first: {first[1]['error']}" if first else "no rows"
+        expected = "expected a caption, found none"
+        raise ValueError(f"{out}: {expected}; no image could be opened ({said})")
 
-    Images stay the files that they are. Those that a trainer will see otherwise than the captioner did are counted, from their
-    heads: trainers call Pillow's `convert("RGB")`, which turns nothing and drops what is transparent.
+
+def export_captions(out: Path, layout: str) -> Path:
+    """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out
+    and counted.
+
+    Images stay the files that they are. Trainers call Pillow's `convert("RGB")` on them, which
+    turns nothing and drops what is transparent. Those that they will see otherwise than the
+    captioner did are counted, from their heads.
     """
     about, target = read_about(out), out / f"{layout}.json"
     images = Path(about["images"])
@@ -73,7 +88,8 @@ def export_captions(out: Path, layout: str) -> Path:
     with unfinished.open("w", encoding="utf-8") as file:
         for where, row in finished_rows(out):
             if ".tar/" in row["image"] or ".parquet row " in row["image"]:
-                raise ValueError(f"{where}: expected images that are files, for a trainer to open, got {row['image']!r}")
+                expected = "expected images that are files, for a trainer to open"
+                raise ValueError(f"{where}: {expected}, got {row['image']!r}")
             if reason := _not_exported(row):
                 left_out[reason] = left_out.get(reason, 0) + 1
                 continue
@@ -83,7 +99,8 @@ def export_captions(out: Path, layout: str) -> Path:
                 why = "not found or not readable here"
             if why:
                 otherwise.setdefault(why, []).append(row["image"])
-            turns = [{"from": "human", "value": f"<image>\n{instruction}"}, {"from": "gpt", "value": row["caption"]}]
+            turns = [{"from": "human", "value": f"<image>\n{instruction}"},
+                     {"from": "gpt", "value": row["caption"]}]
             new = {"id": row["id"], "image": row["image"], "conversations": turns}
             if layout == "sharegpt":
                 new = {"conversations": turns, "images": [row["image"]]}
@@ -93,10 +110,11 @@ def export_captions(out: Path, layout: str) -> Path:
     unfinished.replace(target)
     if layout == "sharegpt":
         columns = {"messages": "conversations", "images": "images"}
-        entry = {"captions": {"file_name": target.name, "formatting": "sharegpt", "columns": columns}}
-        (out / "dataset_info.json").write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
-    print(f"{target}: {num_rows} rows, {num_cut} of them cut off at {about['max_new_tokens']} tokens; images below "
-          f"{about['images']}; left out: {left_out or 'none'}")
+        entry = {"file_name": target.name, "formatting": "sharegpt", "columns": columns}
+        info = json.dumps({"captions": entry}, indent=2) + "\n"
+        (out / "dataset_info.json").write_text(info, encoding="utf-8")
+    print(f"{target}: {num_rows} rows, {num_cut} of them cut off at {about['max_new_tokens']} "
+          f"tokens; images below {about['images']}; left out: {left_out or 'none'}")
     for why, names in otherwise.items():
         print(f"warning: images that a trainer may see otherwise than the captioner did: "
               f"{len(names)} {why}, the first is {names[0]}")
@@ -109,26 +127,32 @@ def _not_exported(row: dict) -> str:
         return "image unreadable"
     if not row["caption"].strip():
         return "caption empty"
-    return "caption with a placeholder" if any(mark in row["caption"] for mark in PLACEHOLDERS) else ""
+    has_placeholder = any(mark in row["caption"] for mark in PLACEHOLDERS)
+    return "caption with a placeholder" if has_placeholder else ""
 
 
 def check_export(path: Path, images: Path | None = None) -> int:
-    """The number of rows of a file in LLaVA's or LLaMA-Factory's format. Raises ValueError at the first row that a trainer
-    would stumble over; with `images`, also for a picture that is not there."""
+    """The number of rows of a file in LLaVA's or LLaMA-Factory's format.
+
+    Raises ValueError at the first row that a trainer would stumble over; with `images`, also for a
+    picture that is not there.
+    """
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a JSON file ({error})") from None
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__ if rows else 'none'}")
+        kind = type(rows).__name__ if rows else "none"
+        raise ValueError(f"{path}: expected a list of rows, found {kind}")
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
         try:
             row = filled(row) if isinstance(row, dict) else row
             check_text("the row", json.dumps(row, ensure_ascii=False))
             _check_row(row, images)
-            if "id" in row and seen.setdefault(row["id"], number) != number:
-                raise ValueError(f"id {row['id']!r} was used before, in row {seen[row['id']]}")
+            first = seen.setdefault(row["id"], number) if "id" in row else number
+            if first != number:
+                raise ValueError(f"id {row['id']!r} was used before, in row {first}")
         except ValueError as error:
             raise ValueError(f"{path} row {number}: {error}") from None
     return len(rows)
@@ -143,7 +167,8 @@ def _check_row(row: dict, images: Path | None) -> None:
         raise ValueError(f"expected a text in id, got {row.get('id')!r}")
     else:
         pictures = [row["image"]] if "image" in row else []
-    if not isinstance(pictures, list) or not all(isinstance(name, str) and name for name in pictures):
+    names = pictures if isinstance(pictures, list) else [None]
+    if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"expected paths of images, got {pictures!r}")
     turns = row["conversations"]
     if len(turns) < 2 or len(turns) % 2:
@@ -157,6 +182,8 @@ def _check_row(row: dict, images: Path | None) -> None:
         marks = turn["value"].count("<image>")
         wanted = len(pictures) if place == 0 else 0
         if marks != wanted or any(mark in turn["value"] for mark in PLACEHOLDERS[1:]):
-            raise ValueError(f"turn {place}: expected {wanted} <image> and no other placeholder, got {turn['value']!r:.80}")
-    if images is not None and (missing := [name for name in pictures if not (images / name).is_file()]):
-        raise ValueError(f"image {images / missing[0]}: expected a file, found nothing")
+            expected = f"expected {wanted} <image> and no other placeholder"
+            raise ValueError(f"turn {place}: {expected}, got {turn['value']!r:.80}")
+    for name in pictures if images is not None else ():
+        if not (images / name).is_file():
+            raise ValueError(f"image {images / name}: expected a file, found nothing")

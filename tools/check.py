@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from data.examples import merge_pictures, read_manifest, scan_examples
+from data.images import image_size, open_image
+from data.io import check_room
 from grpo.config import TrainConfig
-from grpo.distributed import gather_rows, world_size
+from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy
-from grpo.rollout import Rollouts
+from grpo.rollout import Rollouts, sample_rollouts
+from grpo.run import load_run
+from reward.step import check_examples, load_reward
+from tools.audit import gold_probe
+from tools.memory import estimate_memory
 
 TRIAL_TOKENS = 256
 """Tokens per caption of the trial rollout."""
@@ -145,7 +153,7 @@ def check_policy(rollouts: Rollouts, scorer: CompletionScorer, forbidden_ids: Se
 
 
 def check_verifier(scores: dict[str, float]) -> Finding:
-    """scores: of `reward.audit.gold_probe`."""
+    """scores: of `tools.audit.gold_probe`."""
     problem = ""
     if not scores["gold_caption"] > max(0.7, scores["no_caption"] + 0.2):
         problem = "it does not find an answer that it is told: take another verifier, or look at its chat template"
@@ -174,3 +182,70 @@ def check_disk(folder: Path, num_parameters: int, config: TrainConfig) -> Findin
 def any_problem(findings: Sequence[Finding]) -> bool:
     """Whether any rank has found something wrong. Every rank must call this."""
     return any(gather_rows([any(one.problem for one in findings)]))
+
+
+def check(config: TrainConfig) -> None:
+    """`--check`: prints what was found on models, data and machine. SystemExit with code 2 if anything is wrong."""
+    device = init_distributed(config.timeout_minutes)
+    share = config.prompts_per_rank(world_size())
+    check_room(Path(config.run_dir))
+    parts = f"{share} of {config.prompts_per_step} prompts each, weights in {world_size() // config.replicas} parts"
+    findings = [Finding("ranks", f"{world_size()} on {device.type}, {parts}")]
+    with all_or_none("data"):
+        examples, refused = scan_examples(config.data)
+    examples = merge_pictures(examples)
+    unreadable, sizes = [], {}
+    for example in tqdm(examples[rank() :: world_size()], desc="images", unit="image", disable=rank() != 0):
+        try:
+            sizes[example.id] = image_size(example.image)
+        except ValueError as error:
+            unreadable.append(str(error))
+    unreadable, sizes = gather_rows(unreadable), dict(gather_rows(list(sizes.items())))
+    counts = [len(example.questions) for example in examples]
+    bad = [*refused, *unreadable]
+    findings.append(Finding(
+        "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} questions, "
+        f"{len(read_manifest(config.data))} rows and questions left out as the manifest lists",
+        f"{len(refused)} rows and {len(unreadable)} images cannot be used: {'; '.join(bad[:5])}" if bad else "",
+    ))
+    examples = [example for example in examples if example.id in sizes]
+    if bad and len(examples) < config.prompts_per_step:  # too few for a step are left: what was found is the reason
+        print0(format_findings(findings))
+        raise SystemExit(2)
+    with all_or_none("start"):
+        check_examples(examples, config)
+        reward = load_reward(config, device)
+    run = load_run(config, device)
+    sampler, verifier = run.sampler, reward.verifier
+
+    findings.append(check_sampling(sampler, config))
+    with all_or_none("images"):
+        prompts = [sampler.prompt(open_image(example.image)) for example in examples[:2]]
+    of_image = [sampler.image_tokens(*size) for size in sizes.values()]
+    text_tokens = len(prompts[0].input_ids) - sampler.image_tokens(*sizes[examples[0].id])
+    ends = {"policy": sampler.tokenizer.decode(prompts[0].input_ids)}
+    if verifier:
+        ends["verifier"] = verifier.tokenizer.decode(verifier.writers[config.reward_config.abstain].tail_ids)
+    findings.append(check_templates(ends))
+    asking_tokens = verifier.prompt_tokens(examples) if verifier else 0
+    room = verifier.context - asking_tokens if verifier else None
+    findings.append(check_lengths(sampler, of_image, text_tokens, room, config))
+    estimate = estimate_memory(
+        sampler.model, verifier.model if verifier else None, config, world_size(), device.type == "cuda",
+        max(of_image) + text_tokens, max(of_image), asking_tokens,
+    )
+    findings.append(check_memory(estimate, min(gather_rows([available_memory(device)]))))
+
+    keys = [f"{config.seed}:check:{example.id}:caption:{g}" for example in examples[:2] for g in range(config.group_size)]
+    length = min(config.max_new_tokens, TRIAL_TOKENS)
+    rollouts = sample_rollouts(sampler, prompts, keys, length, config.temperature, config.rollout_tokens)
+    findings.append(check_policy(rollouts, run.scorer, sampler.forbidden_ids))
+    if verifier:
+        findings.append(check_verifier(gold_probe(examples[: config.probe_images], verifier, config.reward_config)))
+    num_parameters = sum(parameter.numel() for parameter in sampler.model.parameters())
+    findings.append(check_disk(Path(config.run_dir), num_parameters, config))
+
+    is_wrong = any_problem(findings)
+    print0(format_findings(findings))
+    if is_wrong:
+        raise SystemExit(2)

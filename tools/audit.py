@@ -19,8 +19,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data.examples import Example, read_jsonl
-from reward.caprl import LETTERS, Asked, AskVerifier, RewardConfig, answer_stats, caption_rewards, load_verifier, repetition
+from data.choices import LETTERS
+from data.examples import Example
+from data.images import open_image
+from data.io import read_jsonl
+from grpo.config import RewardConfig, TrainConfig
+from grpo.policy import Policy
+from grpo.rollout import sample_rollouts
+from reward.caprl import Asked, AskVerifier, answer_stats, caption_rewards, load_verifier, repetition
 
 
 def audit(rows: Sequence[dict]) -> dict:
@@ -301,3 +307,19 @@ def main(arguments: list[str]) -> None:
     verifier = load_verifier(config.verifier, device, dtype, mode=config.mode, temperature=config.temperature)
     for key, value in replay(rows, verifier).items():
         print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
+
+
+def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifier | None, probe_set: Sequence[Example],
+               config: TrainConfig) -> dict:
+    """The audit of the step's captions and, every `audit_every` steps and at the last, of the policy's captions of the
+    probe set."""
+    found = audit(rows)
+    is_due = config.audit_every and (step % config.audit_every == 0 or step + 1 == config.num_steps)
+    if verifier is not None and is_due and len(probe_set) > 1:
+        prompts = [sampler.prompt(open_image(example.image)) for example in probe_set]
+        keys = [f"{config.seed}:probe:{example.id}:caption" for example in probe_set]
+        captions = sample_rollouts(
+            sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens
+        ).captions
+        found |= probe(captions, probe_set, verifier, config.reward_config, config.seed)
+    return found

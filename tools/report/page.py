@@ -1,6 +1,8 @@
 """The report page: what the policy wrote, what was asked, what was answered and what it earned, in one file.
 
-    python -m grpo.report runs/toy            # see grpo/report.py for the other ways to call it
+    python -m tools.report runs/toy                                  # a run: runs/toy/report.html
+    python -m tools.report runs/toy runs/other                       # two runs side by side
+    python -m tools.report runs/demo/before.jsonl runs/demo/after.jsonl   # what evaluate.py --out wrote
 
 It reads the files of a run folder, or of an evaluation, and writes HTML that opens from disk without a network. Numbers,
 curves and tables are there without scripts. The captions are in the page too, packed by step and unpacked when a step is
@@ -13,17 +15,19 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
 import jinja2
 import tyro
 
+from data.io import naming, read_log
 from grpo.config import PRESETS
-from grpo.disk import naming
-from grpo.report import LOGS, METRICS, SHOWN_GROUPS, read_log, saved_config, thumbnail_file
-from grpo.scores import interval, paired_difference, summarize
+from grpo.log import LOGS, saved_config
+from tools.report.metrics import METRICS
+from tools.stats import interval, paired_difference, summarize
+from tools.thumbnails import SHOWN_GROUPS, thumbnail_file
 
 MAX_STEPS = 200
 """Steps whose captions are read: more would take minutes and fit no page."""
@@ -396,7 +400,7 @@ def nearest_preset(config: dict) -> tuple[str, dict[str, tuple]]:
     """The recipe that the settings differ least from, and setting -> (here, there) where they do."""
     found = {}
     for name, (_, preset) in PRESETS.items():
-        there = asdict(preset)
+        there = preset.flat()
         found[name] = {key: (value, there[key]) for key, value in config.items() if key in there and there[key] != value}
     name = min(found, key=lambda name: len(found[name]))
     return name, found[name]

@@ -1,0 +1,107 @@
+"""Evaluation files as they are published, read into pictures with questions.
+
+    load_benchmark("chartqa:ChartQA/data/test-*.parquet")
+    load_benchmark("heldout.jsonl"), load_benchmark("toy:heldout:96")
+
+The first is KIND:PATH, with a file, a pattern or a folder of parquet files. The others are the
+project's own questions. The kind says what is asked and how it is scored; the path and the file's
+columns never do. docs/formats.md tells where each file comes from. A row that cannot be asked or
+scored is refused with its reason and counted: it is no zero, and no free point.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.benchmarks.files import file_rows
+from data.benchmarks.questions import KINDS, Item, Metric, row_items
+from data.examples import Example, load_examples, merge_pictures
+from data.images import ImageSource
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and all that is asked about it; its id is that of its first question, or of the
+    file's row of images."""
+
+    id: str
+    image: ImageSource
+    items: tuple[Item, ...]
+    other_ids: tuple[str, ...] = ()
+    """Of later rows with the same picture, whose questions are among these."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    name: str
+    kind: str
+    metric: Metric
+    pictures: list[Picture]
+    refused: list[str]
+    """A sentence on each row, or question of a row, that was left out."""
+
+
+def load_benchmark(source: str) -> Benchmark:
+    """Raises ValueError naming file, row, expected and found if there is nothing to ask, or if the
+    file cannot be read."""
+    kind, colon, path = source.partition(":")
+    if not (colon and kind in KINDS):
+        if colon and kind != "toy" and not Path(source).exists():
+            raise ValueError(f"{source}: expected a JSONL file, toy:SPLIT:NUM or KIND:PATH with "
+                             f"KIND one of {', '.join(KINDS)}")
+        examples = merge_pictures(load_examples(source))
+        return example_benchmark(source if kind == "toy" else Path(source).stem, examples)
+    refused: list[str] = []
+    # By the picture's bytes, for its rows share its captions: the image, ids of rows, items.
+    by_hash: dict[str, tuple[ImageSource, list[str], list[Item]]] = {}
+    seen: set[str] = set()
+    for row in file_rows(Path(path)):
+        if isinstance(row, str):
+            refused.append(row)
+            continue
+        try:
+            if row.id in seen:
+                raise ValueError(f"id {row.id!r} was used before")
+            items, reasons = row_items(row, kind)
+            digest, image = row.picture()
+        except ValueError as error:
+            refused.append(f"{row.where}: {error}")
+            continue
+        seen.add(row.id)
+        refused += [f"{row.where}, {reason}" for reason in reasons]
+        if items:
+            _, ids, together = by_hash.setdefault(digest, (image, [], []))
+            ids.append(row.id)
+            together.extend(items)
+    if not by_hash:
+        reason = refused[0] if refused else "no rows"
+        raise ValueError(f"{path}: expected questions of kind {kind}, found none ({reason})")
+    pictures = [
+        Picture(ids[0], image, tuple(items), tuple(ids[1:]))
+        for image, ids, items in by_hash.values()
+    ]
+    return Benchmark(kind, kind, KINDS[kind], pictures, refused)
+
+
+def load_benchmarks(sources: Sequence[str], limit: int = 0) -> list[Benchmark]:
+    """Each with its first `limit` pictures, 0 for all. Where two have one name, all are named by
+    their sources."""
+    benchmarks = []
+    for source in sources:
+        benchmark = load_benchmark(source)
+        benchmarks.append(replace(benchmark, pictures=benchmark.pictures[: limit or None]))
+    if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
+        return [replace(benchmark, name=source) for benchmark, source in zip(benchmarks, sources)]
+    return benchmarks
+
+
+def example_benchmark(name: str, examples: Sequence[Example]) -> Benchmark:
+    """The project's own examples, all their questions asked."""
+    pictures = []
+    for example in examples:
+        items = tuple(
+            Item(f"{example.id}:{n}", question, example.family)
+            for n, question in enumerate(example.questions)
+        )
+        pictures.append(Picture(example.id, example.image, items, example.other_ids))
+    return Benchmark(name, "choice", "choice", pictures, [])

@@ -1,0 +1,234 @@
+"""Rows of evaluation files as they are published: VLMEvalKit's TSV, parquet, JSONL.
+
+Pictures stay in their file: a row knows how to read its own when it is asked for.
+"""
+
+import ast
+import base64
+import binascii
+import csv
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.images import ImageSource, StoredImage, picture_hash
+from data.io import filled, json_rows
+from data.parquet import parquet_rows
+
+csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
+
+REFERENCE_LENGTH = 64
+"""A cell in TSV's image column no longer than this is the index of the row that has the picture
+(VLMEvalKit's rule)."""
+ID_COLUMNS = ("id", "index", "questionId", "question_id", "data_id")
+IMAGE_COLUMNS = ("image", "images")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of any of the formats: cells by the name of their column, and its picture."""
+
+    where: str
+    id: str
+    cells: dict
+    picture: Callable[[], tuple[str, ImageSource]]
+    """The hash of the picture's bytes, and the picture. Raises ValueError if the row has none, or
+    several."""
+
+    def cell(self, *names: str):
+        """The first of the columns that is there and filled. Raises ValueError if none is."""
+        values = self._filled(names)
+        if not values:
+            columns = sorted(map(str, self.cells))
+            raise ValueError(
+                f"expected {' or '.join(names)}, found columns {columns}, or empty cells"
+            )
+        return values[0]
+
+    def text(self, *names: str) -> str:
+        """"" if none of the columns is filled; of a list, its first entry."""
+        values = self._filled(names)
+        value = values[0] if values else ""
+        return str(value[0] if isinstance(value, list) else value).strip()
+
+    def _filled(self, names: tuple[str, ...]) -> list:
+        cells = [self.cells.get(name) for name in names]
+        return [cell for cell in cells if cell not in (None, "", [])]
+
+
+def file_rows(path: Path) -> Iterator[Row | str]:
+    """The rows of a file, or of a split's parquet files: a folder of them, or a pattern. In place
+    of a line that is no row, a sentence. Raises ValueError for a file that cannot be read."""
+    if path.is_dir() or "*" in path.name:
+        files = sorted(path.glob("*.parquet") if path.is_dir() else path.parent.glob(path.name))
+        # "test" of "test-00000-of-00002.parquet"
+        splits = sorted({re.split(r"-\d", file.name)[0] for file in files})
+        if len(splits) != 1 or not all(file.suffix == ".parquet" for file in files):
+            raise ValueError(f"{path}: expected parquet files of one split (choose as in "
+                             f"'test-*.parquet'), found {splits}")
+        for file in files:
+            yield from picture_rows(file)
+    elif not path.is_file():
+        raise ValueError(f"{path}: expected a benchmark's file, found nothing")
+    elif path.suffix == ".parquet":
+        yield from picture_rows(path)
+    elif path.suffix == ".tsv":
+        yield from _tsv_rows(path)
+    elif path.suffix == ".jsonl":
+        yield from _jsonl_rows(path)
+    else:
+        raise ValueError(f"{path}: expected a .tsv, .parquet or .jsonl file")
+
+
+# ------------------------------------------------------------------------------------------- JSONL
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row | str]:
+    for where, content in json_rows(path):
+        if isinstance(content, str):
+            yield f"{path} {where}: {content}"
+            continue
+        cells = filled(content)
+
+        def picture(cells=cells):
+            file = path.parent / str(cells.get("image", cells.get("image_path", "")))
+            return _picture_file("image", file)
+
+        id = cells.get("id", where.removeprefix("line "))
+        yield Row(f"{path} {where}", str(id), cells, picture)
+
+
+def _picture_file(column: str, file: Path) -> tuple[str, Path]:
+    if not file.is_file():
+        raise ValueError(f"{column} {file}: expected a file, found nothing")
+    return picture_hash(file), file
+
+
+# --------------------------------------------------------------------------------------------- TSV
+
+
+def _tsv_rows(path: Path) -> Iterator[Row]:
+    """Pictures stay in the file: a row's place in it is kept, and the row is read again when its
+    picture is wanted."""
+    spans: dict[str, tuple[int, int]] = {}  # index -> bytes of the row
+    with path.open("rb") as file:
+        place = 0
+
+        def lines():
+            nonlocal place
+            for line in file:
+                place += len(line)
+                yield line.decode("utf-8-sig" if place == len(line) else "utf-8")
+
+        reader = csv.reader(lines(), delimiter="\t")
+        header = _next_cells(reader, f"{path}") or []
+        start, number = place, 0
+        while (values := _next_cells(reader, f"{path} row {number}")) is not None:
+            if values:
+                cells = _told(dict(zip(header, values)))
+                index = cells.setdefault("index", str(number))
+                spans.setdefault(index, (start, place))
+                yield Row(f"{path} row {number}", index, cells,
+                          lambda cells=cells: _tsv_picture(path, header, cells, spans))
+            start, number = place, number + 1
+
+
+def _next_cells(reader: Iterator[list[str]], where: str) -> list[str] | None:
+    """None after the last row."""
+    try:
+        return next(reader, None)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: expected tab-separated UTF-8 text ({error})") from None
+
+
+def _tsv_picture(path: Path, header: list[str], cells: dict,
+                 spans: dict[str, tuple[int, int]]) -> tuple[str, ImageSource]:
+    """The index of another row, a list of one, or base64 text."""
+    if "image" not in cells and cells.get("image_path"):
+        return _picture_file("image_path", path.parent / _single(cells["image_path"]))
+    index, text = cells["index"], _single(cells.get("image", ""))
+    for _ in range(2):  # a reference to a row that refers further is one too many
+        if text and len(text) <= REFERENCE_LENGTH:
+            index = text
+            if index not in spans:
+                raise ValueError(f"image {index!r}: expected base64 text or the index of a row "
+                                 "above, found neither")
+            text = _single(_tsv_cells(path, header, spans[index]).get("image", ""))
+    name, span = f"{path} index {index}", spans[index]
+    digest = picture_hash(StoredImage(name, lambda: _decode(text)))
+    return digest, StoredImage(
+        name, lambda: _decode(_single(_tsv_cells(path, header, span)["image"]))
+    )
+
+
+def _tsv_cells(path: Path, header: list[str], span: tuple[int, int]) -> dict:
+    with path.open("rb") as file:
+        file.seek(span[0])
+        text = file.read(span[1] - span[0]).decode()
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter="\t")
+    return dict(zip(header, next(reader)))
+
+
+def _single(cell: str) -> str:
+    """The only entry of a cell that may be a list: "x", "['x']". Raises ValueError for more or
+    none."""
+    entries = text_list(cell) if cell.lstrip().startswith("[") else [cell]
+    if len(entries) != 1:
+        raise ValueError(f"expected one image, found {len(entries)}")
+    return entries[0]
+
+
+def _decode(text: str) -> bytes:
+    if not text:
+        raise ValueError("expected an image, found an empty cell")
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"image: expected base64 text ({error})") from None
+
+
+# ----------------------------------------------------------------------------------------- parquet
+
+
+def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
+    """The rows of a parquet file, or of one row group. Raises ValueError if they cannot be read. A
+    row without an id has its place for one."""
+    for place, cells in parquet_rows(path, group=group):
+        cells = _told(cells)
+        ids = [cells[name] for name in ID_COLUMNS if name in cells]
+        id = str(ids[0] if ids else f"{path.stem}:{place}")
+        yield Row(f"{path} row {place}", id, cells, lambda cells=cells: _stored_picture(cells))
+
+
+def _stored_picture(cells: dict) -> tuple[str, ImageSource]:
+    value = next((cells[name] for name in IMAGE_COLUMNS if cells.get(name)), None)
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise ValueError(f"expected one image, found {len(value)}")
+        value = value[0]
+    if not isinstance(value, StoredImage):
+        raise ValueError(f"expected the bytes of an image, found {type(value).__name__}")
+    return picture_hash(value), value
+
+
+# ----------------------------------------------------------------------------------- cells as text
+
+
+def _told(cells: dict) -> dict:
+    """Without what a table has in place of nothing: null, and pandas' nan, also written as text."""
+    return {key: cell for key, cell in filled(cells).items() if cell != "nan" and cell == cell}
+
+
+def text_list(text: str) -> list[str]:
+    """["a", "b"] of "['a', 'b']". Never evaluated; ValueError for what is no list."""
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        reason = type(error).__name__
+        raise ValueError(f"expected a list in {text[:60]!r} ({reason})") from None
+    if not isinstance(value, list):
+        raise ValueError(f"expected a list in {text[:60]!r}, found {type(value).__name__}")
+    return [str(entry) for entry in value]

@@ -1,0 +1,170 @@
+"""Scores of an answer by each benchmark's own definition, 0 to 1.
+
+Sources: VLMEvalKit and lmms-eval (relaxed accuracy, ANLS), ChartQAPro's and CaptionQA's evaluation
+scripts. A prediction is what a model wrote: whatever it is, it gets a score. A gold that cannot be
+scored against raises ValueError: data/benchmarks/questions.py refuses such a row when it is read.
+Multiple choice has its score where its answer is read, in reward/caprl.py.
+"""
+
+import ast
+import math
+from collections.abc import Sequence
+
+TOLERANCE = 0.05
+"""Share of the target by which a number may be off."""
+ANLS_THRESHOLD = 0.5
+"""Less similar answers score 0."""
+EXACT_TYPES = {"Fact Checking", "Multi Choice"}
+"""ChartQAPro's question types that take no tolerance."""
+
+
+def exact_match(prediction: str, target: str) -> bool:
+    """Equal but for case and the space around. Raises ValueError for an empty target."""
+    return prediction.strip().casefold() == _gold(target).casefold()
+
+
+def relaxed_accuracy(prediction: str, target: str) -> bool:
+    """ChartQA: a number within 5% of the target, relative to the target; anything else by its text,
+    case aside.
+
+    A percent sign at the end divides by 100. A target of 0 is compared as text, as published: "0"
+    and "0.0" differ. Raises ValueError for an empty target.
+    """
+    prediction, target = prediction.strip(), _gold(target)
+    given, wanted = _fraction(prediction), _fraction(target)
+    if given is not None and wanted:
+        return abs(given - wanted) / abs(wanted) <= TOLERANCE
+    return prediction.lower() == target.lower()
+
+
+def anls(prediction: str, golds: Sequence[str]) -> float:
+    """DocVQA, InfographicVQA: 1 - edit distance / length of the longer text, for the gold most
+    like the prediction; 0 below 0.5.
+
+    Case and runs of white space do not count in the distance; the lengths are those of the texts as
+    they came. Raises ValueError for no golds, or an empty gold.
+    """
+    if not golds:
+        raise ValueError("expected at least one gold answer, found none")
+    best = max(
+        1 - _edits(_fold(prediction), _fold(_gold(gold))) / max(len(prediction), len(gold))
+        for gold in golds
+    )
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def chartqapro(prediction: str, answers: Sequence[str], question_type: str,
+               year_flags: Sequence[str]) -> float:
+    """ChartQAPro: the mean over the items of a list answer ("[2010, 2014]"), in order; a missing or
+    extra item scores 0.
+
+    An item whose year flag is YES, and every item of the types in EXACT_TYPES, has to be equal;
+    other numbers may be 5% off, percent signs dropped; other texts score their ANLS, here only
+    above 0.5. Full stops at the end are dropped. `answers` has an entry for each turn of a
+    conversation, and the last is asked for. The published script finds out whether the type is in
+    EXACT_TYPES and does not use it: for its scores, give "" in place of such a type. Raises
+    ValueError for no answer, or an empty text.
+    """
+    if not answers:
+        raise ValueError("expected at least one gold answer, found none")
+    texts = (_gold(answers[-1]), prediction)
+    wanted, given = (_items(text.strip().rstrip(".").rstrip()) for text in texts)
+    flags = list(year_flags[-1:] if question_type == "Conversational" else year_flags) or ["NO"]
+    if len(flags) < len(wanted):
+        flags *= len(wanted)
+    scores = []
+    for guess, gold, flag in zip(given, wanted, flags):
+        is_exact = question_type in EXACT_TYPES or flag.strip().upper() == "YES"
+        scores.append(float(exact_match(guess, gold)) if is_exact else _close(guess, gold))
+    return sum(scores) / max(len(wanted), len(given))
+
+
+def captionqa_abstain_credit(num_choices: int) -> float:
+    """What abstaining earns on a question that came with `num_choices` choices: a little more than
+    a guess does."""
+    if num_choices < 2:
+        raise ValueError(f"expected at least 2 choices, got {num_choices}")
+    return 1 / num_choices + 0.05
+
+
+def captionqa_offers_abstain(question: str, choices: Sequence[str]) -> bool:
+    """Whether CaptionQA offers its abstain option: always but on yes/no questions.
+
+    By the published rule, which knows them by how they begin, or by a choice with "yes" in it and
+    another with "no". It takes "Is it red or blue?" and the choices "blue eyes", "no hat" for such,
+    so that these have no way to abstain.
+    """
+    folded = [choice.lower() for choice in choices]
+    says_yes = any("yes" in choice for choice in folded)
+    says_no = any("no" in choice for choice in folded)
+    begins_so = question.strip().lower().startswith(YES_NO_STARTS)
+    return not (begins_so or (says_yes and says_no))
+
+
+YES_NO_STARTS = tuple(
+    f"{verb} " for verb in (
+        "is", "are", "was", "were", "do", "does", "did", "have", "has", "had", "can", "could",
+        "will", "would", "should", "shall", "may", "might", "must",
+    )
+)
+
+
+def _gold(text: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"expected a gold answer in words, got {text!r}")
+    return text.strip()
+
+
+def _number(text: str) -> float | None:
+    """None for what is no number; "nan", "inf" and "1_000", which Python would take for numbers,
+    are words."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and "_" not in text else None
+
+
+def _fraction(text: str) -> float | None:
+    if not text.endswith("%"):
+        return _number(text)
+    value = _number(text.rstrip("%"))
+    return None if value is None else value / 100
+
+
+def _close(guess: str, gold: str) -> float:
+    """Numbers within 5% (of 0: equal), other texts by ANLS, which at 0.5 itself is 0 in
+    ChartQAPro's library, unlike in DocVQA's script; percent signs around either are dropped."""
+    guess, gold = (text.strip().strip("%").strip() for text in (guess, gold))
+    given, wanted = _number(guess), _number(gold)
+    if given is None or wanted is None:
+        similarity = anls(guess, [gold]) if gold else float(guess == gold)
+        return similarity if similarity > ANLS_THRESHOLD else 0.0
+    return float(abs(given - wanted) <= TOLERANCE * abs(wanted))
+
+
+def _items(text: str) -> list[str]:
+    """["2010", "2014"] of "[2010, 2014]", "['a', 'b']" and "[a, b]"; anything else is one item."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return [text]
+    try:
+        parsed = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as it documents
+        parsed = text[1:-1].split(",")
+    items = [str(item).strip(" '\"") for item in parsed]
+    return items or [text]
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _edits(first: str, second: str) -> int:
+    """Levenshtein distance: insertions, deletions and replacements from one text to the other."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]

@@ -1,0 +1,199 @@
+"""From a row of a benchmark's file to its questions, by the benchmark's kind."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from data.benchmarks.files import Row, text_list
+from data.benchmarks.metrics import (
+    EXACT_TYPES,
+    anls,
+    captionqa_offers_abstain,
+    chartqapro,
+    exact_match,
+    relaxed_accuracy,
+)
+from data.choices import LETTERS, find_answer, find_choice, letter_place, strip_labels
+from data.examples import Question
+from data.io import check_text, filled
+
+Metric = Literal["choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"]
+
+KINDS: dict[str, Metric] = {
+    "chartqa": "relaxed", "chartqapro": "chartqapro", "chartqapro-script": "chartqapro",
+    "docvqa": "anls", "infovqa": "anls", "seed": "choice", "ai2d": "choice",
+    "mmstar": "choice", "captionqa": "captionqa", "choice": "choice", "exact": "exact",
+}
+"""Kind -> metric. `choice` and `exact` are for any other file with options, or with an answer that
+has to be equal."""
+
+
+@dataclass(frozen=True)
+class FreeQuestion:
+    """A question that is answered in words."""
+
+    question: str
+    answers: tuple[str, ...]
+    """Any of them is right (anls, exact, relaxed); for chartqapro there is an answer for each turn,
+    and the last of them counts."""
+    question_type: str = ""
+    """ChartQAPro's, as far as it counts in the score."""
+    year_flags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_text("question and answers", self.question, self.question_type, *self.answers)
+
+    def score(self, metric: Metric, prediction: str) -> float:
+        if metric == "relaxed":
+            return float(any([relaxed_accuracy(prediction, answer) for answer in self.answers]))
+        if metric == "exact":
+            return float(any([exact_match(prediction, answer) for answer in self.answers]))
+        if metric == "anls":
+            return anls(prediction, self.answers)
+        assert metric == "chartqapro", f"{metric}: no metric of answers in words"
+        return chartqapro(prediction, self.answers, self.question_type, self.year_flags)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `family` groups results: the file's split, or else its category."""
+
+    id: str
+    question: Question | FreeQuestion
+    family: str = "all"
+
+
+def row_items(row: Row, kind: str) -> tuple[list[Item], list[str]]:
+    """The row's questions, and a sentence on each that is refused. Raises ValueError if the whole
+    row is."""
+    if not isinstance(row.cells.get("questions"), list):
+        family = row.text("split", "category", "type", "Question Type", "question_type",
+                          "question_type_id")
+        return [Item(row.id, _question(row, kind), family or "all")], []
+    # CaptionQA, and our JSONL: an image with its questions
+    family = str(row.cells.get("domain") or row.cells.get("family") or "all")
+    items, reasons = [], []
+    for number, cells in enumerate(row.cells["questions"]):
+        cells = filled(cells) if isinstance(cells, dict) else {}
+        inner = Row(row.where, f"{row.id}:{number}", cells, row.picture)
+        try:
+            items.append(Item(inner.id, _question(inner, kind), family))
+        except ValueError as error:
+            reasons.append(f"question {number}: {error}")
+    if not items and not reasons:
+        raise ValueError("expected at least one question, found none")
+    return items, reasons
+
+
+def _question(row: Row, kind: str) -> Question | FreeQuestion:
+    metric = KINDS[kind]
+    if metric == "chartqapro":
+        return _chartqapro_question(row, kind)
+    if metric in ("choice", "captionqa"):
+        return _choice_question(row, kind)
+    answers = row.cell("answers", "answer")
+    if isinstance(answers, str) and answers.lstrip().startswith("[") and metric == "anls":
+        answers = text_list(answers)  # VLMEvalKit's DocVQA; a chart's "[1, 2]" is one answer
+    answers = answers if isinstance(answers, list) else [answers]
+    answers = tuple(str(answer).strip() for answer in answers)
+    if not answers or not all(answers):
+        raise ValueError(f"expected answers in words, got {list(answers)}")
+    return FreeQuestion(_with_hint(row, str(row.cell("question", "query"))), answers)
+
+
+def _chartqapro_question(row: Row, kind: str) -> FreeQuestion:
+    """Several turns are a conversation: those before the last come with their answers. In
+    `chartqapro-script` no type asks for an equal answer, as in the published script."""
+    questions, answers = (_as_list(row.cell(name, name.lower())) for name in ("Question", "Answer"))
+    if len(questions) != len(answers) or not all(map(str.strip, answers)):
+        raise ValueError(
+            f"expected an answer for each of {len(questions)} questions, got {answers}"
+        )
+    flags = _as_list(row.cells.get("Year", row.cells.get("year")) or [])
+    turns = zip(questions[:-1], answers[:-1])
+    earlier = "".join(f"{question}\n{answer}\n" for question, answer in turns)
+    context = row.text("Paragraph", "paragraph")
+    text = (f"{context}\n" if context else "") + earlier + questions[-1]
+    question_type = row.text("Question Type", "question_type")
+    if kind == "chartqapro-script" and question_type in EXACT_TYPES:
+        question_type = ""
+    return FreeQuestion(text, tuple(answers), question_type, tuple(flags))
+
+
+def _choice_question(row: Row, kind: str) -> Question:
+    """Options in lettered columns (VLMEvalKit, SEED), in a list (AI2D, CaptionQA, ours), or in the
+    question's text (MMStar)."""
+    text, category = str(row.cell("question")), row.text("category", "kind")
+    options = _options_in_columns(row)
+    listed = row.cells.get("choices") or row.cells.get("options")
+    if not options and listed:
+        options = list(strip_labels([str(option) for option in _as_list(listed)]))
+        place = _answer_in_list(row, kind, text, options)
+    else:
+        if not options:
+            text, options = _inline_options(text)
+        place = letter_place(row.cell("answer"), options)
+    return Question(_with_hint(row, text), tuple(options), place, category)
+
+
+def _options_in_columns(row: Row) -> list[str]:
+    """Of the columns A, B, ..., or choice_a, choice_b, ...; none if no such cell is filled."""
+    for names in ([*LETTERS], [f"choice_{letter.lower()}" for letter in LETTERS]):
+        options = _without_missing([row.text(name) for name in names])
+        if options:
+            return options
+    return []
+
+
+def _answer_in_list(row: Row, kind: str, text: str, options: list[str]) -> int:
+    """The place of the answer among the options of a list."""
+    answer = row.cells["answer_index"] if "answer_index" in row.cells else row.cell("answer")
+    if kind == "captionqa":
+        place = find_choice(str(answer), options)
+        if place is None:
+            raise ValueError(f"answer {answer!r}: expected the text of exactly one of {options}")
+        if len(options) == 10 and captionqa_offers_abstain(text, options):
+            raise ValueError("expected at most 9 choices beside the abstain option, got 10")
+        return place
+    if kind == "ai2d" or isinstance(answer, int):  # AI2D: the place in the list, as text
+        return int(answer)
+    return find_answer(str(answer), tuple(options))  # a letter, or a choice's text
+
+
+def _inline_options(text: str) -> tuple[str, list[str]]:
+    """("Which?", ["red", "blue"]) of "Which?\\nOptions: A: red, B: blue" and of
+    "Which?\\n(A) red\\n(B) blue"."""
+    for first, mark in ((r"\bOptions:\s*A:", r"(?:,|\n)\s*{}:"), (r"\(A\)", r"\s*\({}\)")):
+        starts = list(re.finditer(first, text))
+        if not starts:
+            continue
+        options, rest = [], text[starts[-1].end() :]
+        for letter in "BCDEFGHIJ":
+            match = re.search(mark.format(letter), rest)
+            if not match:
+                break
+            options.append(rest[: match.start()].strip())
+            rest = rest[match.end() :]
+        before = text[: starts[-1].start()].rstrip()
+        stem = re.sub(r"\b(?:Options|Choices):\s*$", "", before).rstrip()
+        return stem, _without_missing([*options, rest.strip()])
+    raise ValueError("expected options in columns A, B, ..., in a list, or in the question's text, "
+                     "found none")
+
+
+def _without_missing(options: list[str]) -> list[str]:
+    """Without empty ones at the end, or "nan" in their place; one with others after it is empty."""
+    given = ["" if option == "nan" else option for option in options]
+    return given[: max((place for place, option in enumerate(given, 1) if option), default=0)]
+
+
+def _with_hint(row: Row, text: str) -> str:
+    hint = row.text("hint")
+    return f"{hint}\n{text}" if hint else text
+
+
+def _as_list(value) -> list[str]:
+    """A list, or the text of one; any other value is the only entry."""
+    if isinstance(value, str):
+        return text_list(value) if value.lstrip().startswith("[") else [value]
+    return [str(entry) for entry in value] if isinstance(value, list) else [str(value)]

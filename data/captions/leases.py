@@ -1,0 +1,164 @@
+"""Which worker writes which shard, among workers that do not talk to each other.
+
+Each takes the next free shard and holds it by a lease, a file that it touches while it lives. A
+shard whose worker has died is taken over, and goes on where the last whole line was written.
+
+The folder of captions:
+    about.json                what is captioned and how; a worker with other settings is refused
+    shard-000000.jsonl        finished: a line for each image, in the order of the input
+    shard-000001.part-0000    what its worker has written so far; 0000 counts its workers
+    shard-000001.lease-0000   touched by that worker while it lives
+"""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from data.captions.exports import count_finished, read_about
+from data.io import heartbeat, to_json
+
+
+def agree_on(out: Path, about: dict) -> None:
+    """The first worker writes about.json; the others hold their own settings against it.
+
+    Raises ValueError, naming the setting, for a worker with another one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path, own = out / "about.json", out / f"about.json.{os.uname().nodename}-{os.getpid()}"
+    own.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    try:
+        with suppress(FileExistsError):
+            os.link(own, path)  # whole or not at all, and never over another's
+    finally:
+        own.unlink()
+    for name, value in read_about(out).items():
+        # Machines may see the images under different paths.
+        if name != "images" and about.get(name) != value:
+            expected = f"expected captions with {name} {about.get(name)!r}"
+            raise ValueError(f"{path}: {expected}, found a run with {value!r}")
+
+
+class Lease:
+    """The right to write a shard.
+
+    Each worker that a shard has had is a generation of its own, with its own lease and its own
+    part. Only the newest may finish: whoever comes back from a long sleep can spoil nothing.
+    """
+
+    def __init__(self, out: Path, number: int, generation: int, seconds: float):
+        name = f"shard-{number:06d}"
+        self.out, self.number, self.name, self.generation = out, number, name, generation
+        self.path = out / f"{name}.lease-{generation:04d}"
+        self.part = out / f"{name}.part-{generation:04d}"
+        self.finished = out / f"{name}.jsonl"
+        self._released = heartbeat(self.path, seconds / 4)
+
+    def release(self) -> None:
+        self._released.set()
+
+    @property
+    def is_lost(self) -> bool:
+        following = self.out / f"{self.name}.lease-{self.generation + 1:04d}"
+        return self.finished.exists() or following.exists()
+
+    def finish(self) -> None:
+        """The part becomes the finished shard, unless another worker has finished it. What else was
+        left of it goes."""
+        try:
+            os.link(self.part, self.finished)  # unlike a rename, it never replaces
+        except (FileExistsError, FileNotFoundError):
+            return
+        for path in self.out.glob(f"{self.name}.*-*"):
+            path.unlink(missing_ok=True)
+
+
+def take_lease(out: Path, number: int, seconds: float) -> Lease | None:
+    """None if the shard is finished, or held by a worker that was alive in the last `seconds`."""
+    name = f"shard-{number:06d}"
+    if (out / f"{name}.jsonl").exists():
+        return None
+    held = sorted(out.glob(f"{name}.lease-*"))
+    generation = int(held[-1].name[-4:]) + 1 if held else 0
+    try:
+        if held and time.time() - held[-1].stat().st_mtime < seconds:
+            return None
+        # Only the first of many workers makes it.
+        (out / f"{name}.lease-{generation:04d}").touch(exist_ok=False)
+    except (FileExistsError, FileNotFoundError):  # another was quicker, or has just finished
+        return None
+    lease = Lease(out, number, generation, seconds)
+    if lease.finished.exists():  # finished, and its leases gone, between first look and touch
+        lease.release()
+        lease.path.unlink(missing_ok=True)
+        return None
+    return lease
+
+
+def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
+                seconds: float) -> Iterator[Lease | None]:
+    """The lease of each shard that is free, until all are finished, by whomever.
+
+    None after each wait for other workers, which hold all that is left.
+    """
+    order = deque(range(num_shards))
+    order.rotate(-(worker * num_shards // num_workers))  # workers begin far from each other
+    while count_finished(out) < num_shards:
+        is_idle = True
+        for number in order:
+            if lease := take_lease(out, number, seconds):
+                is_idle = False
+                yield lease
+        if is_idle:
+            time.sleep(min(seconds / 4, 5))
+            yield None
+    for path in out.glob("shard-*.*-*"):  # of workers that were killed while they cleared up
+        path.unlink(missing_ok=True)
+
+
+Batches = Iterator[list[dict]]
+"""Of rows."""
+
+
+def write_shard(lease: Lease, batches: Callable[[int], Batches]) -> Batches:
+    """Writes the shard's rows and finishes it; yields each batch of rows when it is on the disk.
+
+    batches: of the rows that are lacking, given the number of those that earlier workers have left.
+    Ends early, without a word, when another worker has taken the shard over.
+    """
+    try:
+        with _new_part(lease) as (num_done, append):
+            for rows in batches(num_done):
+                if lease.is_lost:
+                    return
+                append(rows)
+                yield rows
+        if not lease.is_lost:
+            lease.finish()
+    finally:
+        lease.release()
+
+
+@contextmanager
+def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]]:
+    """How many rows earlier workers have left, now in this part, and a function that appends more.
+
+    What was cut off in the middle of a line is dropped. The file is opened once: if the shard is
+    taken over, finished and cleared away, later rows go nowhere.
+    """
+    parts = sorted(lease.out.glob(f"{lease.name}.part-*"))
+    whole = [b"".join(path.read_bytes().rpartition(b"\n")[:2]) for path in parts]
+    kept = max(whole, key=len, default=b"")
+    with lease.part.open("wb") as file:
+
+        def append(rows: list[dict]) -> None:
+            file.write("".join(to_json(row) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+        file.write(kept)
+        file.flush()
+        yield kept.count(b"\n"), append

@@ -1,0 +1,60 @@
+"""A set of images with questions, written as this project's JSONL."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from data.examples import Example, Question
+from data.images import ImageSource, image_bytes
+from data.io import naming, write_whole
+
+
+def example_row(example: Example, image: str) -> dict:
+    """The JSONL row of an example whose picture lies at `image`; `load_examples` reads it back."""
+    questions = list(map(question_row, example.questions))
+    return {"id": example.id, "image": image, "family": example.family, "questions": questions}
+
+
+def question_row(question: Question) -> dict:
+    """What `read_question` reads back."""
+    return asdict(question) | {"choices": list(question.choices)}
+
+
+def write_examples(folder: Path, examples: Iterable[Example]) -> int:
+    """Writes `folder`/examples.jsonl, and the pictures into `folder`/images.
+
+    Pictures that are files become links, all others files, as they are stored. Those that are
+    there already are left as they are. The rows are written as a whole or not at all. Returns their
+    number.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    with naming(folder):
+        for example in examples:
+            name = f"images/{_file_name(example)}"
+            _write_image(example.image, folder / name)
+            row = json.dumps(example_row(example, name), ensure_ascii=False)
+            lines.append(f"{row}\n".encode())
+        write_whole(folder / "examples.jsonl", lines)
+    return len(lines)
+
+
+def _file_name(example: Example) -> str:
+    """The id made fit for a file's name, with a part of its hash: two ids may become alike."""
+    plain = re.sub(r"[^\w.-]", "_", example.id)[:60]
+    suffix = example.image.suffix if isinstance(example.image, Path) else ""
+    digest = hashlib.sha256(example.id.encode()).hexdigest()[:8]
+    return f"{plain.removesuffix(suffix)}-{digest}{suffix}"
+
+
+def _write_image(image: ImageSource, path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        return
+    if isinstance(image, Path):
+        path.symlink_to(os.path.relpath(image.absolute(), path.parent.resolve()))
+    else:
+        write_whole(path, image_bytes(image))

@@ -1,0 +1,98 @@
+"""The pictures of a folder: taken, refused by name, or counted by their ending."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+from data.formats import contents, data_files, row_image
+from data.images import IMAGE_SUFFIXES, ImageSource, printable
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Every image file below `folder`, as `list_files` finds them. Raises ValueError for none."""
+    paths = list_files(folder, IMAGE_SUFFIXES)
+    if not paths:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{folder}: expected images ({suffixes}), found none")
+    return paths
+
+
+def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files below `folder` with one of these endings, in capitals or not, sorted by path.
+
+    Hidden folders are searched too, and linked ones. Each folder is searched once, under its own
+    path where it is below `folder`. What is left out is counted by its ending on stderr. Raises
+    ValueError for a folder that cannot be read.
+    """
+    paths: list[Path] = []
+    left_out, odd_name = Counter(), ""
+    waiting, links, seen = [folder], [], set()
+    while waiting or links:
+        here = waiting.pop() if waiting else links.pop(0)
+        try:
+            stat = here.stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            said = f"expected a folder that can be read ({error.strerror})"
+            raise ValueError(f"{printable(str(here))}: {said}") from None
+        for entry in entries:
+            path, is_link = here / entry.name, entry.is_symlink()
+            name = path.relative_to(folder).as_posix()
+            target = path if is_link else entry  # an entry raises where a link leads to itself
+            if target.is_dir():
+                (links if is_link else waiting).append(path)
+            elif entry.name.startswith("._"):
+                left_out["._* of macOS"] += 1
+            elif not (target.is_file() or (is_link and not path.exists())):
+                left_out["neither file nor folder"] += 1
+            elif path.suffix.lower() not in suffixes:
+                left_out[printable(path.suffix.lower()) or "without ending"] += 1
+            elif printable(name) != name:
+                odd_name = odd_name or f"not named in UTF-8 like {printable(name)}"
+                left_out[odd_name] += 1
+            else:  # links that lead nowhere too: they are named when they are opened
+                paths.append(path)
+    if os.environ.get("RANK", "0") == "0":  # each of torchrun's workers lists the same
+        print_left_out(folder, left_out)
+    return sorted(paths)
+
+
+def print_left_out(source: Path, left_out: Counter) -> None:
+    """One line on stderr, unless nothing was left out."""
+    if left_out:
+        counts = [f"{number} {kind}" for kind, number in left_out.most_common(12)]
+        counts += ["..."] if len(left_out) > len(counts) else []
+        print(f"{printable(str(source))}: left out: {', '.join(counts)}", file=sys.stderr)
+
+
+def load_images(path: Path) -> list[tuple[str, ImageSource]]:
+    """(id, image) of each image file of a folder, or of each row of a parquet or JSONL file, or of
+    such files in a folder without images. Questions are not looked at.
+
+    In JSONL the id is the row's `id`, or else its `image` as written; in parquet, the row's `id` or
+    number. Raises ValueError at the first row without an image.
+    """
+    files = list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"}) if path.is_dir() else []
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if pictures:
+        endings = (file.suffix.lower() for file in files)
+        print_left_out(path, Counter(ending for ending in endings if ending not in IMAGE_SUFFIXES))
+        return [(image.relative_to(path).as_posix(), image) for image in pictures]
+    images = []
+    for file in data_files(str(path)) if path.is_dir() else [path]:
+        for where, content in contents(file):
+            try:
+                if isinstance(content, str):
+                    raise ValueError(content)
+                image = row_image(content, file, where, file.parent)
+            except ValueError as error:
+                raise ValueError(f"{file} {where}: {error}") from None
+            written = content.get("image") or content.get("image_path")
+            fallback = written if isinstance(written, str) and isinstance(image, Path) else where
+            images.append((str(fallback if content.get("id") is None else content["id"]), image))
+    return images

@@ -1,0 +1,111 @@
+"""Rows of files as they are published, told apart by what is in them, not by the files' names."""
+
+import base64
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from data.images import ImageSource, StoredImage, image_path
+from data.io import Line, json_rows, row_at, short
+
+MANIFEST_SUFFIX = ".manifest.jsonl"
+
+
+def data_files(source: str) -> list[Path]:
+    """The file, or every *.parquet and *.jsonl below the folder. Raises ValueError where there is
+    none."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{source}: expected a file or a folder of files with questions, "
+                         "found nothing")
+    files = sorted(
+        file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl")
+        and file.is_file() and not file.name.endswith(MANIFEST_SUFFIX)
+    )
+    if not files:
+        raise ValueError(f"{source}: expected *.parquet or *.jsonl in the folder, found none")
+    return files
+
+
+def contents(file: Path) -> Iterator[tuple[str, dict | str]]:
+    """(where, row) of each row of a parquet or JSONL file; a text in place of a row says why it
+    cannot be read."""
+    if file.is_file() and file.open("rb").read(4) == b"PAR1":
+        from data.parquet import parquet_columns, parquet_rows  # here: a page of its own
+
+        columns = parquet_columns(file)
+        names = ("id", "image", "images", "reward_model", "questions", "domain")
+        known = [name for name in names if name in columns]
+        if not known:
+            raise ValueError(f"{file}: expected columns like id, image, reward_model or questions, "
+                             f"got {columns}")
+        for number, row in parquet_rows(file, known):
+            yield f"row {number}", row
+    else:
+        yield from json_rows(file)
+
+
+def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageSource, str, list]:
+    """id, image, family and the questions as written. Raises ValueError for a row without any of
+    these."""
+    forms = [key for key in ("qa_response", "reward_model", "questions") if key in row]
+    form = next((key for key in forms if row[key] is not None), forms[0] if forms else "questions")
+    id, entries = row.get("id"), row.get(form)
+    if form == "qa_response":
+        if not isinstance(entries, str):
+            raise ValueError(f"expected text in 'qa_response', got {short(entries)}")
+        from data.written import parse_questions  # here: a page of its own, built on this one
+
+        ids = [row.get(key) for key in ("id", "image_path", "image")]
+        id = next((name for name in ids if name is not None), where)
+        entries = parse_questions(entries)
+    else:
+        keys = ["id", *([] if {"images", "image_path"} & set(row) else ["image"]), form]
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise ValueError(f"expected the key {missing[0]!r}, got {sorted(row)}")
+        if not isinstance(id, str | int) or id == "":
+            raise ValueError(f"expected a text in 'id', got {short(id)}")
+        if form == "reward_model":
+            entries = entries.get("ground_truth") if isinstance(entries, dict) else None
+    image = row_image(row, file, where, root)
+    if form != "qa_response" and (not isinstance(entries, list) or not entries):
+        name = "'reward_model.ground_truth'" if form == "reward_model" else "'questions'"
+        raise ValueError(f"expected a list with at least one question in {name}, "
+                         f"got {short(entries)}")
+    return str(id), image, str(row.get("family") or row.get("domain") or "all"), entries
+
+
+def row_image(row: dict, file: Path, where: str, root: Path) -> ImageSource:
+    """The picture of the row: stored in it, written into it in base64, or at a path. Raises
+    ValueError where there is none or more than one."""
+    keys = ("image", "images", "image_path")
+    key = next((key for key in keys if row.get(key) is not None), "image")
+    image = row.get(key)
+    if isinstance(image, list):
+        if len(image) != 1:
+            raise ValueError(f"expected one image in {key!r}, got {len(image)}")
+        image = image[0]
+    if isinstance(image, StoredImage):
+        return image
+    if not isinstance(image, str):
+        wanted = "a path" if isinstance(row, Line) else "a picture"
+        raise ValueError(f"expected {wanted} in {key!r}, got {short(image)}")
+    is_base64 = image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image)
+    # "images/" and a hash of 64 digits looks like base64.
+    is_file = len(image) < 1024 and (root / image).is_file()
+    if is_base64 and isinstance(row, Line) and not is_file:
+        return StoredImage(f"{file} {where}", partial(_read_inline, file, where, row.offset, key))
+    return image_path(root, image)
+
+
+def _read_inline(file: Path, where: str, offset: int, key: str) -> bytes:
+    image = row_at(file, offset)[key]
+    image = image[0] if isinstance(image, list) else image
+    try:
+        return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", image), validate=True)
+    except ValueError as error:
+        raise ValueError(f"{file} {where}: expected a picture in base64 ({error})") from None

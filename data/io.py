@@ -1,0 +1,222 @@
+"""Reading and writing: JSONL rows, files written whole, and what a disk refuses.
+
+A refusal is one sentence with path, reason and free bytes. It comes before the work if it can be
+known then.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+"""Errors of writing to an open file: Python does not name the file."""
+
+
+def disk_sentence(error: OSError) -> str:
+    """What the system refused, with path, reason and free bytes."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: {error.strerror}"
+    return f"{path}: {error.strerror} ({free_at(path)})"
+
+
+def free_at(path: Path) -> str:
+    """Free bytes at `path`, which need not be there yet, as messages say it."""
+    existing = nearest(path)
+    return f"{format_bytes(shutil.disk_usage(existing).free)} free at {existing}"
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an error of writing inside the name `path`, where it has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NAMELESS and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_room(folder: Path, size: int = 0) -> None:
+    """Raises ValueError if `folder` cannot be made or has no room for `size` bytes. It need not be
+    there yet, and nothing is left behind."""
+    try:
+        with tempfile.TemporaryFile(dir=nearest(folder)) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        error.filename = str(folder)
+        raise ValueError(disk_sentence(error)) from None
+    if shutil.disk_usage(nearest(folder)).free < size:
+        wanted = format_bytes(size)
+        raise ValueError(f"{folder}: expected room for {wanted}, found {free_at(folder)}")
+
+
+def nearest(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def format_bytes(size: int) -> str:
+    if size >= 2**27:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.2f} MiB" if size >= 2**17 else f"{size} bytes"
+
+
+def heartbeat(path: Path, every_s: float) -> threading.Event:
+    """Touches the file from a thread every `every_s` seconds, until the event is set or the file is
+    gone."""
+    ended = threading.Event()
+
+    def touch() -> None:
+        while not ended.wait(every_s):
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return
+
+    threading.Thread(target=touch, daemon=True).start()
+    return ended
+
+
+def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes the whole content or, if stopped on the way, nothing. Its parts are written as they
+    come."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+    unfinished.replace(path)
+
+
+def to_json(row: dict) -> str:
+    """One line of JSON that every reader accepts: null stands for a number that is not finite."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+
+
+def check_text(name: str, *texts: str) -> None:
+    """Raises ValueError for half a surrogate pair: a tokenizer would raise TypeError much later."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected text in {name}, got half a surrogate pair") from None
+
+
+# ------------------------------------------------------------------------------ rows of files
+
+
+def read_log(path: Path) -> list[dict]:
+    """Rows of a JSONL file of ours that may still be written to, or whose writer was stopped.
+
+    Differs from `read_jsonl`: a missing file is empty, a last line that was cut off is left out,
+    and so are zeros that a power cut left. Raises ValueError, naming file and line, for any other
+    line that is no JSON object.
+    """
+    rows = []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.rstrip(b"\0\r\n ").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        line = line.strip(b"\0\r ")
+        try:
+            row = json.loads(line.decode()) if line else None
+        except ValueError as error:
+            if number == len(lines) and (rows or not content.endswith(b"\n")):
+                break  # cut off; but a file of nothing else is no log
+            raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif row is not None:
+            got = type(row).__name__
+            raise ValueError(f"{path} line {number}: expected a JSON object, got {got}")
+    return rows
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of each line that is not empty. Raises ValueError at the first line that
+    is no row, and for a missing or empty file."""
+    for where, row in json_rows(path):
+        if isinstance(row, str):
+            raise ValueError(f"{path} {where}: {row}")
+        yield int(where.removeprefix("line ")), row
+
+
+def filled(row: dict) -> dict:
+    """The row without its nulls: what is null is absent."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
+    """("line 3", the row or why it is none) of each line that is not empty. Raises ValueError for
+    a missing or empty file."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a JSONL file, found a folder")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, found nothing")
+    is_empty, offset = True, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                is_empty = False
+                yield f"line {number}", _json_row(line, offset)
+            offset += len(line)
+    if is_empty:
+        raise ValueError(f"{path}: expected at least one row, found none")
+
+
+def row_at(path: Path, offset: int) -> dict:
+    """The row whose line begins at this byte, which `json_rows` has read before."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return json.loads(file.readline())
+
+
+class Line(dict):
+    """A row with its place in the file: a picture inside it is read from there when needed."""
+
+    offset = 0
+    """Bytes before it."""
+
+
+def _json_row(line: bytes, offset: int) -> dict | str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
+        if re.search(rb"\\u[dD][89a-fA-F]", line):  # UTF-8 itself has no half surrogate pairs
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "expected text in the row, got half a surrogate pair"
+    except (ValueError, RecursionError) as error:  # errors of decoding are ValueErrors
+        return f"expected a JSON object ({error})"
+    if not isinstance(row, dict):
+        return f"expected a JSON object, got {type(row).__name__}"
+    row = Line(row)
+    row.offset = offset
+    return row
+
+
+def short(value: Any) -> str:
+    """The value as messages show it, cut: a picture in base64 is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def text_hash(text: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""How a program checks its settings, and how it ends: on bad input with one sentence, at once, with
+the right exit code."""
+
+import atexit
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+from data.io import disk_sentence
+
+
+def check_range(settings: Any, names: str, at_least: float | None = None,
+                above: float | None = None) -> None:
+    """Raises ValueError, with name, value and what was expected, for a setting out of range.
+
+    names: of the fields of `settings`, with spaces between. A number that is NaN is in no range.
+    """
+    for name in names.split():
+        value = getattr(settings, name)
+        if at_least is not None and not value >= at_least:
+            expected = f"at least {at_least}" if at_least else "0 or more"
+            raise ValueError(f"{name} {value}: expected {expected}")
+        if above is not None and not value > above:
+            raise ValueError(f"{name} {value}: expected more than {above}")
+
+
+def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Runs a program and ends it with one sentence where it fails. Bad input (ValueError) and what
+    the system refuses (OSError, as on a full disk) give exit code 2, Ctrl-C 130. A letter that
+    the console cannot show is printed as its number.
+
+    CAPRL_TRACEBACK=1 shows where the error was raised. A process that is a rank does not return.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    # Its new name, `cache`, is unknown to transformers before 5.24; remove once that is required.
+    message = "`past_key_values` is deprecated"
+    warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    try:
+        try:
+            main(arguments)
+        except (OSError, ValueError) as error:
+            if os.environ.get("CAPRL_TRACEBACK"):
+                raise
+            if isinstance(error, BrokenPipeError):  # else flushing at the exit would raise again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            reason = disk_sentence(error) if isinstance(error, OSError) else error
+            print(f"error: {reason}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print("\nstopped by Ctrl-C", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        if dist.is_initialized():
+            _leave_ranks(error)
+        raise
+    if dist.is_initialized():
+        _leave_ranks(SystemExit(0))
+
+
+def _leave_ranks(error: BaseException) -> None:
+    """Ends this process at once, with the code that `error` would have ended it with.
+
+    Threads of gloo outlive the interpreter where anything (a mesh, a DTensor, a group) still holds
+    a process group, and now and then abort the process while it leaves: "terminate called without
+    an active exception" (pytorch issue 190489; pull request 179291 destroyed the groups at exit,
+    which does not always help, and was given up). So the interpreter is never taken down.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):  # one that torchrun passes on late does nothing
+        signal.signal(number, signal.SIG_IGN)
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    atexit._run_exitfuncs()  # what the interpreter would have done: open logs, temporary files
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a closed pipe
+            stream.flush()
+    os._exit(error.code or 0 if isinstance(error, SystemExit) else 1)

@@ -1,0 +1,152 @@
+"""The files that a run writes as it goes, and the console line of a step."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.io import to_json, write_whole
+from grpo.config import TrainConfig
+from grpo.distributed import print0, world_size
+
+LOGS = ("metrics.jsonl", "audit.jsonl", "timing.jsonl")
+"""Files with a line per step; tools/report/metrics.py defines every key."""
+
+CONSOLE = ("reward", "flat_groups", "length", "clip_share", "kl", "entropy", "seconds",
+           "tokens_per_second")
+"""Numbers of each step's line on the console."""
+
+AUDIT_CONSOLE = ("probe_accuracy", "probe_other_image", "probe_no_caption",
+                 "probe_shuffle_agreement", "split_half", "length_correlation")
+"""Numbers of the line that follows after an audit."""
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises ValueError if a run is in the folder already: nothing is overwritten."""
+    names = ("config.json", *LOGS, "rollouts", "checkpoints", "final")
+    if any((run_dir / name).exists() for name in names):
+        raise ValueError(f"{run_dir}: expected a new or empty run folder, found a run in it "
+                         "(--resume goes on with it)")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: expected a run folder, found a file")
+
+
+def start_run(run_dir: Path, config: dict) -> None:
+    """Makes the folder and writes config.json."""
+    (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+    write_whole(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def log_start(run_dir: Path, step: int, num_ranks: int) -> None:
+    """Appends a line to starts.jsonl: what is started on which machine, at first or to resume."""
+    from grpo.machine import describe_start  # here: a reader of training need not meet it
+
+    path = run_dir / "starts.jsonl"
+    written = path.read_bytes() if path.exists() else b""
+    whole, end, _ = written.rpartition(b"\n")  # without a last line that was cut off
+    line = to_json({"step": step} | describe_start(num_ranks)) + "\n"
+    write_whole(path, whole + end + line.encode())
+
+
+def saved_config(run_dir: Path) -> dict:
+    """The settings of the run in the folder, empty if there is none. Raises ValueError if they
+    cannot be read."""
+    path = run_dir / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the settings of a run ({error})") from None
+
+
+def rewind(run_dir: Path, num_steps: int) -> None:
+    """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step
+    before that is missing or there twice."""
+    for name in LOGS:
+        path = run_dir / name
+        content = path.read_bytes() if path.exists() else b""
+        lines = content.splitlines(keepends=True)  # of bytes: an id may contain U+2028
+        steps = [_step_of(line) for line in lines]
+        kept = [step for step in steps if step < num_steps]
+        if kept != list(range(num_steps)):
+            doubled = sorted({step for step in kept if kept.count(step) > 1})
+            message = f"{path}: expected a line for each of {num_steps} steps, found {len(kept)}"
+            if doubled:
+                message += (f"; two processes have written steps {', '.join(map(str, doubled))}: "
+                            f"keep the first line of each step in {', '.join(LOGS)}, then --resume")
+            raise ValueError(message)
+        write_whole(path, b"".join(line for line, step in zip(lines, steps) if step < num_steps))
+    for path in (run_dir / "rollouts").glob("step_*.jsonl"):
+        if int(path.stem.removeprefix("step_")) >= num_steps:
+            path.unlink()
+
+
+def _step_of(line: bytes) -> float:
+    """The line's step. Infinity for a line that was cut off: its step is done again."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def log_step(run_dir: Path, step: int, metrics: dict[str, float], audit: dict,
+             timing: dict[str, float], rollouts: list[dict]) -> str:
+    """Appends the step's metrics, audit and timing, writes its rollouts, and returns its lines for
+    the console."""
+    with (run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(to_json(row) + "\n" for row in rollouts)
+    for name, row in zip(LOGS, (metrics, audit, timing), strict=True):
+        with (run_dir / name).open("a", encoding="utf-8") as file:
+            file.write(to_json({"step": step} | row) + "\n")
+    lines = [f"step {step:4d}  " + _numbers(metrics | timing, CONSOLE)]
+    if "probe_accuracy" in audit:
+        lines.append("    audit  " + _numbers(audit, AUDIT_CONSOLE))
+        for row in rollouts[:1]:
+            start = row["caption"][:300]
+            lines.append(f"    reward {row['reward']:.2f}  {row['id']}: {start!r}")
+    return "\n".join(lines)
+
+
+def _numbers(row: dict, keys: Sequence[str]) -> str:
+    return "  ".join(f"{key} {row[key]:.3f}" for key in keys if key in row)
+
+
+def step_timing(phases: dict[str, float], started: float, num_tokens: float) -> dict[str, float]:
+    """Seconds since the step's start (`time.perf_counter()`), and tokens per second and rank,
+    beside the seconds of its phases."""
+    seconds = time.perf_counter() - started
+    rate = num_tokens / seconds / world_size()
+    return phases | {"seconds": seconds, "tokens_per_second": rate}
+
+
+def count_skipped(metrics: dict[str, float], num_skipped: int, step: int, ids: Sequence[str],
+                  run_dir: Path, config: TrainConfig) -> int:
+    """Consecutive steps that were left out, up to this one. Raises ValueError for
+    `config.max_skipped` of them."""
+    if not metrics["skipped"]:
+        return 0
+    print0(f"    step {step} was left out, its gradient is not finite; images: {list(ids)}")
+    if num_skipped + 1 >= config.max_skipped:
+        raise ValueError(
+            f"{num_skipped + 1} steps in a row without a finite gradient; the last images: "
+            f"{list(ids)}; the checkpoints in {run_dir / 'checkpoints'} are from before"
+        )
+    return num_skipped + 1
+
+
+def alarms(metrics: dict[str, float]) -> list[str]:
+    """Advice for each number that has left the range in which runs go well; the limits are ours."""
+    rules = [
+        ("ratio", abs(metrics["ratio"] - 1) > 0.05,
+         "sampler and trainer disagree, or steps are long: leave out --sampler-logprobs, or lower "
+         "--learning-rate or --inner-epochs"),
+        ("sampler_gap", metrics["sampler_gap"] > 0.1,
+         "nats between the sampler and the policy that is trained: look at its precision"),
+        ("kl", metrics.get("kl", 0.0) > 0.5,
+         "far from the initial policy: raise --kl-coef or lower --learning-rate"),
+        ("truncated_share", metrics["truncated_share"] > 0.5,
+         "most captions are cut off: raise --max-new-tokens or give a --length-weight"),
+        ("flat_groups", metrics["flat_groups"] > 0.9,
+         "hardly any group teaches: raise --num-questions or change the data"),
+    ]
+    return [f"{key} {metrics[key]:.3f}: {advice}" for key, is_out, advice in rules if is_out]

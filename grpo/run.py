@@ -1,0 +1,163 @@
+"""The models and the state of a training run: loaded, begun or resumed, exported."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from data.io import naming
+from grpo.checkpoint import (
+    init_moments_,
+    latest_checkpoint,
+    load_checkpoint_,
+    make_room,
+    save_checkpoint,
+    training_state,
+)
+from grpo.config import TrainConfig
+from grpo.distributed import (
+    all_or_none,
+    cast_weights_,
+    compute_dtype,
+    copy_weights_,
+    empty_model,
+    fill_,
+    gather_rows,
+    print0,
+    rank,
+    shard,
+    sum_across_ranks,
+    world_size,
+)
+from grpo.log import log_start, rewind, saved_config, start_run
+from grpo.logprobs import CompletionScorer
+from grpo.policy import TEMPLATE_DATE, Policy, load_policy
+from grpo.update import prepare_training_
+
+
+@dataclass(frozen=True)
+class Run:
+    """The models of a run, on this rank."""
+
+    device: torch.device
+    sampler: Policy
+    """Writes the captions. It is an unsharded copy in the compute dtype. On a single CPU it is the
+    trained model itself."""
+    scorer: CompletionScorer
+    """The trained model, float32, sharded."""
+    reference: CompletionScorer | None
+    """The initial policy, frozen, sharded, in the compute dtype; None without a KL term."""
+    optimizer: torch.optim.AdamW
+
+    def update_sampler_(self) -> None:
+        """Copies the trainer's weights into the sampler. Every rank must call this."""
+        if self.scorer.model is not self.sampler.model:
+            copy_weights_(self.scorer, self.sampler.model)
+
+
+def load_run(config: TrainConfig, device: torch.device) -> Run:
+    """Loads the models and shards them. Raises ValueError, on all ranks, if one cannot be used."""
+    has_one_model = world_size() == 1 and device.type == "cpu"  # the sampler is the trained model
+    dtype = compute_dtype(device)
+    if config.offload_reference and device.type == "cpu":
+        raise ValueError("offload_reference: expected GPUs, there is nothing to offload from")
+    with all_or_none("start"):
+        load_dtype = torch.float32 if has_one_model else "auto"
+        sampler = load_policy(config.policy, device, load_dtype)
+
+    def scorer_of(model: PreTrainedModel) -> CompletionScorer:
+        return CompletionScorer(model, sampler.pad_id, sampler.forbidden_ids, config.temperature)
+
+    def sharded(model: PreTrainedModel, offload: bool = False) -> CompletionScorer:
+        scorer = shard(scorer_of(model), device, config.replicas, offload)
+        fill_(scorer, sampler.model, device, offload)
+        return scorer
+
+    reference = None
+    if has_one_model:
+        prepare_training_(sampler.model, config)
+        scorer = scorer_of(sampler.model)
+        if config.kl_coef > 0:
+            model = load_policy(config.policy, device).model
+            reference = scorer_of(model.requires_grad_(False))
+    else:
+        model = empty_model(sampler.model, torch.float32)
+        prepare_training_(model, config)
+        scorer = sharded(model)
+        if config.kl_coef > 0:
+            model = empty_model(sampler.model, dtype).requires_grad_(False)
+            reference = sharded(model, config.offload_reference)
+        cast_weights_(sampler.model, dtype)  # last: the float32 masters need the weights as saved
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.999),
+                                  weight_decay=config.weight_decay)
+    init_moments_(optimizer)
+    return Run(device, sampler, scorer, reference, optimizer)
+
+
+def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]) -> int:
+    """Makes the run folder, or takes folder and models back to the latest checkpoint. Returns the
+    number of steps done.
+
+    contents: hashes of `data` and of the models on rank 0; empty on the others. Raises ValueError,
+    on all ranks, if the run cannot go on or there is no room for a checkpoint.
+    """
+    state = training_state(run.scorer, run.optimizer)
+    with all_or_none("resume"):
+        config.check_resumes(saved_config(run_dir), contents)
+        checkpoint = latest_checkpoint(run_dir) if config.resume else None
+        if config.resume and not checkpoint and (run_dir / "final").exists():
+            raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found a finished "
+                             "run without any")
+    num_steps = 0
+    if checkpoint:
+        folder, num_steps = checkpoint
+        with all_or_none("resume"):
+            load_checkpoint_(folder, state)
+        run.update_sampler_()
+        print0(f"resumed from {folder}")
+    with all_or_none("resume"), naming(run_dir):
+        if rank() == 0:
+            make_room(run_dir, state)
+            fixed = {"contents": contents, "template_date": TEMPLATE_DATE.isoformat()}
+            start_run(run_dir, config.flat() | fixed)
+            rewind(run_dir, num_steps)
+            log_start(run_dir, num_steps, world_size())
+    return num_steps
+
+
+def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list[int],
+              config: TrainConfig) -> float:
+    """Saves a checkpoint and an export after a step if they are due. Every rank must call this.
+
+    saved_at: `time.monotonic()` at the last checkpoint or, before it, at the start. Returns its new
+    value. Raises SystemExit, with the shell's code for the signal, if a rank was told to stop.
+    """
+    num_steps = step + 1
+    is_last = num_steps == config.num_steps
+    is_due = config.save_every and num_steps % config.save_every == 0
+    is_late = config.save_minutes and time.monotonic() - saved_at > 60 * config.save_minutes
+    # Clocks and signals differ by rank: all ranks decide together.
+    agreed = sum_across_ranks({"stop": len(signals), "late": bool(is_late)})
+    if is_last or is_due or agreed["stop"] or agreed["late"]:
+        state = training_state(run.scorer, run.optimizer)
+        save_checkpoint(run_dir, num_steps, state, config.keep_checkpoints)
+        saved_at = time.monotonic()
+    if config.export_every and num_steps % config.export_every == 0 and not is_last:
+        export(run, run_dir / "export" / f"step_{num_steps:06d}", config)
+    if agreed["stop"] and not is_last:
+        print0(f"stopped after step {step}; --resume goes on from there")
+        raise SystemExit(128 + max(gather_rows(signals)))
+    return saved_at
+
+
+def export(run: Run, folder: Path, config: TrainConfig) -> None:
+    """Rank 0 writes the policy as a Hugging Face folder; the others wait for it."""
+    from grpo.export import export_policy  # here: a reader of training need not meet it
+
+    with all_or_none("export"):
+        if rank() == 0:
+            dtype = getattr(torch, config.save_dtype)
+            export_policy(run.sampler, folder, dtype, config.temperature, config.max_new_tokens)

@@ -1,0 +1,157 @@
+"""The reward of a training step: loaded, asked for, averaged over ranks, written down."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data.choices import MAX_CHOICES
+from data.examples import Example, examples_hash
+from data.io import text_hash
+from grpo.config import TrainConfig
+from grpo.distributed import compute_dtype, gather_rows, rank, sum_across_ranks
+from grpo.policy import Policy, load_policy, weights_hash
+from grpo.rollout import Rollouts
+from reward.caprl import Rewards, Verifier, caption_rewards, load_verifier
+
+RewardFunction = Callable[[Sequence[str], Sequence[Example], Sequence[str], Sequence[int]], Rewards]
+"""(captions, the example of each, a key that siblings share, lengths in tokens) -> rewards"""
+
+
+def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
+    """Means over all ranks' captions and groups. A value that no rank has measured is NaN."""
+    rewards = result.rewards
+    groups = rewards.view(-1, rollouts.group_size)  # (P, G)
+    scored = ~rewards.isnan()
+    lowest, highest = groups.nan_to_num(torch.inf).amin(1), groups.nan_to_num(-torch.inf).amax(1)
+    counts = {
+        "captions": len(rewards), "scored": scored.sum().item(), "groups": len(groups),
+        "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(),
+    }
+    of_scored = {"reward": rewards[scored].sum().item()} | {
+        f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()
+    }
+    of_captions = {
+        "length": rollouts.lengths.sum().item(),
+        "truncated_share": rollouts.truncated.sum().item(),
+    }
+    # A rank without a measurement of a statistic leaves it to the others.
+    weights = {key: len(rewards) * math.isfinite(value) for key, value in result.stats.items()}
+    of_stats = {key: result.stats[key] * n if n else 0.0 for key, n in weights.items()}
+    sums = sum_across_ranks(
+        counts | of_scored | of_captions | of_stats
+        | {f"captions of {key}": n for key, n in weights.items()}
+    )
+    num_scored = sums["scored"]
+    return {
+        "flat_groups": sums["flat_groups"] / (sums["groups"] if num_scored else math.nan),
+        "unscored_captions": sums["captions"] - num_scored,
+    } | {key: sums[key] / (sums[f"captions of {key}"] or math.nan) for key in of_stats} | {
+        key: sums[key] / (num_scored or math.nan) for key in of_scored
+    } | {key: sums[key] / sums["captions"] for key in of_captions}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What scores the captions of a run."""
+
+    score: RewardFunction
+    model: PreTrainedModel | None = None
+    """The model of the verifier or of the judge; None where the reward asks no model."""
+    verifier: Verifier | None = None
+    """None where the reward is not CapRL's."""
+
+
+def load_reward(config: TrainConfig, device: torch.device) -> Reward:
+    """The reward that the settings name. Raises ValueError if its model cannot be used."""
+    dtype = compute_dtype(device)
+    if config.reward == "judge":
+        from reward.judge import judge_rewards  # here: the baseline's page is for who asks for it
+
+        judge = load_policy(config.judge, device, dtype, writes=False)
+        return Reward(partial(judge_rewards, judge=judge), judge.model)
+    verifier = load_verifier(
+        config.verifier, device, dtype, mode=config.verifier_mode,
+        temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
+    )
+    score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
+    return Reward(score, verifier.model, verifier)
+
+
+def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
+    """Raises ValueError for sets that do not fit the settings."""
+    for example in examples:
+        most = max(len(question.choices) for question in example.questions)
+        if config.reward_config.abstain and most == MAX_CHOICES:
+            raise ValueError(f"abstain: expected at most {MAX_CHOICES - 1} choices beside it, id "
+                             f"{example.id!r} has {MAX_CHOICES}")
+    if len(examples) < config.prompts_per_step:
+        raise ValueError(f"prompts_per_step {config.prompts_per_step}: expected at most the "
+                         f"{len(examples)} images there are")
+
+
+def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
+    """Hashes of the data, of the models' weights and of what surrounds them (configuration,
+    tokenizer, chat template), which settings only name. On rank 0, before
+    the first step; empty on other ranks."""
+    if rank() > 0:
+        return {}
+    contents = {
+        "data": f"{len(examples)} images, {examples_hash(examples)}",
+        "policy": f"{weights_hash(policy.model)} {text_hash(str(sorted(policy.files.items())))}",
+    }
+    if reward.verifier:
+        tokenizer = reward.verifier.tokenizer
+        words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
+        contents["verifier"] = f"{weights_hash(reward.model)} {text_hash(words)}"
+    elif reward.model is not None:
+        contents["judge"] = weights_hash(reward.model)
+    return contents
+
+
+def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts, step: int,
+                config: TrainConfig) -> tuple[Rewards, dict[str, float]]:
+    """Rewards of this rank's captions, and means over all ranks'. `examples`: (P,).
+
+    Raises ValueError, on all ranks alike, where too many questions could not be scored.
+    """
+    by_caption = [example for example in examples for _ in range(config.group_size)]  # (B,)
+    keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
+    result = reward.score(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
+    measured = reward_metrics(rollouts, result)
+    check_rewards(result, measured.get("failed_share", 0.0), config)
+    return result, measured
+
+
+def check_rewards(result: Rewards, failed_share: float, config: TrainConfig) -> None:
+    """Raises ValueError, on all ranks alike, if too many of the step's questions could not be
+    scored."""
+    if failed_share > config.max_failed_share:
+        reasons = {row["failure"] for record in result.records for row in record if row["failure"]}
+        reasons = sorted(set(gather_rows(sorted(reasons))))
+        raise ValueError(f"{failed_share:.0%} of the step's questions could not be scored "
+                         f"({'; '.join(reasons[:3])})")
+
+
+def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Rewards,
+                 advantages: Tensor) -> list[dict]:
+    """For each caption: its words, what was asked and answered, what it earned and for what.
+    `examples`: (P,)."""
+    by_caption = [example for example in examples for _ in range(rollouts.group_size)]  # (B,)
+    columns = zip(
+        by_caption, rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist(),
+        result.rewards.tolist(), advantages.tolist(), result.records, strict=True,
+    )
+    rows = []
+    for i, (example, caption, length, truncated, reward, advantage, record) in enumerate(columns):
+        parts = {key: part[i].item() for key, part in result.parts.items()}
+        rows.append({
+            "id": example.id, "family": example.family, "caption": caption, "length": length,
+            "truncated": truncated, "reward": reward, "parts": parts, "advantage": advantage,
+            "questions": record,
+        })
+    return rows

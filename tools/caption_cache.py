@@ -1,0 +1,174 @@
+"""Captions of a benchmark's pictures: written by a captioner and kept in a cache, or read.
+
+The cache has a folder for each captioner with its settings, and in it a file for each batch of
+captions. A caption is known there by the hash of its picture and by its place k among K.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.benchmarks.benchmark import Picture
+from data.captions.exports import caption_rows
+from data.images import ImageSource, image_name, open_image, picture_hash
+from data.io import naming, read_log, text_hash, to_json
+from data.program import check_range
+from grpo.captioning import caption_batches
+from grpo.distributed import all_or_none, gather_rows, rank, world_size
+from grpo.policy import CAPTION_INSTRUCTION, Policy, model_hash
+
+CaptionRow = dict
+"""`caption`, `tokens` and `finish_reason`, or the `error` that kept the image from being opened."""
+
+
+@dataclass(frozen=True)
+class CaptionsConfig:
+    """Whose captions an evaluation takes, and how they are written."""
+
+    policy: tuple[str, ...] = ()
+    """Captioners, local folders or hub names; NAME=PATH gives one a name in the tables."""
+    captions: tuple[str, ...] = ()
+    """Captions that are written already: a folder of caption.py, or JSONL with `id` and `caption`,
+    one or more per image."""
+    num_captions: int = 4
+    """K, captions per image; at temperature 0 there is one."""
+    instruction: str = CAPTION_INSTRUCTION
+    """What the captioner is told."""
+    temperature: float = 1.0
+    """Of captioning; 0 takes the most likely token."""
+    max_new_tokens: int = 4096
+    """Longest caption in tokens."""
+    batch_size: int = 64
+    """Images captioned at a time; any value gives the same captions."""
+    rollout_tokens: int = 524_288
+    """Tokens that the sampler's cache has room for."""
+    cache: str = "runs/cache"
+    """Captions are kept here by model, image, instruction and settings, and never written twice;
+    empty for nowhere."""
+
+    def __post_init__(self):
+        check_range(self, "num_captions max_new_tokens batch_size rollout_tokens", at_least=1)
+        check_range(self, "temperature", at_least=0)
+        names = [name for name, _ in self.captioners]
+        if len(names) > len(set(names)):
+            raise ValueError(f"expected captioners of different names (NAME=PATH), got {names}")
+
+    @property
+    def captioners(self) -> list[tuple[str, str]]:
+        """(name, path), policies first."""
+        captioners = []
+        for text in (*self.policy, *self.captions):
+            name, _, path = text.partition("=")
+            has_name = "=" in text and not Path(text).exists()
+            captioners.append((name, path) if has_name else (text, text))
+        return captioners
+
+
+def write_captions(policy: Policy, pictures: Sequence[Picture], config: CaptionsConfig,
+                   seed: int) -> list[list[CaptionRow]]:
+    """K captions of each picture, or a single row with an `error`. What the cache has is not
+    written again.
+
+    Each rank writes the captions of its share of the pictures, and returns those of all.
+    """
+    share = pictures[rank() :: world_size()]
+    num = config.num_captions if config.temperature else 1
+    settings = f"{config.instruction}\n{config.temperature} {config.max_new_tokens} {seed}"
+    with all_or_none("captions"):
+        keys = [_cache_key(picture.image) for picture in share]
+        folder = None
+        if config.cache:
+            folder = Path(config.cache) / f"{model_hash(policy)}-{text_hash(settings)}"
+        known = _read_cache(folder) if folder else {}
+        missing = {
+            key: picture.image for key, picture in zip(keys, share)
+            if any((key, k) not in known for k in range(num))
+        }
+        if missing and folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "about.txt").write_text(settings, encoding="utf-8")
+        images = ((key, partial(open_image, image)) for key, image in missing.items())
+        batches = caption_batches(
+            policy, images, num_captions=num, instruction=config.instruction,
+            temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed,
+            batch_size=config.batch_size, rollout_tokens=config.rollout_tokens,
+        )
+        waiting, is_quiet = iter(missing), rank() != 0 or not missing
+        with tqdm(total=len(missing), desc="captions", unit="image", disable=is_quiet) as bar:
+            for batch in batches if missing else ():
+                new = {
+                    (key, k): row for rows, key in zip(batch, waiting) for k, row in enumerate(rows)
+                }
+                known |= new
+                if folder:
+                    _write_cache(folder, new)
+                bar.update(len(batch))
+    written = []
+    for picture, key in zip(share, keys):
+        rows = [known[key, k] for k in range(num) if (key, k) in known]
+        written.append((picture.id, rows))
+    by_id = dict(gather_rows(written))
+    return [by_id[picture.id] for picture in pictures]
+
+
+def _cache_key(image: ImageSource) -> str:
+    """16 digits of the picture's hash; of its name, if it cannot be read."""
+    try:
+        return picture_hash(image)[:16]
+    except (OSError, ValueError):
+        return text_hash(image_name(image))
+
+
+def _read_cache(folder: Path) -> dict[tuple[str, int], CaptionRow]:
+    """(key of the picture, k) -> caption."""
+    known = {}
+    for path in folder.glob("*.jsonl"):
+        for row in read_log(path):
+            known[row.pop("image"), row.pop("k")] = row
+    return known
+
+
+def _write_cache(folder: Path, captions: dict[tuple[str, int], CaptionRow]) -> None:
+    """Writes a file of its own for each batch: nobody else writes to it, and it is whole or not
+    there. Errors are left out."""
+    lines = [
+        to_json({"image": key, "k": k} | row) + "\n"
+        for (key, k), row in captions.items() if "error" not in row
+    ]
+    path = folder / f"{uuid.uuid4().hex}.unfinished"  # tempfile's would be readable by nobody else
+    with naming(folder):
+        path.write_text("".join(lines), encoding="utf-8")
+        path.rename(path.with_suffix(".jsonl"))
+
+
+def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[CaptionRow]]:
+    """Captions of each picture by the ids of all its rows, from a folder of caption.py or a JSONL
+    file. Every rank reads all. Raises ValueError for a broken line or a picture without any."""
+    with all_or_none("captions"):
+        by_id = _captions_by_id(path)
+        captions = []
+        for picture in pictures:
+            ids = (picture.id, *picture.other_ids)
+            captions.append([row for id in ids for row in by_id.get(id, [])])
+        missing = [picture.id for picture, group in zip(pictures, captions) if not group]
+        if missing:
+            known = ", ".join(map(repr, list(by_id)[:3])) or "no image"
+            raise ValueError(
+                f"{path}: expected a caption of every image, found none of {len(missing)}, first "
+                f"{missing[0]!r}; its captions are of {known}"
+            )
+    return captions
+
+
+def _captions_by_id(path: str) -> dict[str, list[CaptionRow]]:
+    by_id: dict[str, list[CaptionRow]] = {}
+    for where, row in caption_rows(Path(path)):
+        if "id" not in row or not (isinstance(row.get("caption"), str) or "error" in row):
+            raise ValueError(f"{where}: expected an object with id and caption, got {sorted(row)}")
+        kept = ("caption", "tokens", "finish_reason", "error")
+        by_id.setdefault(str(row["id"]), []).append({key: row[key] for key in kept if key in row})
+    return by_id

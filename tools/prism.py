@@ -1,0 +1,284 @@
+"""Prism evaluation (arXiv 2509.22647, section 4.3): questions on a picture, answered from captions.
+
+    1. what is asked      ask_item, and the prompts for answers in words
+    2. who answers        ask_all, word_answerer
+    3. what is recorded   record
+    4. the evaluations    prism, from captions; direct, by a model that looks
+
+Questions with options are asked as the reward asks them (reward/caprl.py). A question without
+options is answered in words, on a line that the benchmark's metric scores.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+from tqdm import tqdm
+
+from data.benchmarks.benchmark import Benchmark, Picture
+from data.benchmarks.metrics import captionqa_abstain_credit, captionqa_offers_abstain
+from data.benchmarks.questions import FreeQuestion, Item, Metric
+from data.choices import LETTERS, parse_choice
+from data.images import open_image
+from grpo.distributed import gather_rows, rank, world_size
+from grpo.policy import Policy
+from grpo.rollout import sample_rollouts
+from reward.caprl import (
+    ANSWER_START,
+    CAPTION_END,
+    CAPTION_START,
+    Answer,
+    Asked,
+    AskVerifier,
+    Verifier,
+    answer_record,
+    shuffle_options,
+)
+from reward.judge import as_plain_text
+
+PICTURES_AT_A_TIME = 8
+"""Pictures whose questions are handed to the answerer together; it makes batches of them."""
+
+# ------------------------------------------------------------------------------- 1. what is asked
+
+CAPTIONQA_ABSTAIN = "Cannot answer from the caption"
+LETTER_FORM = "Reply with the letter of one option."
+WORDS_FORM = (
+    "Reply with the answer alone, on one line: a number, a name or a few words, without a sentence "
+    "around it."
+)
+WORDS_START = "Answer:"
+"""The answerer's turn is begun with this where it answers in words; the rest of the line is the
+answer."""
+
+WORDS_TASK = f"""\
+Answer a question about an image that you cannot see. All that you know about the image is its \
+caption. Use no outside knowledge: what the caption does not say, you do not know. \
+{WORDS_FORM} Several answers are written as a list, [first, second].
+
+Caption: {CAPTION_START} A bar chart of rainfall. May has 40 mm, June has 55 mm. {CAPTION_END}
+Question: How much rain fell in June?
+{WORDS_START} 55 mm
+
+Caption: {CAPTION_START} A poster in red letters says: Summer fair, 12 July, Town Hall. \
+{CAPTION_END}
+Question: Where is the fair?
+{WORDS_START} Town Hall"""
+
+
+def ask_item(item: Item, metric: Metric, seed: int, from_caption: bool = True) -> Asked:
+    """The question with its options shuffled, always alike for the same seed and id, whatever else
+    is asked.
+
+    CaptionQA's abstain option is among the options of questions that are answered from a caption,
+    see `captionqa_offers_abstain`.
+    """
+    question = item.question
+    if isinstance(question, FreeQuestion):
+        return Asked(question.question, (), gold=-1, source=0)
+    offers_abstain = (
+        from_caption and metric == "captionqa"
+        and captionqa_offers_abstain(question.question, question.choices)
+    )
+    rng = random.Random(f"{seed}:{item.id}:options")
+    asked = shuffle_options(question, 0, rng, offers_abstain)
+    if not offers_abstain:
+        return asked
+    options = list(asked.options)
+    options[asked.abstain] = CAPTIONQA_ABSTAIN
+    return replace(asked, options=tuple(options))
+
+
+def others_captions(captions: Sequence[list[dict]], seed: int) -> list[list[dict]]:
+    """Each picture with the captions of another one, for a floor. Raises ValueError where there is
+    only one picture."""
+    if len(captions) < 2:
+        raise ValueError("floor: expected at least 2 images, one takes another's captions")
+    order = random.Random(f"{seed}:others").sample(range(len(captions)), len(captions))
+    taken = dict(zip(order, [*order[1:], order[0]]))
+    return [captions[taken[place]] for place in range(len(captions))]
+
+
+def floor_captions(captions: dict[str, list[list[dict]]], num_pictures: int,
+                   seed: int) -> dict[str, list[list[dict]]]:
+    """Name of the row in the tables -> captions of each picture: another image's, for each
+    captioner in `captions`, and none."""
+    floors = {
+        f"{name}, another image's": others_captions(groups, seed)
+        for name, groups in captions.items()
+    }
+    return floors | {"no caption": [[{"caption": ""}]] * num_pictures}
+
+
+# --------------------------------------------------------------------------------- 2. who answers
+
+
+def word_answerer(verifier: Verifier, answer_tokens: int) -> Verifier:
+    """The same model, answering in words of at most so many tokens: likeliest ones where the
+    verifier takes the likeliest letter."""
+    temperature = verifier.temperature if verifier.mode == "sample" else 1e-4
+    return Verifier(verifier.model, verifier.tokenizer, "sample", temperature, answer_tokens,
+                    task=WORDS_TASK, answer_start=WORDS_START)
+
+
+def ask_all(captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str],
+            choose: AskVerifier, write: AskVerifier | None) -> list[list[Answer]]:
+    """As `choose`, but for questions of all sorts: without options (`write` answers them), with
+    options, and with the abstain option among these, which `choose` wants on all questions of a
+    call or on none."""
+    answers: list[list] = [[None] * len(group) for group in asked]
+    for answerer, sort in ((write, "words"), (choose, "options"), (choose, "abstain")):
+        rows, places, questions = [], [], []
+        for row, group in enumerate(asked):
+            chosen = [place for place, question in enumerate(group) if _sort(question) == sort]
+            if chosen:
+                rows.append(row)
+                places.append(chosen)
+                questions.append([group[place] for place in chosen])
+        if not rows:
+            continue
+        given = answerer([captions[row] for row in rows], questions, [names[row] for row in rows])
+        for row, chosen, replies in zip(rows, places, given, strict=True):
+            for place, answer in zip(chosen, replies, strict=True):
+                answers[row][place] = answer
+    return answers
+
+
+def _sort(asked: Asked) -> str:
+    if not asked.options:
+        return "words"
+    return "options" if asked.abstain is None else "abstain"
+
+
+# ---------------------------------------------------------------------------- 3. what is recorded
+
+
+def answer_line(reply: str) -> str | None:
+    """The answer: the line that was asked for. None if there is none."""
+    lines = reply.strip().splitlines()
+    line = lines[0].strip().removeprefix(WORDS_START).strip() if lines else ""
+    return line or None
+
+
+def record(item: Item, asked: Asked, answer: Answer, metric: Metric) -> dict:
+    """The question as asked and answered, and its `score`: None where it could not be asked
+    (`failure`), 0 where the answer cannot be read (`unparsed`)."""
+    row = {"id": item.id, "family": item.family} | answer_record(asked, answer, soft=False)
+    if isinstance(item.question, FreeQuestion):
+        line = None if answer.failure else answer_line(answer.reply)
+        row |= {"answers": list(item.question.answers), "prediction": line,
+                "unparsed": not answer.failure and line is None}
+        if not answer.failure:
+            row["score"] = 0.0 if line is None else item.question.score(metric, line)
+            row["correct"] = row["score"] == 1
+        return row
+    row["unparsed"] = not answer.failure and answer.chosen is None
+    has_abstained = asked.abstain is not None and answer.chosen == asked.abstain
+    if metric == "captionqa" and has_abstained:
+        row["score"] = captionqa_abstain_credit(len(item.question.choices))
+    return row
+
+
+def _row(benchmark: Benchmark, picture: Picture, asked: Sequence[Asked],
+         answers: Sequence[Answer]) -> dict:
+    """All questions on a picture, asked once."""
+    questions = [
+        record(item, question, answer, benchmark.metric)
+        for item, question, answer in zip(picture.items, asked, answers, strict=True)
+    ]
+    scores = [question["score"] for question in questions if question["score"] is not None]
+    mean = sum(scores) / len(scores) if scores else math.nan
+    return {"id": picture.id, "family": picture.items[0].family, "caption": "", "accuracy": mean,
+            "questions": questions}
+
+
+# ------------------------------------------------------------------------------ 4. the evaluations
+
+
+def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerifier, seed: int = 0,
+          write: AskVerifier | None = None) -> list[dict]:
+    """A row for each caption: id and family of its picture, the caption, each question as asked,
+    and its mean score as `accuracy` (NaN if none could be asked).
+
+    `captions` has those of each picture. `choose` answers questions with options, `write` those
+    without, see `word_answerer`. Each rank asks on its share of the pictures, and returns all rows.
+    """
+    rows = []
+    pairs = list(zip(benchmark.pictures, captions, strict=True))[rank() :: world_size()]
+    starts = range(0, len(pairs), PICTURES_AT_A_TIME)
+    for start in tqdm(starts, desc="answers", unit="batch", disable=rank() != 0):
+        pictures, names, captioned, asked = [], [], [], []
+        for picture, group in pairs[start : start + PICTURES_AT_A_TIME]:
+            questions = [ask_item(item, benchmark.metric, seed) for item in picture.items]
+            pictures += [picture] * len(group)
+            asked += [questions] * len(group)
+            captioned += group
+            names += [f"{seed}:{picture.id}:{k}" for k in range(len(group))]
+        told = [n for n, caption in enumerate(captioned) if "error" not in caption]
+        answers = iter(ask_all(
+            [captioned[n]["caption"] for n in told], [asked[n] for n in told],
+            [names[n] for n in told], choose, write,
+        ))
+        for picture, caption, questions in zip(pictures, captioned, asked, strict=True):
+            failed = [Answer(None, failure=caption.get("error", ""))] * len(questions)
+            given = failed if "error" in caption else next(answers)
+            rows.append(_row(benchmark, picture, questions, given) | caption)
+    return _gather(benchmark, rows)
+
+
+def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: int,
+           temperature: float, batch_size: int) -> list[dict]:
+    """As `prism`, but of answers that the policy gives looking at the picture: a row for each
+    picture, without a caption."""
+    pictures = benchmark.pictures[rank() :: world_size()]
+    asked = [
+        (picture, item, ask_item(item, benchmark.metric, seed, from_caption=False))
+        for picture in pictures for item in picture.items
+    ]
+    answers: list[Answer] = []
+    starts = range(0, len(asked), batch_size)
+    for start in tqdm(starts, desc="answers", unit="batch", disable=rank() != 0):
+        answers += _look(policy, asked[start : start + batch_size], seed, answer_tokens,
+                         temperature)
+    rows, questions, given = [], (question for _, _, question in asked), iter(answers)
+    for picture in pictures:
+        num = len(picture.items)
+        rows.append(_row(benchmark, picture, list(islice(questions, num)),
+                         list(islice(given, num))))
+    return _gather(benchmark, rows)
+
+
+def _look(policy: Policy, asked: Sequence[tuple[Picture, Item, Asked]], seed: int,
+          answer_tokens: int, temperature: float) -> list[Answer]:
+    """The policy's answers. A picture that cannot be opened is the failure of its questions."""
+    prompts, keys, failures = [], [], []
+    for picture, item, question in asked:
+        options = [f"{letter}) {text}" for letter, text in zip(LETTERS, question.options)]
+        form, start = (LETTER_FORM, ANSWER_START) if options else (WORDS_FORM, WORDS_START)
+        text = as_plain_text("\n".join([question.question, *options, form]), policy)
+        try:
+            prompts.append(policy.prompt(open_image(picture.image), text, start))
+        except ValueError as error:
+            failures.append(str(error))
+        else:
+            keys.append(f"{seed}:{item.id}:direct")
+            failures.append("")
+    replies = iter(())
+    if prompts:
+        rollouts = sample_rollouts(policy, prompts, keys, answer_tokens, temperature)
+        replies = iter(rollouts.captions)
+    answers = []
+    for (_, _, question), failure in zip(asked, failures):
+        reply = "" if failure else next(replies)
+        is_choice = question.options and not failure
+        chosen = parse_choice(reply, question.options) if is_choice else None
+        answers.append(Answer(chosen, reply=reply, failure=failure))
+    return answers
+
+
+def _gather(benchmark: Benchmark, rows: list[dict]) -> list[dict]:
+    """All ranks' rows in the benchmark's order, on every rank; captions keep their order."""
+    place = {picture.id: n for n, picture in enumerate(benchmark.pictures)}
+    return sorted(gather_rows(rows), key=lambda row: place[row["id"]])

@@ -1,0 +1,161 @@
+"""What evaluate.py writes: rows of captions as they come, tables as Markdown and as JSON."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from data.benchmarks.benchmark import Benchmark
+from data.images import open_image
+from data.io import check_room, to_json
+from tools.stats import paired_difference
+from tools.thumbnails import keep_thumbnail
+
+Rows = dict[tuple[str, str], list[dict]]
+"""(benchmark, captioner) -> a row per caption"""
+Tables = dict[tuple[str, str], dict[str, dict[str, float]]]
+"""(benchmark, captioner) -> `summarize`"""
+
+THUMBNAILS = 400
+"""Pictures of a benchmark, the first ones, that are kept small for the report page."""
+
+PAPER_COLUMNS = ("chartqa", "chartqapro", "infovqa", "mmstar", "seed")
+PAPER_TABLE = {  # arXiv 2509.22647, Table 3, in percent
+    "Qwen2.5-VL-3B": (65.6, 27.1, 40.2, 46.4, 64.1),
+    "Qwen2.5-VL-72B": (80.2, 38.0, 60.8, 55.0, 69.3),
+    "UnifiedReward as judge, 3B": (54.9, 25.1, 33.6, 45.4, 61.2),
+    "Qwen2.5-VL as judge, 3B": (71.4, 34.2, 49.3, 47.7, 64.5),
+    "CapRL-3B": (80.5, 39.9, 64.8, 55.0, 70.6),
+}
+
+
+def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables) -> str:
+    """All tables as Markdown: scores, differences to the first captioner, CaptionQA's shares, the
+    paper's rows."""
+    parts = [format_table(tables)]
+    differences = _difference_lines(rows)
+    if differences:
+        parts.append("Paired, on the same questions:\n\n" + "\n".join([
+            "| benchmark | captioner | less | questions | difference | 95% interval |",
+            "| --- | --- | --- | ---: | ---: | --- |", *differences,
+        ]))
+    captionqa = {benchmark.name for benchmark in benchmarks if benchmark.kind == "captionqa"}
+    if captionqa:
+        parts.append("CaptionQA:\n\n" + "\n".join([
+            "| captioner | score | accuracy | abstained |", "| --- | ---: | ---: | ---: |",
+            *_captionqa_lines(captionqa, tables),
+        ]))
+    columns = [benchmark for benchmark in benchmarks if benchmark.kind in PAPER_COLUMNS]
+    if columns:
+        parts.append("Beside the paper's Table 3, in percent (its answerer, its prompts and its "
+                     "looser metrics):\n\n" + "\n".join(_paper_lines(columns, tables)))
+    return "\n\n".join(parts)
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError for a name that is taken, or that does not end in .jsonl, and for a folder
+    that cannot be written."""
+    for ending in (".jsonl", ".md", ".json"):
+        path = out.with_suffix(ending)
+        if path.exists():
+            raise ValueError(f"{path}: expected a new file, found one")
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out}: expected a name that ends in .jsonl")
+    check_room(out.parent)
+
+
+def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    names = {"benchmark": benchmark, "captioner": captioner}
+    with out.open("a", encoding="utf-8") as file:
+        file.writelines(to_json(names | row) + "\n" for row in rows)
+
+
+def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
+    """Of each benchmark's first pictures, beside the file of rows."""
+    for benchmark in benchmarks:
+        for picture in benchmark.pictures[:THUMBNAILS]:
+            # As the page names it.
+            id = picture.id if len(benchmarks) == 1 else f"{benchmark.name}:{picture.id}"
+            with suppress(ValueError):  # one that cannot be opened has its sentence in the rows
+                keep_thumbnail(out, id, partial(open_image, picture.image))
+
+
+def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: Tables) -> None:
+    """The text of `report`, as .md, and the numbers of the first table with the refused rows, as
+    .json."""
+    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    plain = {
+        "tables": [
+            {"benchmark": benchmark, "captioner": captioner, "families": table}
+            for (benchmark, captioner), table in tables.items()
+        ],
+        "refused": {benchmark.name: benchmark.refused for benchmark in benchmarks},
+    }
+    out.with_suffix(".json").write_text(to_json(plain) + "\n", encoding="utf-8")
+
+
+def format_table(tables: Tables) -> str:
+    """A line for each benchmark, captioner and family."""
+    lines = [
+        "| benchmark | captioner | family | images | questions | score | 95% interval | "
+        "best caption | words | tokens | cut | unparsed | failed |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | "
+        "---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (benchmark, captioner), table in tables.items():
+        for family, row in table.items():
+            lines.append(
+                f"| {benchmark} | {captioner} | {family} | {row['images']} | {row['questions']} | "
+                f"{_number(row['accuracy'])} | {_number(row['low'])} to {_number(row['high'])} | "
+                f"{_number(row['best'])} | {_number(row['words'], 1)} | "
+                f"{_number(row['tokens'], 1)} | {_number(row['cut'])} | "
+                f"{_number(row['unparsed'])} | {row['failed']} |"
+            )
+    return "\n".join(lines)
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _difference_lines(rows: Rows) -> list[str]:
+    """Of each captioner to the first of its benchmark."""
+    first: dict[str, str] = {}
+    lines = []
+    for (benchmark, captioner), group in rows.items():
+        base = first.setdefault(benchmark, captioner)
+        if captioner != base:
+            row = paired_difference(rows[benchmark, base], group)
+            lines.append(
+                f"| {benchmark} | {captioner} | {base} | {row['questions']} | "
+                f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} |"
+            )
+    return lines
+
+
+def _captionqa_lines(names: set[str], tables: Tables) -> list[str]:
+    lines = []
+    for (benchmark, captioner), table in tables.items():
+        if benchmark in names:
+            cells = [_number(table["all"][key]) for key in ("accuracy", "right", "abstained")]
+            lines.append(f"| {captioner} | {' | '.join(cells)} |")
+    return lines
+
+
+def _paper_lines(columns: Sequence[Benchmark], tables: Tables) -> list[str]:
+    lines = [
+        "| captioner | " + " | ".join(benchmark.name for benchmark in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for captioner in dict.fromkeys(captioner for _, captioner in tables):
+        cells = []
+        for benchmark in columns:
+            row = tables.get((benchmark.name, captioner), {}).get("all", {})
+            cells.append(_number(row.get("accuracy", math.nan) * 100, 1))
+        lines.append(f"| {captioner} | {' | '.join(cells)} |")
+    places = [PAPER_COLUMNS.index(benchmark.kind) for benchmark in columns]
+    for name, row in PAPER_TABLE.items():
+        lines.append(f"| paper: {name} | " + " | ".join(str(row[place]) for place in places) + " |")
+    return lines
