@@ -38,8 +38,10 @@ FEWER_PIXELS = {
     "AVIF": 60_000_000,
     "JPEG2000": 30_000_000,
     "progressive JPEG": 75_000_000,
+    "LAB": 40_000_000,
 }
-"""Most pixels of formats whose decoders hold 10 to 26 bytes for each: none needs over 1 GB."""
+"""Most pixels of what takes 10 to 26 bytes for each while it is decoded, or, as LAB, 70 ns: none
+needs over 1 GB or 3 s."""
 
 MAX_ASPECT_RATIO = 200
 """Longer over shorter side; what the image processors of Qwen's models accept."""
@@ -106,6 +108,7 @@ def read_head(image: ImageSource) -> Image.Image:
         opened = file if isinstance(file, Image.Image) else Image.open(file, formats=list(FORMATS))
         width, height = opened.size
     kind = "progressive JPEG" if "progressive" in opened.info else opened.format
+    kind = "LAB" if opened.mode == "LAB" else kind
     most = FEWER_PIXELS.get(kind, MAX_PIXELS)
     if width * height > most:
         pixels = f"pixels of {kind}" if kind in FEWER_PIXELS else "pixels"

@@ -267,6 +267,9 @@ def test_decoders_that_need_more_memory_get_fewer_pixels(monkeypatch):
         with pytest.raises(ValueError, match="x: expected at most 400 pixels of .*, got 30 x 20"):
             open_image(stored(Image.new("RGB", (30, 20)), **options))
         assert open_image(stored(Image.new("RGB", (20, 20)), **options)).size == (20, 20)
+    monkeypatch.setitem(FEWER_PIXELS, "LAB", 400)
+    with pytest.raises(ValueError, match="x: expected at most 400 pixels of LAB, got 30 x 20"):
+        open_image(stored(Image.new("LAB", (30, 20)), "TIFF"))
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
