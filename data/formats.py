@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data.images import ImageSource, StoredImage, image_path
+from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, image_path
 from data.io import Line, json_rows, row_at, short
 
 MANIFEST_SUFFIX = ".manifest.jsonl"
 
 
 def data_files(source: str) -> list[Path]:
-    """The file, or every *.parquet and *.jsonl below the folder. Raises ValueError where there is
+    """The file, or every *.parquet and *.jsonl below the folder, linked and hidden folders too.
+    Files of other endings, but pictures, are counted on stderr. Raises ValueError where there is
     none."""
     path = Path(source)
     if path.is_file():
@@ -21,10 +22,12 @@ def data_files(source: str) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{source}: expected a file or a folder of files with questions, "
                          "found nothing")
-    files = sorted(
-        file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl")
-        and file.is_file() and not file.name.endswith(MANIFEST_SUFFIX)
-    )
+    from data.folders import list_files  # here: a single file needs no search
+
+    files = [
+        file for file in list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"})
+        if file.suffix.lower() not in IMAGE_SUFFIXES and not file.name.endswith(MANIFEST_SUFFIX)
+    ]
     if not files:
         raise ValueError(f"{source}: expected *.parquet or *.jsonl in the folder, found none")
     return files

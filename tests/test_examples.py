@@ -612,3 +612,12 @@ def test_rows_of_one_picture_become_one_example():
     assert (first.id, first.family, first.other_ids) == ("1", "f", ("3", "4")) and first.image is image
     assert first.questions == (one, two, replace(one, answer_index=1))  # equal ones once; another answer is another question
     assert second is rows[1]  # what is one row stays as it is
+
+
+def test_a_set_in_a_linked_folder_is_read_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    write_parquet(tmp_path / "elsewhere/a.parquet", [caprl("x")])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/round").symlink_to(tmp_path / "set")
+    assert [example.id for example in load_examples(str(tmp_path / "set"))] == ["x"]

@@ -249,6 +249,7 @@ def test_no_conversion_needs_more_than_two_pictures_in_memory(tmp_path, mode):
     code = """if True:
         import sys
         from pathlib import Path
+        import data.tones
         from data.images import open_image
         def peak():
             return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
