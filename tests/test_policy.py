@@ -337,3 +337,32 @@ def test_one_prompt_as_before(policy):
     first = policy.prompt(image)
     make_policy(policy.model, policy.tokenizer, policy.image_processor).prompt(Image.new("RGB", (90, 50)))
     assert torch.equal(policy.prompt(image).input_ids, first.input_ids)
+
+
+def test_a_head_that_is_stored_apart_is_untied_whatever_the_config_says(copy_of):
+    """A copy made from the config, as each rank makes it, would tie it and train another model."""
+
+    def apart(weights):
+        embedding = next(weight for key, weight in weights.items() if "embed_tokens" in key)
+        return weights | {"lm_head.weight": embedding + 0.5}
+
+    model = load_policy(str(copy_of("policy", apart, tie_word_embeddings=True)), CPU).model
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert not model.config.tie_word_embeddings
+    assert not model.config.get_text_config().tie_word_embeddings
+
+
+def test_an_end_that_the_head_has_no_row_for_is_none(copy_of):
+    folder = copy_of("policy")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    ends = load_policy(str(folder), CPU).eos_ids
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [*ends, -1, 99999]}))
+    assert load_policy(str(folder), CPU).eos_ids == ends
+
+
+def test_a_verifier_of_nan_is_refused(copy_of):
+    def broken(weights):
+        return {key: weight * torch.nan if "model.norm" in key else weight for key, weight in weights.items()}
+
+    with pytest.raises(ValueError, match="come out nan apart"):
+        load_verifier(str(copy_of("verifier", broken)), CPU)

@@ -697,6 +697,23 @@ def test_a_verifier_that_padding_disturbs_is_refused_when_loaded(tokenizer, tmp_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: hf.CohereForCausalLM(hf.CohereConfig(**SMALL, logit_scale=0.25)),
+    lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SMALL, logits_scaling=4.0)),
+    lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, final_logit_softcapping=3.0)),
+])
+def test_letters_have_the_probabilities_of_a_head_that_is_scaled_or_capped(tokenizer, tmp_path, make):
+    torch.manual_seed(0)
+    verifier = load_verifier(saved(make(), tokenizer, tmp_path), torch.device("cpu"))
+    asked = draw(QUESTIONS, 2, "k")
+    for question, answer in zip(asked, verifier(["red"], [asked], ["k"])[0], strict=True):
+        writer = verifier.writers[False]
+        ids = writer.head_ids + writer.caption_ids("red") + writer.question_ids(question)
+        logits = verifier.model(torch.tensor([ids])).logits[0, -1, writer.letter_ids]
+        want = logits[: len(question.options)].softmax(-1)
+        assert answer.probs == pytest.approx(want.tolist(), abs=1e-4)
+
+
 def test_a_context_without_an_end_has_room_for_all(tokenizer, tmp_path):
     verifier = load_verifier(saved(KINDS["Bloom"](), tokenizer, tmp_path), torch.device("cpu"))
     assert not hasattr(verifier.model.config, "max_position_embeddings") and verifier.context == math.inf
