@@ -33,7 +33,8 @@ from data.io import check_room, naming, text_hash
 from data.program import check_range, run_program
 from grpo.captioning import caption_batches
 from grpo.distributed import compute_dtype, local_device
-from grpo.policy import CAPTION_INSTRUCTION, Policy, load_policy, model_hash
+from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.pretrained import load_policy, model_hash
 
 
 @dataclass(frozen=True)

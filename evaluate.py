@@ -33,7 +33,7 @@ from data.benchmarks.benchmark import Benchmark, load_benchmarks
 from data.io import check_room, naming
 from data.program import check_range, run_program
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
-from grpo.policy import check_model_path, load_policy
+from grpo.pretrained import check_model_path, load_policy
 from reward.caprl import load_verifier
 from tools.caption_cache import CaptionsConfig, read_captions, write_captions
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer

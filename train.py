@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.examples import Example, load_examples, merge_pictures, read_manifest
+from data.examples import Example, load_examples, merge_pictures
 from data.images import image_size, open_image
 from data.io import check_room, naming
 from data.program import run_program
@@ -48,17 +48,18 @@ from grpo.distributed import (
     rank,
     world_size,
 )
-from grpo.log import alarms, check_run_dir, count_skipped, log_step, step_timing
+from grpo.log import alarms, count_skipped, log_step, step_timing
 from grpo.policy import Policy, encode_images
 from grpo.rollout import Rollouts, sample_rollouts
 from grpo.run import Run, begin, export, load_run, save_step
 from grpo.update import update_policy, warm_up_
-from grpo.writer import check_writer, only_writer
 from reward.step import Reward, check_examples, load_reward, reward_step, rollout_rows, run_contents
 
 
 def train(config: TrainConfig) -> Path:
     """The whole run. Returns the folder of the trained policy."""
+    from grpo.run_dir import check_run_dir, only_writer  # here: files are no part of the algorithm
+
     device = init_distributed(config.timeout_minutes)
     run_dir = Path(config.run_dir)
     config.prompts_per_rank(world_size())
@@ -182,7 +183,8 @@ def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[E
                    batch: Sequence[Example], rows: list[dict], step: int,
                    config: TrainConfig) -> tuple[list[dict], dict]:
     """All ranks' rows in the order of the batch, and on rank 0 their audit. Keeps thumbnails."""
-    from tools.audit import audit_step  # here: a reader of training need not meet them
+    from grpo.run_dir import check_writer  # here: a reader of training need not meet them
+    from tools.audit import audit_step
     from tools.thumbnails import SHOWN_GROUPS, keep_thumbnail
 
     rows, audit = gather_rows(rows), {}
@@ -209,6 +211,8 @@ def load_trackers(run_dir: Path, first_step: int, config: TrainConfig) -> list:
 
 def describe(run: Run, examples: Sequence[Example], config: TrainConfig) -> None:
     """Prints the settings, the rows that are left out, and how captions are sampled."""
+    from data.rows import read_manifest  # here: how files are read is a page of its own
+
     sampler = run.sampler
     print0(f"{len(examples)} images, {world_size()} rank(s) on {run.device.type}, {config}")
     refused = read_manifest(config.data)

@@ -35,7 +35,8 @@ from transformers.utils import logging as transformers_logging
 from data.images import open_image
 from data.toy.world import draw, make_scene
 from grpo.captioning import caption_batches
-from grpo.policy import CAPTION_INSTRUCTION, Policy, load_policy
+from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.pretrained import load_policy
 
 
 @dataclass(frozen=True)

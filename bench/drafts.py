@@ -32,7 +32,8 @@ from data.folders import list_images
 from data.images import open_image
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
-from grpo.policy import Policy, Prompt, load_policy
+from grpo.policy import Policy, Prompt
+from grpo.pretrained import load_policy
 from grpo.rollout import read_prompts, sample_rollouts
 
 

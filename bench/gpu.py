@@ -28,7 +28,7 @@ from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, toy_config
 from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer
-from grpo.policy import make_policy
+from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
 from grpo.update import prepare_training_, update_policy
 from reward.caprl import Verifier, caption_rewards

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.examples import load_examples
 from grpo.config import RewardConfig
-from grpo.policy import load_policy
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import caption_rewards, load_verifier
 from tools.audit import rank_correlation

@@ -50,7 +50,8 @@ from data.examples import Example, Question
 from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, toy_config
 from grpo.logprobs import CompletionScorer
-from grpo.policy import CAPTION_INSTRUCTION, load_policy
+from grpo.policy import CAPTION_INSTRUCTION
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from grpo.update import update_policy
 from reward.caprl import PromptWriter, ask, caption_rewards, load_verifier

@@ -36,16 +36,18 @@ from transformers import AutoModel, AutoModelForImageClassification, DynamicCach
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from data.choices import fold_choice
-from data.examples import Dropped, Example, Question, load_examples, merge_pictures, read_question
+from data.examples import Example, Question, load_examples, merge_pictures
 from data.export import question_row, write_examples
 from data.folders import load_images
 from data.images import ImageSource, open_image
 from data.io import check_room, naming, read_jsonl, to_json
 from data.likeness import detail, hash_distances, near_duplicates, perceptual_hash, pixel_hash, semantic_duplicates
 from data.program import run_program
+from data.rows import Dropped, read_question
 from data.written import parse_questions
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
-from grpo.policy import Policy, chat_text, load_policy
+from grpo.policy import Policy, chat_text
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import Answer, Asked, PromptWriter, choose_letter, pad_left, shuffle_options
 

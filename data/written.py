@@ -2,8 +2,10 @@
 
 import re
 
-from data.choices import LETTERS, find_answer
-from data.examples import Dropped, Question
+from data.choices import LETTERS
+from data.examples import Question
+from data.labels import find_answer
+from data.rows import Dropped
 
 _NUMBER = r"(?:Q(?:uestion)?[ \t]*)?\d+[.):\uff1a\u3001]"
 _HEADER = re.compile(rf"^[ \t]*(?:#{{1,6}}[ \t]+|\**{_NUMBER}[\s*])", re.IGNORECASE)

@@ -4,47 +4,26 @@ Tokenizer and image processor are loaded one by one, and image tokens are repeat
 transformers' Qwen2.5-VL *processor* would need torchvision, for videos.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date
-from operator import attrgetter
-from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    AutoModelForImageTextToText,
     BaseImageProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # From its module: `transformers.AutoImageProcessor` of 5.17 needs torchvision for any backend.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from transformers.utils import cached_file, find_adapter_config_file
 
-from data.io import text_hash
 
 CAPTION_INSTRUCTION = "Please describe this image in detail."
 """The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
-
-SOURCE_FILES = (
-    "config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
-)
-"""Files that a checkpoint may have beside weights and generation_config.json."""
 
 TEMPLATE_DATE = date(2025, 1, 1)
 """The date for chat templates that ask for today's. So a run that is resumed tomorrow has the same
@@ -168,100 +147,6 @@ def image_inputs(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[
             del inner.get_image_features
 
 
-def load_policy(path: str, device: torch.device,
-                dtype: torch.dtype | Literal["auto"] = torch.float32,
-                writes: bool = True) -> Policy:
-    """A policy from a local folder or a hub name, in `dtype` or, with "auto", as it was saved.
-    Raises ValueError if it cannot be used. `writes`: see `make_policy`.
-
-    The model is in eval mode, also when it is trained: dropout would move a step's first ratio away
-    from 1.
-    """
-    with loading(path, "policy"):
-        tokenizer = load_tokenizer(path)
-        chat_text(tokenizer, [{"type": "image"}])
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        model = load_model(AutoModelForImageTextToText, path, dtype)
-        # The local folder, or this machine's copy of the hub's.
-        folder = Path(cached_file(path, "config.json")).parent
-        names = [name for name in SOURCE_FILES if (folder / name).is_file()]
-        files = {name: (folder / name).read_bytes() for name in names}
-        policy = make_policy(model.to(device).eval(), tokenizer, image_processor, writes)
-        return replace(policy, files=files)
-
-
-@contextmanager
-def loading(path: str, what: str) -> Iterator[None]:
-    """Any error of loading a checkpoint inside becomes a ValueError of one sentence."""
-    check_model_path(path)
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # transformers, safetensors, jinja and hub have their own classes
-        reason = (str(error) or type(error).__name__).splitlines()[0][:400]
-        raise ValueError(f"{path}: expected a {what}'s folder or a hub name ({reason})") from None
-
-
-def check_model_path(path: str) -> None:
-    """Raises ValueError for a folder that lacks part of a model, and for a path that is neither a
-    folder nor like a hub name."""
-    if Path(path).is_dir():
-        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
-            if not list(Path(path).glob(pattern)):
-                raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """tokenizer.json as it was saved, with the chat template from any file that has it.
-
-    For a Qwen2 model, AutoTokenizer would replace tokenizer.json's word splitting by Qwen2's own. A
-    checkpoint trained with another splitting would then read other tokens.
-    """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    if not tokenizer.chat_template:  # only processors read chat_template.json
-        tokenizer.chat_template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
-    return tokenizer
-
-
-def load_model(auto_class: type, path: str,
-               dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
-    """The model of a local folder or a hub name.
-
-    Raises ValueError if the checkpoint lacks a weight, which would then be random. Raises it too if
-    a weight of the model's own modules has no place, as of an adapter or an additional layer.
-    Weights of other modules, such as a vision tower, may be there.
-    """
-    if find_adapter_config_file(path):
-        raise ValueError("expected a whole model, found an adapter (adapter_config.json): merge it "
-                         "into its base")
-    model, report = auto_class.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    outer = ("", model.base_model_prefix)
-    own = tuple(f"{name}." for name, _ in model.named_modules() if name not in outer)
-    unused = [key for key in report["unexpected_keys"] if "lora_" in key or key.startswith(own)]
-    shapes = [f"{key} {list(saved)} for {list(shape)}"
-              for key, saved, shape in report["mismatched_keys"]]
-    faults = {
-        "missing": report["missing_keys"], "of another shape": shapes,
-        "that it has no place for": unused,
-    }
-    for fault, keys in faults.items():
-        if keys:
-            first = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            raise ValueError(f"{len(keys)} weights of {type(model).__name__} {fault}: {first}")
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        # Weights decide, not config.json: a copy made from the config would tie a head that is not.
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
-    return model
-
-
 def chat_text(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:
     """The text of a user's turn up to the answer. Raises ValueError without a chat template."""
     if not tokenizer.chat_template:
@@ -289,69 +174,3 @@ def unnamed_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     """Ids for which the head has a row and the tokenizer has no token."""
     rows = range(len(model.get_output_embeddings().weight))
     return tuple(sorted(set(rows).difference(tokenizer.get_vocab().values())))
-
-
-LAYOUT = (
-    "model.visual", "model.get_rope_index", "model.get_image_features", "config.image_token_id",
-    "config.video_token_id", "config.vision_start_token_id", "config.vision_end_token_id",
-)
-"""Attributes of a policy's model that are used here, besides its text layers."""
-
-
-def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                image_processor: BaseImageProcessor, writes: bool = True) -> Policy:
-    """The policy of a model. `writes` False is for a judge, which only reads: grpo/decode.py need
-    not support its text layers. Raises ValueError if the model's layout is not Qwen2.5-VL's or
-    Qwen3-VL's."""
-    parts = [(model, name) for name in LAYOUT]
-    for owner, name in [*parts, (image_processor, "merge_size"), (image_processor, "patch_size")]:
-        try:
-            attrgetter(name)(owner)
-        except AttributeError:
-            raise ValueError("expected the layout of Qwen2.5-VL or Qwen3-VL, found "
-                             f"{type(owner).__name__} without {name}") from None
-    if writes:
-        from grpo.layers import check_layers  # here: a reader of training need not meet it
-
-        check_layers(model)
-    ends = eos_ids(model, tokenizer)
-    if not ends:
-        raise ValueError("expected an EOS id in the policy's generation_config or tokenizer, found "
-                         "none")
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    config, vocabulary = model.config, tokenizer.get_vocab()
-    markers = {config.image_token_id, config.video_token_id, config.vision_start_token_id,
-               config.vision_end_token_id}
-    if "<|vision_pad|>" in vocabulary:
-        markers.add(vocabulary["<|vision_pad|>"])
-    forbidden = tuple(sorted(markers.union(unnamed_ids(model, tokenizer))))
-    policy = Policy(model, tokenizer, image_processor, ends, pad_id, forbidden)
-    policy.prompt(Image.new("RGB", (64, 64)))  # so that a wrong template or processor raises now
-    return policy
-
-
-def weights_hash(model: nn.Module) -> str:
-    """16 hexadecimal digits: a hash of the shapes and float32 values of all parameters. Neither
-    dtype nor device changes it. It runs in threads (hashing releases the GIL): seconds for 15 GB.
-    """
-
-    def digest(parameter: Tensor) -> bytes:
-        shape_and_values = hashlib.sha256(str(tuple(parameter.shape)).encode())
-        shape_and_values.update(parameter.detach().cpu().float().flatten().numpy())
-        return shape_and_values.digest()
-
-    with ThreadPoolExecutor(8) as pool:
-        digests = b"".join(pool.map(digest, model.parameters()))
-    return hashlib.sha256(digests).hexdigest()[:16]
-
-
-def model_hash(policy: Policy) -> str:
-    """16 hexadecimal digits of all that makes the captioner: weights, shapes, tokenizer, chat
-    template, image processor."""
-    config = policy.model.config.to_dict()
-    config.pop("transformers_version", None)
-    template = policy.tokenizer.chat_template
-    parts = [config, policy.image_processor.to_dict(), template, policy.eos_ids]
-    settings = json.dumps(parts, sort_keys=True, default=str)
-    tokenizer = policy.tokenizer.backend_tokenizer.to_str()
-    return text_hash(f"{settings}{tokenizer}{policy.model.dtype} {weights_hash(policy.model)}")

@@ -31,9 +31,8 @@ from grpo.distributed import (
     sum_across_ranks,
     world_size,
 )
-from grpo.log import log_start, rewind, saved_config, start_run
 from grpo.logprobs import CompletionScorer
-from grpo.policy import TEMPLATE_DATE, Policy, load_policy
+from grpo.policy import TEMPLATE_DATE, Policy
 from grpo.update import prepare_training_
 
 
@@ -59,6 +58,8 @@ class Run:
 
 def load_run(config: TrainConfig, device: torch.device) -> Run:
     """Loads the models and shards them. Raises ValueError, on all ranks, if one cannot be used."""
+    from grpo.pretrained import load_policy  # here: how checkpoints are read is a page of its own
+
     has_one_model = world_size() == 1 and device.type == "cpu"  # the sampler is the trained model
     dtype = compute_dtype(device)
     if config.offload_reference and device.type == "cpu":
@@ -104,6 +105,8 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     contents: hashes of `data` and of the models on rank 0; empty on the others. Raises ValueError,
     on all ranks, if the run cannot go on or there is no room for a checkpoint.
     """
+    from grpo.run_dir import log_start, rewind, saved_config, start_run  # here: a page of its own
+
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):
         config.check_resumes(saved_config(run_dir), contents)

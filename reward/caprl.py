@@ -7,7 +7,7 @@ repetition are added only where asked for. The sections are in the order of the 
 
     1. what is asked     stream_names, ask, shuffle_options
     2. the prompt        PromptWriter
-    3. the answer        Answer: a letter chosen, or a reply read (data/choices.py: parse_choice)
+    3. the answer        Answer: a letter chosen, or a reply read (data/replies.py: parse_choice)
     4. the mean          caption_rewards, which runs all of this, and the records
     5. the verifier      Verifier, load_verifier: captions and questions in, answers out
     6. the mechanics     caches shared by the questions of a caption, sampling, batches
@@ -44,10 +44,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from data.choices import LETTERS, means_letters, means_places, parse_choice
+from data.choices import LETTERS, means_letters, means_places
 from data.examples import Example, Question
 from grpo.config import RewardConfig
-from grpo.policy import chat_text, eos_ids, load_model, load_tokenizer, loading, unnamed_ids
+from grpo.policy import chat_text, eos_ids, unnamed_ids
 from grpo.rollout import draw_tokens
 
 ABSTAIN = "The caption does not say"
@@ -292,6 +292,8 @@ def read_reply(reply: str, is_broken: bool, asked: Asked) -> Answer:
     """The choice that the reply names. is_broken: logits were not finite at one of its tokens."""
     if is_broken:
         return Answer(None, failure=NOT_FINITE)
+    from data.replies import parse_choice  # here: letters by their logits need no reading
+
     return Answer(parse_choice(reply, asked.options), reply=reply)
 
 
@@ -540,46 +542,15 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
                   **settings) -> Verifier:
     """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises
     ValueError if it cannot be used."""
+    from grpo.pretrained import load_model, load_tokenizer, loading  # here: pages of their own
+    from reward.check import check_rows
+
     with loading(path, "verifier"):
         tokenizer = load_tokenizer(path)
         model = load_model(AutoModelForCausalLM, path, dtype).to(device).eval()
         verifier = Verifier(model.requires_grad_(False), tokenizer, **settings)
         check_rows(model, verifier.writers[False])
     return verifier
-
-
-@torch.no_grad()
-def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
-    """Raises ValueError if two short rows end in other hidden states in a batch, run as
-    `option_logits` runs them, than each alone. The answers of such a model on one caption would
-    depend on the captions beside it."""
-    head, text = writer.head_ids[-8:], model.config.get_text_config()
-    # Longer than the windows of local attention, which is 256 tokens in GPT-Neo.
-    num_tokens = min(800, getattr(text, "max_position_embeddings", None) or 800) // 2
-    long = writer.caption_ids("A red square. A blue star. " * 50)[:num_tokens]
-    captions = [writer.caption_ids("A red square."), long + writer.middle_ids]
-    questions = [[writer.tail_ids], [writer.middle_ids + writer.tail_ids]]
-    name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
-    try:
-        hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions))
-        prompts = [head + caption + row for caption, [row] in zip(captions, questions)]
-        whole = [torch.tensor([ids], device=model.device) for ids in prompts]
-        outputs = [model.base_model(ids, use_cache=False) for ids in whole]
-        alone = [output.last_hidden_state[0, -1].float() for output in outputs]
-        logits = model(whole[0], use_cache=False).logits[0, -1, writer.letter_ids].float()
-        ours = letter_logits(model, outputs[0].last_hidden_state[:, -1], writer.letter_ids)[0]
-    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"{wanted}, {name} fails with them: {error}") from None
-    pairs = zip(hidden[:, -1].float(), alone)
-    padded, longest = ((row - states).norm() / states.norm() for row, states in pairs)
-    # The longest row has no padding: what it is off by is rounding, in whatever dtype.
-    if not (longest <= torch.finfo(model.dtype).eps ** 0.5 and padded <= max(8 * longest, 1e-4)):
-        error = max(padded.item(), longest.item())
-        raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")
-    error = (ours - logits).abs().max() / logits.abs().max()
-    if not error <= torch.finfo(model.dtype).eps ** 0.5:
-        raise ValueError(f"expected logits of the head, scaled or capped as in Gemma, Granite and "
-                         f"Cohere, {name}'s come out {error:.1g} apart")
 
 
 # --------------------------------------------------------------------------- 6. the mechanics

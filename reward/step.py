@@ -14,7 +14,7 @@ from data.examples import Example, examples_hash
 from data.io import text_hash
 from grpo.config import TrainConfig
 from grpo.distributed import compute_dtype, gather_rows, rank, sum_across_ranks
-from grpo.policy import Policy, load_policy, weights_hash
+from grpo.policy import Policy
 from grpo.rollout import Rollouts
 from reward.caprl import Rewards, Verifier, caption_rewards, load_verifier
 
@@ -70,7 +70,8 @@ def load_reward(config: TrainConfig, device: torch.device) -> Reward:
     """The reward that the settings name. Raises ValueError if its model cannot be used."""
     dtype = compute_dtype(device)
     if config.reward == "judge":
-        from reward.judge import judge_rewards  # here: the baseline's page is for who asks for it
+        from grpo.pretrained import load_policy  # here: the baseline is for who asks for it
+        from reward.judge import judge_rewards
 
         judge = load_policy(config.judge, device, dtype, writes=False)
         return Reward(partial(judge_rewards, judge=judge), judge.model)
@@ -98,6 +99,8 @@ def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) ->
     """Hashes of the data, of the models' weights and of what surrounds them (configuration,
     tokenizer, chat template), which settings only name. On rank 0, before
     the first step; empty on other ranks."""
+    from grpo.pretrained import weights_hash  # here: how checkpoints are read is a page of its own
+
     if rank() > 0:
         return {}
     contents = {

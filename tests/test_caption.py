@@ -24,7 +24,7 @@ from data.captions.shards import plan_shards
 from data.images import open_image
 from data.toy.world import draw, make_scene
 from grpo.captioning import caption_batches
-from grpo.policy import load_policy, model_hash
+from grpo.pretrained import load_policy, model_hash
 
 TOY = dict(policy="data/toy/policy", max_new_tokens=96, temperature=0.0, lease_seconds=2.0)
 

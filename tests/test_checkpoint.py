@@ -32,9 +32,9 @@ from grpo.checkpoint import (
     training_state,
 )
 from grpo.config import TrainConfig, toy_config
-from grpo.log import LOGS, check_run_dir, log_step, rewind, saved_config, start_run
-from grpo.policy import weights_hash
-from grpo.writer import check_writer, only_writer
+from grpo.log import LOGS, log_step
+from grpo.pretrained import weights_hash
+from grpo.run_dir import check_run_dir, check_writer, only_writer, rewind, saved_config, start_run
 from train import train
 
 KILLS = 20

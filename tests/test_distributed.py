@@ -29,7 +29,7 @@ from grpo.distributed import (
     world_size,
 )
 from grpo.logprobs import CompletionScorer
-from grpo.policy import load_policy
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from grpo.run import load_run
 from grpo.update import update_policy

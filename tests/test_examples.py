@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from data import parquet
-from data.choices import find_answer
-from data.examples import Dropped, Example, Question, load_examples, merge_pictures, picture_keys, scan_examples
+from data.examples import Example, Question, load_examples, merge_pictures, picture_keys
 from data.export import example_row
 from data.folders import load_images
 from data.images import StoredImage, open_image, picture_hash
+from data.labels import find_answer
+from data.rows import Dropped, scan_examples
 from data.written import parse_questions
 from tools.inspect import InspectConfig, inspect
 

@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.toy.world import draw, make_scene
 from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer, HeadLogprobs, group_attention, pack_groups
-from grpo.policy import make_policy
+from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
 
 

@@ -18,7 +18,8 @@ from data.benchmarks.benchmark import Benchmark, Picture
 from data.benchmarks.questions import Item
 from data.examples import Question
 from grpo.config import toy_config
-from grpo.log import log_step, start_run
+from grpo.log import log_step
+from grpo.run_dir import start_run
 from reward.caprl import Answer
 from tools.prism import prism
 from tools.report.page import (

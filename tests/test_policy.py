@@ -13,7 +13,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.toy.world import draw, make_scene, toy_examples
 from grpo.config import RewardConfig
 from grpo.logprobs import CompletionScorer
-from grpo.policy import chat_text, load_policy, make_policy
+from grpo.policy import chat_text
+from grpo.pretrained import load_policy, make_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import caption_rewards, load_verifier
 

@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 from data.toy.export import ExportConfig, export
 from grpo.config import RewardConfig, toy_config
 from grpo.logprobs import CompletionScorer
-from grpo.policy import load_policy
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import Answer
 from tools import check as preflight

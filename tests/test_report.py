@@ -9,7 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.io import read_log
-from grpo.log import LOGS, log_start, log_step
+from grpo.log import LOGS, log_step
+from grpo.run_dir import log_start
 from tools.report.metrics import METRICS, metrics_page
 from tools.tensorboard import TensorBoard
 from tools.thumbnails import THUMBNAIL_SIZE, keep_thumbnail, thumbnail_file

@@ -12,8 +12,9 @@ import transformers as hf
 from conftest import widen
 from transformers.cache_utils import DynamicLayer
 
-from data.choices import LETTERS, parse_choice
+from data.choices import LETTERS
 from data.examples import Example, Question
+from data.replies import parse_choice
 from data.toy.world import make_scene, toy_example, write_caption
 from grpo.config import RewardConfig
 from reward.caprl import (

@@ -11,7 +11,7 @@ from data.toy.world import draw, make_scene
 from grpo import rollout
 from grpo.decode import Decoder
 from grpo.logprobs import CompletionScorer
-from grpo.policy import make_policy
+from grpo.pretrained import make_policy
 from grpo.rollout import draw_tokens, read_prompts, sample_rollouts, temper_logits_
 
 

@@ -25,7 +25,7 @@ from data.toy.world import (
     scene_questions,
     write_caption,
 )
-from grpo.policy import load_policy
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import load_verifier
 

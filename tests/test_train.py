@@ -22,7 +22,8 @@ from grpo.config import RewardConfig, toy_config
 from grpo.export import export_policy
 from grpo.log import alarms
 from grpo.logprobs import CompletionScorer
-from grpo.policy import encode_images, load_policy
+from grpo.policy import encode_images
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from grpo.update import group_sizes, micro_batches, prepare_training_, split_evenly, update_policy
 from reward.caprl import Rewards

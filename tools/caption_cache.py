@@ -19,7 +19,8 @@ from data.io import naming, read_log, text_hash, to_json
 from data.program import check_range
 from grpo.captioning import caption_batches
 from grpo.distributed import all_or_none, gather_rows, rank, world_size
-from grpo.policy import CAPTION_INSTRUCTION, Policy, model_hash
+from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.pretrained import model_hash
 
 CaptionRow = dict
 """`caption`, `tokens` and `finish_reason`, or the `error` that kept the image from being opened."""

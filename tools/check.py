@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.examples import merge_pictures, read_manifest, scan_examples
+from data.examples import merge_pictures
 from data.images import image_size, open_image
 from data.io import check_room
+from data.rows import read_manifest, scan_examples
 from grpo.config import TrainConfig
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.logprobs import CompletionScorer

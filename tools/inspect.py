@@ -8,10 +8,10 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from data.examples import Refused, manifest_path, name_in_set, scan_rows
 from data.export import write_examples
 from data.formats import data_files
 from data.images import image_size, open_image
+from data.rows import Refused, manifest_path, name_in_set, scan_rows
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from tqdm import tqdm
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.benchmarks.metrics import captionqa_abstain_credit, captionqa_offers_abstain
 from data.benchmarks.questions import FreeQuestion, Item, Metric
-from data.choices import LETTERS, parse_choice
+from data.choices import LETTERS
 from data.images import open_image
+from data.replies import parse_choice
 from grpo.distributed import gather_rows, rank, world_size
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts

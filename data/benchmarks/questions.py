@@ -13,9 +13,10 @@ from data.benchmarks.metrics import (
     exact_match,
     relaxed_accuracy,
 )
-from data.choices import LETTERS, find_answer, find_choice, letter_place, strip_labels
+from data.choices import LETTERS, find_choice
 from data.examples import Question
 from data.io import check_text, filled
+from data.labels import find_answer, letter_place, strip_labels
 
 Metric = Literal["choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"]
 

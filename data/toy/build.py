@@ -34,7 +34,7 @@ from data.toy.world import (
 )
 from grpo.config import RewardConfig
 from grpo.export import export_policy
-from grpo.policy import load_policy
+from grpo.pretrained import load_policy
 from reward.caprl import Verifier, caption_rewards, load_verifier
 from tools.caption_cache import CaptionsConfig, write_captions
 from tools.prism import prism

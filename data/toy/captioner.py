@@ -15,7 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.logprobs import CompletionScorer
-from grpo.policy import CAPTION_INSTRUCTION, Policy, make_policy
+from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts
 
 SEEING = 0.75

@@ -28,7 +28,8 @@ from data.toy.world import FAMILIES, Scene, draw, make_scene, scene_questions
 from data.written import parse_questions
 from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
-from grpo.policy import Policy, load_policy
+from grpo.policy import Policy
+from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 
 LETTERS = "ABCDEFGHIJ"

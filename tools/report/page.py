@@ -24,7 +24,8 @@ import tyro
 
 from data.io import naming, read_log
 from grpo.config import PRESETS
-from grpo.log import LOGS, saved_config
+from grpo.log import LOGS
+from grpo.run_dir import saved_config
 from tools.report.metrics import METRICS
 from tools.stats import interval, paired_difference, summarize
 from tools.thumbnails import SHOWN_GROUPS, thumbnail_file

@@ -1,7 +1,8 @@
-"""One writer per run folder."""
+"""The folder of a run: begun or gone on with, by one process at a time."""
 
 import fcntl
 import json
+import math
 import os
 import platform
 import time
@@ -11,7 +12,78 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from data.io import heartbeat, to_json
+from data.io import heartbeat, to_json, write_whole
+from grpo.log import LOGS
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises ValueError if a run is in the folder already: nothing is overwritten."""
+    names = ("config.json", *LOGS, "rollouts", "checkpoints", "final")
+    if any((run_dir / name).exists() for name in names):
+        raise ValueError(f"{run_dir}: expected a new or empty run folder, found a run in it "
+                         "(--resume goes on with it)")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: expected a run folder, found a file")
+
+
+def start_run(run_dir: Path, config: dict) -> None:
+    """Makes the folder and writes config.json."""
+    (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+    write_whole(run_dir / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def log_start(run_dir: Path, step: int, num_ranks: int) -> None:
+    """Appends a line to starts.jsonl: what is started on which machine, at first or to resume."""
+    from grpo.machine import describe_start  # here: a reader of training need not meet it
+
+    path = run_dir / "starts.jsonl"
+    written = path.read_bytes() if path.exists() else b""
+    whole, end, _ = written.rpartition(b"\n")  # without a last line that was cut off
+    line = to_json({"step": step} | describe_start(num_ranks)) + "\n"
+    write_whole(path, whole + end + line.encode())
+
+
+def saved_config(run_dir: Path) -> dict:
+    """The settings of the run in the folder, empty if there is none. Raises ValueError if they
+    cannot be read."""
+    path = run_dir / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the settings of a run ({error})") from None
+
+
+def rewind(run_dir: Path, num_steps: int) -> None:
+    """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step
+    before that is missing or there twice."""
+    for name in LOGS:
+        path = run_dir / name
+        content = path.read_bytes() if path.exists() else b""
+        lines = content.splitlines(keepends=True)  # of bytes: an id may contain U+2028
+        steps = [_step_of(line) for line in lines]
+        kept = [step for step in steps if step < num_steps]
+        if kept != list(range(num_steps)):
+            doubled = sorted({step for step in kept if kept.count(step) > 1})
+            message = f"{path}: expected a line for each of {num_steps} steps, found {len(kept)}"
+            if doubled:
+                message += (f"; two processes have written steps {', '.join(map(str, doubled))}: "
+                            f"keep the first line of each step in {', '.join(LOGS)}, then --resume")
+            raise ValueError(message)
+        write_whole(path, b"".join(line for line, step in zip(lines, steps) if step < num_steps))
+    for path in (run_dir / "rollouts").glob("step_*.jsonl"):
+        if int(path.stem.removeprefix("step_")) >= num_steps:
+            path.unlink()
+
+
+def _step_of(line: bytes) -> float:
+    """The line's step. Infinity for a line that was cut off: its step is done again."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+# ------------------------------------------------------------------------- one writer per folder
 
 WRITER = "writer.json"
 
