@@ -83,7 +83,7 @@ def metrics_page() -> str:
         "`python -c \"from tools.report.metrics import metrics_page; print(metrics_page(), end='')\" > docs/metrics.md`.", "",
         "Each file of a run folder has one line per step, with `step` (0-based) and these keys. Numbers are over all ranks;",
         "token means are weighted as in the loss. What could not be measured is `null`. At the first inner epoch the policy is",
-        "still the one that sampled, so that `ratio` is 1 and `clip_share` 0 unless `--inner-epochs` is over 1.",
+        "still the one that sampled. So `ratio` is 1 and `clip_share` 0, unless `--inner-epochs` is over 1.",
     ]
     for name, metrics in METRICS.items():
         lines += ["", f"## {name}", "", "| key | unit | what |", "| --- | --- | --- |"]
