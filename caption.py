@@ -26,10 +26,10 @@ import tyro
 from tqdm import tqdm
 
 from data.captions.exports import check_captions, check_export, count_finished, export_captions
-from data.captions.leases import agree_on, take_leases, write_shard
+from data.captions.leases import take_leases, write_shard
 from data.captions.shards import Shard, contents_hash, plan_shards
 from data.images import open_image
-from data.io import check_room, naming, text_hash
+from data.io import agree_on, check_room, naming, text_hash
 from data.program import check_range, run_program
 from grpo.captioning import caption_batches
 from grpo.distributed import compute_dtype, local_device
@@ -95,7 +95,9 @@ def caption(config: CaptionConfig) -> None:
     about = dict(images=config.images, model=model_hash(policy), instruction=config.instruction,
                  temperature=config.temperature, max_new_tokens=config.max_new_tokens,
                  seed=config.seed, shards=len(shards), contents=contents_hash(shards))
-    agree_on(out, about)
+    out.mkdir(parents=True, exist_ok=True)
+    # Machines may see the images under different paths.
+    agree_on(out / "about.json", about, free=("images",))
     worker, num_workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     totals, started = Counter(), time.perf_counter()
     with tqdm(desc="captions", unit="shard", total=len(shards), initial=count_finished(out),

@@ -1,7 +1,6 @@
 """A set of images with questions, written as this project's JSONL."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from data.examples import Example, Question
 from data.images import ImageSource, image_bytes
-from data.io import naming, write_whole
+from data.io import json_lines, naming, write_whole
 
 
 def example_row(example: Example, image: str) -> dict:
@@ -32,15 +31,14 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> int:
     number.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines = []
+    rows = []
     with naming(folder):
         for example in examples:
             name = f"images/{_file_name(example)}"
             _write_image(example.image, folder / name)
-            row = json.dumps(example_row(example, name), ensure_ascii=False)
-            lines.append(f"{row}\n".encode())
-        write_whole(folder / "examples.jsonl", lines)
-    return len(lines)
+            rows.append(example_row(example, name))
+        write_whole(folder / "examples.jsonl", json_lines(rows))
+    return len(rows)
 
 
 def _file_name(example: Example) -> str:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,45 @@ def heartbeat(path: Path, every_s: float) -> threading.Event:
     return ended
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False) -> None:
     """Writes the whole content or, if stopped on the way, nothing. Its parts are written as they
-    come."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        file.writelines([content] if isinstance(content, bytes) else content)
-    unfinished.replace(path)
+    come. Several processes may write the same file: the last stays or, with `keep`, the first."""
+    unfinished = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
+        if not keep:
+            unfinished.replace(path)
+        else:
+            with suppress(FileExistsError):
+                os.link(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file. Raises ValueError, with `what` was expected, if there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected {what} ({error})") from None
+
+
+def agree_on(path: Path, settings: dict, free: tuple[str, ...] = ()) -> None:
+    """The first process writes the settings; later ones hold their own against them. Raises
+    ValueError, naming the setting, for one with another value, unless it is `free`."""
+    write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), keep=True)
+    saved = read_json(path, "settings")
+    for name, value in json.loads(json.dumps(settings)).items():
+        if name not in free and saved.get(name) != value:
+            raise ValueError(f"{path}: expected {name} {value!r} as now asked for, "
+                             f"found {saved.get(name)!r}; take another --out")
+
+
+def json_lines(rows: Iterable[dict]) -> Iterator[bytes]:
+    """The lines of a JSONL file."""
+    for row in rows:
+        yield f"{to_json(row)}\n".encode()
 
 
 def to_json(row: dict) -> str:
@@ -135,17 +168,14 @@ def read_log(path: Path) -> list[dict]:
     lines = content.rstrip(b"\0\r\n ").split(b"\n")
     for number, line in enumerate(lines, start=1):
         line = line.strip(b"\0\r ")
-        try:
-            row = json.loads(line.decode()) if line else None
-        except ValueError as error:
-            if number == len(lines) and (rows or not content.endswith(b"\n")):
-                break  # cut off; but a file of nothing else is no log
-            raise ValueError(f"{path} line {number}: expected a JSON object ({error})") from None
+        row = _json_row(line) if line else ""
+        is_value = not row or ", got" in row  # a line that was cut off is none
         if isinstance(row, dict):
             rows.append(row)
-        elif row is not None:
-            got = type(row).__name__
-            raise ValueError(f"{path} line {number}: expected a JSON object, got {got}")
+        elif number == len(lines) and not is_value and (rows or not content.endswith(b"\n")):
+            break  # but a file of nothing else is no log
+        elif row:
+            raise ValueError(f"{path} line {number}: {row}")
     return rows
 
 
@@ -175,7 +205,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 is_empty = False
-                yield f"line {number}", _json_row(line, offset)
+                yield f"line {number}", _line(line, offset)
             offset += len(line)
     if is_empty:
         raise ValueError(f"{path}: expected at least one row, found none")
@@ -195,20 +225,26 @@ class Line(dict):
     """Bytes before it."""
 
 
-def _json_row(line: bytes, offset: int) -> dict | str:
+def _line(line: bytes, offset: int) -> Line | str:
+    row = _json_row(line)
+    if isinstance(row, str):
+        return row
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
         if re.search(rb"\\u[dD][89a-fA-F]", line):  # UTF-8 itself has no half surrogate pairs
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return "expected text in the row, got half a surrogate pair"
-    except (ValueError, RecursionError) as error:  # errors of decoding are ValueErrors
-        return f"expected a JSON object ({error})"
-    if not isinstance(row, dict):
-        return f"expected a JSON object, got {type(row).__name__}"
+            check_text("the row", json.dumps(row, ensure_ascii=False))
+    except ValueError as error:
+        return str(error)
     row = Line(row)
     row.offset = offset
     return row
+
+
+def _json_row(line: bytes) -> dict | str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
+    except (ValueError, RecursionError) as error:  # errors of decoding are ValueErrors
+        return f"expected a JSON object ({error})"
+    return row if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
 
 
 def short(value: Any) -> str:

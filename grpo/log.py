@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.io import to_json
+from data.io import json_lines, write_whole
 from grpo.config import TrainConfig
 from grpo.distributed import print0, world_size
 
@@ -24,11 +24,10 @@ def log_step(run_dir: Path, step: int, metrics: dict[str, float], audit: dict,
              timing: dict[str, float], rollouts: list[dict]) -> str:
     """Appends the step's metrics, audit and timing, writes its rollouts, and returns its lines for
     the console."""
-    with (run_dir / "rollouts" / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(to_json(row) + "\n" for row in rollouts)
+    write_whole(run_dir / "rollouts" / f"step_{step:06d}.jsonl", json_lines(rollouts))
     for name, row in zip(LOGS, (metrics, audit, timing), strict=True):
-        with (run_dir / name).open("a", encoding="utf-8") as file:
-            file.write(to_json({"step": step} | row) + "\n")
+        with (run_dir / name).open("ab") as file:
+            file.writelines(json_lines([{"step": step} | row]))
     lines = [f"step {step:4d}  " + _numbers(metrics | timing, CONSOLE)]
     if "probe_accuracy" in audit:
         lines.append("    audit  " + _numbers(audit, AUDIT_CONSOLE))

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from data.io import heartbeat, to_json, write_whole
+from data.io import heartbeat, read_json, to_json, write_whole
 from grpo.log import LOGS
 
 
@@ -47,10 +47,7 @@ def saved_config(run_dir: Path) -> dict:
     """The settings of the run in the folder, empty if there is none. Raises ValueError if they
     cannot be read."""
     path = run_dir / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: expected the settings of a run ({error})") from None
+    return read_json(path, "the settings of a run") if path.exists() else {}
 
 
 def rewind(run_dir: Path, num_steps: int) -> None:

@@ -72,9 +72,9 @@ def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
     assert "this worker captioned 6 images, 0 of them unreadable" in capsys.readouterr().out
     caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, **TOY))  # again: nothing is left to do
     assert "this worker captioned 0 images" in capsys.readouterr().out and rows_of(tmp_path / "a") == rows
-    with pytest.raises(ValueError, match="expected captions with seed 1, found a run with 0"):
+    with pytest.raises(ValueError, match="about.json: expected seed 1 as now asked for, found 0; take another --out"):
         caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, seed=1, **TOY))
-    with pytest.raises(ValueError, match="expected captions with shards 3, found a run with 2"):
+    with pytest.raises(ValueError, match="expected shards 3 as now asked for, found 2"):
         caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=2, **TOY))
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.benchmarks.benchmark import Picture
 from data.captions.exports import caption_rows
 from data.images import ImageSource, image_name, open_image, picture_hash
-from data.io import naming, read_log, text_hash, to_json
+from data.io import json_lines, naming, read_log, text_hash, write_whole
 from data.program import check_range
 from grpo.captioning import caption_batches
 from grpo.distributed import all_or_none, gather_rows, rank, world_size
@@ -136,14 +136,11 @@ def _read_cache(folder: Path) -> dict[tuple[str, int], CaptionRow]:
 def _write_cache(folder: Path, captions: dict[tuple[str, int], CaptionRow]) -> None:
     """Writes a file of its own for each batch: nobody else writes to it, and it is whole or not
     there. Errors are left out."""
-    lines = [
-        to_json({"image": key, "k": k} | row) + "\n"
-        for (key, k), row in captions.items() if "error" not in row
+    rows = [
+        {"image": key, "k": k} | row for (key, k), row in captions.items() if "error" not in row
     ]
-    path = folder / f"{uuid.uuid4().hex}.unfinished"  # tempfile's would be readable by nobody else
     with naming(folder):
-        path.write_text("".join(lines), encoding="utf-8")
-        path.rename(path.with_suffix(".jsonl"))
+        write_whole(folder / f"{uuid.uuid4().hex}.jsonl", json_lines(rows))
 
 
 def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[CaptionRow]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.benchmarks.benchmark import Benchmark
 from data.images import open_image
-from data.io import check_room, to_json
+from data.io import check_room, json_lines, write_whole
 from tools.stats import paired_difference
 from tools.thumbnails import keep_thumbnail
 
@@ -68,8 +68,8 @@ def check_out(out: Path) -> None:
 def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     names = {"benchmark": benchmark, "captioner": captioner}
-    with out.open("a", encoding="utf-8") as file:
-        file.writelines(to_json(names | row) + "\n" for row in rows)
+    with out.open("ab") as file:
+        file.writelines(json_lines(names | row for row in rows))
 
 
 def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
@@ -85,7 +85,7 @@ def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
 def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: Tables) -> None:
     """The text of `report`, as .md, and the numbers of the first table with the refused rows, as
     .json."""
-    out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    write_whole(out.with_suffix(".md"), f"{text}\n".encode())
     plain = {
         "tables": [
             {"benchmark": benchmark, "captioner": captioner, "families": table}
@@ -93,7 +93,7 @@ def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: 
         ],
         "refused": {benchmark.name: benchmark.refused for benchmark in benchmarks},
     }
-    out.with_suffix(".json").write_text(to_json(plain) + "\n", encoding="utf-8")
+    write_whole(out.with_suffix(".json"), json_lines([plain]))
 
 
 def format_table(tables: Tables) -> str:

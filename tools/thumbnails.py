@@ -3,9 +3,12 @@
 import hashlib
 import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
+
+from data.io import write_whole
 
 SHOWN_GROUPS = 16
 """Groups of a step, the first of it, that have thumbnails and captions on the report page."""
@@ -33,8 +36,7 @@ def keep_thumbnail(source: Path, id: str, open_image: Callable[[], Image.Image])
     path = thumbnail_file(source, id)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".unfinished")
-        picture = open_image()
+        picture, file = open_image(), BytesIO()
         picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-        picture.save(new, format="WEBP", quality=80)
-        new.replace(path)
+        picture.save(file, format="WEBP", quality=80)
+        write_whole(path, file.getvalue())

@@ -1,11 +1,12 @@
 """What caption.py has written: read back, exported for trainers, and exported files checked."""
 
 import json
-import os
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from data.io import check_text, filled, read_jsonl
+from data.io import check_text, filled, read_json, read_jsonl, write_whole
 from data.tones import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
@@ -14,11 +15,7 @@ PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 
 def read_about(out: Path) -> dict:
     """What is captioned in the folder and how."""
-    try:
-        return json.loads((out / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        expected = "expected a folder that caption.py has written"
-        raise ValueError(f"{out}: {expected} ({error})") from None
+    return read_json(out / "about.json", "the settings in a folder that caption.py has written")
 
 
 def count_finished(out: Path) -> int:
@@ -47,10 +44,9 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
     if path.is_dir():
         yield from finished_rows(path)
         return
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):  # no such file, or not one object: read by lines
-        whole = None
+    whole = None
+    with suppress(ValueError):  # no such file, or not one object: read by lines
+        whole = read_json(path, "an object")
     if not isinstance(whole, dict) or {"id", "caption", "error"} & set(whole):
         for number, row in read_jsonl(path):
             yield f"{path} line {number}", filled(row)
@@ -82,16 +78,17 @@ def export_captions(out: Path, layout: str) -> Path:
     about, target = read_about(out), out / f"{layout}.json"
     images = Path(about["images"])
     images = images if images.is_dir() else images.parent
+    left_out: Counter[str] = Counter()
     otherwise: dict[str, list[str]] = {}
-    instruction, left_out, num_rows, num_cut = about["instruction"], {}, 0, 0
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
+    exported: Counter[str] = Counter()  # by finish_reason
+
+    def lines() -> Iterator[bytes]:
         for where, row in finished_rows(out):
             if ".tar/" in row["image"] or ".parquet row " in row["image"]:
                 expected = "expected images that are files, for a trainer to open"
                 raise ValueError(f"{where}: {expected}, got {row['image']!r}")
             if reason := _not_exported(row):
-                left_out[reason] = left_out.get(reason, 0) + 1
+                left_out[reason] += 1
                 continue
             try:
                 why = seen_otherwise(images / row["image"])
@@ -99,22 +96,25 @@ def export_captions(out: Path, layout: str) -> Path:
                 why = "not found or not readable here"
             if why:
                 otherwise.setdefault(why, []).append(row["image"])
-            turns = [{"from": "human", "value": f"<image>\n{instruction}"},
+            turns = [{"from": "human", "value": f"<image>\n{about['instruction']}"},
                      {"from": "gpt", "value": row["caption"]}]
             new = {"id": row["id"], "image": row["image"], "conversations": turns}
             if layout == "sharegpt":
                 new = {"conversations": turns, "images": [row["image"]]}
-            file.write((",\n" if num_rows else "[\n") + json.dumps(new, ensure_ascii=False))
-            num_rows, num_cut = num_rows + 1, num_cut + (row["finish_reason"] == "length")
-        file.write("\n]\n" if num_rows else "[]\n")
-    unfinished.replace(target)
+            start = ",\n" if exported else "[\n"
+            yield f"{start}{json.dumps(new, ensure_ascii=False)}".encode()
+            exported[row["finish_reason"]] += 1
+        yield b"\n]\n" if exported else b"[]\n"
+
+    write_whole(target, lines())
     if layout == "sharegpt":
         columns = {"messages": "conversations", "images": "images"}
         entry = {"file_name": target.name, "formatting": "sharegpt", "columns": columns}
         info = json.dumps({"captions": entry}, indent=2) + "\n"
-        (out / "dataset_info.json").write_text(info, encoding="utf-8")
-    print(f"{target}: {num_rows} rows, {num_cut} of them cut off at {about['max_new_tokens']} "
-          f"tokens; images below {about['images']}; left out: {left_out or 'none'}")
+        write_whole(out / "dataset_info.json", info.encode())
+    print(f"{target}: {exported.total()} rows, {exported['length']} of them cut off at "
+          f"{about['max_new_tokens']} tokens; images below {about['images']}; left out: "
+          f"{dict(left_out) or 'none'}")
     for why, names in otherwise.items():
         print(f"warning: images that a trainer may see otherwise than the captioner did: "
               f"{len(names)} {why}, the first is {names[0]}")
@@ -137,10 +137,7 @@ def check_export(path: Path, images: Path | None = None) -> int:
     Raises ValueError at the first row that a trainer would stumble over; with `images`, also for a
     picture that is not there.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a JSON file ({error})") from None
+    rows = read_json(path, "a JSON file")
     if not isinstance(rows, list) or not rows:
         kind = type(rows).__name__ if rows else "none"
         raise ValueError(f"{path}: expected a list of rows, found {kind}")

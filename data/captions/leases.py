@@ -10,36 +10,15 @@ The folder of captions:
     shard-000001.lease-0000   touched by that worker while it lives
 """
 
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from data.captions.exports import count_finished, read_about
-from data.io import heartbeat, to_json
-
-
-def agree_on(out: Path, about: dict) -> None:
-    """The first worker writes about.json; the others hold their own settings against it.
-
-    Raises ValueError, naming the setting, for a worker with another one.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path, own = out / "about.json", out / f"about.json.{os.uname().nodename}-{os.getpid()}"
-    own.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    try:
-        with suppress(FileExistsError):
-            os.link(own, path)  # whole or not at all, and never over another's
-    finally:
-        own.unlink()
-    for name, value in read_about(out).items():
-        # Machines may see the images under different paths.
-        if name != "images" and about.get(name) != value:
-            expected = f"expected captions with {name} {about.get(name)!r}"
-            raise ValueError(f"{path}: {expected}, found a run with {value!r}")
+from data.captions.exports import count_finished
+from data.io import heartbeat, json_lines
 
 
 class Lease:
@@ -155,7 +134,7 @@ def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]
     with lease.part.open("wb") as file:
 
         def append(rows: list[dict]) -> None:
-            file.write("".join(to_json(row) + "\n" for row in rows).encode())
+            file.writelines(json_lines(rows))
             file.flush()
             os.fsync(file.fileno())
 
