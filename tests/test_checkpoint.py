@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from data import io
 from data.io import heartbeat
 from data.toy.export import ExportConfig, export
-from grpo import checkpoint, writer
+from grpo import checkpoint
 from grpo.checkpoint import (
     catch_stop_signals,
     init_moments_,
@@ -151,7 +151,7 @@ def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp
 
 def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch):
     """As on a file system that shows no locks of other machines."""
-    monkeypatch.setattr(writer, "WRITER_DEAD_S", 0.5)
+    monkeypatch.setattr("grpo.run_dir.WRITER_DEAD_S", 0.5)
     other = {"host": "elsewhere", "process": 7, "since": "2026-01-01T00:00:00+00:00"}
     path = tmp_path / "writer.json"
     path.write_text(json.dumps(other))
