@@ -1,4 +1,4 @@
-"""How well the filters of data/curate.py find what is planted in the toy world.
+"""How well the filters of data/curate/ find what is planted in the toy world.
 
     python bench/curation.py
 
@@ -31,7 +31,8 @@ from PIL import Image, ImageEnhance
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.curate import FilterConfig, ImagesConfig, choose_images, filter_questions
+from data.curate.filter import FilterConfig, filter_questions
+from data.curate.images import ImagesConfig, choose_images
 from data.examples import Example, Question
 from data.export import write_examples
 from data.toy.world import draw, make_scene, scene_questions, write_caption

@@ -47,6 +47,12 @@ def fold_choice(text: str) -> str:
     return folded
 
 
+def words(text: str) -> list[str]:
+    """In small letters; a Chinese or Japanese character is a word."""
+    word = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
+    return re.findall(word, text.casefold())
+
+
 def find_choice(text: str, choices: Sequence[str]) -> int | None:
     """Place of the choice that reads as `text` does, or else of the only one that is equal when
     folded. Where folding makes two choices alike ("Ff", "FF"), only the first way counts."""

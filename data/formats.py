@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, image_path
-from data.io import Line, json_rows, row_at, short
+from data.io import short
+from data.jsonl import Line, json_rows, row_at
 
 MANIFEST_SUFFIX = ".manifest.jsonl"
 

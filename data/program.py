@@ -2,6 +2,7 @@
 the right exit code."""
 
 import atexit
+import math
 import os
 import signal
 import sys
@@ -16,19 +17,21 @@ import torch.distributed as dist
 from data.io import disk_sentence
 
 
-def check_range(settings: Any, names: str, at_least: float | None = None,
-                above: float | None = None) -> None:
+def check_range(settings: Any, names: str, at_least: float = -math.inf, above: float = -math.inf,
+                at_most: float = math.inf) -> None:
     """Raises ValueError, with name, value and what was expected, for a setting out of range.
 
     names: of the fields of `settings`, with spaces between. A number that is NaN is in no range.
     """
     for name in names.split():
         value = getattr(settings, name)
-        if at_least is not None and not value >= at_least:
-            expected = f"at least {at_least}" if at_least else "0 or more"
+        expected = f"at least {at_least}" if at_least else "0 or more"
+        if at_most < math.inf:
+            expected = f"{at_least} to {at_most}"
+        elif above > -math.inf:
+            expected = f"more than {above}"
+        if not (at_least <= value <= at_most and value > above):
             raise ValueError(f"{name} {value}: expected {expected}")
-        if above is not None and not value > above:
-            raise ValueError(f"{name} {value}: expected more than {above}")
 
 
 def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from data.examples import Example, Question
 from data.formats import MANIFEST_SUFFIX, contents, data_files, read_row
-from data.io import read_jsonl, short
+from data.io import short
+from data.jsonl import read_jsonl
 from data.labels import find_answer, strip_labels
 
 

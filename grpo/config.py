@@ -202,8 +202,7 @@ class TrainConfig:
         if self.reward == "judge" and (asked.soft or asked.abstain or has_weights):
             raise ValueError("reward judge: expected neither soft nor abstain nor weights, its "
                              "rating is the whole reward")
-        if not 0 <= self.max_failed_share <= 1:
-            raise ValueError(f"max_failed_share {self.max_failed_share}: expected 0 to 1")
+        check_range(self, "max_failed_share", at_least=0, at_most=1)
         if asked.soft and self.verifier_mode == "sample":
             raise ValueError("soft: expected verifier_mode logits, a sampled reply has no "
                              "probabilities")

@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from data.choices import LETTERS, means_letters, means_places
+from data.choices import LETTERS, means_letters, means_places, words
 from data.examples import Example, Question
 from grpo.config import RewardConfig
 from grpo.policy import chat_text, eos_ids, unnamed_ids
@@ -394,11 +394,9 @@ def length_reward(num_tokens: int, l1: int, l2: int) -> float:
 
 
 def repetition(caption: str, n: int = 4) -> float:
-    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words). A
-    Chinese or Japanese character is a word."""
-    word = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
-    words = re.findall(word, caption.casefold())
-    grams = list(zip(*(words[i:] for i in range(n))))
+    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words)."""
+    spoken = words(caption)
+    grams = list(zip(*(spoken[i:] for i in range(n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

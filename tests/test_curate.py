@@ -20,28 +20,24 @@ from PIL import Image, ImageEnhance
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from data import curate
-from data.curate import (
-    BLIND,
-    SEEING,
+from data.curate import work
+from data.curate.__main__ import main
+from data.curate.answers import BLIND, SEEING, answer_by_options
+from data.curate.filter import (
     FilterConfig,
-    GenerateConfig,
-    ImagesConfig,
-    answer_by_options,
-    choose_images,
     filter_questions,
-    generate,
     judge_question,
-    main,
     measure_question,
-    mend,
     select_questions,
     similarity,
     tells_answer,
 )
+from data.curate.generate import GenerateConfig, generate
+from data.curate.images import ImagesConfig, choose_images
+from data.curate.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
+from data.curate.work import take_out_unfinished
 from data.examples import Example, Question, load_examples
 from data.export import example_row
-from data.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
 from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
 from data.toy.writer import write_blocks
@@ -387,11 +383,11 @@ def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_
         return sum(path.read_bytes().count(b"\n") for path in (out / "rows").glob("*.jsonl")) if out.exists() else 0
 
     for number, (this_rank, ranks) in enumerate([(0, 1), (1, 3), (0, 2), (2, 3)]):  # of each group one rank's share
-        monkeypatch.setattr(curate, "rank", lambda r=this_rank: r)
-        monkeypatch.setattr(curate, "world_size", lambda w=ranks: w)
+        monkeypatch.setattr(work, "rank", lambda r=this_rank: r)
+        monkeypatch.setattr(work, "world_size", lambda w=ranks: w)
         if this_rank:  # what rank 0 has done before the others start
             for path in (out / "rows").glob("*.jsonl"):
-                mend(path, False)
+                take_out_unfinished(path, False)
         before = finished()
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()
@@ -403,8 +399,8 @@ def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_
         with rows[0].open("ab") as file:  # what a kill in the middle of a write leaves
             file.write(b'{"id": "%02d.png", "fate": "wri' % (29 - number))
         assert before < finished() < 30 and not (out / "examples.jsonl").exists()
-    monkeypatch.setattr(curate, "rank", lambda: 0)
-    monkeypatch.setattr(curate, "world_size", lambda: 1)
+    monkeypatch.setattr(work, "rank", lambda: 0)
+    monkeypatch.setattr(work, "world_size", lambda: 1)
     run()
     ids = [row["id"] for row in rows_of(out)]
     assert len(ids) == 30 and sorted(ids) == [f"{n:02d}.png" for n in range(30)]

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 
 import caption
-import data.curate
 import data.export
 import data.toy.export
 import data.toy.writer
@@ -18,6 +17,9 @@ import evaluate
 import grpo.run
 import reward.step
 import train
+from data.curate import filter as curate_filter
+from data.curate import generate as curate_generate
+from data.curate.__main__ import main as curate
 from data.io import check_room
 from data.program import run_program
 from data.toy.demo import DemoConfig, demo
@@ -58,13 +60,13 @@ def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(tmp_path, monkeypat
     (caption.main, ["--policy", "data/toy/policy", "--images", "{}.jsonl", "--out", "{}"]),
     (evaluate.main, ["direct", "--policy", "data/toy/policy", "--data", "toy:heldout:2", "--out", "{}/out.jsonl"]),
     (evaluate.main, ["prism", "--policy", "data/toy/policy", "--data", "toy:heldout:2", "--cache", "{}"]),
-    (data.curate.main, ["images", "--images", "{}.jsonl", "--out", "{}"]),
-    (data.curate.main, ["generate", "--images", "{}.jsonl", "--model", "data/toy/policy", "--out", "{}"]),
-    (data.curate.main, ["filter", "--data", "{}.jsonl", "--model", "data/toy/policy", "--out", "{}"]),
+    (curate, ["images", "--images", "{}.jsonl", "--out", "{}"]),
+    (curate, ["generate", "--images", "{}.jsonl", "--model", "data/toy/policy", "--out", "{}"]),
+    (curate, ["filter", "--data", "{}.jsonl", "--model", "data/toy/policy", "--out", "{}"]),
 ])
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_loaded(tmp_path, main, arguments, capsys, monkeypatch):
     """It lies under a file."""
-    for module in (grpo.run, reward.step, caption, evaluate, data.curate):
+    for module in (grpo.run, reward.step, caption, evaluate, curate_filter, curate_generate):
         monkeypatch.setattr(module, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file/of/run"

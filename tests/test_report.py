@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.io import read_log
+from data.jsonl import read_log
 from grpo.log import LOGS, log_step
 from grpo.run_dir import log_start
 from tools.report.metrics import METRICS, metrics_page

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data.choices import LETTERS
 from data.examples import Example
 from data.images import open_image
-from data.io import read_jsonl
+from data.jsonl import read_jsonl
 from grpo.config import RewardConfig, TrainConfig
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from data.benchmarks.benchmark import Picture
 from data.captions.exports import caption_rows
 from data.images import ImageSource, image_name, open_image, picture_hash
-from data.io import json_lines, naming, read_log, text_hash, write_whole
+from data.io import json_lines, naming, text_hash, write_whole
+from data.jsonl import read_log
 from data.program import check_range
 from grpo.captioning import caption_batches
 from grpo.distributed import all_or_none, gather_rows, rank, world_size

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.images import ImageSource, StoredImage, picture_hash
-from data.io import filled, json_rows
+from data.jsonl import filled, json_rows
 from data.parquet import parquet_rows
 
 csv.field_size_limit(sys.maxsize)  # a cell may hold a picture

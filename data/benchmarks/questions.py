@@ -15,7 +15,8 @@ from data.benchmarks.metrics import (
 )
 from data.choices import LETTERS, find_choice
 from data.examples import Question
-from data.io import check_text, filled
+from data.io import check_text
+from data.jsonl import filled
 from data.labels import find_answer, letter_place, strip_labels
 
 Metric = Literal["choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data.io import check_text, filled, read_json, read_jsonl, write_whole
+from data.io import check_text, read_json, write_whole
+from data.jsonl import filled, read_jsonl
 from data.tones import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")

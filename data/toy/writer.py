@@ -1,4 +1,4 @@
-"""A tiny question writer: the shipped policy taught to write questions on toy images in the layout of data/curate.py.
+"""A tiny question writer: the shipped policy taught to write questions on toy images in the layout of data/curate/.
 
     python -m data.toy.writer runs/writer --steps 1500
     python -m data.curate generate --images IMAGES --model runs/writer --num-questions 2 --max-new-tokens 160 --out runs/written
@@ -18,7 +18,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from data.curate import WRITING_INSTRUCTION
+from data.curate.generate import WRITING_INSTRUCTION
 from data.examples import Question
 from data.io import check_room
 from data.program import run_program

@@ -22,7 +22,8 @@ from statistics import fmean, median
 import jinja2
 import tyro
 
-from data.io import naming, read_log
+from data.io import naming
+from data.jsonl import read_log
 from grpo.config import PRESETS
 from grpo.log import LOGS
 from grpo.run_dir import saved_config

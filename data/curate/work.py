@@ -1,0 +1,87 @@
+"""Work on many inputs that may be stopped in any way and started again, by any number of ranks.
+
+A line per input goes to OUT/rows/ when it is done, and what is in there is not done again. When
+nothing is left, rank 0 writes OUT/examples.jsonl, with the images beside it, and OUT/report.md.
+Nothing is deleted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.examples import Example
+from data.export import write_examples
+from data.io import agree_on, json_lines, write_whole
+from data.jsonl import read_log
+from grpo.distributed import all_or_none, gather_rows, print0, rank, world_size
+
+A_WEEK = 7 * 24 * 60
+"""Minutes that a rank waits for the others: shares of the work are equal in number, not in time."""
+
+Inputs = Sequence[tuple[str, Any]]
+"""(id, input) of each."""
+
+
+def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: bool, batch_size: int,
+                 work: Callable[[Inputs], list[dict]], what: str) -> list[dict]:
+    """A row for each input, in their order, on every rank; `work` is asked for those that have none
+    yet.
+
+    `work` takes a batch and returns a row with `id` and `fate` for each. Raises ValueError for ids
+    that are not unique, and where the rows in the folder were made with other settings.
+    """
+    counts = Counter(id for id, _ in inputs)
+    repeated = [id for id, count in counts.items() if count > 1]
+    if repeated:
+        raise ValueError(f"expected ids that are unique, found {repeated[0]!r} more than once")
+    rows = folder / "rows"
+    with all_or_none(what):
+        if rank() == 0:
+            rows.mkdir(parents=True, exist_ok=True)
+            agree_on(folder / "settings.json", settings)
+            for path in rows.glob("*.jsonl"):
+                take_out_unfinished(path, retry_failed)
+    done = read_rows(rows)
+    gather_rows([])  # all have read before anyone writes
+    mine = [pair for pair in inputs if pair[0] not in done][rank() :: world_size()]
+    print0(f"{len(inputs)} {what}, {len(done)} done before")
+    starts = range(0, len(mine), batch_size)
+    with all_or_none(what), (rows / f"rank-{rank():03d}.jsonl").open("ab") as file:
+        for start in tqdm(starts, desc=what, unit="batch", disable=rank() != 0):
+            file.writelines(json_lines(work(mine[start : start + batch_size])))
+            file.flush()
+    done = read_rows(rows)
+    return [done[id] for id, _ in inputs]
+
+
+def take_out_unfinished(path: Path, retry_failed: bool) -> None:
+    """Takes out what is to be done again: a last line that was cut off and, if asked for, rows that
+    failed."""
+    rows = [row for row in read_log(path) if not (retry_failed and row["fate"] == "failed")]
+    write_whole(path, json_lines(rows))
+
+
+def read_rows(folder: Path) -> dict[str, dict]:
+    return {row["id"]: row for path in sorted(folder.glob("*.jsonl")) for row in read_log(path)}
+
+
+def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str],
+           decisions: Sequence[dict] = ()) -> None:
+    """Rank 0 writes the set, the report and, where measurements were decided on, decisions.jsonl;
+    the others wait."""
+    with all_or_none("finish"):
+        if rank() == 0:
+            if decisions:
+                write_whole(folder / "decisions.jsonl", json_lines(decisions))
+            num = write_examples(folder, examples)
+            write_whole(folder / "report.md", ("\n".join(lines) + "\n").encode())
+            print("\n".join([*lines, f"{num} images: {folder / 'examples.jsonl'}"]))
+
+
+def count_table(name: str, counts: Counter) -> list[str]:
+    total = counts.total()
+    rows = [f"| {key} | {count} | {count / total:.1%} |" for key, count in counts.most_common()]
+    return [f"| {name} | {total} | |", "| --- | ---: | ---: |", *rows, ""]

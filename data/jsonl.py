@@ -1,0 +1,99 @@
+"""Rows of JSONL files: of our own, which may still be written, and of others, which may be broken."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.io import check_text
+
+
+def read_log(path: Path) -> list[dict]:
+    """Rows of a JSONL file of ours that may still be written to, or whose writer was stopped.
+
+    Differs from `read_jsonl`: a missing file is empty, a last line that was cut off is left out,
+    and so are zeros that a power cut left. Raises ValueError, naming file and line, for any other
+    line that is no JSON object.
+    """
+    rows = []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.rstrip(b"\0\r\n ").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        line = line.strip(b"\0\r ")
+        row = _json_row(line) if line else ""
+        is_value = not row or ", got" in row  # a line that was cut off is none
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number == len(lines) and not is_value and (rows or not content.endswith(b"\n")):
+            break  # but a file of nothing else is no log
+        elif row:
+            raise ValueError(f"{path} line {number}: {row}")
+    return rows
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of each line that is not empty. Raises ValueError at the first line that
+    is no row, and for a missing or empty file."""
+    for where, row in json_rows(path):
+        if isinstance(row, str):
+            raise ValueError(f"{path} {where}: {row}")
+        yield int(where.removeprefix("line ")), row
+
+
+def filled(row: dict) -> dict:
+    """The row without its nulls: what is null is absent."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
+    """("line 3", the row or why it is none) of each line that is not empty. Raises ValueError for
+    a missing or empty file."""
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a JSONL file, found a folder")
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file, found nothing")
+    is_empty, offset = True, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                is_empty = False
+                yield f"line {number}", _line(line, offset)
+            offset += len(line)
+    if is_empty:
+        raise ValueError(f"{path}: expected at least one row, found none")
+
+
+def row_at(path: Path, offset: int) -> dict:
+    """The row whose line begins at this byte, which `json_rows` has read before."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return json.loads(file.readline())
+
+
+class Line(dict):
+    """A row with its place in the file: a picture inside it is read from there when needed."""
+
+    offset = 0
+    """Bytes before it."""
+
+
+def _line(line: bytes, offset: int) -> Line | str:
+    row = _json_row(line)
+    if isinstance(row, str):
+        return row
+    try:
+        if re.search(rb"\\u[dD][89a-fA-F]", line):  # UTF-8 itself has no half surrogate pairs
+            check_text("the row", json.dumps(row, ensure_ascii=False))
+    except ValueError as error:
+        return str(error)
+    row = Line(row)
+    row.offset = offset
+    return row
+
+
+def _json_row(line: bytes) -> dict | str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
+    except (ValueError, RecursionError) as error:  # errors of decoding are ValueErrors
+        return f"expected a JSON object ({error})"
+    return row if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
