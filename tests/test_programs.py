@@ -14,8 +14,8 @@ import data.export
 import data.toy.export
 import data.toy.writer
 import evaluate
-import grpo.run
-import reward.step
+import grpo.pretrained
+import grpo.run_dir
 import train
 from data.curate import filter as curate_filter
 from data.curate import generate as curate_generate
@@ -66,7 +66,7 @@ def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(tmp_path, monkeypat
 ])
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_loaded(tmp_path, main, arguments, capsys, monkeypatch):
     """It lies under a file."""
-    for module in (grpo.run, reward.step, caption, evaluate, curate_filter, curate_generate):
+    for module in (grpo.pretrained, caption, evaluate, curate_filter, curate_generate):
         monkeypatch.setattr(module, "load_policy", lambda *_, **__: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file/of/run"
@@ -90,7 +90,7 @@ def test_exports_under_a_file_end_in_a_sentence(tmp_path, write, capsys):
 
 
 def test_a_disk_that_fills_during_a_run_ends_it_with_the_folder_and_what_is_free(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(grpo.run, "rewind", lambda run_dir, num_steps: None)  # it would put a file in the place of the link
+    monkeypatch.setattr(grpo.run_dir, "rewind", lambda run_dir, num_steps: None)  # it would put a file in the place of the link
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")
