@@ -87,7 +87,7 @@ def work(case: str, folder: Path) -> None:
     examples = my_share(run.sampler, all_examples)
     prompt = max((run.sampler.prompt(open_image(example.image)) for example in examples), key=lambda p: len(p.input_ids))
     estimate = estimate_memory(
-        run.sampler.model, reward.model, config, 1, False, len(prompt.input_ids), len(prompt.pixel_values) // 4,
+        run.sampler.model, reward.verifier.model, config, 1, False, len(prompt.input_ids), len(prompt.pixel_values) // 4,
         reward.verifier.prompt_tokens(all_examples),
     )
     for repeat in range(2):

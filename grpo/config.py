@@ -247,11 +247,16 @@ class TrainConfig:
                                  "has it")
         for name, value in contents.items():
             begun = saved.get("contents", {}).get(name, value)
-            if begun != value:
-                what = "rows" if name == "data" else "weights"
+            differs = [then != now for then, now in zip(begun.split(" "), value.split(" "))]
+            if any(differs):
+                what = "rows" if name == "data" else "weights" if differs[0] else AROUND[name]
                 raise ValueError(f"{name} {getattr(self, name)}: expected the {what} that the run "
                                  f"to resume began with ({begun}), found others ({value})")
 
+
+_FILES = "configuration, tokenizer, chat template and image processor"
+AROUND = {"policy": _FILES, "judge": _FILES, "verifier": "tokenizer and chat template"}
+"""What the second hash of a model's contents is of; the first is of its weights."""
 
 FREE_ON_RESUME = {
     "run_dir", "num_steps", "check", "resume", "save_every", "save_minutes", "keep_checkpoints",

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from data.choices import MAX_CHOICES
 from data.examples import Example, examples_hash
@@ -60,10 +59,10 @@ class Reward:
     """What scores the captions of a run."""
 
     score: RewardFunction
-    model: PreTrainedModel | None = None
-    """The model of the verifier or of the judge; None where the reward asks no model."""
     verifier: Verifier | None = None
     """None where the reward is not CapRL's."""
+    judge: Policy | None = None
+    """None where the reward is not the judge's."""
 
 
 def load_reward(config: TrainConfig, device: torch.device) -> Reward:
@@ -74,13 +73,13 @@ def load_reward(config: TrainConfig, device: torch.device) -> Reward:
         from reward.judge import judge_rewards
 
         judge = load_policy(config.judge, device, dtype, writes=False)
-        return Reward(partial(judge_rewards, judge=judge), judge.model)
+        return Reward(partial(judge_rewards, judge=judge), judge=judge)
     verifier = load_verifier(
         config.verifier, device, dtype, mode=config.verifier_mode,
         temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
     )
     score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
-    return Reward(score, verifier.model, verifier)
+    return Reward(score, verifier)
 
 
 def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
@@ -96,23 +95,22 @@ def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
 
 
 def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
-    """Hashes of the data, of the models' weights and of what surrounds them (configuration,
-    tokenizer, chat template), which settings only name. On rank 0, before
-    the first step; empty on other ranks."""
+    """Hashes of the data, and two of each model: of its weights, and of what is around them (AROUND
+    in grpo/config.py). Settings only name them. On rank 0, before the first step; empty on other
+    ranks."""
     from grpo.pretrained import weights_hash  # here: how checkpoints are read is a page of its own
 
     if rank() > 0:
         return {}
-    contents = {
-        "data": f"{len(examples)} images, {examples_hash(examples)}",
-        "policy": f"{weights_hash(policy.model)} {text_hash(str(sorted(policy.files.items())))}",
-    }
+    contents = {"data": f"{len(examples)} images, {examples_hash(examples)}"}
+    for name, model in (("policy", policy), ("judge", reward.judge)):
+        if model:
+            files = text_hash(str(sorted(model.files.items())))
+            contents[name] = f"{weights_hash(model.model)} {files}"
     if reward.verifier:
         tokenizer = reward.verifier.tokenizer
         words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
-        contents["verifier"] = f"{weights_hash(reward.model)} {text_hash(words)}"
-    elif reward.model is not None:
-        contents["judge"] = weights_hash(reward.model)
+        contents["verifier"] = f"{weights_hash(reward.verifier.model)} {text_hash(words)}"
     return contents
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import signal
@@ -185,8 +186,9 @@ def test_steps_that_two_processes_wrote_are_named_with_the_repair(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
 
 
-def test_a_run_goes_on_with_its_own_rows_and_weights_only(tmp_path):
-    """Under the same paths: rows added, rows in another order, one weight of a model changed."""
+def test_a_run_goes_on_with_its_own_rows_and_models_only(tmp_path):
+    """Under the same paths: rows added, rows in another order, one weight of a model changed, another chat template,
+    two tokens of the tokenizer exchanged. The sentence says which of these it is."""
     data = tmp_path / "set/examples.jsonl"
     export(ExportConfig(data.parent, num=3))
     rows = data.read_text().splitlines(keepends=True)
@@ -213,6 +215,22 @@ def test_a_run_goes_on_with_its_own_rows_and_weights_only(tmp_path):
         with pytest.raises(ValueError, match=f"^{name} .*{name}: expected the weights that the"):
             train(replace(config, num_steps=2))
         path.write_bytes(whole)
+    exchanged = {"Ġred": "Ġblue", "Ġblue": "Ġred"}
+    around = {"policy": "configuration, tokenizer, chat template and image processor",
+              "verifier": "tokenizer and chat template"}
+    changes = {
+        "chat_template.jinja": lambda text: text.replace("assistant", "helper"),
+        "tokenizer.json": lambda text: re.sub('"(Ġred|Ġblue)":', lambda match: f'"{exchanged[match[1]]}":', text),
+    }
+    for name in around:
+        for file, change in changes.items():
+            path = tmp_path / name / file
+            whole = path.read_text()
+            path.write_text(change(whole))
+            assert path.read_text() != whole
+            with pytest.raises(ValueError, match=f"^{name} .*{name}: expected the {around[name]} that the run to resume"):
+                train(replace(config, num_steps=2))
+            path.write_text(whole)
     assert (tmp_path / "run/config.json").read_text() == saved
     old = json.loads(saved)
     assert set(old.pop("contents")) == {"data", "policy", "verifier"}

@@ -391,11 +391,21 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
 
 
 def test_a_judge_can_give_the_reward(tmp_path):
-    train(toy_config(run_dir=str(tmp_path / "judge"), reward="judge", **TINY | {"num_steps": 1}))
+    judge = shutil.copytree("data/toy/policy", tmp_path / "model")
+    config = toy_config(run_dir=str(tmp_path / "judge"), reward="judge", judge=str(judge), **TINY | {"num_steps": 1})
+    train(config)
     [metrics] = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (tmp_path / "judge/rollouts/step_000000.jsonl").read_text().splitlines()]
     assert metrics["reward"] == metrics["reward_judge"] == pytest.approx(sum(row["reward"] for row in rows) / 16)
     assert all(row["parts"] == {"judge": row["reward"]} and len(row["questions"][0]["probs"]) == 5 for row in rows)
+    template = judge / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    with pytest.raises(ValueError, match="^judge .*: expected the configuration, tokenizer, chat template and image pro"):
+        train(replace(config, num_steps=2, resume=True))
+    saved = json.loads((tmp_path / "judge/config.json").read_text())
+    saved["contents"]["judge"] = saved["contents"]["judge"].split()[0]  # of a run that began with the weights' hash alone
+    (tmp_path / "judge/config.json").write_text(json.dumps(saved))
+    train(replace(config, num_steps=2, resume=True))
 
 
 def test_a_run_freezes_and_checkpoints_as_told(tmp_path, monkeypatch):
