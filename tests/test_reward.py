@@ -691,6 +691,10 @@ def test_verifiers_of_other_kinds_answer_as_on_one_row_alone(tokenizer, tmp_path
         vocab_size=751, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)), "states come out"),
     (lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(
         **SMALL, layer_types=["linear_attention", "full_attention"], num_local_experts=2)), "fails with them"),
+    # Windows of 256 tokens, longer than a short row: its padding to a long row of the batch fills them.
+    (lambda: hf.GPTNeoForCausalLM(hf.GPTNeoConfig(
+        vocab_size=751, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=256,
+    )), "states come out"),
 ])
 def test_a_verifier_that_padding_disturbs_is_refused_when_loaded(tokenizer, tmp_path, make, message):
     with pytest.raises(ValueError, match=f"expected layers that padding and a cache do not disturb, .*{message}") as caught:
@@ -720,6 +724,40 @@ def test_a_context_without_an_end_has_room_for_all(tokenizer, tmp_path):
     assert not hasattr(verifier.model.config, "max_position_embeddings") and verifier.context == math.inf
     verifier = load_verifier(saved(gemma3(), tokenizer, tmp_path), torch.device("cpu"))
     assert verifier.context == verifier.model.config.text_config.max_position_embeddings
+
+
+ROPE = {"rope_theta": 1e4, "factor": 4.0}
+LONG_ROPE = ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+PHI = {name: value for name, value in SMALL.items() if name != "head_dim"} | {"pad_token_id": 738}
+STRETCHED = {
+    "dynamic": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(
+        **SMALL, max_position_embeddings=384, rope_parameters=ROPE | {"rope_type": "dynamic"})),
+    "longrope": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(
+        **SMALL, max_position_embeddings=1536, rope_parameters=LONG_ROPE | {"original_max_position_embeddings": 384})),
+    "longrope, as in Phi 3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(
+        **PHI, max_position_embeddings=1536, original_max_position_embeddings=384, rope_parameters=LONG_ROPE)),
+}
+
+
+@pytest.mark.parametrize("make", STRETCHED.values(), ids=STRETCHED)
+def test_no_caption_is_so_long_that_it_moves_the_angles_of_those_beside_it(tokenizer, make):
+    """Angles of these kinds of rope depend on the longest row of a batch once it is over 384 tokens. A prompt of one token
+    more is a failure, then; one of 384 is answered, as if it were alone."""
+    torch.manual_seed(0)
+    verifier = Verifier(widen(make()), tokenizer)
+    writer, asked = verifier.writers[False], draw([COLOR], 1, "k")
+    beside = len(writer.head_ids) + len(writer.question_ids(asked[0]))
+    captions = ["red" + " red" * more for more in range(384)]
+    at = next(i for i, caption in enumerate(captions) if beside + len(writer.caption_ids(caption)) == 384)
+    [[alone]] = verifier(["red"], [asked], ["k"])
+    [[beyond], [longest], [short]] = verifier([captions[at + 1], captions[at], "red"], [asked] * 3, ["k"] * 3)
+    assert "tokens, the verifier has room for" in beyond.failure and not longest.failure
+    assert short.probs == pytest.approx(alone.probs, abs=1e-6)
+    [[wanted]] = verifier([captions[at]], [asked], ["k"])
+    assert longest.probs == pytest.approx(wanted.probs, abs=1e-6)
+    verifier.context = math.inf
+    [_, [moved]] = verifier([captions[at + 1] * 2, "red"], [asked] * 2, ["k"] * 2)
+    assert max(abs(a - b) for a, b in zip(moved.probs, alone.probs)) > 1e-4  # it is what the limit is for
 
 
 def write_(verifier_model, tokens):

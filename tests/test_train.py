@@ -543,6 +543,28 @@ def test_an_export_has_its_sources_files_and_opens_to_the_same_model(layout, dty
     assert again.tokenizer.all_special_ids == first.tokenizer.all_special_ids
 
 
+def test_an_export_of_a_source_without_a_tokenizers_config_or_with_rope_theta_elsewhere(tmp_path):
+    """transformers 5 also reads a rope_theta that stands beside rope_parameters. Tried by hand: 4.57.6 opens the export
+    with the same angles, 1 and 5000 ** (-2 / 64) first."""
+    source = shutil.copytree("data/toy/policy", tmp_path / "source")
+    (source / "tokenizer_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    rope = config["text_config"]["rope_parameters"]
+    del rope["rope_theta"]
+    config["text_config"]["rope_theta"] = 5000.0
+    (source / "config.json").write_text(json.dumps(config))
+    first = load_policy(str(source), torch.device("cpu"))
+    export_policy(first, tmp_path / "final", torch.float32)
+    assert {path.name for path in (tmp_path / "final").iterdir()} == {path.name for path in source.iterdir()}
+    text = json.loads((tmp_path / "final/config.json").read_text())["text_config"]
+    assert (text["rope_theta"], text["rope_parameters"], text["rope_scaling"]) == (5000.0, rope, rope)
+    again = load_policy(str(tmp_path / "final"), torch.device("cpu"))
+    for policy in (first, again):
+        angles = policy.model.model.language_model.rotary_emb.inv_freq
+        assert angles[:2].tolist() == pytest.approx([1, 5000 ** (-2 / 64)])
+    assert again.eos_ids == first.eos_ids and again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+
+
 def test_an_export_that_the_disk_does_not_take_leaves_the_one_before(policy, tmp_path):
     export_policy(policy, tmp_path / "final", torch.float32)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
