@@ -1,4 +1,4 @@
-"""Memory of a rank: the estimate of tools/memory.py beside what a process needs, and the estimate for the real models.
+"""Memory of a rank: the estimate of bench/estimate.py beside what a process needs, and the estimate for the real models.
 
     python bench/memory.py                 # small random models on this CPU: estimated and measured, by phase
     python bench/memory.py --real          # Qwen2.5-VL-3B with a 3B verifier on GPUs; nothing is loaded
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
+from estimate import estimate_memory
 from step import StepConfig, make_examples, save_models
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
@@ -34,7 +35,7 @@ from grpo.config import PAPER, TrainConfig, toy_config
 from grpo.run import load_run
 from grpo.update import update_policy
 from reward.step import load_reward
-from tools.memory import estimate_memory
+from tools.memory import status
 from train import my_share, sample_step
 
 CASES = {
@@ -62,11 +63,6 @@ def settings(case: str, folder: Path) -> TrainConfig:
     )
 
 
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
 def _restart_peak() -> None:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -79,7 +75,7 @@ def work(case: str, folder: Path) -> None:
     config = settings(case, folder)
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # what the library allocates for itself
     _restart_peak()
-    before, measured = _status("VmRSS"), {}
+    before, measured = status("VmRSS"), {}
     device = torch.device("cpu")
     run, reward, all_examples = load_run(config, device), load_reward(config, device), load_examples(config.data)
     endless = replace(run.sampler, forbidden_ids=(*run.sampler.forbidden_ids, *run.sampler.eos_ids))
@@ -93,16 +89,16 @@ def work(case: str, folder: Path) -> None:
     for repeat in range(2):
         _restart_peak()
         rollouts = sample_step(run.sampler, examples, repeat, config)
-        measured["phase rollout"] = _status("VmHWM") - before
+        measured["phase rollout"] = status("VmHWM") - before
         _restart_peak()
         by_caption = [example for example in examples for _ in range(config.group_size)]
         captions = [" red" * config.max_new_tokens] * len(by_caption)
         reward.score(captions, by_caption, [example.id for example in by_caption], [0] * len(by_caption))
-        measured["phase verifier"] = _status("VmHWM") - before
+        measured["phase verifier"] = status("VmHWM") - before
         _restart_peak()
         advantages, valid = torch.randn(len(by_caption)), torch.ones(len(by_caption), dtype=torch.bool)
         update_policy(run.scorer, run.reference, run.optimizer, rollouts, advantages, valid, config)
-        measured["phase update"] = _status("VmHWM") - before
+        measured["phase update"] = status("VmHWM") - before
     print("case " + json.dumps({"estimate": estimate, "measured": measured}))
 
 

@@ -8,12 +8,16 @@ import pytest
 import torch
 from conftest import keys
 
+from data.examples import load_examples
+from data.images import open_image
 from data.toy.export import ExportConfig, export
 from grpo.config import RewardConfig, toy_config
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
+from grpo.run import load_run
 from reward.caprl import Answer
+from reward.step import load_reward
 from tools import check as preflight
 from tools.audit import gold_probe
 from tools.check import (
@@ -29,6 +33,7 @@ from tools.check import (
     format_findings,
     pixel_setting,
 )
+from tools.memory import status
 
 
 def test_the_toy_run_passes(tmp_path, capsys):
@@ -75,7 +80,7 @@ def test_lengths_that_do_not_fit(policy):
     assert policy.model.config.text_config.max_position_embeddings >= 300
     room = policy.model.config.text_config.max_position_embeddings
     fine = check_lengths(policy, [16, 64, 20], 20, 100, config)
-    assert not fine.problem and "images 16 to 64, median 20, at most" in fine.found and "text 20" in fine.found
+    assert not fine.problem and "images 16 to 64, median 20, at most" in fine.facts and "text 20" in fine.facts
     assert f"take {room + 1} positions, the policy has {room}" in check_lengths(policy, [room - 119], 20, 100, config).problem
     assert not check_lengths(policy, [room - 120], 20, 100, config).problem
     assert "captions of 99 tokens" in check_lengths(policy, [16], 20, 99, config).problem
@@ -132,6 +137,52 @@ def test_memory_and_disk(tmp_path, monkeypatch):
     assert "--keep-checkpoints" in check_disk(tmp_path, 1000, config).problem
 
 
+def longest(config):
+    """Findings of the longest step, and the run that it was tried on."""
+    device = torch.device("cpu")
+    run, examples = load_run(config, device), load_examples(config.data)
+    prompt = run.sampler.prompt(open_image(examples[0].image))
+    found = preflight.check_longest_step(run, load_reward(config, device), examples, prompt, 16, config)
+    return found, run
+
+
+def state_of(run):
+    moments = [value for state in run.optimizer.state.values() for value in state.values()]
+    return [tensor.clone() for tensor in (*run.scorer.parameters(), *moments)]
+
+
+def test_the_longest_step_is_measured_and_changes_no_weight(monkeypatch):
+    """Two micro-batches of the three that a rank has; 300 captions more of them take more memory than a few."""
+    config = toy_config(data="toy:train:6", prompts_per_step=3, group_size=4, max_new_tokens=24, micro_batch_tokens=1)
+    begun, seen = [], []
+    update = preflight.update_policy
+
+    def watched(scorer, reference, optimizer, rollouts, *rest):
+        begun.extend(state_of(run_of[0]))
+        seen.append((len(rollouts.prompts), rollouts.tokens.shape, reference is not None))
+        result = update(scorer, reference, optimizer, rollouts, *rest)
+        assert result["skipped"] == 0 and all(parameter.grad is None for parameter in scorer.parameters())
+        return result
+
+    run_of = []
+    weights_held = preflight.weights_held
+    monkeypatch.setattr(preflight, "weights_held", lambda run, others: run_of.append(run) or weights_held(run, others))
+    monkeypatch.setattr(preflight, "update_policy", watched)
+    (memory, seconds), run = longest(config)
+    assert seen == [(2, (8, 24), True)] and not memory.problem and "at the longest captions" in seconds.facts
+    assert all(map(torch.equal, begun, state_of(run)))
+    size = 4 * sum(parameter.numel() for parameter in run.scorer.parameters()) / 2**30
+    assert f"masters and moments {3 * size:.2f} GiB" in memory.facts and f"reference {size:.2f} GiB" in memory.facts
+
+
+def test_a_step_that_does_not_fit_is_said_and_not_killed(monkeypatch):
+    monkeypatch.setattr(preflight, "available_memory", lambda device: status("VmRSS") + (64 << 20))
+    config = toy_config(data="toy:train:12", max_new_tokens=200)
+    (memory,), _ = longest(config)
+    assert "does not fit into" in memory.facts and "too much: --gradient-checkpointing" in memory.problem
+    assert torch.ones(1 << 26).sum() == 1 << 26  # the limit is gone
+
+
 def test_a_policy_that_samples_from_another_distribution(policy, prompts):
     scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
     rollouts = sample_rollouts(policy, prompts[:2], keys(2, 2), 10)
@@ -145,8 +196,6 @@ def test_a_policy_that_samples_from_another_distribution(policy, prompts):
 
 
 def test_a_verifier_is_asked_what_it_is_told():
-    from data.examples import load_examples
-
     examples = load_examples("toy:train:6")
 
     def reads(captions, asked, names):

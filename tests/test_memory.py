@@ -7,11 +7,11 @@ import torch
 from conftest import keys
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
+from bench.estimate import estimate_memory
 from grpo.config import toy_config
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
-from tools.memory import estimate_memory
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze": "vision"}, {"max_new_tokens": 48, "group_size": 4}])

@@ -1,59 +1,76 @@
-"""`train.py --check`: what would go wrong hours into a run, looked for in minutes, on the real models, data and machine."""
+"""`train.py --check`: what would go wrong hours into a run, looked for in minutes, on the real
+models, data and machine. No weight changes."""
 
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from data.examples import merge_pictures
+from data.examples import Example, merge_pictures
 from data.images import image_size, open_image
-from data.io import check_room
+from data.io import check_room, nearest
 from data.rows import read_manifest, scan_examples
 from grpo.config import TrainConfig
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.logprobs import CompletionScorer
-from grpo.policy import Policy
+from grpo.policy import Policy, Prompt, encode_images
 from grpo.rollout import Rollouts, sample_rollouts
-from grpo.run import load_run
-from reward.step import check_examples, load_reward
+from grpo.run import Run, load_run
+from grpo.update import update_policy
+from reward.step import Reward, check_examples, load_reward
 from tools.audit import gold_probe
-from tools.memory import estimate_memory
+from tools.memory import (
+    available_memory,
+    held,
+    limited,
+    measure,
+    num_parameters,
+    rollout_bytes,
+    weights_held,
+)
 
 TRIAL_TOKENS = 256
 """Tokens per caption of the trial rollout."""
 SPARE = 0.92
-"""Share of the memory that an estimate may fill: allocators leave gaps, and the estimate of a peak may be a tenth too low."""
+"""Share of the memory that a peak may fill: allocators leave gaps, and estimates may be a tenth too
+low."""
+LESS_MEMORY = ("--gradient-checkpointing, a smaller --micro-batch-tokens, --rollout-tokens or "
+               "--max-new-tokens, --offload-reference, more ranks")
 
 
 @dataclass(frozen=True)
 class Finding:
     what: str
-    found: str
+    facts: str
     problem: str = ""
     """What is wrong and what to do about it; empty where all is well."""
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    width = max(len(one.what) for one in findings)
+    width = max(len(finding.what) for finding in findings)
     lines = []
-    for one in findings:
-        lines.append(f"{'WRONG' if one.problem else 'ok':5}  {one.what:{width}}  {one.found}")
-        if one.problem:
-            lines.append(f"{'':5}  {'':{width}}  {one.problem}")
+    for finding in findings:
+        mark = "WRONG" if finding.problem else "ok"
+        lines.append(f"{mark:5}  {finding.what:{width}}  {finding.facts}")
+        if finding.problem:
+            lines.append(f"{'':5}  {'':{width}}  {finding.problem}")
     return "\n".join(lines)
 
 
 def check_sampling(sampler: Policy, config: TrainConfig) -> Finding:
-    names = [sampler.names(ids) for ids in (sampler.eos_ids, [sampler.pad_id], sampler.forbidden_ids)]
+    eos, pad, never = (sampler.names(ids) for ids in (sampler.eos_ids, [sampler.pad_id],
+                                                      sampler.forbidden_ids))
     is_clear = set(sampler.eos_ids).isdisjoint(sampler.forbidden_ids)
     return Finding(
         "sampling",
-        f"temperature {config.temperature}, no top-k or top-p, no penalties, at most {config.max_new_tokens} tokens; EOS "
-        f"{names[0]}, pad {names[1]}, never {names[2]}; the checkpoint's generation_config is not used",
+        f"temperature {config.temperature}, no top-k or top-p, no penalties, at most "
+        f"{config.max_new_tokens} tokens; EOS {eos}, pad {pad}, never {never}; the checkpoint's "
+        "generation_config is not used",
         "" if is_clear else "an EOS id is an image marker too: look at the policy's config.json",
     )
 
@@ -73,82 +90,138 @@ def check_templates(texts: dict[str, str]) -> Finding:
 def pixel_setting(sampler: Policy) -> str:
     """The setting, and the file of the checkpoint, that bounds an image's pixels: a processor of
     processor_config.json counts before a file of its own, max_pixels before longest_edge."""
-    name, nested = "preprocessor_config.json", json.loads(sampler.files.get("processor_config.json", b"{}"))
-    settings = json.loads(sampler.files.get(name, b"{}"))
-    if "image_processor" in nested:
-        name, settings = "processor_config.json", nested["image_processor"]
+    name = "processor_config.json"
+    settings = json.loads(sampler.files.get(name, b"{}")).get("image_processor")
+    if settings is None:
+        name = "preprocessor_config.json"
+        settings = json.loads(sampler.files.get(name, b"{}"))
     return f"{'longest_edge' if settings.get('max_pixels') is None else 'max_pixels'} in {name}"
 
 
-def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int, verifier_room: int | None,
-                  config: TrainConfig) -> Finding:
+def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int,
+                  verifier_room: int | None, config: TrainConfig) -> Finding:
     """verifier_room: tokens that the verifier has for a caption."""
     room = sampler.model.config.get_text_config().max_position_embeddings
-    longest = max(image_tokens) + text_tokens
     ordered = sorted(image_tokens)
+    longest = ordered[-1] + text_tokens + config.max_new_tokens
     limit = sampler.image_processor.size["longest_edge"]
     pixels = sampler.image_processor.patch_size * sampler.image_processor.merge_size
     problem = ""
-    if longest + config.max_new_tokens > room:
-        problem = (f"the longest prompt and its caption take {longest + config.max_new_tokens} positions, the policy has "
+    if longest > room:
+        problem = (f"the longest prompt and its caption take {longest} positions, the policy has "
                    f"{room}: lower --max-new-tokens, or {pixel_setting(sampler)}")
     elif verifier_room is not None and config.max_new_tokens > verifier_room:
-        problem = (f"the verifier has room for captions of {verifier_room} tokens: longer ones could not be scored; lower "
-                   "--max-new-tokens or take a verifier with a longer context")
+        problem = (f"the verifier has room for captions of {verifier_room} tokens: longer ones "
+                   "could not be scored; lower --max-new-tokens or take a verifier with a longer "
+                   "context")
     return Finding(
         "tokens",
-        f"images {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}, at most {limit // pixels**2} at this "
-        f"processor's {limit} pixels; text {text_tokens}",
+        f"images {ordered[0]} to {ordered[-1]}, median {ordered[len(ordered) // 2]}, at most "
+        f"{limit // pixels**2} at this processor's {limit} pixels; text {text_tokens}",
         problem,
     )
 
 
-def check_memory(estimate: dict[str, int], available: int) -> Finding:
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in estimate.items() if name != "peak")
-    problem = ""
-    if estimate["peak"] > SPARE * available:
-        problem = ("too much: --gradient-checkpointing, a smaller --micro-batch-tokens, --rollout-tokens or --max-new-tokens, "
-                   "--offload-reference, more ranks")
-    return Finding("memory", f"peak {_gib(estimate['peak'])} of {_gib(available)} per rank: {parts}", problem)
+def longest_micro_batches(prompt: Prompt, run: Run, config: TrainConfig) -> Rollouts:
+    """Captions of `max_new_tokens` tokens for two micro-batches of this rank or, where it has one,
+    for that: the second one meets the gradients of the first."""
+    group_tokens = len(prompt.input_ids) + config.group_size * config.max_new_tokens
+    in_two = 2 * max(1, config.micro_batch_tokens // group_tokens)
+    prompts = [prompt] * min(in_two, config.prompts_per_rank(world_size()))
+    size = (len(prompts) * config.group_size, config.max_new_tokens)  # (B, L)
+    tokens = torch.full(size, run.sampler.eos_ids[0], device=run.device)  # any that is scored
+    return Rollouts(
+        prompts, tokens, torch.full_like(tokens[:, 0], config.max_new_tokens),
+        torch.zeros_like(tokens, dtype=torch.float32), torch.ones_like(tokens[:, 0]).bool(),
+        [""] * len(tokens),
+    )
+
+
+def try_update(run: Run, rollouts: Rollouts, config: TrainConfig) -> None:
+    """The update of these captions, without the optimizer's step."""
+    still = SimpleNamespace(step=lambda: None, zero_grad=run.optimizer.zero_grad)
+    num_rows = len(rollouts.tokens)
+    update_policy(run.scorer, run.reference, still, rollouts,
+                  torch.zeros(num_rows, device=run.device),
+                  torch.ones(num_rows, dtype=torch.bool, device=run.device), config)
+
+
+def try_reward(reward: Reward, examples: Sequence[Example], config: TrainConfig) -> None:
+    """The reward of this rank's captions in a step, each of about `max_new_tokens` tokens."""
+    by_caption = [example for example in examples for _ in range(config.group_size)]
+    captions = [" red" * config.max_new_tokens] * len(by_caption)
+    keys = [f"{config.seed}:check:{example.id}" for example in by_caption]
+    reward.score(captions, by_caption, keys, [config.max_new_tokens] * len(by_caption))
+
+
+def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], prompt: Prompt,
+                       image_tokens: int, config: TrainConfig) -> list[Finding]:
+    """Time and memory of the longest step, as far as it can be tried. Every rank must call this.
+
+    prompt: the longest. Raises MemoryError where several ranks run and this one cannot hold it: the
+    others then wait for it in a collective.
+    """
+    device, share = run.device, config.prompts_per_rank(world_size())
+    available, before = available_memory(device), held(device)
+    models = {"verifier's weights": reward.verifier and reward.verifier.model,
+              "judge's weights": reward.judge and reward.judge.model}
+    parts = weights_held(run, {name: model for name, model in models.items() if model})
+    if config.freeze == "vision+merger":
+        (prompt,) = encode_images(run.sampler, [prompt])
+    rollouts = longest_micro_batches(prompt, run, config)
+    try:
+        with limited(available if device.type == "cpu" else None):
+            reward_s, reward_peak = measure(
+                lambda: try_reward(reward, examples[:share], config), device)
+            update_s, update_peak = measure(lambda: try_update(run, rollouts, config), device)
+    except MemoryError as error:
+        if world_size() > 1:
+            raise
+        facts = f"the longest step does not fit into {_gib(available)} ({error})"
+        return [Finding("memory", facts, f"too much: {LESS_MEMORY}")]
+    sampling = rollout_bytes(run.sampler.model, config, world_size(),
+                             run.sampler.model.dtype.itemsize, len(prompt.input_ids), image_tokens)
+    parts |= {"phase rollout": sampling, "phase verifier": reward_peak - before,
+              "phase update": update_peak - before,
+              "peak": max(before + sampling, reward_peak, update_peak)}
+    update_s *= share / len(rollouts.prompts)
+    facts = f"reward {reward_s:.1f} s, update {update_s:.1f} s at the longest captions"
+    return [check_memory(parts, available), Finding("time", facts)]
+
+
+def check_memory(parts: dict[str, int], available: int) -> Finding:
+    """parts: bytes, with the "peak" of any rank."""
+    named = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if name != "peak")
+    peak = max(gather_rows([parts["peak"]]))
+    available = min(gather_rows([available]))
+    return Finding("memory", f"peak {_gib(peak)} of {_gib(available)} per rank: {named}",
+                   f"too much: {LESS_MEMORY}" if peak > SPARE * available else "")
 
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that this rank can have: of its GPU, what other processes leave; of the host, its share of what is free now
-    and of what it holds already."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024 // world_size() + _resident()
-
-
-def _resident() -> int:
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024
-
-
 @torch.no_grad()
-def check_policy(rollouts: Rollouts, scorer: CompletionScorer, forbidden_ids: Sequence[int]) -> Finding:
+def check_policy(rollouts: Rollouts, scorer: CompletionScorer,
+                 forbidden_ids: Sequence[int]) -> Finding:
     """Sampler and trainer on a trial rollout. Every rank must call this."""
     logprobs, entropies = scorer(rollouts)
     mask = rollouts.completion_mask
     difference = (logprobs - rollouts.logprobs)[mask]
-    ratio, gap, worst = difference.exp().mean().item(), difference.abs().mean().item(), difference.abs().max().item()
-    ended, entropy = int((~rollouts.truncated).sum()), entropies[mask].mean().item()
+    ratio, gap = difference.exp().mean().item(), difference.abs().mean().item()
     problem = ""
     if not (abs(ratio - 1) < 0.05 and gap < 0.1):
-        problem = "sampler and trainer are not one policy: look at precision, chat template and transformers' version"
+        problem = ("sampler and trainer are not one policy: look at precision, chat template and "
+                   "transformers' version")
     elif torch.isin(rollouts.tokens[mask], torch.tensor(forbidden_ids, device=mask.device)).any():
         problem = "the policy wrote image markers"
     return Finding(
         "policy",
-        f"{len(rollouts.captions)} captions of up to {rollouts.tokens.shape[1]} tokens, {ended} ended; on-policy ratio "
-        f"{ratio:.4f}, gap {gap:.1e} nats, at most {worst:.1e}, entropy {entropy:.2f}; "
-        f"the first begins: {rollouts.captions[0][:60]!r}",
+        f"{len(rollouts.captions)} captions of up to {rollouts.tokens.shape[1]} tokens, "
+        f"{int((~rollouts.truncated).sum())} ended; on-policy ratio {ratio:.4f}, gap {gap:.1e} "
+        f"nats, at most {difference.abs().max().item():.1e}, entropy "
+        f"{entropies[mask].mean().item():.2f}; the first begins: {rollouts.captions[0][:60]!r}",
         problem,
     )
 
@@ -157,46 +230,42 @@ def check_verifier(scores: dict[str, float]) -> Finding:
     """scores: of `tools.audit.gold_probe`."""
     problem = ""
     if not scores["gold_caption"] > max(0.7, scores["no_caption"] + 0.2):
-        problem = "it does not find an answer that it is told: take another verifier, or look at its chat template"
+        problem = ("it does not find an answer that it is told: take another verifier, or look at "
+                   "its chat template")
     elif scores["no_caption"] > scores["chance"] + 0.15:
         problem = "questions are answered without a caption: keep those that need the image"
     elif scores["failed_share"]:
         problem = "some questions could not be scored"
     return Finding(
         "verifier",
-        f"told the answer {scores['gold_caption']:.2f}, without a caption {scores['no_caption']:.2f}, chance "
-        f"{scores['chance']:.2f}; {scores['unparsed_share']:.0%} of the replies unreadable", problem,
+        f"told the answer {scores['gold_caption']:.2f}, without a caption "
+        f"{scores['no_caption']:.2f}, chance {scores['chance']:.2f}; "
+        f"{scores['unparsed_share']:.0%} of the replies unreadable", problem,
     )
 
 
-def check_disk(folder: Path, num_parameters: int, config: TrainConfig) -> Finding:
-    """A checkpoint has 12 bytes per parameter, an export 2 or 4; while one is written, the old ones are there too."""
-    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+def check_disk(folder: Path, parameters: int, config: TrainConfig) -> Finding:
+    """A checkpoint has 12 bytes per parameter, an export 2 or 4; while one is written, the old ones
+    are there too."""
+    there = nearest(folder)
     free = shutil.disk_usage(there).free
     exports = 1 + (config.num_steps // config.export_every if config.export_every else 0)
     width = 2 if config.save_dtype == "bfloat16" else 4
-    needed = num_parameters * (12 * (config.keep_checkpoints + 1) + width * (exports + 1))
-    problem = "" if needed < free else "too little: lower --keep-checkpoints, raise --export-every, or take another --run-dir"
-    return Finding("disk", f"{_gib(needed)} needed of {_gib(free)} free at {there}", problem)
+    needed = parameters * (12 * (config.keep_checkpoints + 1) + width * (exports + 1))
+    return Finding("disk", f"{_gib(needed)} needed of {_gib(free)} free at {there}",
+                   "" if needed < free else "too little: lower --keep-checkpoints, raise "
+                   "--export-every, or take another --run-dir")
 
 
-def any_problem(findings: Sequence[Finding]) -> bool:
-    """Whether any rank has found something wrong. Every rank must call this."""
-    return any(gather_rows([any(one.problem for one in findings)]))
-
-
-def check(config: TrainConfig) -> None:
-    """`--check`: prints what was found on models, data and machine. SystemExit with code 2 if anything is wrong."""
-    device = init_distributed(config.timeout_minutes)
-    share = config.prompts_per_rank(world_size())
-    check_room(Path(config.run_dir))
-    parts = f"{share} of {config.prompts_per_step} prompts each, weights in {world_size() // config.replicas} parts"
-    findings = [Finding("ranks", f"{world_size()} on {device.type}, {parts}")]
+def check_data(config: TrainConfig) -> tuple[Finding, list[Example], dict[str, tuple[int, int]]]:
+    """The examples whose images can be opened, and the images' sizes by id. Every rank must call
+    this."""
     with all_or_none("data"):
         examples, refused = scan_examples(config.data)
     examples = merge_pictures(examples)
     unreadable, sizes = [], {}
-    for example in tqdm(examples[rank() :: world_size()], desc="images", unit="image", disable=rank() != 0):
+    own = examples[rank() :: world_size()]
+    for example in tqdm(own, desc="images", unit="image", disable=rank() != 0):
         try:
             sizes[example.id] = image_size(example.image)
         except ValueError as error:
@@ -204,15 +273,28 @@ def check(config: TrainConfig) -> None:
     unreadable, sizes = gather_rows(unreadable), dict(gather_rows(list(sizes.items())))
     counts = [len(example.questions) for example in examples]
     bad = [*refused, *unreadable]
-    findings.append(Finding(
-        "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} questions, "
-        f"{len(read_manifest(config.data))} rows and questions left out as the manifest lists",
-        f"{len(refused)} rows and {len(unreadable)} images cannot be used: {'; '.join(bad[:5])}" if bad else "",
-    ))
-    examples = [example for example in examples if example.id in sizes]
-    if bad and len(examples) < config.prompts_per_step:  # too few for a step are left: what was found is the reason
-        print0(format_findings(findings))
-        raise SystemExit(2)
+    finding = Finding(
+        "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} "
+        f"questions, {len(read_manifest(config.data))} rows and questions left out as the manifest "
+        "lists",
+        f"{len(refused)} rows and {len(unreadable)} images cannot be used: {'; '.join(bad[:5])}"
+        if bad else "",
+    )
+    return finding, [example for example in examples if example.id in sizes], sizes
+
+
+def check(config: TrainConfig) -> None:
+    """`--check`: prints what was seen of models, data and machine. SystemExit with code 2 if
+    anything is wrong."""
+    device = init_distributed(config.timeout_minutes)
+    share = config.prompts_per_rank(world_size())
+    check_room(Path(config.run_dir))
+    ranks = (f"{world_size()} on {device.type}, {share} of {config.prompts_per_step} prompts each, "
+             f"weights in {world_size() // config.replicas} parts")
+    data, examples, sizes = check_data(config)
+    findings = [Finding("ranks", ranks), data]
+    if data.problem and len(examples) < config.prompts_per_step:  # too few for a step are left
+        _end(findings)
     with all_or_none("start"):
         check_examples(examples, config)
         reward = load_reward(config, device)
@@ -220,33 +302,37 @@ def check(config: TrainConfig) -> None:
     sampler, verifier = run.sampler, reward.verifier
 
     findings.append(check_sampling(sampler, config))
+    of_image = {id: sampler.image_tokens(*size) for id, size in sizes.items()}
+    largest = max(examples, key=lambda example: of_image[example.id])
     with all_or_none("images"):
-        prompts = [sampler.prompt(open_image(example.image)) for example in examples[:2]]
-    of_image = [sampler.image_tokens(*size) for size in sizes.values()]
-    text_tokens = len(prompts[0].input_ids) - sampler.image_tokens(*sizes[examples[0].id])
+        prompts = [sampler.prompt(open_image(example.image))
+                   for example in (*examples[:2], largest)]
+    text_tokens = len(prompts[0].input_ids) - of_image[examples[0].id]
     ends = {"policy": sampler.tokenizer.decode(prompts[0].input_ids)}
     if verifier:
-        ends["verifier"] = verifier.tokenizer.decode(verifier.writers[config.reward_config.abstain].tail_ids)
+        writer = verifier.writers[config.reward_config.abstain]
+        ends["verifier"] = verifier.tokenizer.decode(writer.tail_ids)
     findings.append(check_templates(ends))
-    asking_tokens = verifier.prompt_tokens(examples) if verifier else 0
-    room = verifier.context - asking_tokens if verifier else None
-    findings.append(check_lengths(sampler, of_image, text_tokens, room, config))
-    estimate = estimate_memory(
-        sampler.model, verifier.model if verifier else None, config, world_size(), device.type == "cuda",
-        max(of_image) + text_tokens, max(of_image), asking_tokens,
-    )
-    findings.append(check_memory(estimate, min(gather_rows([available_memory(device)]))))
+    room = verifier.context - verifier.prompt_tokens(examples) if verifier else None
+    findings.append(check_lengths(sampler, list(of_image.values()), text_tokens, room, config))
 
-    keys = [f"{config.seed}:check:{example.id}:caption:{g}" for example in examples[:2] for g in range(config.group_size)]
+    keys = [f"{config.seed}:check:{example.id}:caption:{g}"
+            for example in examples[:2] for g in range(config.group_size)]
     length = min(config.max_new_tokens, TRIAL_TOKENS)
-    rollouts = sample_rollouts(sampler, prompts, keys, length, config.temperature, config.rollout_tokens)
+    rollouts = sample_rollouts(sampler, prompts[:2], keys, length, config.temperature,
+                               config.rollout_tokens)
     findings.append(check_policy(rollouts, run.scorer, sampler.forbidden_ids))
     if verifier:
-        findings.append(check_verifier(gold_probe(examples[: config.probe_images], verifier, config.reward_config)))
-    num_parameters = sum(parameter.numel() for parameter in sampler.model.parameters())
-    findings.append(check_disk(Path(config.run_dir), num_parameters, config))
-
-    is_wrong = any_problem(findings)
+        probes = examples[: config.probe_images]
+        findings.append(check_verifier(gold_probe(probes, verifier, config.reward_config)))
+    findings += check_longest_step(run, reward, examples, prompts[2], of_image[largest.id], config)
+    parameters = num_parameters(sampler.model)
+    findings.append(check_disk(Path(config.run_dir), parameters, config))
+    if any(gather_rows([any(finding.problem for finding in findings)])):  # on any rank
+        _end(findings)
     print0(format_findings(findings))
-    if is_wrong:
-        raise SystemExit(2)
+
+
+def _end(findings: Sequence[Finding]) -> None:
+    print0(format_findings(findings))
+    raise SystemExit(2)

@@ -1,158 +1,151 @@
-"""How much memory a rank needs, part by part, from the shapes alone: the models may be on the meta device.
+"""Memory of a rank: what its models hold, what a trial takes at its peak and, by hand, what no
+trial can run in minutes: sampling the longest captions."""
 
-Counted are weights, what is gathered of them, caches and what autograd keeps, at the longest captions that the settings allow.
-Not counted: what the allocator leaves unused, and the libraries themselves. `python bench/memory.py` holds it against
-measurements.
-"""
+import re
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
-from grpo.logprobs import HEAD_ROWS
+from grpo.distributed import world_size
 from grpo.rollout import PREFILL_PROMPTS
+from grpo.run import Run
 
 
-def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int,
-                    is_gpu: bool, prompt_tokens: int, image_tokens: int, asking_tokens: int) -> dict[str, int]:
-    """Bytes at the peak on each rank by part; "peak" is their sum, in which only the hungriest of the phases counts.
+def status(field: str) -> int:
+    """Bytes in a field of /proc/self/status: VmRSS is held now, VmHWM was at the peak."""
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", text)[1])
 
-    prompt_tokens: T, of the longest prompt, of which image_tokens are the image's. asking_tokens: of the verifier's prompt,
-    beside the caption.
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this rank can have: of its GPU, what other processes leave; of the host, its share
+    of what is free now and of what it holds already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    return free * 1024 // world_size() + status("VmRSS")
+
+
+def held(device: torch.device) -> int:
+    """Bytes that this process holds."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else status("VmRSS")
+
+
+def measure(work: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    """Seconds that `work` takes, and the most bytes that this process holds meanwhile."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # where the system refuses, the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - started, torch.cuda.max_memory_allocated(device)
+    return time.perf_counter() - started, status("VmHWM")
+
+
+@contextmanager
+def limited(size: int | None) -> Iterator[None]:
+    """Inside, an allocation of the host's memory fails if this process would hold more than `size`
+    bytes; None for no limit. Without one the system would kill it, and nobody would hear why.
+
+    Raises MemoryError for whatever torch raises then, and where a GPU's memory is full.
     """
-    width = 2 if is_gpu else 4  # bytes of a number in the compute dtype
-    has_one_model = num_ranks == 1 and not is_gpu  # one model samples and learns
-    is_sharded = num_ranks > 1 or is_gpu
-    shards = num_ranks // config.replicas
-    parameters = _size(policy)
-    visual = policy.model.visual
-    merger = sum(_size(part) for name, part in visual.named_children() if "merger" in name)
-    frozen = {"none": 0, "vision": _size(visual) - merger, "vision+merger": _size(visual)}[config.freeze]
-    found = {
-        "sampler's weights": 0 if has_one_model else width * parameters,
-        "masters and moments": (12 * (parameters - frozen) + 4 * frozen) // shards,
-        "reference": 0 if config.kl_coef == 0 or config.offload_reference else width * parameters // shards,
-        "verifier's weights": width * _size(verifier) if verifier is not None else 0,
-    }
-    if is_sharded:  # the root's parameters and two blocks are whole at a time, and the gradients of as much
-        blocks = [_size(block) for block in [*policy.model.language_model.layers, *visual.blocks]]
-        found["gathered weights and gradients"] = (2 * width + 4) * (parameters - sum(blocks) + 2 * max(blocks))
-    phases = {
-        "rollout": _rollout(policy, config, num_ranks, width, prompt_tokens, image_tokens),
-        "verifier": _verifier(verifier, config, num_ranks, width, asking_tokens),
-        "update": _update(
-            policy, config, num_ranks, width, prompt_tokens, image_tokens, gradients=4 * (parameters - frozen) // shards
-        ),
-    }
-    hungriest = max(phases, key=phases.get)
-    found |= {f"phase {name}": size for name, size in phases.items()}
-    found["peak"] = sum(size for name, size in found.items() if not name.startswith("phase")) + phases[hungriest]
-    return found
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if size is not None:
+        limit = status("VmData") + max(0, size - status("VmRSS"))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    except RuntimeError as error:
+        if "allocate" in str(error):
+            raise MemoryError(str(error)) from None
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def weights_held(run: Run, others: dict[str, nn.Module | None]) -> dict[str, int]:
+    """Bytes on the run's device by part. others: models beside the run's, by name."""
+    sampler = run.sampler.model if run.scorer.model is not run.sampler.model else None
+    moments = [value for state in run.optimizer.state.values() for value in state.values()]
+    parts = {"sampler's weights": _parameters(sampler),
+             "masters and moments": [*_parameters(run.scorer), *moments],
+             "reference": _parameters(run.reference)}
+    parts |= {name: _parameters(model) for name, model in others.items()}
+    return {name: _bytes_on(run.device, tensors) for name, tensors in parts.items()}
 
 
-def _cache_bytes(model: PreTrainedModel, width: int) -> int:
-    """Of keys and values, per token; 0 of a model without attention, whose states do not grow."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    return 2 * width * text.num_hidden_layers * heads * _head_dim(text) if heads else 0
+def _parameters(module: nn.Module | None) -> list[Tensor]:
+    return list(module.parameters()) if module is not None else []
 
 
-def _head_dim(text) -> int:
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+def _bytes_on(device: torch.device, tensors: Iterable[Tensor]) -> int:
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(tensor.nbytes for tensor in own if tensor.device.type == device.type)
 
 
-def _rollout(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
-             image_tokens: int) -> int:
-    """The larger of a prefill beside a cache, and of decoding: a full cache, stacked weights, logits."""
+# ------------------------------------------------------------------------------------- by hand
+
+
+def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
+                  prompt_tokens: int, image_tokens: int) -> int:
+    """Of sampling the longest captions, beside the weights: the larger of a forward of prompts
+    beside a cache, and of decoding, with a full cache, stacked weights and logits.
+
+    width: bytes of a number. prompt_tokens: T, of the longest prompt, of which image_tokens are the
+    image's. The model may be on the meta device.
+    """
     text, prompts = policy.config.get_text_config(), config.prompts_per_step // num_ranks
+    vision = policy.config.vision_config
     group_tokens = prompt_tokens + config.group_size * config.max_new_tokens
     groups = min(prompts, max(1, config.rollout_tokens // group_tokens))
-    cache = groups * group_tokens * _cache_bytes(policy, width)
-    copied = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    layers = policy.model.language_model.layers
-    stacked = width * sum(_size(part) for name, part in layers.named_modules() if name.endswith(copied))
+    cache = groups * group_tokens * cache_bytes(policy, width)
+    stacked = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    layers = policy.model.language_model.layers.named_modules()
+    weights = [num_parameters(part) for name, part in layers if name.endswith(stacked)]
     rows = groups * config.group_size
-    # The last step's probabilities, and logits in float32; in bfloat16 also as they came, and in a CUDA graph's memory.
+    # The last step's probabilities, and logits in float32; in bfloat16 also as they came, and in a
+    # CUDA graph's memory.
     logits = rows * text.vocab_size * (4 + 4 + (0 if width == 4 else 2 * width))
     # A layer's keys and values once more, in float32 and while they grow, and the scores.
     attention = 2 * cache // text.num_hidden_layers * 4 // width
-    attention += 3 * 4 * rows * text.num_attention_heads * (prompt_tokens + config.max_new_tokens)
-    prefill = min(prompts, PREFILL_PROMPTS) * width * (
-        prompt_tokens * (6 * text.hidden_size + 3 * text.intermediate_size)
-        + 4 * image_tokens * (8 * policy.config.vision_config.hidden_size + 3 * policy.config.vision_config.intermediate_size)
-    )
-    prefill += 3 * _pixel_bytes(policy, min(prompts, PREFILL_PROMPTS) * image_tokens)
-    return cache + stacked + max(logits + attention, prefill)
+    num_places = prompt_tokens + config.max_new_tokens
+    attention += 3 * 4 * rows * text.num_attention_heads * num_places
+    language = prompt_tokens * (6 * text.hidden_size + 3 * text.intermediate_size)
+    tower = 4 * image_tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size)
+    together = min(prompts, PREFILL_PROMPTS)
+    forward = together * width * (language + tower)
+    forward += 3 * pixel_bytes(policy, together * image_tokens)
+    return cache + width * sum(weights) + max(logits + attention, forward)
 
 
-def _pixel_bytes(policy: PreTrainedModel, image_tokens: int) -> int:
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def cache_bytes(model: PreTrainedModel, width: int) -> int:
+    """Of keys and values, per token; 0 of a model without attention, whose states do not grow."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    return 2 * width * text.num_hidden_layers * heads * head_dim(text) if heads else 0
+
+
+def head_dim(text) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def pixel_bytes(policy: PreTrainedModel, image_tokens: int) -> int:
     vision = policy.config.vision_config
     patch = 3 * vision.temporal_patch_size * vision.patch_size**2
     return 4 * image_tokens * vision.spatial_merge_size**2 * patch
-
-
-def _verifier(verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int, width: int,
-              asking_tokens: int) -> int:
-    """The cache of a batch, the widest layer's activations and, where it replies in words, the
-    logits of the next token of each row."""
-    if verifier is None:
-        return 0
-    text = verifier.config.get_text_config()
-    replies = config.verifier_mode == "sample"
-    reply_tokens = config.verifier_max_new_tokens if replies else 0
-    room = getattr(text, "max_position_embeddings", None) or VERIFIER_TOKENS  # Bloom has no limit
-    longest = min(config.max_new_tokens + asking_tokens + reply_tokens, room)
-    questions = config.reward_config.num_questions * config.reward_config.num_shuffles
-    rows = config.prompts_per_step // num_ranks * config.group_size * questions
-    tokens = min(VERIFIER_TOKENS, rows * longest)
-    wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    activations = tokens // questions * width * (3 * wide + 6 * text.hidden_size)
-    # As they come, in float32, and the probabilities.
-    logits = tokens // longest * text.vocab_size * (width + 4 + 4) if replies else 0
-    return tokens * _cache_bytes(verifier, width) + activations + logits
-
-
-VERIFIER_TOKENS = 262_144
-"""The token budget of reward.caprl.Verifier."""
-
-
-def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
-            image_tokens: int, gradients: int) -> int:
-    """What autograd keeps of one micro-batch, the head's logits and its gradient; `grpo/logprobs.py` has the shapes.
-
-    gradients: bytes of the weights' gradients. They are beside all this from the second micro-batch on; in the first they
-    come as what autograd kept goes.
-    """
-    text, vision = policy.config.get_text_config(), policy.config.vision_config
-    size, length = config.group_size, config.max_new_tokens
-    group_tokens = prompt_tokens + size * length
-    groups = min(config.prompts_per_step // num_ranks, max(1, config.micro_batch_tokens // group_tokens))
-    tokens, rows, seen = groups * group_tokens, groups * size, prompt_tokens + length
-    head_dim = _head_dim(text)
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    norms = 2 * text.hidden_size * (4 + 2 * width)  # of two norms: input in float32, normalised, weighted
-    layer = tokens * (norms + width * (2 * queries + 2 * keys + 4 * text.intermediate_size))
-    layer += width * (groups * prompt_tokens * queries + 2 * rows * seen * keys + 2 * rows * length * queries)
-    layer += width * groups * length * seen  # the mask, as numbers
-    patches = vision.spatial_merge_size**2 * groups * image_tokens
-    block = patches * vision.hidden_size * (2 * (4 + 2 * width) + 6 * width) + patches * width * 4 * vision.intermediate_size
-    stacks = [(text.num_hidden_layers, layer, tokens * text.hidden_size * width)]
-    if config.freeze == "none":
-        stacks.append((vision.depth, block, patches * vision.hidden_size * width))
-    if config.gradient_checkpointing:  # inputs of all layers, and one layer at a time
-        kept = sum(depth * size_of_input + whole for depth, whole, size_of_input in stacks)
-    else:
-        kept = sum(depth * whole for depth, whole, _ in stacks)
-    kept += 4 * _pixel_bytes(policy, groups * image_tokens)  # as they came, side by side, cast, unfolded for the convolution
-    inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
-    head = 4 * text.vocab_size * text.hidden_size  # its gradient
-    # In bfloat16 the logits are also there as they came, later their gradient; and so is the weight's, before it is added.
-    copy = 0 if width == 4 else width
-    logits = (4 + copy) * min(HEAD_ROWS, rows * length) * text.vocab_size + copy * text.vocab_size * text.hidden_size
-    widest = head + max(logits, inside)  # the logits are freed before the layers' backward
-    is_one = groups * num_ranks == config.prompts_per_step
-    return max(kept + widest, gradients + head + inside) if is_one else gradients + kept + widest
