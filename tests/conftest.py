@@ -17,6 +17,7 @@ from data.toy.verifier import build_verifier
 from data.toy.world import draw, make_scene
 from grpo.config import toy_config
 from grpo.policy import Policy, Prompt
+from grpo.rollout import Rollouts, sample_rollouts
 from train import train
 
 torch.set_num_threads(1)
@@ -56,6 +57,15 @@ def prompts(policy) -> list[Prompt]:
 
 def keys(num_prompts: int, group_size: int) -> list[str]:
     return [f"{p}:{g}" for p in range(num_prompts) for g in range(group_size)]
+
+
+@pytest.fixture
+def batch(policy, prompts) -> tuple[Rollouts, torch.Tensor, torch.Tensor]:
+    """Two captions of each prompt, their advantages, and which of them have a reward."""
+    rollouts = sample_rollouts(policy, prompts, keys(4, 2), 10)
+    advantages = torch.tensor([1.0, -1, 0.5, -0.5, 2, 0, -1, 1])
+    valid = torch.tensor([True] * 7 + [False])
+    return rollouts, advantages, valid
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import caption
 import evaluate
 import train
 from data.program import run_program
-from grpo.config import PRESETS, TrainConfig, change, parse_train_config, toy_config
+from grpo.config import PRESETS, RewardConfig, TrainConfig, change, parse_train_config, toy_config
 from tools import audit
 
 
@@ -168,3 +169,12 @@ def test_bad_flags_end_with_exit_code_2_and_no_traceback(arguments, message):
     result = subprocess.run([sys.executable, *arguments.split()], capture_output=True, text=True, timeout=300)
     said = " ".join((result.stderr + result.stdout).replace("│", " ").split())
     assert result.returncode == 2 and message in said and "Traceback" not in said
+
+
+def test_every_setting_of_the_reward_reaches_it():
+    config = toy_config(
+        num_questions=7, question_draw="independent", num_shuffles=3, abstain=True, soft=True, length_weight=0.5, length_full=9,
+        length_zero=11, repetition_weight=0.1,
+    )
+    assert config.reward_config == RewardConfig(7, "independent", 3, True, True, 0.5, 9, 11, 0.1)
+    assert all(getattr(config.reward_config, field.name) != field.default for field in fields(RewardConfig))

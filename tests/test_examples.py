@@ -1,4 +1,6 @@
 # ruff: noqa: RUF001 - Chinese text has its own punctuation
+"""Rows of images with questions: read, refused one by one, written down, merged by picture."""
+
 import base64
 import json
 import os
@@ -19,9 +21,7 @@ from data.examples import Example, Question, load_examples, merge_pictures, pict
 from data.export import example_row
 from data.folders import load_images
 from data.images import StoredImage, open_image, picture_hash
-from data.labels import find_answer
-from data.rows import Dropped, scan_examples
-from data.written import parse_questions
+from data.rows import scan_examples
 from tools.inspect import InspectConfig, inspect
 
 ROW = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices": ["x", "y"], "answer_index": 1}]}
@@ -419,53 +419,6 @@ def test_pictures_of_a_parquet_file_are_read_in_any_order_from_a_bounded_cache(t
     assert 1 <= len(parquet._groups.kept) <= 3
 
 
-@pytest.mark.parametrize(
-    "answer, choices, want",
-    [
-        ("C", ("x", "y", "z"), 2), ("C)", ("x", "y", "z"), 2), ("**C) z**", ("x", "y", "z"), 2), ("(B) y", ("x", "y"), 1),
-        ("b", ("a", "b"), 1), ("y.", ("x", "Y"), 1), ("A. Lincoln", ("B. Obama", "A. Lincoln"), 1),
-        ("A man", ("A dog", "A man"), 1),
-        ("b", ("x", "y"), 1), ("(b) y", ("x", "y"), 1), ("（Ｂ）", ("x", "y"), 1),
-        ("cafe\u0301", ("x", "caf\u00e9"), 1),
-        ("FF", ("Ff", "FF"), 1), ("6\"", ("6'", '6"'), 1), ("B) FF", ("Ff", "FF"), 1),
-        ("5!", ("5", "5!"), 1),
-        ("B", ("A", "B"), 1), ("yes", ("yes", "no"), 0), ("B、乙", ("甲", "乙"), 1), ("D. 3.5", ("1", "2", "3", "3.5"), 3),
-    ],
-)
-def test_an_answer_is_found_by_letter_or_text(answer, choices, want):
-    assert find_answer(answer, choices) == want
-
-
-@pytest.mark.parametrize(
-    "answer, choices",
-    [("ff", ("Ff", "FF")), ("b", ("b", "x")), ("6", ("6'", '6"')), ("(b) x", ("x", "y"))],
-)
-def test_an_answer_that_may_mean_two_choices_is_refused(answer, choices):
-    with pytest.raises(ValueError, match="disagree|expected an answer among"):
-        find_answer(answer, choices)
-
-
-@pytest.mark.parametrize(
-    "choices",
-    [
-        ("a", "A", "b", "B"), ("Ff", "FF", "ff"), ("6'", '6"'), ("5", "-5", "+5", "5!"),
-        ("f(x)", "f(x", "(1)", "1"), ("m²", "m2"),
-    ],
-)
-def test_choices_are_distinct_if_a_reader_tells_them_apart(choices):
-    """Such questions were refused as if their choices were alike."""
-    for place, choice in enumerate(choices):
-        assert choice.lower() in "ab" or find_answer(choice, choices) == place  # a letter may be another one's label
-    for same in (f" {choices[0]}", f"{choices[0]}\u00a0", f"\ufeff{choices[0]}"):
-        with pytest.raises(ValueError, match="expected distinct choices"):
-            Question("Which?", (*choices, same), 0)
-    for unseen in "\u200b\u200c\u200d\u2800\u00ad\u202e\ufe0f\x00\x1b":
-        with pytest.raises(ValueError, match="expected non-empty text in every choice"):
-            Question("Which?", (*choices, unseen), 0)
-        with pytest.raises(ValueError, match="expected distinct choices"):
-            Question("Which?", ("red", f"re{unseen}d"), 0)
-
-
 ASKED = ROW["questions"][0]
 
 
@@ -510,68 +463,6 @@ def test_half_a_surrogate_pair_anywhere_refuses_its_row_alone(tmp_path, row):
     assert [example.id for example in examples] == ["a", "b"] and examples[1].family == "\U0001f600"
     assert len(refused) == 1
     assert refused[0].endswith("set line 2: expected text in the row, got half a surrogate pair")
-
-
-def test_a_models_text_is_read_block_by_block_and_what_is_dropped_is_named():
-    text = """Sure! Here are some questions.
-
-#### 1. **How many
-cats are there?**
-   - A) one
-   - B) two cats
-     in a basket
-   - C) 3. three
-**Answer:** B) two cats in a basket
-Because there are two.
-------
-**2. 颜色？**
-A) 红
-B）蓝
-答案：B
----
-### Question 3: Which?
-- **A)** x
-- **B)** y
-- Correct answer: **A**
-1. no options here
-**Answer:** A
-#### 5. **Two answers?**
- - A) x
- - B) y
-**Answer:** A
-**Answer:** B
-#### 6. **Alike?**
- - A) x
- - B)  x
-**Answer:** A
-#### 7. **Out of order?**
- - A) x
- - C) y
-**Answer:** A
-#### 8. **Which disagrees?**
- - A) x
- - B) y
-**Answer:** A) y
-#### 9.
- - A) x
- - B) y
-**Answer:** A
-#### 10. **Cut off?**
- - A) x
- - B) y"""
-    found = parse_questions(text)
-    questions, dropped = ([one for one in found if isinstance(one, kind)] for kind in (Question, Dropped))
-    assert [isinstance(one, Question) for one in found] == 3 * [True] + 7 * [False]
-    assert [(q.question, q.choices, q.answer_index) for q in questions] == [
-        ("How many cats are there?", ("one", "two cats in a basket", "3. three"), 1), ("颜色？", ("红", "蓝"), 1),
-        ("Which?", ("x", "y"), 0),
-    ]
-    assert [one.reason for one in dropped] == [
-        "fewer than two options", "more than one answer", "options empty or alike",
-        "options not lettered A, B, C, ... in order", "answer is none of the options, or its letter and text disagree",
-        "no question", "no answer",
-    ]
-    assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == []
 
 
 # ----------------------------------------------------------------------------------------------------- what a picture is

@@ -20,7 +20,6 @@ import train
 from data.curate import filter as curate_filter
 from data.curate import generate as curate_generate
 from data.curate.__main__ import main as curate
-from data.io import check_room
 from data.program import run_program
 from data.toy.demo import DemoConfig, demo
 
@@ -99,13 +98,6 @@ def test_a_disk_that_fills_during_a_run_ends_it_with_the_folder_and_what_is_free
         run_program(train.main, ["toy", "--data", "toy:train:4", "--run-dir", str(run_dir), "--resume", *sizes])
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(rf"error: {run_dir}: No space left on device \(.* free at {run_dir}\)", said)
-
-
-def test_room_is_looked_for_and_nothing_is_left(tmp_path):
-    check_room(tmp_path / "not/yet")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"not/yet: expected room for 1073741824.00 GiB, found .* free at .*"):
-        check_room(tmp_path / "not/yet", 2**60)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -1,0 +1,28 @@
+"""The line that a step prints."""
+
+import math
+import re
+
+from grpo.log import alarms, log_step
+
+
+def test_the_console_line_shows_the_few_that_matter(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    rows = [{"id": "a", "caption": "two\nlines", "reward": math.nan}, {"id": "a", "caption": "other", "reward": 0.5}]
+    metrics = {"reward": 0.5, "kl": 0.25, "flat_groups": math.nan, "loss": 3.0}
+    assert log_step(tmp_path, 7, metrics, {}, {"seconds": 2.0, "seconds_update": 1.0}, rows) == (
+        "step    7  reward 0.500  flat_groups nan  kl 0.250  seconds 2.000"
+    )
+    said = log_step(tmp_path, 8, metrics, {"probe_accuracy": 0.5, "split_half": 0.1, "repetition": 0.0}, {}, rows).splitlines()
+    assert said[1:] == ["    audit  probe_accuracy 0.500  split_half 0.100", "    reward nan  a: 'two\\nlines'"]
+
+
+def test_alarms_name_the_number_and_the_way_out():
+    calm = dict(ratio=1.0, sampler_gap=0.01, kl=0.1, truncated_share=0.1, flat_groups=0.3)
+    assert alarms(calm) == []
+    for change, advice in (({"ratio": 0.9}, "ratio 0.900: .*--sampler-logprobs"), ({"kl": 0.6}, "kl 0.600: .*--kl-coef"),
+                           ({"sampler_gap": 0.2}, "sampler_gap 0.200: .*precision"),
+                           ({"truncated_share": 0.8}, "truncated_share 0.800: .*--max-new-tokens"),
+                           ({"flat_groups": 1.0}, "flat_groups 1.000: hardly any group teaches")):
+        [said] = alarms(calm | change)
+        assert re.match(advice, said)

@@ -1,0 +1,192 @@
+# ruff: noqa: RUF001 - Chinese text has its own punctuation
+"""What a verifier's reply chooses, and that nothing is read that is not certain."""
+
+import itertools
+
+import pytest
+
+from data.replies import parse_choice
+from reward.caprl import ABSTAIN
+
+
+@pytest.mark.parametrize(
+    "reply, choices, want",
+    [
+        ("B", 4, 1), (" B", 4, 1), ("b", 4, 1), ("(b).", 4, 1), ("**D**", 4, 3), ("C.", 4, 2), ("The answer is C.", 4, 2),
+        ("Answer: A", 4, 0), ("B) green", 4, 1), ("D, because it says so", 4, 3), ("(A) red\n", 4, 0), ("green", 4, 1),
+        (" Blue.", 4, 2), ("The answer is pink", 4, 3), ("D D D", 4, 3), ("I think B", 4, 1),
+        ("A red", 4, 0), ("B green", 4, 1), ("A green", 4, None),
+        (" A\n\nthe caption says", 4, 0), ("A because it says so", 4, 0), ("A is right", 4, 0), ("(b) green", 4, 1),
+        ("", 4, None), (" ", 4, None), ("E", 4, None), ("E", 5, 4), ("C", 2, None),
+        ("Can not answer", 4, None), ("Based on the caption", 4, None), ("A man is there", 4, None), ("I do not know", 4, None),
+        ("B or C", 4, None), ("The answer is C, not B", 4, None), ("B) red", 4, None), ("F", 4, None), ("1", 4, None),
+        ("A and B", 4, None), ("A or B", 4, None), ("not B", 4, None), ("in the U.S.A.", 4, None),
+        ("But B) red", 4, None), ("red green", 4, None), ("AB", 4, None), ("Can't say", 4, None), ("<|im_end|>", 4, None),
+    ],
+)  # fmt: skip
+def test_parse_choice(reply, choices, want):
+    texts = ["red", "green", "blue", "pink", ABSTAIN][:choices]
+    assert parse_choice(reply, texts) == want
+
+
+def test_parse_choice_where_the_options_are_letters_or_alike():
+    assert parse_choice("B", ["B", "A"]) is None  # the first choice's text, the second one's letter
+    assert parse_choice("Plan A", ["Plan B", "Plan A"]) == 1 and parse_choice("Grade A", ["x", "Grade A"]) == 1
+    assert parse_choice("", ["?", "!", "-", "+"]) is None and parse_choice("5", [".5", "6"]) is None
+    assert parse_choice("A", ["A", "B"]) == 0 and parse_choice("B) A", ["B", "A"]) == 1
+    assert parse_choice("red", ["red", "dark red"]) == 0
+    assert parse_choice("dark red", ["red", "dark red"]) == 1
+    assert parse_choice("A.", ["a", "A"]) is None and parse_choice("D, because", ["A", "B", "D", "C"]) is None
+    assert parse_choice("F", ["A", "F"]) == 1  # there is no option under F
+    assert parse_choice("FF", ["Ff", "FF"]) == 1 and parse_choice("ff", ["Ff", "FF"]) is None
+    assert parse_choice("B) FF", ["Ff", "FF"]) == 1 and parse_choice("6'", ["6\"", "6'"]) == 1
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ("Point B", "Point D", "Point A", "Point C"), ("5 A", "10 A", "15 A", "20 A"),
+        ("10° C", "25° C", "30° C", "40° C"),
+        ("Vitamin C", "Vitamin B", "Vitamin A", "Vitamin D"),
+        ("Grade A", "Grade B", "Grade D", "none"),
+        ("C major", "A minor", "G major", "D minor"), ("Type O", "Type A", "Type B", "Type AB"),
+        ("Mr. A", "Mr. B", "Ms. A", "A"),
+        ("J. K. Rowling", "C. S. Lewis", "A. A. Milne", "D. H. Lawrence"),
+        ("Point (A)", "Point (B)", "Point (C)", "A (D)"),
+        ("A-frame", "B-side", "C-section", "D-day"),
+        ("A dog", "I see none", "B cell", "C. elegans"), ("C", "C++", "C#", "D. C."),
+        ("2", "20", "-2", "2.5"), ("10 %", "10", "1", "0.1"), ("1/2", "1", "2", "1/4"),
+        ("3:30", "3", "3:00", "3 - 4"),
+        ("red", "red car", "car", "dark red"), ("红色", "绿色", "红色汽车", "A点"), ("一", "一百", "百", "二"),
+    ],
+)  # fmt: skip
+def test_a_reply_that_begins_with_an_option_is_no_other_one_in_any_order(choices):
+    """Capitals inside an option ("Point B") were read as the letter of another one, in 18 of 24 orders."""
+    replies = ["{}", "{}.", "The answer is {} as stated", "**{}**, because it says so",
+               "{} is the highest", "Option: “{}”"]
+    for order in itertools.permutations(choices):
+        for place, text in enumerate(order):
+            for reply in replies:
+                read = parse_choice(reply.format(text), order)
+                assert read == place or (read is None and len(text) == 1), (reply.format(text), order)
+
+
+@pytest.mark.parametrize(
+    "reply, want",
+    [
+        ("The answer is B) green because", 1), ("B. green", 1), ("B\n\nExplanation: A is wrong", 1),
+        ("option b", 1), ("[B]", 1),
+        ("B. The correct answer is B", 1), ("B. Note that A is common", 1),
+        ("B, since A and C are not mentioned", 1), ("$B$", 1),
+        ("My answer is (b).", 1), ("<think>A or C? The answer is A</think>B", 1),
+        ("<answer>B</answer>", 1), ("B<|im_end|>", 1),
+        ("The caption says so. The answer is B.", 1), ("A is wrong, so the answer is B", 1),
+        ("B\ngreen", 1), ("B - green", 1),
+        ("green (B)", 1), ("green, option B", 1), ("The answer is “blue”", 2), ("I’d say B", 1),
+        ("（Ｂ）", 1), ("B：green", 1),
+        ("选B。", 1), ("应该选B。", 1), ("答案是（B）。", 1), ("答案：Ｂ", 1), ("【B】", 1), ("B、green", 1),
+        ("ＧＲＥＥＮ。", 1),
+        ("B：red", None), ("B）red", None), ("B。red", None), ("不选B", None), ("不是B", None),
+        ("A和B", None), ("B – red", None),
+        ("A is wrong", None), ("It isn't A", None), ("A or B?", None), ("A, B", None),
+        ("A B C D", None), ("(A) or (B)", None),
+        ("A+B", None), ("A/B", None), ("B?", None), ("C\nWait, D", None),
+        ("The answer is B. The answer is C", None),
+        ("red or blue", None), ("red, blue", None), ("red and white", None), ("red/blue", None),
+        ("red is wrong", None),
+        ("red isn't it", None), ("red (B)", None), ("red, option B", None), ("B\nred", None),
+        ("greenish", None),
+        ("Vitamin C.", None), ("Point B.", None), ("Grade A.", None), ("Type B", None),
+        ("A4", None), ("C#", None),
+        ("B.C.", None), ("a C", None), ("What about A?", None), ("not green", None),
+        ("<think>The answer is B", None),
+    ],
+)  # fmt: skip
+def test_chatty_and_chinese_replies(reply, want):
+    assert parse_choice(reply, ["red", "green", "blue", "pink"]) == want
+
+
+@pytest.mark.parametrize(
+    "reply, choices, want",
+    [
+        *((reply, ["2", "3"], None) for reply in ("2 1/2", "2.5", "2,000", "2 %", "20", "-2")),
+        *((reply, ["2", "3"], None) for reply in ("2 - 3", "2 or 3", "2/3", "2:30", "2°", "2nd")),
+        ("2, not 3", ["2", "3"], 0), ("½", ["1", "2"], None), ("5%", ["5", "6"], None),
+        ("B) -5", ["5", "-5"], 1),
+        ("B) 2.5", ["2", "2.5"], 1), ("cafe\u0301", ["caf\u00e9", "bar"], 0),
+        ("caf\u00e9", ["cafe\u0301", "bar"], 0),
+        ("don’t know", ["don't know", "know"], 0), ("don't know", ["don’t know", "know"], 0),
+        ("“绿色”", ["红色", "绿色"], 1),
+        ("绿色（B）", ["红色", "绿色"], 1), ("绿色（A）", ["红色", "绿色"], None), ("一百", ["一", "二"], None),
+        ("A. Lincoln", ["Barack Obama", "Joe Biden", "Abraham Lincoln"], None),
+        ("B. Obama", ["Barack Obama", "x"], None),
+        ("Yes, no cars", ["Yes", "No"], 0), ("No, yes", ["Yes", "No"], None),
+        ("yes or no", ["Yes", "No"], None),
+        ("None of the above", ["None", "None of the above"], 1),
+        ("A", ["1", "2", "Both A and B"], 0),
+        ("Both A and B", ["1", "2", "Both A and B"], 2), ("A dog", ["a man", "a dog"], 1),
+        ("A red", ["red", "A red"], 1),
+    ],
+)  # fmt: skip
+def test_replies_and_what_the_options_make_of_them(reply, choices, want):
+    assert parse_choice(reply, choices) == want
+
+
+COLORS = ("red", "green", "blue", "pink")
+SMITHS = ("J. Smith", "A. Smith", "B. Smith", "C. Smith")
+TIMES = ("10 a.m.", "9 a.m.", "10 p.m.", "12 p.m.")
+NINE = tuple(f"x{i}" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "choices, want, replies",
+    [
+        # an option that begins like a label, after any words
+        (SMITHS, 2, ["Sure! The answer is B. Smith.", "根据描述，答案是B. Smith。"]),
+        (SMITHS, 1, ["Based on the caption, the answer is A. Smith"]),
+        (SMITHS, None, ["The answer is B. Smithson", "I do not think the answer is B. Smith"]),
+        (("Option D", "Option A"), 0, ["It is Option D.", "I would go with Option D, because"]),
+        (("选项D", "选项A"), 0, ["应该选选项D", "我认为选项D"]),
+        # a sentence that denies
+        (COLORS, None, ["I don't think the answer is A.", "It is definitely not option A.", "The wrong answer is A.",
+                        "I'd rule out option A.", "Unlike option A, the bar is green.", "Anything but option A",
+                        "At first I picked option A.", "不应该选A", "不能选A", "不要选A", "没选A", "别选A", "选A还是选B"]),
+        # an option that ends in a full stop
+        (TIMES, None, ["10 a.m. is wrong", "9 a.m. or 10 p.m.", "9 a.m., 10 p.m.", "A) 10 p.m."]),
+        (TIMES, 0, ["10 a.m.", "10 a.m. is when it opens", "A) 10 a.m.", "The answer is 10 a.m. because it says so"]),
+        (("U.S.", "U.K.", "E.U."), None, ["U.S. is not mentioned", "U.K. or E.U.", "B: U.S."]),
+        # letter and text
+        (COLORS, None, ["**B. red**", "**B) red**.", "A. The answer is blue", "A. It is blue", "A, because it is blue",
+                        "The car is blue, answer A"]),
+        (COLORS, 0, ["**A. red**", "**A) red**.", "A. The answer is red", "A. It is red", "A, because it is red"]),
+        (("not red", "red"), None, ["A) red"]), (("not red", "red"), 1, ["B) red"]),
+        (("not red", "red"), 0, ["A) not red", "not red"]),
+        (("x", "y", "New York", "York"), None, ["C) York"]), (("x", "y", "New York", "York"), 3, ["D) York"]),
+        (("Bill Clinton", "George W. Bush"), None, ["A) George W. Bush"]),
+        (("Bill Clinton", "George W. Bush"), 1, ["B) George W. Bush", "B. George W. Bush."]),
+        # said, then withdrawn
+        (COLORS, None, ["A. Wait, actually B.", "green. No, the correct answer is red.", "A... sorry, B", "red. It's blue",
+                        "red was my first thought, but the answer is green", "My first guess was option A.",
+                        "red seems right. However, the answer is blue.", "A，不对，应该是B"]),
+        # verdicts
+        (COLORS, None, ["green cannot be right", "green? No.", "green is unlikely", "green is never mentioned",
+                        "green would be wrong", "A: incorrect", "A) red is incorrect", "A, which is wrong", "A：错误",
+                        "A (wrong)", "A: ❌", "A. red. This is incorrect.", "green, not supported", "green was ruled out"]),
+        (COLORS, 1, ["B) green", "B. green because red is not mentioned", "B, the caption says green",
+                     "green, because the caption does not mention red", "green; the answer is B", "gr\u00adeen"]),
+        (("Yes", "No"), 1, ["No, there is no dog", "No. There isn't a dog", "B) No, it is not"]),
+        (("Yes", "No"), None, ["Yes is wrong", "No is wrong", "A) No"]),
+        # amounts and ranges
+        (("2", "10", "200"), None, ["2 million", "2 hundred", "10 to 12", "10 x 12", "10 by 12", "10 × 12", "2 and a half",
+                                    "10 p.m.", "2 km", "2 万", "10 percent", "2 thirds"]),
+        (("2", "10", "200"), 0, ["2", "2 cars", "2 is right", "A"]),
+        (("two", "three"), None, ["two hundred", "two thirds", "two to three"]),
+        (("5%", "5"), None, ["5 percent", "5 per cent"]),
+        (COLORS, None, ["red to blue", "red vs blue", "red vs. blue", "red through blue"]),
+        # I is a word
+        (NINE, None, ["I, as an AI, cannot see", "I: cannot", "I. cannot"]),
+        (NINE, 8, ["I", "(I)", "I.", "**I**", "I) x9", "The answer is (I)"]),
+    ],
+)  # fmt: skip
+def test_a_choice_that_the_reply_does_not_stay_with_is_not_read(choices, want, replies):
+    assert {reply: parse_choice(reply, choices) for reply in replies} == dict.fromkeys(replies, want)

@@ -1,0 +1,80 @@
+"""The folder of a run: one writer, one start a line, logs that fit the checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+from data.io import heartbeat
+from data.jsonl import read_log
+from grpo.log import LOGS, log_step
+from grpo.run_dir import check_writer, log_start, only_writer, rewind, saved_config, start_run
+
+
+def test_starts_say_what_ran_where(tiny_run, tmp_path):
+    [start] = read_log(tiny_run / "starts.jsonl")
+    assert start["step"] == 0 and start["ranks"] == 1 and start["versions"]["torch"] == torch.__version__
+    assert start["machine"]["cores"] >= 1 and start["machine"]["memory_gib"] > 0 and start["machine"]["gpus"] == []
+    log_start(tmp_path, 0, 1)
+    log_start(tmp_path, 5, 2)  # resumed
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')  # killed while it wrote
+    log_start(tmp_path, 7, 2)
+    starts = [(start["step"], start["ranks"]) for start in read_log(tmp_path / "starts.jsonl")]
+    assert starts == [(0, 1), (5, 2), (7, 2)]
+
+
+def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch):
+    """As on a file system that shows no locks of other machines."""
+    monkeypatch.setattr("grpo.run_dir.WRITER_DEAD_S", 0.5)
+    other = {"host": "elsewhere", "process": 7, "since": "2026-01-01T00:00:00+00:00"}
+    path = tmp_path / "writer.json"
+    path.write_text(json.dumps(other))
+    ended = heartbeat(path, 0.01)
+    refusal = "expected no other writer, found process 7 on elsewhere, since 2026-01-01"
+    with pytest.raises(ValueError, match=refusal), only_writer(tmp_path):
+        pass
+    ended.set()
+    with only_writer(tmp_path):  # dead
+        check_writer(tmp_path)
+        path.write_text(json.dumps(other))  # which took this process for dead
+        with pytest.raises(ValueError, match="expected to be its only writer, found process 7"):
+            check_writer(tmp_path)
+    assert json.loads(path.read_text()) == other
+    with only_writer(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()  # nothing was written
+
+
+def test_steps_that_two_processes_wrote_are_named_with_the_repair(tmp_path):
+    start_run(tmp_path, {})
+    for step in (0, 1, 1, 2, 2, 3):
+        log_step(tmp_path, step, {}, {}, {}, [])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    want = "expected a line for each of 4 steps, found 6; two processes have written steps 1, 2: "
+    want += "keep the first line of each step in metrics.jsonl, audit.jsonl, timing.jsonl, then --"
+    with pytest.raises(ValueError, match=want):
+        rewind(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    rewind(tmp_path, 1)  # to before it happened
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
+    start_run(tmp_path, {"seed": 0})
+    for step in range(3):
+        log_step(tmp_path, step, {"a": step}, {}, {}, [{"id": step}])
+    before = (tmp_path / "metrics.jsonl").read_text()
+    log_step(tmp_path, 3, {"a": 3}, {"always_right": ["a\u2028b:0"]}, {}, [{"id": 3}])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "a')  # killed while it wrote
+    rewind(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before and saved_config(tmp_path) == {"seed": 0}
+    assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [f"step_00000{n}.jsonl" for n in range(3)]
+    rewind(tmp_path, 1)
+    assert all(len((tmp_path / name).read_text().splitlines()) == 1 for name in LOGS)
+    with pytest.raises(ValueError, match="metrics.jsonl: expected a line for each of 2 steps, found 1"):
+        rewind(tmp_path, 2)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: expected the settings of a run"):
+        saved_config(tmp_path)
