@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,11 @@ SOURCE_FILES = (
     "chat_template.jinja", "chat_template.json",
 )
 """Files that a checkpoint may have beside weights and generation_config.json."""
+
+# transformers prints a table of the weights that do not fit. `load_model` has a sentence for them.
+logging.getLogger("transformers.modeling_utils").addFilter(
+    lambda record: "LOAD REPORT" not in record.getMessage()
+)
 
 
 def load_policy(path: str, device: torch.device,

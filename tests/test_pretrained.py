@@ -1,6 +1,7 @@
 """Checkpoints as they are loaded: what fits, and what is refused in one sentence."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -85,10 +86,14 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("kind, change, config, message", UNUSABLE.values(), ids=UNUSABLE)
-def test_a_weight_that_is_random_or_left_out_is_refused_with_its_name(copy_of, kind, change, config, message):
+def test_a_weight_that_is_random_or_left_out_is_refused_with_its_name(copy_of, kind, change, config, message, caplog):
+    """In one sentence, without transformers' table of the same weights before it."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
     with pytest.raises(ValueError, match=message) as caught:
         LOAD[kind](str(copy_of(kind, change, **config)), CPU)
-    assert "\n" not in str(caught.value)
+    logger.removeHandler(caplog.handler)
+    assert "\n" not in str(caught.value) and caplog.text == ""
 
 
 @pytest.mark.parametrize("kind", ["policy", "verifier"])
