@@ -108,25 +108,36 @@ def load_examples(source: str) -> list[Example]:
 
 def merge_pictures(examples: Sequence[Example]) -> list[Example]:
     """One example for each picture: id, image and family of its first row, the questions of all its
-    rows, equal questions once."""
+    rows, equal questions once. Of a question with two answers both stay, and the rows are named:
+    which of them is wrong is not known here."""
     rows_of: dict[tuple, list[Example]] = {}
     keys = picture_keys([example.image for example in examples])
     for key, example in zip(keys, examples, strict=True):
         rows_of.setdefault(key, []).append(example)
-    # Only rank 0 says so: each of torchrun's ranks reads the same.
-    if len(rows_of) < len(examples) and os.environ.get("RANK", "0") == "0":
-        print(f"{len(examples)} rows show {len(rows_of)} pictures: the questions of all rows of a "
-              "picture are asked together", file=sys.stderr)
-    merged = []
-    for first, *others in rows_of.values():
+    notes, disputed, merged = [], [], []
+    if len(rows_of) < len(examples):
+        notes.append(f"{len(examples)} rows show {len(rows_of)} pictures: the questions of all "
+                     "rows of a picture are asked together")
+    for rows in rows_of.values():
+        distinct: dict[tuple, Question] = {}
+        answers: dict[tuple, tuple[str, str]] = {}
+        for question, id in [(question, row.id) for row in rows for question in row.questions]:
+            answer = question.choices[question.answer_index]
+            distinct.setdefault((question.question, question.choices, answer), question)
+            asked = (question.question, *sorted(question.choices))
+            first_answer, first_id = answers.setdefault(asked, (answer, id))
+            if answer != first_answer:
+                disputed.append(f"{question.question!r} is {first_answer!r} in row {first_id!r} "
+                                f"and {answer!r} in row {id!r}")
+        first, *others = rows
         if others:
-            distinct: dict[tuple, Question] = {}
-            for question in (question for row in (first, *others) for question in row.questions):
-                key = (question.question, question.choices, question.answer_index)
-                distinct.setdefault(key, question)
             other_ids = tuple(row.id for row in others)
             first = replace(first, questions=tuple(distinct.values()), other_ids=other_ids)
         merged.append(first)
+    if disputed:
+        notes.append(f"questions with two answers on one picture: {len(disputed)}; {disputed[0]}")
+    if notes and os.environ.get("RANK", "0") == "0":  # each of torchrun's ranks reads the same
+        print(*notes, sep="\n", file=sys.stderr)
     return merged
 
 

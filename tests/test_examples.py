@@ -506,6 +506,25 @@ def test_rows_of_one_picture_become_one_example():
     assert second is rows[1]  # what is one row stays as it is
 
 
+def test_a_question_with_two_answers_on_one_picture_is_named_with_its_rows(capsys):
+    """Whatever the order of its options, in rows of one picture or in one row. Another question, other options or another
+    picture may have another answer."""
+    image, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    one = Question("Color?", ("red", "blue"), 0)
+    rows = [Example("1", image, (one,)), Example("2", other, (replace(one, answer_index=1),)),
+            Example("3", image, (replace(one, question="Form?", answer_index=1), replace(one, choices=("blue", "pink")),
+                                 replace(one, choices=("blue", "red"), answer_index=1)))]
+    merge_pictures(rows)
+    assert "two answers" not in capsys.readouterr().err
+    merged = merge_pictures([*rows, Example("4", image, (replace(one, choices=("blue", "red")),))])
+    assert len(merged[0].questions) == 5  # nothing is lost
+    assert capsys.readouterr().err.splitlines()[1] == (
+        "questions with two answers on one picture: 1; 'Color?' is 'red' in row '1' and 'blue' in row '4'"
+    )
+    assert merge_pictures([Example("5", other, (one, replace(one, answer_index=1)))])[0].questions[1].answer_index == 1
+    assert "'Color?' is 'red' in row '5' and 'blue' in row '5'" in capsys.readouterr().err
+
+
 def test_a_set_in_a_linked_folder_is_read_once(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     write_parquet(tmp_path / "elsewhere/a.parquet", [caprl("x")])
