@@ -1,14 +1,15 @@
 # ruff: noqa: RUF001 - Chinese text has its own punctuation
 """Questions in the text that a model wrote."""
 
+import pytest
+
 from data.examples import Question
 from data.rows import Dropped
 from data.written import parse_questions
 
-
-def test_a_models_text_is_read_block_by_block_and_what_is_dropped_is_named():
-    text = """Sure! Here are some questions.
-
+SOUND = {
+    "lines go on, and an explanation follows": (
+        """\
 #### 1. **How many
 cats are there?**
    - A) one
@@ -18,51 +19,90 @@ cats are there?**
 **Answer:** B) two cats in a basket
 Because there are two.
 ------
+""",
+        Question("How many cats are there?", ("one", "two cats in a basket", "3. three"), 1),
+    ),
+    "Chinese": (
+        """\
 **2. 颜色？**
 A) 红
 B）蓝
 答案：B
 ---
+""",
+        Question("颜色？", ("红", "蓝"), 1),
+    ),
+    "bold letters": (
+        """\
 ### Question 3: Which?
 - **A)** x
 - **B)** y
 - Correct answer: **A**
+""",
+        Question("Which?", ("x", "y"), 0),
+    ),
+}
+"""What is special about a block -> its text and the question in it."""
+DROPPED = {
+    "fewer than two options": """\
 1. no options here
 **Answer:** A
+""",
+    "more than one answer": """\
 #### 5. **Two answers?**
  - A) x
  - B) y
 **Answer:** A
 **Answer:** B
+""",
+    "options empty or alike": """\
 #### 6. **Alike?**
  - A) x
  - B)  x
 **Answer:** A
+""",
+    "options not lettered A, B, C, ... in order": """\
 #### 7. **Out of order?**
  - A) x
  - C) y
 **Answer:** A
+""",
+    "answer is none of the options, or its letter and text disagree": """\
 #### 8. **Which disagrees?**
  - A) x
  - B) y
 **Answer:** A) y
+""",
+    "no question": """\
 #### 9.
  - A) x
  - B) y
 **Answer:** A
+""",
+    "no answer": """\
 #### 10. **Cut off?**
  - A) x
- - B) y"""
-    found = parse_questions(text)
-    questions, dropped = ([one for one in found if isinstance(one, kind)] for kind in (Question, Dropped))
-    assert [isinstance(one, Question) for one in found] == 3 * [True] + 7 * [False]
-    assert [(q.question, q.choices, q.answer_index) for q in questions] == [
-        ("How many cats are there?", ("one", "two cats in a basket", "3. three"), 1), ("颜色？", ("红", "蓝"), 1),
-        ("Which?", ("x", "y"), 0),
-    ]
-    assert [one.reason for one in dropped] == [
-        "fewer than two options", "more than one answer", "options empty or alike",
-        "options not lettered A, B, C, ... in order", "answer is none of the options, or its letter and text disagree",
-        "no question", "no answer",
-    ]
+ - B) y""",
+}
+"""The reason for which a block is dropped -> its text."""
+
+
+@pytest.mark.parametrize("text, question", SOUND.values(), ids=SOUND)
+def test_a_sound_block_is_a_question(text, question):
+    assert parse_questions(text) == [question]
+
+
+@pytest.mark.parametrize("reason", DROPPED)
+def test_what_is_wrong_with_a_block_is_named_and_its_text_is_kept(reason):
+    assert parse_questions(DROPPED[reason]) == [Dropped(reason, DROPPED[reason].strip())]
+
+
+def test_a_text_is_read_block_by_block():
+    """With or without a rule between two blocks. A bad block costs no other one."""
+    text = "Sure! Here are some questions.\n\n" + "".join([*(text for text, _ in SOUND.values()), *DROPPED.values()])
+    dropped = [Dropped(reason, block.strip()) for reason, block in DROPPED.items()]
+    assert parse_questions(text) == [*(question for _, question in SOUND.values()), *dropped]
+
+
+def test_a_text_without_blocks_has_no_questions():
     assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == []
