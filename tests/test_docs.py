@@ -1,5 +1,6 @@
 """README and docs say what is true: their commands are taken by the programs, those that can run here run, forks work."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -20,7 +21,8 @@ from data.images import IMAGE_SUFFIXES
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-LAUNCHED = [path for path in sorted(REPO.rglob("*.py")) if not {".venv", "tests", "runs"} & set(path.relative_to(REPO).parts)]
+NO_PROGRAMS = {".venv", "tests", "runs"}
+PROGRAMS = [path for path in sorted(REPO.rglob("*.py")) if not NO_PROGRAMS & set(path.relative_to(REPO).parts)]
 
 SMALLEST = {
     "train.py": "--num-steps 1 --data toy:train:4 --prompts-per-step 2 --group-size 2 --probe-images 2 --max-new-tokens 40",
@@ -33,44 +35,57 @@ SMALLEST = {
 }
 """How each program runs in a second: flags after which nothing else changes."""
 NOT_RUN = {
-    "torchrun": "needs several GPUs", "bench/": "takes minutes", "data.toy.build": "takes an hour", "venv": "needs a network",
-    "data.toy.writer": "takes half an hour", "runs/writer": "needs what data.toy.writer makes",
-    "runs/loose": "needs what it writes and data.curate keeps",
-    "runs/demo/": "needs what the demo makes", "captions oracle": "needs a file of captions",
-    "data.toy.demo": "takes minutes; test_programs.py runs it small", "make": "makes an environment, or runs all tests",
+    " torchrun ": "needs several GPUs",
+    " make ": "makes an environment, or runs all tests",
+    " -m venv ": "needs a network",
+    " bench/": "takes minutes",
+    " data.toy.build ": "takes an hour",
+    " data.toy.demo ": "takes minutes; test_programs.py runs it small",
+    " data.toy.writer ": "takes half an hour",
+    " runs/writer": "needs what data.toy.writer makes",
+    " runs/loose": "needs what data.curate keeps of it",
+    " runs/demo/": "needs what the demo makes",
+    " oracle=": "needs a file of captions",
 }
-"""What is only read, with the reason; the flags must be the program's all the same."""
+"""Words of a command that is only read, with the reason. Its flags must be the program's all the same."""
 FORKED = "--reward recall"
-HUB = re.compile(r"Qwen/|\bqa\.jsonl|caprl|CapRL")
+OF_THE_HUB = ("Qwen/", "qa.jsonl", "caprl", "CapRL")
 """Models and data of the hub, and what was made of them."""
-OF_ONES_OWN = re.compile(
-    r"(?<![\w/-])(?:RUN_DIR|[A-Z]*DIR|FOLDER|RECORDS|NAME|HOST|N|OTHER\w*|SOURCE|IMAGES|photos|some/folder|part_0\.jsonl)(?![\w-])"
-)
+OF_THE_READER = {"photos", "some/folder", "part_0.jsonl"}
+IN_CAPITALS = re.compile(r"[A-Z_]+(?:\.[a-z]+)?")
+"""RUN_DIR or NAME.jsonl: it stands for a name of the reader's own."""
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:python3?|torchrun|make|\.venv/bin/\w+) ")
+"""A command begins with one of these programs, perhaps after variables."""
+CODE = re.compile(r"`([^`]+)`")
+"""Code inside a sentence."""
+CONTINUED = re.compile(r"\\\n\s*")
+"""The end of a line that goes on in the next one."""
 
 
-def commands_of_page(path: Path) -> list[str]:
-    """Lines of code blocks and code in sentences that call a program."""
-    found, text = [], re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))  # commands over two lines
-    is_command = re.compile(r"(?:\S+=\S+ )*(?:python3?|torchrun|make|\.venv/bin/\w+) ")
-    for line in text.splitlines():
-        code = [line.strip()] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
-        found += [one.split("  #")[0].strip() for one in code if is_command.match(one)]
-    fenced = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return found + [line for block in fenced for line in block.splitlines() if is_command.match(line)]
-
-
-def commands_of_module(path: Path) -> list[str]:
-    docstring = re.match(r'\s*"""(.*?)"""', path.read_text(encoding="utf-8"), re.DOTALL)
-    lines = re.sub(r"\\\\\n\s*", "", docstring[1]).splitlines() if docstring else []
-    return [line.split("  #")[0].strip() for line in lines if re.match(r"    (?:python|torchrun) ", line)]
+def commands_in(text: str) -> list[str]:
+    """Lines of code blocks, and code in sentences, that call a program. What follows two blanks and
+    a # is a comment."""
+    commands, is_fenced = [], False
+    for line in CONTINUED.sub("", text).splitlines():
+        if line.startswith("```"):
+            is_fenced = not is_fenced
+        is_code = is_fenced or line.startswith("    ")
+        pieces = [line.strip()] if is_code else CODE.findall(line)
+        commands += [piece.split("  #")[0].strip() for piece in pieces if COMMAND.match(piece)]
+    return commands
 
 
 def written() -> list[tuple[str, str]]:
-    """(file, command), each command once."""
-    found = [(path, commands_of_page(path)) for path in PAGES] + [(path, commands_of_module(path)) for path in LAUNCHED]
-    first = {command: str(path.relative_to(REPO)) for path, commands in reversed(found) for command in reversed(commands)}
-    return [(place, command) for path in [str(path.relative_to(REPO)) for path, _ in found]
-            for command, place in reversed(first.items()) if place == path]
+    """(file, command), of pages and of the blocks in programs' docstrings, each command where it stands first."""
+    places: dict[str, str] = {}
+    for path in [*PAGES, *PROGRAMS]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            lines = (ast.get_docstring(ast.parse(text), clean=False) or "").splitlines()
+            text = "\n".join(line for line in lines if line.startswith("    "))
+        for command in commands_in(text):
+            places.setdefault(command, str(path.relative_to(REPO)))
+    return [(place, command) for command, place in places.items()]
 
 
 class Parsed(BaseException):
@@ -105,50 +120,91 @@ def run(program: str, arguments: list[str], monkeypatch) -> None:
 
 
 def key_of(program: str, arguments: list[str]) -> str:
-    return next((key for key in SMALLEST if key == program or key == " ".join([program, *arguments[:1]])), "")
+    return next((key for key in SMALLEST if key in (program, " ".join([program, *arguments[:1]]))), "")
 
 
 def reason_not_to_run(command: str) -> str:
-    if reason := next((reason for word, reason in NOT_RUN.items() if re.search(rf"(?:^|[\s-]){re.escape(word)}", command)), ""):
-        return reason
+    """Empty for a command that can run here."""
+    for words, reason in NOT_RUN.items():
+        if words in f" {command} ":
+            return reason
     if command.endswith("--help"):
         return ""
     if FORKED in command:
         return "of a fork; test_the_forks_of_the_docs_work runs it"
     program, arguments = program_of(shlex.split(command))
-    if HUB.search(" ".join(arguments)) or (program == "train.py" and arguments[:1] != ["toy"]):
+    is_of_the_hub = any(name in " ".join(arguments) for name in OF_THE_HUB)
+    if is_of_the_hub or (program == "train.py" and arguments[:1] != ["toy"]):
         return "needs models or data of the hub"
-    return "has a name of one's own in it" if OF_ONES_OWN.search(command) else ""
+    has_own_name = any(word in OF_THE_READER or IN_CAPITALS.fullmatch(word) for word in arguments)
+    return "has a name of one's own in it" if has_own_name else ""
 
 
 def is_mention(arguments: list[str]) -> bool:
     """`python -m reward.caprl replay` in a sentence names a program and shows no call of it."""
-    return not arguments or (len(arguments) == 1 and re.fullmatch(r"[a-z]+", arguments[0]) is not None)
+    return not arguments or (len(arguments) == 1 and arguments[0].isalpha() and arguments[0].islower())
+
+
+def written_for(kind: str) -> list[tuple[str, str]]:
+    """The commands of a kind: "make", "environment", "code" (python -c), "fork" or "program"."""
+    chosen = []
+    for place, command in written():
+        words = command.split()
+        if words[0] == "make":
+            own_kind = "make"
+        elif words[1:3] == ["-m", "venv"]:
+            own_kind = "environment"
+        elif words[1] == "-c":
+            own_kind = "code"
+        else:
+            own_kind = "fork" if FORKED in command else "program"
+        if own_kind == kind:
+            chosen.append((place, command))
+    return chosen
 
 
 def test_pages_and_programs_have_commands():
-    found = [command for _, command in written()]
-    assert len(found) == len(set(found)) > 30
-    assert {"python train.py toy --run-dir runs/toy", "make demo", "python -m tools.report runs/toy runs/other"} <= set(found)
-    assert len([command for command in found if not reason_not_to_run(command)]) >= 10
+    commands = [command for _, command in written()]
+    assert len(commands) == len(set(commands)) > 30
+    some = {"python train.py toy --run-dir runs/toy", "make demo", "python -m tools.report runs/toy runs/other"}
+    assert some <= set(commands)
+    assert len([command for command in commands if not reason_not_to_run(command)]) >= 10
 
 
-@pytest.mark.parametrize("place, command", [one for one in written() if FORKED not in one[1]])
+def test_commands_are_found_in_blocks_in_sentences_and_over_two_lines():
+    page = """\
+Run `python a.py` or `make b`, not `c.py`.
+
+    python d.py --flag \\
+        value  # a comment
+    echo e
+
+```bash
+torchrun f.py
+```
+"""
+    assert commands_in(page) == ["python a.py", "make b", "python d.py --flag value", "torchrun f.py"]
+
+
+@pytest.mark.parametrize("place, command", written_for("make"))
+def test_targets_of_make_are_in_the_makefile(place, command):
+    targets = [line.split(":")[0] for line in (REPO / "Makefile").read_text().splitlines() if line[:1].isalpha()]
+    assert set(command.split()[1:]) <= set(targets)
+
+
+@pytest.mark.parametrize("place, command", written_for("code"))
+def test_code_that_python_is_given_runs(place, command, monkeypatch):
+    monkeypatch.chdir(REPO)
+    code = shlex.split(command.split(" > ")[0])[2]
+    exec(compile(code, place, "exec"), {})
+
+
+@pytest.mark.parametrize("place, command", written_for("program"))
 def test_programs_take_the_flags_of_every_command(place, command, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
-    words = shlex.split(command.split(" > ")[0])
-    if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (REPO / "Makefile").read_text(), re.MULTILINE)
-        assert set(words[1:]) <= set(targets)
-        return
-    if words[1:3] == ["-m", "venv"]:
-        return
-    if words[1] == "-c":
-        exec(compile(words[2], place, "exec"), {})
-        return
     for owner, name in ((tyro, "cli"), (tyro.extras, "subcommand_cli_from_dict"), (tyro.extras, "overridable_config_cli")):
         monkeypatch.setattr(owner, name, partial(parse_only, getattr(owner, name)))
-    program, arguments = program_of(words)
+    program, arguments = program_of(shlex.split(command))
     arguments = [{"NAME": "toy", "N": "0"}.get(word, word) for word in arguments]
     shows_help = is_mention(arguments) and program != "train.py"
     with pytest.raises(SystemExit if shows_help or "--help" in arguments else Parsed) as stop:
@@ -163,8 +219,8 @@ def test_commands_run_at_their_smallest_setting_in_the_order_of_the_pages(tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(REPO))
     done = []
-    for place, command in written():
-        if place.endswith(".py") or reason_not_to_run(command) or command.startswith("python -c") or command.endswith("--help"):
+    for place, command in written_for("program"):
+        if place.endswith(".py") or reason_not_to_run(command) or command.endswith("--help"):
             continue
         program, arguments = program_of(shlex.split(command))
         if is_mention(arguments):
@@ -181,17 +237,30 @@ def test_commands_run_at_their_smallest_setting_in_the_order_of_the_pages(tmp_pa
 # ------------------------------------------------------------------------------------------------------------------- forks
 
 
+FILE = re.compile(r"^--- ", re.MULTILINE)
+"""Before the name of each file in a diff."""
+HUNK = re.compile(r"^@@\n", re.MULTILINE)
+"""Between two changes of one file."""
+
+
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", (REPO / "docs/fork.md").read_text(encoding="utf-8"), re.DOTALL)
+    """The fenced blocks of a kind in docs/fork.md."""
+    page = (REPO / "docs/fork.md").read_text(encoding="utf-8")
+    return [part.split("```")[0] for part in page.split(f"```{kind}\n")[1:]]
+
+
+def side(hunk: str, sign: str) -> str:
+    """The text of a change before it ("-") or after it ("+")."""
+    return "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] in f" {sign}")
 
 
 def change(root: Path, diff: str) -> None:
     """Replaces what stands in each hunk; it must stand in the file once."""
-    for part in re.split(r"^--- ", diff, flags=re.MULTILINE)[1:]:
+    for part in FILE.split(diff)[1:]:
         name, hunks = part.split("\n", 1)
         text = (root / name).read_text(encoding="utf-8")
-        for hunk in re.split(r"^@@\n", hunks, flags=re.MULTILINE):
-            old, new = ("".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] in f" {sign}") for sign in "-+")
+        for hunk in HUNK.split(hunks):
+            old, new = side(hunk, "-"), side(hunk, "+")
             assert text.count(old) == 1, f"docs/fork.md: {name} has {text.count(old)} times\n{old}"
             text = text.replace(old, new)
         (root / name).write_text(text, encoding="utf-8")
@@ -235,12 +304,15 @@ def test_the_forks_of_the_docs_work(tmp_path):
         file.write(f"\n\n{advantage}")
     for diff in blocks("diff"):
         change(tmp_path, diff)
-    [command] = [one for one in commands_of_page(REPO / "docs/fork.md") if FORKED in one]
+    [(_, command)] = written_for("fork")
     arguments = shlex.split(command)[2:] + shlex.split(SMALLEST["train.py"]) + ["--group-size", "3"]
     result = subprocess.run([sys.executable, "-c", HAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+ENDING = re.compile(r"`(\.[a-z0-9]+)`")
+
+
 def test_every_ending_of_a_picture_is_documented():
     table = (REPO / "docs/formats.md").read_text(encoding="utf-8").partition("### Pictures")[2].partition("###")[0]
-    assert set(re.findall(r"`(\.[a-z0-9]+)`", table)) == IMAGE_SUFFIXES
+    assert set(ENDING.findall(table)) == IMAGE_SUFFIXES
