@@ -83,9 +83,9 @@ def step_seconds(policy: Policy, prompt: Prompt, rows: list[int], age: int, repe
     decoders = []
     for size in rows:
         decoder = Decoder(policy.model, size, max_new_tokens=age + 16 * repeats + 1)
-        _, cache, mask, position = read_prompts(policy, [prompt])
+        _, cache, mask = read_prompts(policy, [prompt])
         decoder.add(cache, mask)
-        inputs = torch.full((size,), policy.pad_id), position.expand(size), torch.arange(size)
+        inputs = torch.full((size,), policy.pad_id), torch.full((size,), prompt.next_position), torch.arange(size)
         for _ in range(age):
             decoder.step(*inputs)
         decoders.append((decoder, inputs))

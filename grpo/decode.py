@@ -6,7 +6,7 @@ on the rows that are still being written, attention runs on whole groups.
 
 A GPU takes longer to launch the step's thousand small kernels than to run them. So there the step
 is recorded once as a CUDA graph and replayed. A recording has fixed addresses and sizes: all rows
-take part, the room for captions doubles, and groups should be dropped seldom. After every change of
+take part, room for captions comes in few sizes, and groups should be dropped seldom. After every change of
 the cache it is made again.
 
 H hidden size, D head size, K key-value heads, R query heads per key-value head, T longest prompt,
@@ -14,12 +14,13 @@ A longest caption so far, B = P * G rows, of which n are still being written.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 
@@ -27,8 +28,8 @@ class Decoder:
     """Groups of G rows, added after the forward of their prompt and dropped when they are done.
 
     For Qwen2.5-VL, Qwen3-VL and models with their layers. After the prompt all three M-RoPE
-    positions advance together: a single number per row is enough. Weights are copied, since
-    queries, keys and values become one product: make a new decoder after every optimizer step.
+    positions advance together: a single number per row is enough. Queries, keys and values become
+    one product, for which the model's weights are laid side by side in memory (`stack_`).
     """
 
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
@@ -45,13 +46,13 @@ class Decoder:
         self.head = model.lm_head
         self.rotary = text.rotary_emb
         self.layers = [_Layer(layer) for layer in text.layers]
-        # Per layer: the prompts' keys (P, K, D, T) and values (P, K, T, D).
+        # Per layer: the prompts' keys and values, each (P, K, T, D).
         self.prefix: list[tuple[Tensor, Tensor]] = []
         # Per layer: the captions' keys and values, each (P, K, G, room, D).
         self.suffix: list[tuple[Tensor, Tensor]] = []
         self.prefix_bias = torch.empty(0)  # (P, 1, 1, 1, T): 0 on prompt tokens, -inf on padding
-        self.ages = torch.empty(0)  # (P,) caption tokens so far
-        self.longest = 0  # the oldest group's age
+        self.ages: list[int] = []  # of each group: caption tokens so far
+        self.device_ages = torch.empty(0)  # (P,) int64, the same for the device
         self.uses_graphs = self.embed.device.type == "cuda"
         self.recording: _Recording | None = None
 
@@ -59,38 +60,72 @@ class Decoder:
     def num_groups(self) -> int:
         return len(self.ages)
 
+    @property
+    def longest(self) -> int:
+        """The oldest group's age."""
+        return max(self.ages, default=0)
+
+    def to_device(self, numbers: list) -> Tensor:
+        """int64. The host does not wait: it copies from pinned memory."""
+        tensor, device = torch.tensor(numbers, dtype=torch.long), self.embed.device
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
+
+    def room_for(self, length: int) -> int:
+        """Tokens that the captions' cache has room for when the longest has this length. It doubles
+        up to 512 and then grows by 256: short captions take little memory, and copies are few."""
+        room = 64
+        while room < length:
+            room += min(room, 256)
+        return min(room, -(-self.max_new_tokens // 8) * 8)
+
+    def prompt_room(self, length: int) -> int:
+        """Tokens of the prompts' cache. On a GPU a multiple of 8, which the fast kernels for
+        products need."""
+        return -(-length // 8) * 8 if self.uses_graphs else length
+
+    def tokens_of_group(self, prompt_length: int, length: int) -> int:
+        """Tokens in the cache of a group when the longest caption of all has this length."""
+        return self.prompt_room(prompt_length) + self.group_size * self.room_for(length)
+
     def add(self, cache: DynamicCache, mask: Tensor) -> None:
         """Adds groups. cache: of their prompts' forward; mask: (P, T), 1 on prompt tokens, with
         padding on the left."""
         self.recording = None
-        bias = torch.zeros(mask.shape, device=mask.device)
-        bias = bias.masked_fill(mask == 0, -torch.inf)[:, None, None, None]
-        new = [(layer.keys.transpose(-1, -2), layer.values) for layer in cache.layers]
-        if not self.num_groups:
-            self.prefix, self.prefix_bias, self.ages = new, bias, mask.new_zeros(len(mask))
+        padding = self.prompt_room(mask.shape[1]) - mask.shape[1]
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
+        bias = F.pad(bias, (padding, 0), value=-torch.inf)[:, None, None, None]
+        new = [(layer.keys, layer.values) for layer in cache.layers]
+        if padding:
+            new = [tuple(F.pad(part, (0, 0, padding, 0)) for part in pair) for pair in new]
+        self.ages, old_ages = self.ages + [0] * len(mask), self.ages
+        self.device_ages = self.to_device(self.ages)
+        if not old_ages:
+            self.prefix, self.prefix_bias = new, bias
             values = new[0][1]
             shape = (len(mask), self.num_kv, self.group_size, 0, values.shape[-1])
             self.suffix = [(values.new_empty(shape), values.new_empty(shape)) for _ in new]
             return
         for i, (keys, values) in enumerate(new):  # a layer at a time, as in _grow
             old_keys, old_values = self.prefix[i]
-            self.prefix[i] = (_join_left(old_keys, keys, dim=-1),
+            self.prefix[i] = (_join_left(old_keys, keys, dim=-2),
                               _join_left(old_values, values, dim=-2))
             self.suffix[i] = tuple(
                 torch.cat([part, part.new_zeros(len(mask), *part.shape[1:])])
                 for part in self.suffix[i]
             )
         self.prefix_bias = _join_left(self.prefix_bias, bias, dim=-1, value=-torch.inf)
-        self.ages = torch.cat([self.ages, self.ages.new_zeros(len(mask))])
 
-    def keep(self, groups: Tensor) -> None:
-        """Keeps only these groups, in this order; groups: int64 indices."""
+    def keep(self, groups: list[int]) -> None:
+        """Keeps only these groups, in this order, and no more room than the oldest needs."""
         self.recording = None
+        self.ages = [self.ages[group] for group in groups]
+        index, room = self.to_device(groups), self.room_for(self.longest)
         for i in range(len(self.layers)):  # a layer at a time, as in _grow
-            self.prefix[i] = tuple(part[groups] for part in self.prefix[i])
-            self.suffix[i] = tuple(part[groups] for part in self.suffix[i])
-        self.prefix_bias, self.ages = self.prefix_bias[groups], self.ages[groups]
-        self.longest = int(self.ages.max()) if len(groups) else 0
+            self.prefix[i] = tuple(part[index] for part in self.prefix[i])
+            self.suffix[i] = tuple(part[:, :, :, :room][index] for part in self.suffix[i])
+        self.prefix_bias, self.device_ages = self.prefix_bias[index], self.device_ages[index]
 
     def is_worth_dropping(self, num_done: int) -> bool:
         """Whether dropping `num_done` groups saves time: with graphs, if they are half of all."""
@@ -105,10 +140,11 @@ class Decoder:
         self._grow(self.longest + 1)
         logits = self._replay(tokens, positions, rows) if self.uses_graphs else None
         if logits is None:
-            logits = self._forward(tokens, positions, rows, self.ages, self.longest + 1)
+            logits = self._forward(tokens, positions, rows, self.device_ages, self.longest + 1)
         # A finished group that is not dropped yet must not grow past its room.
-        self.ages = (self.ages + 1).clamp(max=self.max_new_tokens - 1)
-        self.longest = min(self.longest + 1, self.max_new_tokens - 1)
+        most = self.max_new_tokens - 1
+        self.ages = [min(age + 1, most) for age in self.ages]
+        self.device_ages = (self.device_ages + 1).clamp(max=most)
         return logits
 
     def _replay(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:
@@ -116,7 +152,7 @@ class Decoder:
         tried again."""
         if self.recording is None:
             batch, room = self.num_groups * self.group_size, self.suffix[0][0].shape[3]
-            inputs = tokens.new_zeros(batch), positions.new_zeros(batch), self.ages.clone()
+            inputs = tokens.new_zeros(batch), positions.new_zeros(batch), self.device_ages.clone()
             all_rows = torch.arange(batch, device=rows.device)
             try:
                 replay, logits = record(
@@ -129,7 +165,7 @@ class Decoder:
                 return None
             self.recording = _Recording(*inputs, replay, logits)
         self.recording.tokens[rows], self.recording.positions[rows] = tokens, positions
-        self.recording.ages.copy_(self.ages)
+        self.recording.ages.copy_(self.device_ages)
         self.recording.replay()
         return self.recording.logits[rows]
 
@@ -170,7 +206,8 @@ class Decoder:
             q = q.transpose(1, 2).contiguous()  # (P, K, G, R, D)
             # A group's queries all read the prompt's keys; on captions each row reads its own.
             prefix_keys, prefix_values = prefix
-            on_prompt = _scores(q.flatten(2, 3).flatten(0, 1), prefix_keys.flatten(0, 1))
+            on_prompt = _scores(q.flatten(2, 3).flatten(0, 1),
+                                prefix_keys.flatten(0, 1).transpose(1, 2))
             own_keys = keys.flatten(0, 2)[:, :longest]  # (P * K * G, A, D)
             own_values = values.flatten(0, 2)[:, :longest]
             on_caption = _scores(q.flatten(0, 2), own_keys.transpose(1, 2))
@@ -188,15 +225,30 @@ class Decoder:
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:
-        """Doubles the room for captions when it is full, up to `max_new_tokens`. So short captions
-        take little memory."""
+        """Makes more room for captions if they are to have this length."""
         room = self.suffix[0][0].shape[3]
         if length > room:
             self.recording = None
-            more = min(max(2 * room, 64), self.max_new_tokens) - room
+            more = self.room_for(length) - room
             for i, pair in enumerate(self.suffix):  # a layer at a time: never the whole cache twice
                 # With zeros: unwritten places are read with probability 0, and 0 * nan is nan.
                 self.suffix[i] = tuple(F.pad(part, (0, 0, 0, more)) for part in pair)
+
+
+def stack_(linears: Sequence[nn.Linear]) -> Tensor:
+    """Their weights as one tensor, which they become parts of: no second copy in memory, and new
+    values need no new stack. Done once; stacked weights are known by where they lie."""
+    weights = [linear.weight for linear in linears]
+    first, whole = weights[0], sum(weight.numel() for weight in weights)
+    ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
+    starts = [(weight.untyped_storage().data_ptr(), weight.storage_offset()) for weight in weights]
+    if starts != [(first.untyped_storage().data_ptr(), end) for _, end in zip(weights, ends)]:
+        stacked = torch.cat([weight.detach() for weight in weights])
+        parts = stacked.split([len(weight) for weight in weights])
+        for weight, part in zip(weights, parts):
+            weight.data = part
+    width = first.shape[1]
+    return first.detach().as_strided((whole // width, width), (width, 1))
 
 
 class _Layer:
@@ -206,14 +258,14 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = torch.cat([projection.weight for projection in projections])
+        self.qkv = stack_(projections)
         self.qkv_bias = None
         if attention.q_proj.bias is not None:
             self.qkv_bias = torch.cat([projection.bias for projection in projections])
         self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
         self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
         self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
-        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+        self.gate_up = stack_([mlp.gate_proj, mlp.up_proj])
 
 
 @dataclass(frozen=True)
@@ -236,7 +288,8 @@ def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         function()  # on the first call libraries choose kernels and allocate memory
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, which open images or watch the run, may call CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 

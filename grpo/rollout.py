@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from grpo.batch import Batch
 from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt, image_inputs
-
-PREFILL_PROMPTS = 16
-"""Most prompts, with their images, in a forward of the model."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,7 @@ def temper_logits_(logits: Tensor, temperature: float, forbidden: Tensor) -> Ten
     divided by the temperature, and -inf at the forbidden ids, (F,) int64."""
     if temperature != 1:
         logits /= temperature
-    logits[..., forbidden] = -torch.inf
-    return logits
+    return logits.index_fill_(-1, forbidden, -torch.inf)
 
 
 DRAW_BLOCK = 512
@@ -83,7 +80,8 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
     # The block's sum in another order differs by a rounding error. It must not lead past the last
     # token with a probability.
     within = torch.minimum(target - before, cdf[:, -1:] * (1 - 1e-12))
-    return torch.searchsorted(cdf, within, right=True).squeeze(-1) + block.squeeze(-1) * width
+    token = torch.searchsorted(cdf, within, right=True).squeeze(-1) + block.squeeze(-1) * width
+    return token.clamp(max=probs.shape[1] - 1)  # NaN leads past the end: the caller looks for it
 
 
 @torch.no_grad()
@@ -101,46 +99,28 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     device = policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"
-    num_rows = len(keys)
-    tokens = torch.full((num_rows, max_new_tokens), policy.pad_id, device=device)  # (B, L)
-    logprobs = torch.zeros(num_rows, max_new_tokens, device=device)  # (B, L)
-    lengths = torch.full((num_rows,), max_new_tokens, device=device)
-    truncated = torch.ones(num_rows, dtype=torch.bool, device=device)
+    tokens = torch.full((len(keys), max_new_tokens), policy.pad_id, device=device)  # (B, L)
+    logprobs = torch.zeros(len(keys), max_new_tokens, device=device)  # (B, L)
+    lengths, truncated = [0] * len(keys), [False] * len(keys)
     streams = [torch.Generator().manual_seed(random.Random(key).getrandbits(63)) for key in keys]
     draws = [torch.rand(max_new_tokens, generator=stream) for stream in streams]
     uniforms = torch.stack(draws).to(device)  # (B, L)
     eos_ids = torch.tensor(policy.eos_ids, device=device)
-    forbidden = torch.tensor(policy.forbidden_ids, device=device)
-    members = torch.arange(group_size, device=device)
+    forbidden = torch.tensor(policy.forbidden_ids, dtype=torch.long, device=device)
 
-    longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
-    slots = max(1, token_budget // (longest_prompt + group_size * max_new_tokens))
-    # Groups are dropped and added several at a time: each time the cache is copied, and a forward
-    # over several prompts is cheaper than several forwards.
-    patience = max(1, slots // 4)
     decoder = Decoder(policy.model, group_size, max_new_tokens)
-    waiting = list(range(len(prompts)))
-    # Of the n rows that are being written: number of the completion, place in the decoder, place of
-    # the next token in the completion, and its position in the model.
-    rows = places = steps = positions = torch.empty(0, dtype=torch.long, device=device)
+    batch = Batch(decoder, prompts, token_budget)
     logits = torch.empty(0, policy.model.lm_head.weight.shape[0], device=device)  # (n, V)
-    while waiting or len(rows):
-        while waiting and slots - decoder.num_groups >= patience:
-            room = min(slots - decoder.num_groups, PREFILL_PROMPTS)
-            new, waiting = torch.tensor(waiting[:room], device=device), waiting[room:]
-            new_logits, cache, mask, new_positions = read_prompts(policy, [prompts[i] for i in new])
-            new_places = torch.arange(len(new), device=device)[:, None] + decoder.num_groups
-            decoder.add(cache, mask)
-            rows = torch.cat([rows, (new[:, None] * group_size + members).flatten()])
-            places = torch.cat([places, (new_places * group_size + members).flatten()])
-            steps = torch.cat([steps, steps.new_zeros(len(new) * group_size)])
-            positions = torch.cat([positions, new_positions.repeat_interleave(group_size)])
+    while batch.waiting or batch.live:
+        while new := batch.next_prompts():
+            new_logits, cache, mask = read_prompts(policy, [prompts[i] for i in new])
+            batch.add(new, cache, mask)
             logits = torch.cat([logits, new_logits.float().repeat_interleave(group_size, 0)])
 
+        rows, places, steps, positions = batch.where  # (n,) each
         logits = temper_logits_(logits, temperature or 1.0, forbidden)
         logprob = logits.log_softmax(-1)
-        if logprob[:, 0].isnan().any():  # a NaN in a row makes the whole row NaN
-            raise ValueError("the policy's logits are not finite")
+        is_broken = logprob[:, 0].isnan()  # a NaN in a row makes the whole row NaN
         # Probabilities take the logits' memory: at a large vocabulary new memory costs as much as
         # the arithmetic.
         token = (draw_tokens(torch.exp(logprob, out=logits), uniforms[rows, steps])
@@ -148,32 +128,36 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         tokens[rows, steps] = token
         logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
         del logprob  # as large as the next step's logits
-        ended = torch.isin(token, eos_ids)
-        goes_on = ~ended & (steps + 1 < max_new_tokens)
-        if not goes_on.all():
-            lengths[rows[ended]], truncated[rows[ended]] = steps[ended] + 1, False
-            rows, places, steps = rows[goes_on], places[goes_on], steps[goes_on]
-            positions, token = positions[goes_on], token[goes_on]
-            alive, number = torch.unique(places // group_size, return_inverse=True)
-            num_done = decoder.num_groups - len(alive)
-            is_enough = num_done >= patience if waiting else decoder.is_worth_dropping(num_done)
-            if num_done and is_enough:
-                decoder.keep(alive)
-                places = number * group_size + places % group_size
-        logits = decoder.step(token, positions, places).float() if len(rows) else logits[:0]
-        steps, positions = steps + 1, positions + 1
+        ends = torch.isin(token, eos_ids)
+        is_last = steps + 1 == max_new_tokens
+        # The only wait for the device in a step: whatever else decides is known on the host.
+        ends, stops, broken = torch.stack([ends, ends | is_last, is_broken]).tolist()
+        if any(broken):
+            raise ValueError("the policy's logits are not finite")
+        for i, row, length in batch.stopped(stops):
+            lengths[row], truncated[row] = length, not ends[i]
+        kept, set_back = batch.drop(stops)
+        for number in set_back:
+            group = slice(number * group_size, (number + 1) * group_size)
+            tokens[group], logprobs[group] = policy.pad_id, 0.0
+        if kept is not None:
+            token = token[kept]
+        rows, places, steps, positions = batch.where
+        logits = decoder.step(token, positions, places).float() if batch.live else logits[:0]
+        batch.where[2:] += 1
 
-    longest = int(lengths.max())
-    captions = [policy.decode(row[:length])
-                for row, length in zip(tokens.tolist(), lengths.tolist())]
-    return Rollouts(list(prompts), tokens[:, :longest], lengths, logprobs[:, :longest], truncated,
-                    captions)
+    longest = max(lengths)
+    captions = [policy.decode(row[:length]) for row, length in zip(tokens.tolist(), lengths)]
+    return Rollouts(
+        list(prompts), tokens[:, :longest], torch.tensor(lengths, device=device),
+        logprobs[:, :longest], torch.tensor(truncated, device=device), captions,
+    )
 
 
-def read_prompts(policy: Policy, prompts: Sequence[Prompt],
-            ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """A forward over the P prompts, padded on the left: the next token's logits (P, V), KV cache,
-    mask (P, T) int64 and next positions (P,) int64."""
+def read_prompts(policy: Policy,
+                 prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
+    """A forward over the P prompts, padded on the left: the next token's logits (P, V), KV cache
+    and mask (P, T) int64."""
     device, width = policy.model.device, max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.pad_id)  # (P, T)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -189,5 +173,4 @@ def read_prompts(policy: Policy, prompts: Sequence[Prompt],
             input_ids=ids.to(device), attention_mask=mask, position_ids=position_ids.to(device),
             past_key_values=cache, use_cache=True, logits_to_keep=1, **images,
         )
-    next_positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-    return out.logits[:, -1], cache, mask, next_positions
+    return out.logits[:, -1], cache, mask
