@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from grpo.batch import Batch
 from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt, image_inputs
 
@@ -96,6 +95,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     for the next waiting prompt. The cache holds at most `token_budget` tokens, but always a group;
     no budget changes what is drawn. Raises ValueError if the policy's logits are not finite.
     """
+    from grpo.batch import Batch  # here: which groups have room is a page of its own
+
     device = policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"

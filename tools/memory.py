@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from grpo.batch import PREFILL_PROMPTS
 from grpo.config import TrainConfig
 from grpo.distributed import world_size
-from grpo.rollout import PREFILL_PROMPTS
 from grpo.run import Run
 
 
@@ -101,7 +101,8 @@ def _bytes_on(device: torch.device, tensors: Iterable[Tensor]) -> int:
 def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
                   prompt_tokens: int, image_tokens: int) -> int:
     """Of sampling the longest captions, beside the weights: the larger of a forward of prompts
-    beside a cache, and of decoding, with a full cache, stacked weights and logits.
+    beside a cache, and of decoding, with a full cache and logits of as many rows as it holds while
+    captions are short.
 
     width: bytes of a number. prompt_tokens: T, of the longest prompt, of which image_tokens are the
     image's. The model may be on the meta device.
@@ -110,24 +111,23 @@ def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, 
     vision = policy.config.vision_config
     group_tokens = prompt_tokens + config.group_size * config.max_new_tokens
     groups = min(prompts, max(1, config.rollout_tokens // group_tokens))
-    cache = groups * group_tokens * cache_bytes(policy, width)
-    stacked = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-    layers = policy.model.language_model.layers.named_modules()
-    weights = [num_parameters(part) for name, part in layers if name.endswith(stacked)]
-    rows = groups * config.group_size
+    tokens = min(prompts * group_tokens, max(config.rollout_tokens, group_tokens))
+    cache = tokens * cache_bytes(policy, width)
+    shortest = prompt_tokens + config.group_size * min(64, config.max_new_tokens)
+    rows = min(prompts, max(1, config.rollout_tokens // shortest)) * config.group_size
     # The last step's probabilities, and logits in float32; in bfloat16 also as they came, and in a
     # CUDA graph's memory.
     logits = rows * text.vocab_size * (4 + 4 + (0 if width == 4 else 2 * width))
     # A layer's keys and values once more, in float32 and while they grow, and the scores.
     attention = 2 * cache // text.num_hidden_layers * 4 // width
     num_places = prompt_tokens + config.max_new_tokens
-    attention += 3 * 4 * rows * text.num_attention_heads * num_places
+    attention += 3 * 4 * groups * config.group_size * text.num_attention_heads * num_places
     language = prompt_tokens * (6 * text.hidden_size + 3 * text.intermediate_size)
     tower = 4 * image_tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size)
     together = min(prompts, PREFILL_PROMPTS)
     forward = together * width * (language + tower)
     forward += 3 * pixel_bytes(policy, together * image_tokens)
-    return cache + width * sum(weights) + max(logits + attention, forward)
+    return cache + max(logits + attention, forward)
 
 
 def num_parameters(module: nn.Module) -> int:
