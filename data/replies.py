@@ -69,6 +69,8 @@ def _labelled(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
     place = LETTERS.lower().index(letter)
     if place >= len(choices) or len({match["letter"] for match in labels}) > 1:
         return None, said
+    if _JUDGED.match(rest) and not _AFFIRMED.match(rest):  # "(B) is a decoy": no list has them all
+        return None, said
     texts = [fold_choice(choice) for choice in choices]
     if _begun_by(rest.lstrip(" .:*"), choices)[0] == place:
         return place, rest
@@ -158,10 +160,15 @@ _CLAUSE_START = (
 _LETTER = r"(?P<letter>[a-hj]|i(?=[)\]]|\W*$))(?: (?P=letter)\b)*"
 
 
+# What is said of a letter, and what of that agrees with it.
+_JUDGED = re.compile(r" (?:is|was|seems?|looks?|gets?|has|can|could|may|would|should|must)\b")
+_AFFIRMED = re.compile(r" is (?:the )?(?:right|correct|best|answer|supported|most likely)\b")
+
+
 # What may come after a letter without a bracket.
 _LABEL_END = (
     r"\s*$|\s*[\n,;!\u3001]|\.(?!\w\b|\s\w\.)|:(?!\d)| [-\u2013\u2014] | (?:because|since|as)\b|"
-    r" is (?:the )?(?:right|correct|best|answer)\b"
+    rf"{_AFFIRMED.pattern}"
 )
 
 
@@ -197,7 +204,11 @@ _DENIAL = re.compile(
     r"(?:it |that |this )?out|ruled|exclud\w*|eliminat\w*|reject\w*|dismiss\w*|discard\w*|ignor\w*|"
     r"avoid\w*|refut\w*|contradict\w*|except|besides|than|instead|apart|far from|lacks?|absent|"
     r"missing|mistake\w*|inc\w*rect|inaccurate|invalid|"
-    r"un(?:sure|clear|certain|supported|mentioned)|"
+    r"discount\w*|dis(?:prov|qualif|put|allow|regard|agree)\w*|debunk\w*|den(?:y|ie[sd])|overruled|"
+    r"out of the question|off the table|(?:is|was) out|(?:struck|crossed) (?:out|off)|at odds|"
+    r"less likely|omit\w*|skip\w*|delet\w*|in(?:consistent|compatible|appropriate)|irrelevant|"
+    r"erroneous|questionable|misleading|trap|decoy|red herring|far-?fetched|flawed|faulty|"
+    r"illogical|absurd|un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
     r"nobody|might|bad|worst|least|distractor|fails?|too)\b|"
     r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是"
 )

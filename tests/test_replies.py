@@ -171,7 +171,13 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         # verdicts
         (COLORS, None, ["green cannot be right", "green? No.", "green is unlikely", "green is never mentioned",
                         "green would be wrong", "A: incorrect", "A) red is incorrect", "A, which is wrong", "A：错误",
-                        "A (wrong)", "A: ❌", "A. red. This is incorrect.", "green, not supported", "green was ruled out"]),
+                        "A (wrong)", "A: ❌", "A. red. This is incorrect.", "green, not supported", "green was ruled out",
+                        "green is disqualified", "green is out of the question", "green was crossed out", "green is a decoy",
+                        "green is far-fetched", "B) green is discounted", "The answer is B, which is disputed"]),
+        # of a letter only words that agree are taken, whatever the others are
+        (COLORS, None, ["(B) is a decoy", "(B) gets vetoed", "B) was close", "(B) must go", "(B) seems odd",
+                        "[B] can be struck"]),
+        (COLORS, 1, ["(B) is right", "(B) is the correct one", "B is supported by the caption", "(B) is the answer", "(B)"]),
         (COLORS, 1, ["B) green", "B. green because red is not mentioned", "B, the caption says green",
                      "green, because the caption does not mention red", "green; the answer is B", "gr\u00adeen"]),
         (("Yes", "No"), 1, ["No, there is no dog", "No. There isn't a dog", "B) No, it is not"]),
