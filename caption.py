@@ -6,9 +6,9 @@
     python caption.py --check captions/llava.json --images some/folder
 
 Any number of workers, on any machines that share the folder of `--out`, may run the same command.
-Each takes shard after shard of the images by a lease; where a worker has died, another goes on
-(data/captions/leases.py). So a run can be killed at any time and started again. torchrun ends its
-other workers when one dies and, with `--max-restarts 100` before caption.py, starts all again.
+Each takes shard after shard of the images by a lease (data/captions/leases.py). Where a worker has
+died, another goes on. So a run can be killed at any time and started again. When one worker dies,
+torchrun ends the others. With `--max-restarts 100` before caption.py it starts all again.
 """
 
 import os
@@ -42,11 +42,11 @@ class CaptionConfig:
     """Settings of caption.py."""
 
     images: str = ""
-    """An image, or a folder searched with its subfolders; a JSONL file whose rows have `image` (or
-    `image_path`) and may have `id`; a parquet file or a tar file (WebDataset's layout), or a folder
-    of these."""
+    """An image, or a folder that is searched with its subfolders. Also a parquet file, a tar file
+    (WebDataset's layout), or a folder of these. Also a JSONL file whose rows have `image` (or
+    `image_path`) and may have `id`."""
     out: str = ""
-    """The folder of captions. Run again, a program that was stopped goes on."""
+    """The folder of captions. A program that was stopped goes on when it is run again."""
     policy: str = "runs/caprl/final"
     """The captioner, a local folder or a hub name."""
     instruction: str = CAPTION_INSTRUCTION
@@ -61,19 +61,19 @@ class CaptionConfig:
     """Images of a shard, from a folder or a JSONL file. Otherwise a tar file or a row group of a
     parquet file is one."""
     batch_size: int = 256
-    """Images in memory at a time, at most; captions are written when all of these have one."""
+    """Images in memory at a time, at most. Their captions are written when all of them have one."""
     rollout_tokens: int = 524_288
     """Tokens that the sampler's cache has room for; finished captions give room to waiting ones."""
     loaders: int = 4
     """Threads that open and resize images while others are captioned."""
     lease_seconds: float = 120.0
-    """A worker that has not touched its lease for so long is taken for dead. More than the
-    machines' clocks differ."""
+    """A worker counts as dead if it has not touched its lease for this long. It must be more than
+    the difference between the machines' clocks."""
     export: Literal["", "llava", "sharegpt"] = ""
     """Write the finished captions of `out` as one JSON file: LLaVA's format, or LLaMA-Factory's
     with its dataset_info.json."""
     check: str = ""
-    """An exported file to check, row by row; with `images`, a folder, that the pictures are there
+    """An exported file to check, row by row. If `images` names a folder, its pictures must be there
     too."""
 
     def __post_init__(self):
@@ -87,7 +87,7 @@ class CaptionConfig:
 
 
 def caption(config: CaptionConfig) -> None:
-    """One worker's run: it takes shard after shard until all are finished, by whomever."""
+    """One worker's run: it takes shard after shard until all are finished, by any worker."""
     device, out = local_device(), Path(config.out)
     check_room(out)
     shards = plan_shards(Path(config.images), config.shard_size)

@@ -10,8 +10,9 @@
     torchrun --nproc-per-node 8 evaluate.py prism --policy runs/caprl-3b/final --data qa.jsonl
 
 prism: a captioner writes K captions of each image, or they are read from a file or a folder of
-caption.py; a text-only model answers the image's questions from each. floor: the same without a
-caption, and with another image's. direct: a vision-language model looks itself.
+caption.py. A text-only model answers the image's questions from each caption. floor: the same
+without a caption, and with another image's caption. direct: a vision-language model sees the image
+itself.
 
 Benchmarks and their metrics are those of data/benchmarks/. Every question counts once, with its
 mean over the captions (the paper's Table 3 is that mean over 4). Intervals are bootstrap 95%
@@ -54,8 +55,8 @@ class EvalConfig:
     """Longest answer in words, in tokens."""
     seed: int = 0
     out: str = ""
-    """A new file for a JSON line per caption with every question and answer; the tables go beside
-    it, as .md and .json."""
+    """A new file: a JSON line per caption, with every question and answer. The tables go beside it,
+    as .md and .json."""
 
     def __post_init__(self):
         check_range(self, "answer_tokens", at_least=1)
@@ -74,7 +75,7 @@ class PrismConfig(CaptionsConfig, EvalConfig):
     """Take the likeliest offered letter and the likeliest words, or sample replies (the
     release)."""
     verifier_temperature: float = 1.0
-    """Of the replies in mode "sample", as in the release's evaluation."""
+    """Temperature of the replies in mode "sample". The release's evaluation has 1."""
     verifier_max_new_tokens: int = 10
     """Longest reply to a question with options in mode "sample"."""
     floors: bool = False
@@ -91,8 +92,8 @@ class PrismConfig(CaptionsConfig, EvalConfig):
 
 @dataclass(frozen=True)
 class FloorConfig(PrismConfig):
-    """Settings of `evaluate.py floor`: prism without a caption and, for each captioner, with
-    another image's captions."""
+    """Settings of `evaluate.py floor`: prism without a caption, and with another image's captions
+    for each captioner."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class DirectConfig(EvalConfig):
     policy: tuple[str, ...] = ("runs/caprl/final",)
     """Vision-language models that see the image, local folders or hub names."""
     temperature: float = 0.0
-    """Of their answers; 0 takes the most likely token."""
+    """Temperature of their answers; 0 takes the most likely token."""
     batch_size: int = 64
     """Questions answered at a time."""
 
@@ -141,7 +142,7 @@ def prism_rows(config: PrismConfig,
         for path in (*policies, config.verifier):
             check_model_path(path)
     if config.captioners and with_floors:
-        for benchmark in benchmarks:  # are there others? Said now, too
+        for benchmark in benchmarks:  # now too: a set of one image has no other image
             others_captions([[]] * len(benchmark.pictures), config.seed)
     captions = all_captions(config, benchmarks, device)
     with all_or_none("verifier"):

@@ -16,9 +16,9 @@ The way of the data through one step, and the file that makes each:
     advantages    grpo/advantage.py    (B,) each reward relative to its own group
     loss          grpo/update.py       log-probabilities (B, L) of policy and reference, one number
 
-Shape letters, here and in all files: P images (prompts), G captions of each, which are a group,
-B = P * G captions, T tokens of a prompt, L tokens of a caption, V tokens of the vocabulary.
-docs/tour.md follows one caption, one picture and one question through the code.
+Shape letters, here and in all files: P images (prompts), G captions of each, B = P * G captions.
+The G captions of an image are a group. A prompt has T tokens, a caption L tokens, the vocabulary V
+tokens. docs/tour.md follows one caption, one picture and one question through the code.
 """
 
 import random
@@ -90,8 +90,8 @@ def train(config: TrainConfig) -> Path:
 
 def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],
                first_step: int, config: TrainConfig) -> None:
-    """The loop. SIGTERM and SIGINT end it after the step with a checkpoint, as a SystemExit with
-    the shell's code for that signal."""
+    """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint. It then raises
+    SystemExit with the shell's code for that signal."""
     trackers = load_trackers(run_dir, first_step, config)
     phases = Phases(run.device, config.timeout_minutes)
     saved_at, num_skipped, step = time.monotonic(), 0, first_step

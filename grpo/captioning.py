@@ -23,7 +23,7 @@ def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], *,
                     rollout_tokens: int = 524_288, loaders: int = 4) -> Iterator[list[list[dict]]]:
     """For each batch of images, in their order: the rows of each image.
 
-    images: (name, open). The random streams of an image are those of the seed and its name, so no
+    images: (name, open). The random streams of an image depend on the seed and its name only. So no
     batch, no thread and no budget changes a caption.
 
     An image has `num_captions` rows with `caption`, `tokens` and `finish_reason`: "stop", or

@@ -78,8 +78,8 @@ class TrainConfig:
 
     # reward
     reward: Literal["caprl", "judge"] = "caprl"
-    """caprl: the share of questions that are answered right from the caption. judge: the baseline,
-    a model that sees the image and rates the caption. [P] has both."""
+    """caprl: the share of questions that are answered right from the caption. judge: the baseline.
+    A model that sees the image rates the caption. [P] has both."""
     judge: str = "Qwen/Qwen2.5-VL-3B-Instruct"
     """The vision-language judge, read with reward "judge" only. [P] names Qwen2.5-VL; the size is
     ours."""

@@ -1,16 +1,16 @@
 """The text model, a token at a time: what transformers' forward computes, without its overhead.
 
-The G captions of an image share its prompt. The prompt's keys and values are kept once, and all G
-rows read them in one matrix product; the captions' own are kept per row. Linear layers and head run
-on the rows that are still being written, attention runs on whole groups.
+The G captions of an image share its prompt. The prompt's keys and values are kept once. All G rows
+read them in one matrix product. The captions' own are kept per row. Linear layers and head run on
+the rows that are still being written, attention runs on whole groups.
 
 A GPU takes longer to launch the step's thousand small kernels than to run them. So there the step
-is recorded once as a CUDA graph and replayed. A recording has fixed addresses and sizes: all rows
-take part, room for captions comes in few sizes, and groups should be dropped seldom. After every change of
-the cache it is made again.
+is recorded once as a CUDA graph and replayed. A recording has fixed addresses and sizes. So all
+rows take part, and after every change of the cache it is made again. To keep changes rare, room for
+captions comes in few sizes, and groups should be dropped seldom.
 
-H hidden size, D head size, K key-value heads, R query heads per key-value head, T longest prompt,
-A longest caption so far, B = P * G rows, of which n are still being written.
+Shape letters: H hidden size, D head size, K key-value heads, R query heads per key-value head. T
+longest prompt, A longest caption so far, B = P * G rows; n of them are still being written.
 """
 
 import warnings
@@ -295,8 +295,8 @@ def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products (rows, n, T) of (rows, n, D) and (rows, D, T), float32 for any dtype, as in the
-    kernels that the trainer uses."""
+    """Products (rows, n, T) of (rows, n, D) and (rows, D, T). They are float32 for any dtype, as in
+    the trainer's kernels."""
     if queries.dtype != torch.float32 and queries.is_cuda:
         return torch.bmm(queries, keys, out_dtype=torch.float32)
     return torch.bmm(queries.float(), keys.float())

@@ -101,7 +101,7 @@ def gather_rows(rows: list[Any]) -> list[Any]:
 
 @contextmanager
 def all_or_none(what: str) -> Iterator[None]:
-    """A ValueError or OSError inside, on any rank, is raised on all ranks: none waits for a rank
+    """A ValueError or OSError inside, on any rank, is raised on all ranks. So no rank waits for one
     that has left.
 
     A rank re-raises its own OSError, to which `naming` may add a path. All others get a ValueError.
@@ -131,7 +131,7 @@ def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 class Phases:
-    """Seconds that this rank works in each phase of a step, and seconds that it waits after it for
+    """Seconds that this rank works in each phase of a step. Also the seconds that it then waits for
     the slowest rank."""
 
     def __init__(self, device: torch.device, timeout_minutes: float):
@@ -176,10 +176,10 @@ def shard(scorer: CompletionScorer, device: torch.device, replicas: int = 1,
     """Shards with FSDP2: each transformer block of text and vision by itself, the rest with the
     root. The head is in the root: if tied to the embedding, the two must stay one parameter.
 
-    Weights are sharded over all ranks, or (HSDP) inside each of `replicas` equal runs of
-    neighbouring ranks, which then sum their gradients. On GPUs the master weights are float32,
-    compute is bfloat16 and gradients are summed in float32. `offload` keeps the shards in the
-    host's memory. A single CPU process is left as it is.
+    Weights are sharded over all ranks. With `replicas` over 1 (HSDP), neighbouring ranks form that
+    many equal groups. Each group shards the whole model, and gradients are summed over the groups.
+    On GPUs the master weights are float32, compute is bfloat16 and gradients are summed in float32.
+    `offload` keeps the shards in the host's memory. A single CPU process is left as it is.
     """
     if world_size() == 1 and device.type == "cpu":
         return scorer
@@ -212,7 +212,7 @@ def empty_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def fill_(scorer: CompletionScorer, model: PreTrainedModel, device: torch.device,
           offload: bool = False) -> None:
     """Copies the weights of `model`, which every rank has whole, into the sharded and empty model
-    of `scorer`. Each rank takes its own part, one parameter at a time: no rank holds all float32
+    of `scorer`. Each rank takes its own part, one parameter at a time. So no rank holds all float32
     weights, and nothing is sent."""
     scorer.to_empty(device="cpu" if offload else device)
     scorer.model.tie_weights()  # to_empty has made two of each tied parameter

@@ -20,8 +20,8 @@ from grpo.policy import Policy
 
 def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature: float = 1.0,
                   max_new_tokens: int = 4096) -> None:
-    """Writes weights in `dtype` (safetensors, 5 GB a file) beside the source's own configuration,
-    tokenizer and processor files. transformers 4.57 and 5 open the folder as the same model,
+    """Writes weights in `dtype` (safetensors, 5 GB a file). Configuration, tokenizer and processor
+    files are the source's own. With transformers 4.57 and 5 the folder opens as the same model,
     without our code. Raises ValueError, and leaves nothing, if the disk refuses it.
 
     Its generation_config samples as training did, whatever the initial checkpoint's said. So a

@@ -22,7 +22,7 @@ def check_layers(model: PreTrainedModel) -> None:
     forward.
 
     `Decoder` reads weights without calling the modules' forward. So each layer must have the
-    weights that are read and no others, such as of experts, adapters or further norms. Their
+    weights that are read. It must have no others: no experts, no adapters, no further norms. Their
     modules must be plain.
     """
     text, name = getattr(model.model, "language_model", None), type(model).__name__

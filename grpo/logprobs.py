@@ -129,11 +129,11 @@ class CompletionScorer(nn.Module):
         model.set_attn_implementation({"text_config": GROUP_ATTENTION})
 
     def forward(self, rollouts: Rollouts, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (natural log) and entropies (nats) of the distribution that is sampled:
+        """Log-probabilities (natural log) and entropies (nats) of the distribution that is sampled.
         (B, L) float32 each, 0 beyond each completion's length.
 
-        Only the log-probabilities carry gradient. Entropies are for the log and take half of the
-        head's time at a large vocabulary: without `with_entropy` they are 0.
+        Only the log-probabilities carry gradient. Entropies are for the log only. At a large
+        vocabulary they take half of the head's time. Without `with_entropy` they are 0.
         """
         packed, device = pack_groups(rollouts), rollouts.tokens.device
         with image_inputs(self.model, rollouts.prompts) as images:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Limit of a log ratio: exp(20) is 5e8, which no healthy ratio reaches and which is not inf. Beyond
-it the gradient is 0."""
+"""Limit of a log ratio. exp(20) is 5e8: no healthy ratio reaches it, and it is not inf. Beyond the
+limit the gradient is 0."""
 
 Reduction = Literal["token", "sequence", "constant"]
 
 
 def token_weights(mask: Tensor, reduction: Reduction, num_tokens: float, num_sequences: float,
                   max_length: int) -> Tensor:
-    """The weight of each token in the loss, (B, L) float32: a share of the whole step, whatever its
-    split into micro-batches.
+    """The weight of each token in the loss, (B, L) float32. It is a share of the whole step, so a
+    split into micro-batches does not change it.
 
     mask: (B, L) bool, True on the tokens that count. `num_tokens` and `num_sequences` are the
     step's valid tokens and sequences over all micro-batches and ranks. If both are 0, so is every
@@ -42,12 +42,13 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     """-sum of weights * (min(ratio * A, clipped * A) - kl_coef * KL), where clipped is
     clip(ratio, 1 - clip_low, 1 + clip_high).
 
-    logprobs, old_logprobs, ref_logprobs: (B, L) float32, natural log, of the current policy, of the
-    policy at the start of the step and of the frozen reference. Only the first carries gradient.
-    advantages: (B,). weights: (B, L), from `token_weights`; where they are 0, no value counts.
+    logprobs, old_logprobs, ref_logprobs: (B, L) float32, natural log. They are of the current
+    policy, of the policy at the start of the step, and of the frozen reference. Only the first
+    carries gradient. advantages: (B,). weights: (B, L), from `token_weights`; where they are 0, no
+    value counts.
 
-    Returns the loss and diagnostics, all scalars. Diagnostics are weighted already: summed over
-    micro-batches and ranks, then divided by the sum of the weights, they are the step's means.
+    Returns the loss and diagnostics, all scalars. Diagnostics are weighted already. Their sum over
+    micro-batches and ranks, divided by the sum of the weights, is the step's mean.
     """
     counts = weights > 0
     log_ratio = torch.where(counts, logprobs - old_logprobs, 0.0)  # (B, L)

@@ -49,7 +49,7 @@ def load_policy(path: str, device: torch.device,
     """A policy from a local folder or a hub name, in `dtype` or, with "auto", as it was saved.
     Raises ValueError if it cannot be used. `writes`: see `make_policy`.
 
-    The model is in eval mode, also when it is trained: dropout would move a step's first ratio away
+    The model stays in eval mode, also in training. Dropout would move a step's first ratio away
     from 1.
     """
     with loading(path, "policy"):
@@ -79,8 +79,8 @@ def loading(path: str, what: str) -> Iterator[None]:
 
 
 def check_model_path(path: str) -> None:
-    """Raises ValueError for a folder that lacks part of a model, and for a path that is neither a
-    folder nor like a hub name."""
+    """Raises ValueError for a folder that lacks part of a model. Raises it too for a path that is
+    neither a folder nor like a hub name."""
     if Path(path).is_dir():
         for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
             if not list(Path(path).glob(pattern)):
@@ -106,7 +106,7 @@ def load_model(auto_class: type, path: str,
     """The model of a local folder or a hub name.
 
     Raises ValueError if the checkpoint lacks a weight, which would then be random. Raises it too if
-    a weight of the model's own modules has no place, as of an adapter or an additional layer.
+    one of the checkpoint's weights has no place in the model's own modules, such as an adapter's.
     Weights of other modules, such as a vision tower, may be there.
     """
     if find_adapter_config_file(path):

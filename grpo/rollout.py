@@ -61,14 +61,14 @@ def draw_tokens(probs: Tensor, uniforms: Tensor) -> Tensor:
 
     A row's draw depends on its own number only, not on other rows. (Only float32 sums that a GPU
     rounds in another order may differ.) First the block of `DRAW_BLOCK` tokens is drawn, then the
-    token in it: so a vocabulary of 152k is read once.
+    token in it. So a vocabulary of 152k is read once.
     """
     width = min(DRAW_BLOCK, probs.shape[1])
     whole = probs.shape[1] // width * width
     blocks = probs[:, :whole].unflatten(1, (-1, width)).sum(-1)
     rest = probs[:, whole:].sum(-1, keepdim=True)
-    # In float64: CUDA's float32 cumsum can fall by a rounding error, and a token of probability 0
-    # would be drawn for a number in the gap.
+    # In float64: CUDA's float32 cumsum can fall by a rounding error. For a number in that gap a
+    # token of probability 0 would be drawn.
     ends = torch.cat([blocks, rest], dim=1).double().cumsum(-1)  # (B, blocks)
     target = uniforms[:, None].double() * ends[:, -1:]
     block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)

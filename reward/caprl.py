@@ -112,10 +112,10 @@ def shuffle_options(question: Question, source: int, rng: random.Random,
                     abstain: bool = False) -> Asked:
     """The question with its options in random places, the abstain option among them if asked for.
 
-    Options that mean others by their place ("All of the above") stay last. If such an option
-    stands further up, or one means others by their letters ("Both A and B"), all stay in their
-    places. Where any option stays, the abstain option comes last. Raises ValueError for more
-    options than there are letters.
+    Options that mean others by their place ("All of the above") stay last. All options stay in
+    their places if such an option stands further up. So they do if one means others by their
+    letters ("Both A and B"). Where any option stays, the abstain option comes last. Raises
+    ValueError for more options than there are letters.
     """
     if len(question.choices) + abstain > len(LETTERS):
         beside = " beside the abstain option" if abstain else ""
@@ -197,8 +197,8 @@ class PromptWriter:
     """Token ids of a prompt in three parts: the head (the same for all), the caption, the question.
 
     Each part is tokenized by itself. Special tokens inside caption and question are read as plain
-    text, so that no caption can change the tokens around it. A caption can still imitate the
-    prompt in words. That is not prevented but measured (tests/test_reward.py).
+    text. So no caption can change the tokens around it. A caption can still imitate the prompt in
+    words. That is not prevented but measured (tests/test_reward.py).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, task: str = "",
@@ -580,13 +580,12 @@ def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int])
 
 def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]],
                   questions: list[list[list[int]]]):
-    """The arguments of `run_rows_` for each (caption, question): the token ids still to be run,
-    their place in the cache, the cache and its mask. Head, captions, questions are token ids.
+    """The arguments of `run_rows_` for each (caption, question). They are the token ids still to be
+    run, their place in the cache, the cache and its mask. Head, captions, questions are token ids.
 
-    Head and captions are run once and shared, if every layer sees all that came before. Other
-    layers are disturbed by padding between caption and question. A window counts it among its
-    places, and a recurrent state has read it. For them each row is the whole prompt, padded in
-    front only.
+    Head and captions are run once and shared, if every layer sees all that came before. Padding
+    between caption and question disturbs other layers: a window counts it among its places, and a
+    recurrent state reads it. For them each row is the whole prompt, padded in front only.
     """
     rows = [row for group in questions for row in group]
     parents = [i for i, group in enumerate(questions) for _ in group]
@@ -612,7 +611,7 @@ def run_rows_(model: PreTrainedModel, rows: list[list[int]], parents: list[int],
 
     seen: (P, T) int64, 1 on the T cached tokens that count. Returns hidden states (B, L, H), the
     cache and `seen` for the B rows. The cache is changed in place, from P rows to B. Rows are
-    padded on the left, so that the last state is at -1; padding is masked and takes no position.
+    padded on the left, so that the last state is at -1. Padding is masked and takes no position.
     """
     ids, mask = pad_left(rows, seen.device)
     index = torch.tensor(parents, device=seen.device)
@@ -670,8 +669,8 @@ class RoomyLayer(DynamicLayer):
 
 
 class RowSampler(LogitsProcessor):
-    """Sampling inside `generate` with a random stream for each row, so that a reply does not
-    depend on the rows beside it."""
+    """Sampling inside `generate` with a random stream for each row. So a reply does not depend on
+    the rows beside it."""
 
     def __init__(self, streams: list[str], temperature: float, max_new_tokens: int,
                  forbidden_ids: Sequence[int] = ()):
@@ -700,8 +699,8 @@ class RowSampler(LogitsProcessor):
 
 def token_batches(items: list[int], num_rows: list[int], lengths: list[int],
             token_budget: int) -> Iterator[list[int]]:
-    """Splits `items`, in order, into batches. The rows of a batch, all padded to the longest, take
-    at most `token_budget` tokens, unless it is a single item."""
+    """Splits `items`, in order, into batches. All rows of a batch are padded to its longest.
+    Together they take at most `token_budget` tokens, unless the batch is a single item."""
     batch: list[int] = []
     for item in items:
         grown = [*batch, item]

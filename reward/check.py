@@ -8,8 +8,8 @@ from reward.caprl import PromptWriter, letter_logits, question_rows, run_rows_
 
 @torch.no_grad()
 def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
-    """Raises ValueError if two short rows end in other hidden states in a batch, run as
-    `option_logits` runs them, than each alone. The answers of such a model on one caption would
+    """Raises ValueError if two short rows end in other hidden states in a batch than each alone.
+    They are run as `option_logits` runs them. The answers of such a model on one caption would
     depend on the captions beside it."""
     head, text = writer.head_ids[-8:], model.config.get_text_config()
     # Longer than the windows of local attention, which is 256 tokens in GPT-Neo.
@@ -30,7 +30,7 @@ def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
         raise ValueError(f"{wanted}, {name} fails with them: {error}") from None
     pairs = zip(hidden[:, -1].float(), alone)
     padded, longest = ((row - states).norm() / states.norm() for row, states in pairs)
-    # The longest row has no padding: what it is off by is rounding, in whatever dtype.
+    # The longest row has no padding. So its difference shows how much is rounding, in any dtype.
     if not (longest <= torch.finfo(model.dtype).eps ** 0.5 and padded <= max(8 * longest, 1e-4)):
         error = max(padded.item(), longest.item())
         raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")

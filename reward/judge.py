@@ -1,4 +1,4 @@
-"""The baseline that the paper compares with (section 4.3, Table 3): a vision-language judge sees
+"""The baseline that the paper compares with (section 4.3, Table 3). A vision-language judge sees
 image and caption and rates the caption from 1 to 5. `judge_rewards` takes the place of
 `caption_rewards` (`train.py --reward judge`).
 

@@ -95,9 +95,9 @@ def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
 
 
 def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
-    """Hashes of the data, and two of each model: of its weights, and of what is around them (AROUND
-    in grpo/config.py). Settings only name them. On rank 0, before the first step; empty on other
-    ranks."""
+    """Hashes of the data and of each model, which the settings only name. A model has two: of its
+    weights, and of what is around them (AROUND in grpo/config.py). On rank 0, before the first
+    step; empty on other ranks."""
     from grpo.pretrained import weights_hash  # here: how checkpoints are read is a page of its own
 
     if rank() > 0:
