@@ -168,7 +168,7 @@ _AFFIRMED = re.compile(r" is (?:the )?(?:right|correct|best|answer|supported|mos
 # What may come after a letter without a bracket.
 _LABEL_END = (
     r"\s*$|\s*[\n,;!\u3001]|\.(?!\w\b|\s\w\.)|:(?!\d)| [-\u2013\u2014] | (?:because|since|as)\b|"
-    rf"{_AFFIRMED.pattern}"
+    + _AFFIRMED.pattern
 )
 
 
@@ -203,12 +203,12 @@ _DENIAL = re.compile(
     r"false|unlikely|unlike|untrue|impossible|improb\w*|implausible|doubt\w*|rul(?:e[sd]?|ing) "
     r"(?:it |that |this )?out|ruled|exclud\w*|eliminat\w*|reject\w*|dismiss\w*|discard\w*|ignor\w*|"
     r"avoid\w*|refut\w*|contradict\w*|except|besides|than|instead|apart|far from|lacks?|absent|"
-    r"missing|mistake\w*|inc\w*rect|inaccurate|invalid|"
+    r"missing|mistake\w*|inc\w*rect|inaccurate|invalid|absurd|illogical|"
     r"discount\w*|dis(?:prov|qualif|put|allow|regard|agree)\w*|debunk\w*|den(?:y|ie[sd])|overruled|"
     r"out of the question|off the table|(?:is|was) out|(?:struck|crossed) (?:out|off)|at odds|"
     r"less likely|omit\w*|skip\w*|delet\w*|in(?:consistent|compatible|appropriate)|irrelevant|"
     r"erroneous|questionable|misleading|trap|decoy|red herring|far-?fetched|flawed|faulty|"
-    r"illogical|absurd|un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
+    r"un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
     r"nobody|might|bad|worst|least|distractor|fails?|too)\b|"
     r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是"
 )
