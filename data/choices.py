@@ -37,8 +37,9 @@ def fold_text(text: str) -> str:
 
 
 def fold_choice(text: str) -> str:
-    """What of a choice's text counts when it is compared: folded, without the quotes, brackets or
-    stars around it and the punctuation after it. `6'` is no `6"`, and `-5` no `5`."""
+    """What of a choice's text counts when it is compared. It is folded, without the quotes,
+    brackets or stars around it, and without punctuation after it. `6'` is no `6"`, and `-5` no
+    `5`."""
     folded, before = " ".join(fold_text(plain_text(text)).split()), None
     while folded != before:
         before, folded = folded, folded.rstrip(" .,:;!")
@@ -89,7 +90,7 @@ def means_places(text: str) -> bool:
 
 def means_letters(text: str, num_choices: int) -> bool:
     """"Both A and B", "A to C", "ABC", "AB都对", "Options 1 and 2": letters of choices, or numbers
-    after "option", with words or signs that join them; not a letter alone, nor "AB" or "Plan A"."""
+    after "option", with words or signs that join them. Not so a letter alone, "AB" or "Plan A"."""
     last = LETTERS[num_choices - 1]
     seen = unicodedata.normalize("NFKC", plain_text(text).translate(SIGNS)).strip(" .,:;!*_\"'")
     letters = rf"(?<![A-Za-z])(?:[A-{last}]+|[a-{last.lower()}])(?![A-Za-z])"

@@ -88,12 +88,12 @@ def examples_hash(examples: Sequence[Example]) -> str:
 
 
 def load_examples(source: str) -> list[Example]:
-    """Examples of a file, of a folder of files, or of "toy:SPLIT:NUM": NUM images of the toy world,
+    """Examples of a file or of a folder of files. "toy:SPLIT:NUM" is NUM images of the toy world,
     drawn on the spot.
 
     Each row is an example; `merge_pictures` joins those of one picture. Images are opened later.
     Raises ValueError for an empty set. Raises ValueError too at the first row or question that does
-    not fit, naming file, row, expected and found, unless the set's manifest lists it.
+    not fit, unless the set's manifest lists it. It names file, row, expected and found.
     """
     from data.rows import scan_examples  # here: how files are read is a page of its own
 
@@ -107,9 +107,9 @@ def load_examples(source: str) -> list[Example]:
 
 
 def merge_pictures(examples: Sequence[Example]) -> list[Example]:
-    """One example for each picture: id, image and family of its first row, the questions of all its
-    rows, equal questions once. Of a question with two answers both stay, and the rows are named:
-    which of them is wrong is not known here."""
+    """One example for each picture. It has id, image and family of its first row, and the questions
+    of all its rows, equal ones once. A question with two answers stays twice, and the rows are
+    named. Which of them is wrong is not known here."""
     rows_of: dict[tuple, list[Example]] = {}
     keys = picture_keys([example.image for example in examples])
     for key, example in zip(keys, examples, strict=True):
@@ -144,8 +144,8 @@ def merge_pictures(examples: Sequence[Example]) -> list[Example]:
 def picture_keys(images: Sequence[ImageSource]) -> list[tuple]:
     """Equal for two images if and only if their bytes are.
 
-    A file is known by its size and its place on the disk, and read only if another picture may have
-    the same size. A picture inside a file has no size that is known before it is read.
+    A file is known by its size and its place on the disk. It is read only if another picture may
+    have the same size. A picture inside a file has no size that is known before it is read.
     """
     keys = [_place_key(image, number) for number, image in enumerate(images)]
     sizes = Counter(size for size, _ in set(keys))

@@ -71,11 +71,11 @@ def print_left_out(source: Path, left_out: Counter) -> None:
 
 
 def load_images(path: Path) -> list[tuple[str, ImageSource]]:
-    """(id, image) of each image file of a folder, or of each row of a parquet or JSONL file, or of
-    such files in a folder without images. Questions are not looked at.
+    """(id, image) of each image file of a folder, or of each row of a parquet or JSONL file. A
+    folder without images may have such files in it. Questions are not looked at.
 
-    In JSONL the id is the row's `id`, or else its `image` as written; in parquet, the row's `id` or
-    number. Raises ValueError at the first row without an image.
+    In JSONL the id is the row's `id`, or else its `image` as written. In parquet it is the row's
+    `id` or number. Raises ValueError at the first row without an image.
     """
     files = list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"}) if path.is_dir() else []
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]

@@ -35,7 +35,7 @@ def data_files(source: str) -> list[Path]:
 
 
 def contents(file: Path) -> Iterator[tuple[str, dict | str]]:
-    """(where, row) of each row of a parquet or JSONL file; a text in place of a row says why it
+    """(where, row) of each row of a parquet or JSONL file. A text in place of a row says why it
     cannot be read."""
     if file.is_file() and file.open("rb").read(4) == b"PAR1":
         from data.parquet import parquet_columns, parquet_rows  # here: a page of its own

@@ -30,7 +30,7 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in
 
 MAX_PIXELS = 100_000_000
 """An RGB picture of this size takes 400 MB in Pillow, and twice that while it is made. A larger one
-is more often an attack than a picture: a few kB of PNG can hold a billion pixels."""
+is more often an attack than a picture. A few kB of PNG can hold a billion pixels."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 FEWER_PIXELS = {
@@ -40,11 +40,11 @@ FEWER_PIXELS = {
     "progressive JPEG": 75_000_000,
     "LAB": 40_000_000,
 }
-"""Most pixels of what takes 10 to 26 bytes for each while it is decoded, or, as LAB, 70 ns: none
-needs over 1 GB or 3 s."""
+"""Most pixels of formats that take 10 to 26 bytes for each while they are decoded, or, as LAB, 70
+ns. So no picture needs over 1 GB or 3 s."""
 
 MAX_ASPECT_RATIO = 200
-"""Longer over shorter side; what the image processors of Qwen's models accept."""
+"""Longer side over shorter side: the most that the image processors of Qwen's models accept."""
 
 # A picture opens, or a sentence says why not. Pillow's own warnings would add a line for each.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -53,8 +53,8 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class StoredImage:
-    """A picture inside a larger file (a row of a parquet file, a member of a tar file), read when
-    it is needed."""
+    """A picture inside a larger file, such as a row of a parquet file or a member of a tar file. It
+    is read when it is needed."""
 
     name: str
     """How messages and records call it: "train-00000.parquet row 17"."""
@@ -125,8 +125,9 @@ def decoding(image: ImageSource) -> Iterator[None]:
     same in every run.
 
     The only place that catches every Exception. No document says what a decoder may raise on a
-    broken file (RuntimeError, NotImplementedError, struct.error, MemoryError, ...), and releases of
-    Pillow add to it. A list would miss some, and one picture would end a run of a million.
+    broken file, and releases of Pillow add to it. They raise RuntimeError, NotImplementedError,
+    struct.error, MemoryError and more. A list would miss some, and one picture would end a run of a
+    million.
     """
     try:
         yield

@@ -11,7 +11,7 @@ from data.io import check_text
 def read_log(path: Path) -> list[dict]:
     """Rows of a JSONL file of ours that may still be written to, or whose writer was stopped.
 
-    Differs from `read_jsonl`: a missing file is empty, a last line that was cut off is left out,
+    It differs from `read_jsonl`. A missing file is empty. A last line that was cut off is left out,
     and so are zeros that a power cut left. Raises ValueError, naming file and line, for any other
     line that is no JSON object.
     """

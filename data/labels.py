@@ -21,7 +21,8 @@ def strip_labels(choices: list[str]) -> tuple[str, ...]:
     shuffled.
 
     Choices are taken as they are unless every one carries a label. Raises ValueError where labels
-    with a bracket are not A, B, C, ... in order: which choice the answer means would be a guess.
+    with a bracket are not A, B, C, ... in order. Then it would be a guess which choice the answer
+    means.
     """
     matches = [_LABELLED.match(str(choice).translate(SIGNS)) for choice in choices]
     if not choices or not all(matches):

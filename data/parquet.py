@@ -34,8 +34,8 @@ def parquet_groups(path: Path) -> list[int]:
 
 def parquet_rows(path: Path, columns: Sequence[str] = (),
                  group: int | None = None) -> Iterator[tuple[int, dict]]:
-    """(number from 0 in the file, row) of each row, of one row group or of all, of some columns or
-    of all.
+    """(number from 0 in the file, row) of each row. All row groups and columns are read, unless
+    some are named.
 
     A StoredImage stands in place of each picture; None where there is none. Raises ValueError where
     the file cannot be read.

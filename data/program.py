@@ -1,5 +1,5 @@
-"""How a program checks its settings, and how it ends: on bad input with one sentence, at once, with
-the right exit code."""
+"""How a program checks its settings, and how it ends. On bad input it ends at once, with one
+sentence and the right exit code."""
 
 import atexit
 import math
@@ -73,9 +73,9 @@ def _leave_ranks(error: BaseException) -> None:
     """Ends this process at once, with the code that `error` would have ended it with.
 
     Threads of gloo outlive the interpreter where anything (a mesh, a DTensor, a group) still holds
-    a process group, and now and then abort the process while it leaves: "terminate called without
-    an active exception" (pytorch issue 190489; pull request 179291 destroyed the groups at exit,
-    which does not always help, and was given up). So the interpreter is never taken down.
+    a process group. Now and then they abort the process while it leaves: "terminate called without
+    an active exception" (pytorch issue 190489). Pull request 179291 destroyed the groups at exit.
+    That does not always help, and it was given up. So the interpreter is never taken down.
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # one that torchrun passes on late does nothing
         signal.signal(number, signal.SIG_IGN)

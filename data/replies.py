@@ -11,9 +11,9 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     do not matter (`fold_text`).
 
     Quotes, stars, "The answer is", "Option", "I think" lead to the answer and are passed over. Then
-    1. if a choice's text begins the reply, it is that choice: of several the longest, and up to the
-       end of a word or number ("20" is no "2"). Letters within that text ("Point B") are no labels.
-       A text of one letter has to be the whole reply.
+    1. if a choice's text begins the reply, it is that choice. Of several it is the longest. The
+       text must end where a word or number ends ("20" is no "2"). Letters within that text ("Point
+       B") are no labels. A text of one letter has to be the whole reply.
     2. Else a letter counts where it is a label (`_labelled`).
     3. None if what follows does not stay with it (`_is_kept`).
     """
@@ -50,8 +50,9 @@ def _begun_by(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
 
 
 def _labelled(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
-    """Place of the choice whose label `said`, folded, has first or after "answer is" or "option",
-    or None; and the rest. A choice's text that begins there ("B. Smith") is meant, not the letter.
+    """Place of the choice whose label `said`, folded, has first or after "answer is" or "option";
+    and the rest. The place is None if there is none. A choice's text that begins there ("B. Smith")
+    is meant, not the letter.
 
     A label stands in brackets, at the end of its clause, or before "because" or "is right". None if
     its sentence denies so far, if there are other labels, if only others' texts are said.
@@ -118,7 +119,7 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
 
 
 def _texts_in(said: str, texts: Sequence[str]) -> set[str]:
-    """The texts of more than one letter that `said` has as whole words; of overlapping ones the
+    """The texts of more than one letter that `said` has as whole words. Of overlapping ones the
     first, and the longest."""
     longest_first = sorted((t for t in texts if not re.fullmatch("[a-j]?", t)), key=len)[::-1]
     either = "|".join(map(re.escape, longest_first))

@@ -43,7 +43,7 @@ def _scale_transparency_(info: dict, scale: float) -> None:
 
 def to_rgb(image: Image.Image, tile: Any) -> Image.Image:
     """The image on white. tile: how its file stores the pixels, as Pillow says before they are
-    read; None for an image in memory."""
+    read. None for an image in memory."""
     box = (0, 0, *image.size)
     if tile and image.format == "GIF":
         box = tile.extents  # around it Pillow fills the canvas with an arbitrary colour
@@ -114,9 +114,10 @@ def tone_range(image: Image.Image, tags: Mapping, transparent: int | None) -> tu
 
     Whole numbers from 0 to 65535: black is 0, white the most that the bits can hold. So a dark
     picture stays dark. The bits are those that a TIFF declares, if fewer than 16. Else they are
-    those in use: 1 (a mask), or an even number, as cameras and scanners have 10, 12 or 14.
-    Other numbers have no common white. Theirs are the darkest and the brightest value, without what
-    stands for no value: not finite, beyond 1e30, GDAL's nodata, or far from all the others.
+    those in use: 1 (a mask), or an even number. Cameras and scanners have 10, 12 or 14. Other
+    numbers have no common white. Their black and white are their darkest and brightest value. Some
+    numbers stand for no value and do not count: not finite, beyond 1e30, GDAL's nodata, or far from
+    all the others.
     """
     step = max(1, math.isqrt(image.width * image.height // STRIP_PIXELS))
     size = (-(-image.width // step), -(-image.height // step))

@@ -1,7 +1,9 @@
-"""What the mean reward does not tell: does it still tell captions apart, how noisy is it, can it be had for nothing?
+"""What the mean reward does not tell. Does it still tell captions apart? How noisy is it? Can it be
+had for nothing?
 
-Everything here reads rollout rows, as a run writes them to rollouts/step_*.jsonl: dictionaries with `id`, `caption`,
-`length`, `reward` and `questions`, the records of reward/caprl.py.
+Everything here reads rollout rows, as a run writes them to rollouts/step_*.jsonl. They are
+dictionaries with `id`, `caption`, `length`, `reward` and `questions`, the records of
+reward/caprl.py.
 
     python -m reward.caprl audit runs/toy                                    # of a whole run
     python -m reward.caprl replay RECORDS --verifier Qwen/Qwen2.5-7B-Instruct    # the same captions, another verifier
@@ -35,10 +37,10 @@ def audit(rows: Sequence[dict]) -> dict:
     gold_letters, chosen_letters   shares of the letters A, B, ...; gold ones as even as the numbers of options allow
     abstain_share, unparsed_share  of the questions that could be scored
     shuffle_agreement              two different shuffles of a question lead to the same option's text
-    split_half                     reliability of the reward, -1 to 1: the correlation r within groups of two halves of each
-                                   caption's questions; where positive, stepped up to all of them (Spearman and
-                                   Brown, 2r / (1 + r))
-    length_correlation             of reward and length in tokens, within groups: what the policy feels of length
+    split_half                     reliability of the reward, -1 to 1. Each caption's questions are halved; r is the
+                                   correlation of the halves within groups. A positive r is stepped up to all
+                                   questions (Spearman and Brown, 2r / (1 + r))
+    length_correlation             of reward and length in tokens, within groups: how the reward pays for length
     repetition                     mean share of repeated 4-grams
     flat_groups                    share of groups whose measured rewards are all equal, which teach nothing
     always_right, always_wrong     questions ("id:place") on which all captions of two or more agree
@@ -73,9 +75,10 @@ def audit(rows: Sequence[dict]) -> dict:
 
 def probe(captions: Sequence[str], examples: Sequence[Example], verifier: AskVerifier,
           config: RewardConfig, seed: int = 0) -> dict[str, float]:
-    """What the verifier answers rightly from each image's own caption, from another image's and from none, every question
-    asked under two shuffles. The last two are floors: a reward near them measures guessing. `captions[i]` is of `examples[i]`;
-    two or more, for there to be another image.
+    """What the verifier answers rightly from each image's own caption, from another image's and
+    from none. Every question is asked under two shuffles. The last two are floors: a reward near
+    them measures guessing. `captions[i]` is of `examples[i]`. There must be two or more, so that
+    there is another image.
     """
     asking = RewardConfig(num_questions=0, num_shuffles=2, abstain=config.abstain)
 
@@ -94,8 +97,9 @@ def probe(captions: Sequence[str], examples: Sequence[Example], verifier: AskVer
 
 
 def gold_probe(examples: Sequence[Example], verifier: AskVerifier, config: RewardConfig) -> dict[str, float]:
-    """Can the verifier do its work at all? What it answers rightly when the caption is the question and its right answer, and
-    when there is none; "chance" is what guessing gives among the options."""
+    """Can the verifier do its work at all? What it answers rightly when the caption is the question
+    with its right answer, and when there is no caption. "chance" is what guessing gives among the
+    options."""
     single = [replace(example, questions=(question,)) for example in examples for question in example.questions]
     told = [f"{one.questions[0].question} {one.questions[0].choices[one.questions[0].answer_index]}." for one in single]
     asking = RewardConfig(num_questions=0, abstain=config.abstain)
@@ -127,8 +131,8 @@ def within_group_correlation(groups: Sequence[str], x: Sequence[float], y: Seque
 
 
 def rank_correlation(groups: Sequence[str], x: Sequence[float], y: Sequence[float]) -> tuple[float, int]:
-    """Mean over groups of Spearman's rank correlation, ties at their mean rank, and the number of groups behind it:
-    those in which both vary. Pairs with NaN are left out."""
+    """Mean over groups of Spearman's rank correlation, ties at their mean rank. Also the number of
+    groups behind it: those in which both vary. Pairs with NaN are left out."""
     ranks = [(_ranks(pairs[:, 0]), _ranks(pairs[:, 1])) for pairs in _paired_by_group(groups, x, y)]
     found = [float(np.corrcoef(a, b)[0, 1]) for a, b in ranks if np.ptp(a) > 0 and np.ptp(b) > 0]
     return _mean(found), len(found)
@@ -311,8 +315,8 @@ def main(arguments: list[str]) -> None:
 
 def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifier | None, probe_set: Sequence[Example],
                config: TrainConfig) -> dict:
-    """The audit of the step's captions and, every `audit_every` steps and at the last, of the policy's captions of the
-    probe set."""
+    """The audit of the step's captions. Every `audit_every` steps, and at the last, also of the
+    policy's captions of the probe set."""
     found = audit(rows)
     is_due = config.audit_every and (step % config.audit_every == 0 or step + 1 == config.num_steps)
     if verifier is not None and is_due and len(probe_set) > 1:

@@ -1,6 +1,6 @@
 """Captions of a benchmark's pictures: written by a captioner and kept in a cache, or read.
 
-The cache has a folder for each captioner with its settings, and in it a file for each batch of
+The cache has a folder for each captioner with its settings. In it is a file for each batch of
 captions. A caption is known there by the hash of its picture and by its place k among K.
 """
 
@@ -41,7 +41,7 @@ class CaptionsConfig:
     instruction: str = CAPTION_INSTRUCTION
     """What the captioner is told."""
     temperature: float = 1.0
-    """Of captioning; 0 takes the most likely token."""
+    """Temperature of captioning; 0 takes the most likely token."""
     max_new_tokens: int = 4096
     """Longest caption in tokens."""
     batch_size: int = 64
@@ -135,8 +135,8 @@ def _read_cache(folder: Path) -> dict[tuple[str, int], CaptionRow]:
 
 
 def _write_cache(folder: Path, captions: dict[tuple[str, int], CaptionRow]) -> None:
-    """Writes a file of its own for each batch: nobody else writes to it, and it is whole or not
-    there. Errors are left out."""
+    """Each batch is a file of its own. Nobody else writes to it, and it is whole or not there.
+    Errors are left out."""
     rows = [
         {"image": key, "k": k} | row for (key, k), row in captions.items() if "error" not in row
     ]

@@ -1,4 +1,4 @@
-"""`train.py --check`: what would go wrong hours into a run, looked for in minutes, on the real
+"""`train.py --check` looks in minutes for what would go wrong hours into a run. It uses the real
 models, data and machine. No weight changes."""
 
 import json
@@ -88,7 +88,7 @@ def check_templates(texts: dict[str, str]) -> Finding:
 
 
 def pixel_setting(sampler: Policy) -> str:
-    """The setting, and the file of the checkpoint, that bounds an image's pixels: a processor of
+    """The setting, and the file of the checkpoint, that bounds an image's pixels. A processor of
     processor_config.json counts before a file of its own, max_pixels before longest_edge."""
     name = "processor_config.json"
     settings = json.loads(sampler.files.get(name, b"{}")).get("image_processor")
@@ -123,8 +123,8 @@ def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int
 
 
 def longest_micro_batches(prompt: Prompt, run: Run, config: TrainConfig) -> Rollouts:
-    """Captions of `max_new_tokens` tokens for two micro-batches of this rank or, where it has one,
-    for that: the second one meets the gradients of the first."""
+    """Captions of `max_new_tokens` tokens for two micro-batches of this rank, or for one where it
+    has only one. Two, because the second one meets the gradients of the first."""
     group_tokens = len(prompt.input_ids) + config.group_size * config.max_new_tokens
     in_two = 2 * max(1, config.micro_batch_tokens // group_tokens)
     prompts = [prompt] * min(in_two, config.prompts_per_rank(world_size()))
@@ -158,7 +158,7 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
                        image_tokens: int, config: TrainConfig) -> list[Finding]:
     """Time and memory of the longest step, as far as it can be tried. Every rank must call this.
 
-    prompt: the longest. Raises MemoryError where several ranks run and this one cannot hold it: the
+    prompt: the longest. Raises MemoryError where several ranks run and this one cannot hold it. The
     others then wait for it in a collective.
     """
     device, share = run.device, config.prompts_per_rank(world_size())
@@ -245,7 +245,7 @@ def check_verifier(scores: dict[str, float]) -> Finding:
 
 
 def check_disk(folder: Path, parameters: int, config: TrainConfig) -> Finding:
-    """A checkpoint has 12 bytes per parameter, an export 2 or 4; while one is written, the old ones
+    """A checkpoint has 12 bytes per parameter, an export 2 or 4. While one is written, the old ones
     are there too."""
     there = nearest(folder)
     free = shutil.disk_usage(there).free

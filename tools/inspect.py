@@ -1,4 +1,4 @@
-"""`python -m data.examples`: what of a set can be used; the manifest of the rest."""
+"""`python -m data.examples`: what of a set can be used, and the manifest of the rest."""
 
 import json
 from dataclasses import dataclass

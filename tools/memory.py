@@ -1,5 +1,5 @@
-"""Memory of a rank: what its models hold, what a trial takes at its peak and, by hand, what no
-trial can run in minutes: sampling the longest captions."""
+"""Memory of a rank: what its models hold, and what a trial takes at its peak. Sampling the longest
+captions cannot be tried in minutes, so it is computed by hand."""
 
 import re
 import resource
@@ -26,8 +26,8 @@ def status(field: str) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this rank can have: of its GPU, what other processes leave; of the host, its share
-    of what is free now and of what it holds already."""
+    """Bytes that this rank can have. Of its GPU it is what other processes leave. Of the host it is
+    its share of what is free now and of what it holds already."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
@@ -57,7 +57,8 @@ def measure(work: Callable[[], object], device: torch.device) -> tuple[float, in
 @contextmanager
 def limited(size: int | None) -> Iterator[None]:
     """Inside, an allocation of the host's memory fails if this process would hold more than `size`
-    bytes; None for no limit. Without one the system would kill it, and nobody would hear why.
+    bytes; None for no limit. Without a limit the system would kill it, and no message would say
+    why.
 
     Raises MemoryError for whatever torch raises then, and where a GPU's memory is full.
     """
@@ -100,9 +101,9 @@ def _bytes_on(device: torch.device, tensors: Iterable[Tensor]) -> int:
 
 def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
                   prompt_tokens: int, image_tokens: int) -> int:
-    """Of sampling the longest captions, beside the weights: the larger of a forward of prompts
-    beside a cache, and of decoding, with a full cache and logits of as many rows as it holds while
-    captions are short.
+    """Bytes of sampling the longest captions, beside the weights. It is the larger of two: a
+    forward of prompts beside a cache, and decoding with a full cache. Decoding has logits of as
+    many rows as the cache holds while captions are short.
 
     width: bytes of a number. prompt_tokens: T, of the longest prompt, of which image_tokens are the
     image's. The model may be on the meta device.
@@ -135,7 +136,8 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def cache_bytes(model: PreTrainedModel, width: int) -> int:
-    """Of keys and values, per token; 0 of a model without attention, whose states do not grow."""
+    """Bytes of keys and values, per token. 0 for a model without attention, whose states do not
+    grow."""
     text = model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
     return 2 * width * text.num_hidden_layers * heads * head_dim(text) if heads else 0

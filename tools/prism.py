@@ -51,7 +51,7 @@ WORDS_FORM = (
     "around it."
 )
 WORDS_START = "Answer:"
-"""The answerer's turn is begun with this where it answers in words; the rest of the line is the
+"""Where the model answers in words, its turn begins with this. The rest of the line is the
 answer."""
 
 WORDS_TASK = f"""\
@@ -117,8 +117,8 @@ def floor_captions(captions: dict[str, list[list[dict]]], num_pictures: int,
 
 
 def word_answerer(verifier: Verifier, answer_tokens: int) -> Verifier:
-    """The same model, answering in words of at most so many tokens: likeliest ones where the
-    verifier takes the likeliest letter."""
+    """The same model, answering in words of at most so many tokens. They are the likeliest ones
+    where the verifier takes the likeliest letter."""
     temperature = verifier.temperature if verifier.mode == "sample" else 1e-4
     return Verifier(verifier.model, verifier.tokenizer, "sample", temperature, answer_tokens,
                     task=WORDS_TASK, answer_start=WORDS_START)
@@ -126,9 +126,8 @@ def word_answerer(verifier: Verifier, answer_tokens: int) -> Verifier:
 
 def ask_all(captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str],
             choose: AskVerifier, write: AskVerifier | None) -> list[list[Answer]]:
-    """As `choose`, but for questions of all sorts: without options (`write` answers them), with
-    options, and with the abstain option among these, which `choose` wants on all questions of a
-    call or on none."""
+    """As `choose`, but for questions of all sorts. `write` answers those without options. Options
+    may include the abstain option; `choose` wants it on all questions of a call or on none."""
     answers: list[list] = [[None] * len(group) for group in asked]
     for answerer, sort in ((write, "words"), (choose, "options"), (choose, "abstain")):
         rows, places, questions = [], [], []
@@ -164,7 +163,7 @@ def answer_line(reply: str) -> str | None:
 
 
 def record(item: Item, asked: Asked, answer: Answer, metric: Metric) -> dict:
-    """The question as asked and answered, and its `score`: None where it could not be asked
+    """The question as asked and answered, and its `score`. That is None where it could not be asked
     (`failure`), 0 where the answer cannot be read (`unparsed`)."""
     row = {"id": item.id, "family": item.family} | answer_record(asked, answer, soft=False)
     if isinstance(item.question, FreeQuestion):
@@ -200,8 +199,8 @@ def _row(benchmark: Benchmark, picture: Picture, asked: Sequence[Asked],
 
 def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerifier, seed: int = 0,
           write: AskVerifier | None = None) -> list[dict]:
-    """A row for each caption: id and family of its picture, the caption, each question as asked,
-    and its mean score as `accuracy` (NaN if none could be asked).
+    """A row for each caption: id and family of its picture, the caption, and each question as
+    asked. `accuracy` is its mean score (NaN if none could be asked).
 
     `captions` has those of each picture. `choose` answers questions with options, `write` those
     without, see `word_answerer`. Each rank asks on its share of the pictures, and returns all rows.
@@ -231,8 +230,8 @@ def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerif
 
 def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: int,
            temperature: float, batch_size: int) -> list[dict]:
-    """As `prism`, but of answers that the policy gives looking at the picture: a row for each
-    picture, without a caption."""
+    """As `prism`, but the policy answers while it sees the picture. A row for each picture, without
+    a caption."""
     pictures = benchmark.pictures[rank() :: world_size()]
     asked = [
         (picture, item, ask_item(item, benchmark.metric, seed, from_caption=False))

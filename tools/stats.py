@@ -1,7 +1,8 @@
 """From scored questions to the numbers of a table: means over questions, intervals over images, differences.
 
-evaluate.py, the report page and the demo all print these, so that they say the same of the same rows. A row is a caption as
-evaluate.py writes it: `id` of its image, `caption`, `questions`, each with `id`, `family` and `score`.
+evaluate.py, the report page and the demo all print these. So they say the same of the same rows. A
+row is a caption as evaluate.py writes it: `id` of its image, `caption`, `questions`, each with
+`id`, `family` and `score`.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 NUM_RESAMPLES = 2000
-"""Of a bootstrap; the ends of the interval then vary by a fiftieth of its width."""
+"""Draws of a bootstrap. With so many the ends of the interval vary by a fiftieth of its width."""
 
 
 def question_scores(rows: Sequence[dict]) -> dict[str, dict[str, tuple[str, float]]]:
@@ -25,9 +26,9 @@ def question_scores(rows: Sequence[dict]) -> dict[str, dict[str, tuple[str, floa
 
 
 def interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Bootstrap 95% interval of sum(sums) / sum(counts) over images, each of which brings its sum and its count along.
-
-    Always the same draws: whoever computes it from the same rows finds the same numbers.
+    """Bootstrap 95% interval of sum(sums) / sum(counts) over images. An image that is drawn brings
+    its sum and its count along. The draws are always the same, so the same rows give the same
+    numbers.
     """
     rng = np.random.default_rng(0)
     sums, counts = np.asarray(sums, dtype=float), np.asarray(counts)

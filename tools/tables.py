@@ -54,8 +54,8 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError for a name that is taken, or that does not end in .jsonl, and for a folder
-    that cannot be written."""
+    """Raises ValueError for a name that is taken or does not end in .jsonl. Raises it too for a
+    folder that cannot be written."""
     for ending in (".jsonl", ".md", ".json"):
         path = out.with_suffix(ending)
         if path.exists():

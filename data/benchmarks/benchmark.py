@@ -4,9 +4,9 @@
     load_benchmark("heldout.jsonl"), load_benchmark("toy:heldout:96")
 
 The first is KIND:PATH, with a file, a pattern or a folder of parquet files. The others are the
-project's own questions. The kind says what is asked and how it is scored; the path and the file's
+project's own questions. The kind says what is asked and how it is scored. The path and the file's
 columns never do. docs/formats.md tells where each file comes from. A row that cannot be asked or
-scored is refused with its reason and counted: it is no zero, and no free point.
+scored is refused with its reason, and counted. It is no zero, and no free point.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from data.images import ImageSource
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and all that is asked about it; its id is that of its first question, or of the
+    """An image and all that is asked about it. Its id is that of its first question, or of the
     file's row of images."""
 
     id: str

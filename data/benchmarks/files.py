@@ -21,8 +21,8 @@ from data.parquet import parquet_rows
 csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
 
 REFERENCE_LENGTH = 64
-"""A cell in TSV's image column no longer than this is the index of the row that has the picture
-(VLMEvalKit's rule)."""
+"""Characters of a cell in a TSV's image column. A cell up to this length is the index of the row
+that has the picture (VLMEvalKit's rule)."""
 ID_COLUMNS = ("id", "index", "questionId", "question_id", "data_id")
 IMAGE_COLUMNS = ("image", "images")
 
@@ -111,7 +111,7 @@ def _picture_file(column: str, file: Path) -> tuple[str, Path]:
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
-    """Pictures stay in the file: a row's place in it is kept, and the row is read again when its
+    """Pictures stay in the file. A row's place in it is kept, and the row is read again when its
     picture is wanted."""
     spans: dict[str, tuple[int, int]] = {}  # index -> bytes of the row
     with path.open("rb") as file:
@@ -150,7 +150,7 @@ def _tsv_picture(path: Path, header: list[str], cells: dict,
     if "image" not in cells and cells.get("image_path"):
         return _picture_file("image_path", path.parent / _single(cells["image_path"]))
     index, text = cells["index"], _single(cells.get("image", ""))
-    for _ in range(2):  # a reference to a row that refers further is one too many
+    for _ in range(2):  # a row may refer to a picture, not to another reference
         if text and len(text) <= REFERENCE_LENGTH:
             index = text
             if index not in spans:

@@ -41,8 +41,8 @@ def anls(prediction: str, golds: Sequence[str]) -> float:
     """DocVQA, InfographicVQA: 1 - edit distance / length of the longer text, for the gold most
     like the prediction; 0 below 0.5.
 
-    Case and runs of white space do not count in the distance; the lengths are those of the texts as
-    they came. Raises ValueError for no golds, or an empty gold.
+    The distance ignores case and runs of white space. The lengths are those of the texts as they
+    came. Raises ValueError for no golds, or an empty gold.
     """
     if not golds:
         raise ValueError("expected at least one gold answer, found none")
@@ -55,15 +55,15 @@ def anls(prediction: str, golds: Sequence[str]) -> float:
 
 def chartqapro(prediction: str, answers: Sequence[str], question_type: str,
                year_flags: Sequence[str]) -> float:
-    """ChartQAPro: the mean over the items of a list answer ("[2010, 2014]"), in order; a missing or
+    """ChartQAPro: the mean over the items of a list answer ("[2010, 2014]"), in order. A missing or
     extra item scores 0.
 
-    An item whose year flag is YES, and every item of the types in EXACT_TYPES, has to be equal;
-    other numbers may be 5% off, percent signs dropped; other texts score their ANLS, here only
-    above 0.5. Full stops at the end are dropped. `answers` has an entry for each turn of a
-    conversation, and the last is asked for. The published script finds out whether the type is in
-    EXACT_TYPES and does not use it: for its scores, give "" in place of such a type. Raises
-    ValueError for no answer, or an empty text.
+    An item has to be equal if its year flag is YES, or if its type is in EXACT_TYPES. Other numbers
+    may be 5% off, percent signs dropped. Other texts score their ANLS, here only above 0.5. Full
+    stops at the end are dropped. `answers` has an entry for each turn of a conversation, and the
+    last is asked for. The published script looks whether the type is in EXACT_TYPES, but does not
+    use the result. For its scores, give "" in place of such a type. Raises ValueError for no
+    answer, or an empty text.
     """
     if not answers:
         raise ValueError("expected at least one gold answer, found none")
@@ -90,9 +90,9 @@ def captionqa_abstain_credit(num_choices: int) -> float:
 def captionqa_offers_abstain(question: str, choices: Sequence[str]) -> bool:
     """Whether CaptionQA offers its abstain option: always but on yes/no questions.
 
-    By the published rule, which knows them by how they begin, or by a choice with "yes" in it and
-    another with "no". It takes "Is it red or blue?" and the choices "blue eyes", "no hat" for such,
-    so that these have no way to abstain.
+    The published rule knows such a question by how it begins, or by a choice with "yes" in it and
+    another with "no". So it also takes "Is it red or blue?" and the choices "blue eyes", "no hat"
+    for one. These then have no way to abstain.
     """
     folded = [choice.lower() for choice in choices]
     says_yes = any("yes" in choice for choice in folded)
@@ -133,8 +133,8 @@ def _fraction(text: str) -> float | None:
 
 
 def _close(guess: str, gold: str) -> float:
-    """Numbers within 5% (of 0: equal), other texts by ANLS, which at 0.5 itself is 0 in
-    ChartQAPro's library, unlike in DocVQA's script; percent signs around either are dropped."""
+    """Numbers within 5% (of 0: equal), other texts by ANLS. Percent signs around either are
+    dropped. An ANLS of 0.5 itself is 0 in ChartQAPro's library, unlike in DocVQA's script."""
     guess, gold = (text.strip().strip("%").strip() for text in (guess, gold))
     given, wanted = _number(guess), _number(gold)
     if given is None or wanted is None:

@@ -36,10 +36,10 @@ class FreeQuestion:
 
     question: str
     answers: tuple[str, ...]
-    """Any of them is right (anls, exact, relaxed); for chartqapro there is an answer for each turn,
+    """Any of them is right (anls, exact, relaxed). For chartqapro there is an answer for each turn,
     and the last of them counts."""
     question_type: str = ""
-    """ChartQAPro's, as far as it counts in the score."""
+    """ChartQAPro's question type, where it counts in the score."""
     year_flags: tuple[str, ...] = ()
 
     def __post_init__(self):

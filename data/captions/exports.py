@@ -40,8 +40,8 @@ def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
 
 
 def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row with id and caption or error) of a folder that caption.py has written, of a JSONL
-    file, or of a file that is one JSON object from ids to captions, or to lists of them."""
+    """(where, row with id and caption or error) of a folder that caption.py has written, or of a
+    JSONL file. Also of a file that is one JSON object from ids to captions, or to lists of them."""
     if path.is_dir():
         yield from finished_rows(path)
         return
@@ -135,7 +135,7 @@ def _not_exported(row: dict) -> str:
 def check_export(path: Path, images: Path | None = None) -> int:
     """The number of rows of a file in LLaVA's or LLaMA-Factory's format.
 
-    Raises ValueError at the first row that a trainer would stumble over; with `images`, also for a
+    Raises ValueError at the first row that a trainer cannot use. With `images` it raises also for a
     picture that is not there.
     """
     rows = read_json(path, "a JSON file")

@@ -24,8 +24,8 @@ from data.io import heartbeat, json_lines
 class Lease:
     """The right to write a shard.
 
-    Each worker that a shard has had is a generation of its own, with its own lease and its own
-    part. Only the newest may finish: whoever comes back from a long sleep can spoil nothing.
+    Each worker that a shard has had is a new generation, with its own lease and its own part. Only
+    the newest may finish. So a worker that comes back from a long sleep can spoil nothing.
     """
 
     def __init__(self, out: Path, number: int, generation: int, seconds: float):
@@ -79,7 +79,7 @@ def take_lease(out: Path, number: int, seconds: float) -> Lease | None:
 
 def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
                 seconds: float) -> Iterator[Lease | None]:
-    """The lease of each shard that is free, until all are finished, by whomever.
+    """The lease of each shard that is free, until all are finished, by any worker.
 
     None after each wait for other workers, which hold all that is left.
     """
@@ -105,8 +105,8 @@ Batches = Iterator[list[dict]]
 def write_shard(lease: Lease, batches: Callable[[int], Batches]) -> Batches:
     """Writes the shard's rows and finishes it; yields each batch of rows when it is on the disk.
 
-    batches: of the rows that are lacking, given the number of those that earlier workers have left.
-    Ends early, without a word, when another worker has taken the shard over.
+    batches: given the number of rows that earlier workers have left, the batches of all rows after
+    them. Ends early, without a message, when another worker has taken the shard over.
     """
     try:
         with _new_part(lease) as (num_done, append):

@@ -58,8 +58,8 @@ def answer_by_options(model: Policy, writer: PromptWriter, example: Example, wit
 
 
 def _head(model: Policy, image: ImageSource | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Token ids (T,), positions (3, T) and pixels of the prompt up to the question, with the image
-    or without it."""
+    """The prompt up to the question, with the image or without it: token ids (T,), positions (3, T)
+    and pixels."""
     instruction = BLIND if image is None else SEEING
     text = chat_text(model.tokenizer, [{"type": "text", "text": instruction}])
     tail = model.tokenizer.encode(text.split(instruction)[1], add_special_tokens=False)

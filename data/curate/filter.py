@@ -47,10 +47,10 @@ class FilterConfig:
     """Mean probability of the right option without the image that is allowed, as a multiple of
     chance. Ours."""
     max_similarity: float = 0.75
-    """Of two questions with the same answer on one image; 1 lets all but exact repeats through.
-    Ours."""
+    """Similarity that is allowed between two questions with the same answer on one image. 1 lets
+    all but exact repeats through. Ours."""
     max_questions: int = 0
-    """Kept per image, those hardest to guess first; 0 for all."""
+    """Questions kept per image, those hardest to guess first; 0 for all."""
     batch_size: int = 32
     """Questions put to the model at a time; any value gives the same answers."""
     retry_failed: bool = False
@@ -80,7 +80,8 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
                              batch_size=config.batch_size)
     examples = merge_pictures(examples)
     settings = {key: getattr(config, key) for key in ("data", "model", "tries", "seed")}
-    # Measurements are by place: of a file that has changed since, they would be of other questions.
+    # Measurements go by the place of a question. In a file that has changed since, another question
+    # may be there.
     questions = [[example.id, *map(question_row, example.questions)] for example in examples]
     digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()
     settings["questions"] = digest[:16]
@@ -159,7 +160,7 @@ def decide_questions(examples: Sequence[Example], rows: Sequence[dict],
 
 
 def judge_question(question: Question, measured: dict, config: FilterConfig) -> dict:
-    """Its measurements with its fate, by itself: "kept" or why not."""
+    """Its measurements with its fate when it is looked at alone: "kept", or why not."""
     if "failure" in measured:
         return {"fate": "could not be scored", "failure": measured["failure"]}
     fates = {
@@ -181,7 +182,7 @@ def tells_answer(question: Question) -> bool:
 
 def select_questions(questions: Sequence[Question], verdicts: Sequence[dict],
                      config: FilterConfig) -> list[dict]:
-    """Of those kept so far, repeats go, and what is over the cap; of two alike the one that is
+    """Of those kept so far, repeats go, and what is over the cap. Of two alike the one that is
     harder to guess stays."""
     verdicts, chosen = list(map(dict, verdicts)), []
     sound = [place for place, verdict in enumerate(verdicts) if verdict["fate"] == "kept"]
@@ -200,7 +201,7 @@ def select_questions(questions: Sequence[Question], verdicts: Sequence[dict],
 
 
 def similarity(a: Question, b: Question) -> float:
-    """Shared words over all words of two questions with the same answer; 0 if their answers differ:
+    """Shared words over all words of two questions with the same answer. 0 if their answers differ:
     "What color is the cup?" and "What color is the cap?" are two questions."""
     if fold_choice(a.choices[a.answer_index]) != fold_choice(b.choices[b.answer_index]):
         return 0.0

@@ -104,8 +104,8 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
 
 
 def write_batch(batch: Inputs, write: WriteTexts, config: GenerateConfig) -> list[dict]:
-    """A row per image: its questions, and every attempt with the text as it was written and what of
-    it was dropped."""
+    """A row per image: its questions, and every attempt. An attempt has the text as it was written,
+    and what of it was dropped."""
     rows, waiting = {}, {}
     for id, source in batch:
         rows[id] = {"id": id, "fate": "failed", "reason": "no sound question", "questions": [],

@@ -31,28 +31,29 @@ class ImagesConfig:
     min_side: int = 64
     """Pixels of the shorter side."""
     min_entropy: float = 0.2
-    """Bits per pixel of the gray values' histogram; a blank page has 0, one of text under 1, a
+    """Bits per pixel of the gray values' histogram. A blank page has 0, one of text under 1, a
     photograph 7."""
     min_edges: float = 0.002
     """Share of pixels with an edge."""
     max_hash_distance: int = 32
-    """Of 255 bits, up to which two pictures are near duplicates; unrelated ones differ in about
-    128."""
+    """Two pictures are near duplicates if at most this many of 255 bits differ. Unrelated ones
+    differ in about 128."""
     benchmarks: tuple[str, ...] = ()
     """Folders, JSONL or parquet files whose images must not be trained on."""
     encoder: str = ""
     """A vision encoder (CLIP, SigLIP, DINOv2, ViT) for duplicates in meaning, as SemDeDup (arXiv
     2303.09540) finds them."""
     max_similarity: float = 0.95
-    """Cosine of two embeddings, over which one of the images goes."""
+    """If the cosine of two embeddings is over this, one of the images goes."""
     clusters: int = 0
-    """Within which embeddings are compared; 0 for one per 1,000 images."""
+    """Clusters of embeddings; only embeddings of one cluster are compared. 0 for one per 1,000
+    images."""
     classifier: str = ""
     """An image classifier for what is not wanted."""
     unsafe_label: str = "nsfw"
     """The classifier's label for it."""
     max_unsafe: float = 0.5
-    """Its probability, over which an image goes."""
+    """An image goes if the label's probability is over this."""
     batch_size: int = 32
     retry_failed: bool = False
     """Try again what could not be opened or measured in an earlier run."""

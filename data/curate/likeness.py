@@ -1,5 +1,5 @@
-"""How alike two pictures are: pixel for pixel, to the eye, in meaning; and how much there is to see
-in a picture."""
+"""How alike two pictures are: pixel for pixel, to the eye, in meaning. Also how much there is to
+see in a picture."""
 
 import hashlib
 
@@ -13,8 +13,8 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def detail(image: Image.Image) -> tuple[float, float]:
-    """Entropy of the gray values in bits, and the share of pixels whose gray differs from a
-    neighbour's by over 1/8 of the range."""
+    """Entropy of the gray values in bits, and the share of pixels at an edge. There the gray
+    differs from a neighbour's by over 1/8 of the range."""
     gray = image.convert("L")
     values = np.asarray(gray, dtype=np.int16)
     changed = np.zeros(values.shape, dtype=bool)
@@ -29,9 +29,9 @@ _COSINES = np.cos(np.pi * np.arange(16)[:, None] * (2 * _PLACES + 1) / (2 * HASH
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """(4,) uint64, the perceptual hash: which of the 255 lowest frequencies of the picture, in gray
-    and shrunk to 64 x 64, are over their median. Scaling, compression and brightness hardly change
-    it."""
+    """(4,) uint64, the perceptual hash. The picture is made gray and shrunk to 64 x 64. A bit says
+    whether one of its 255 lowest frequencies is over their median. Scaling, compression and
+    brightness hardly change it."""
     small = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     values = np.asarray(small, dtype=np.float64)
     frequencies = (_COSINES @ values @ _COSINES.T).ravel()[1:]  # without the mean
@@ -46,9 +46,9 @@ def hash_distances(hashes: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def near_duplicates(hashes: np.ndarray, max_distance: int) -> list[tuple[int, int | None]]:
-    """For each of (n, 4) hashes in turn: the nearest of those that stay before it and the distance;
-    (-1, None) for the first. A hash stays if it is farther than `max_distance` from all that do.
-    The work grows as n * n."""
+    """For each of (n, 4) hashes in turn: the nearest of those that stay before it, and the
+    distance. (-1, None) for the first. A hash stays if it is farther than `max_distance` from all
+    that do. The work grows as n * n."""
     nearest: list[tuple[int, int | None]] = []
     stay, kept = np.empty(hashes.T.shape, dtype=np.uint64), []
     for place, own in enumerate(hashes):
@@ -64,7 +64,7 @@ def near_duplicates(hashes: np.ndarray, max_distance: int) -> list[tuple[int, in
 def semantic_duplicates(vectors: np.ndarray, max_similarity: float, clusters: int = 0,
                         seed: int = 0) -> list[tuple[int, float | None]]:
     """For each of n vectors of length 1: the nearest of those that stay before it in its cluster,
-    and their cosine; (-1, None) for a cluster's first.
+    and their cosine. (-1, None) for a cluster's first.
 
     There are `clusters` of them, or one for every 1,000 vectors. In each, those farthest from the
     centre come first, and so stay, as in SemDeDup: they are its rarest.

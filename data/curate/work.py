@@ -58,8 +58,8 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
 
 
 def take_out_unfinished(path: Path, retry_failed: bool) -> None:
-    """Takes out what is to be done again: a last line that was cut off and, if asked for, rows that
-    failed."""
+    """Takes out what is to be done again. That is a last line that was cut off and, if asked for,
+    rows that failed."""
     rows = [row for row in read_log(path) if not (retry_failed and row["fate"] == "failed")]
     write_whole(path, json_lines(rows))
 

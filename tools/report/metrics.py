@@ -9,7 +9,8 @@ class Metric:
 
     key: str
     unit: str
-    """"share" is 0 to 1, "count" a whole number; a list has one number per letter or one text per question."""
+    """"share" is 0 to 1, "count" a whole number. A list has one number per letter or one text per
+    question."""
     what: str
     panel: str = ""
     """The curve on which the report page draws it; empty for what is no curve."""

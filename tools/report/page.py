@@ -4,9 +4,10 @@
     python -m tools.report runs/toy runs/other                       # two runs side by side
     python -m tools.report runs/demo/before.jsonl runs/demo/after.jsonl   # what evaluate.py --out wrote
 
-It reads the files of a run folder, or of an evaluation, and writes HTML that opens from disk without a network. Numbers,
-curves and tables are there without scripts. The captions are in the page too, packed by step and unpacked when a step is
-looked at; where all of them would make the page too large, evenly spaced steps are shown, and the page says which.
+It reads the files of a run folder, or of an evaluation. It writes HTML that opens from disk without
+a network. Numbers, curves and tables are there without scripts. The captions are in the page too,
+packed by step and unpacked when a step is looked at. If all of them would make the page too large,
+evenly spaced steps are shown. The page says which.
 """
 
 import base64
@@ -192,8 +193,9 @@ class Group:
 
 
 def pages_of(sources: Sequence[Source]) -> dict[str, list[Group]]:
-    """Title -> groups: a step of the first run, or SHOWN_GROUPS images of an evaluation. A second run's captions of an image
-    are those of the nearest step that has it: runs with one seed and one data set see the same images at the same steps."""
+    """Title -> groups: a step of the first run, or SHOWN_GROUPS images of an evaluation. A second
+    run's captions of an image are those of the nearest step that has it. Runs with one seed and one
+    data set see the same images at the same steps."""
     found: list[dict[str, list[tuple[int | None, list[dict]]]]] = []
     for source in sources:
         of_id: dict[str, list[tuple[int | None, list[dict]]]] = {}
@@ -221,7 +223,8 @@ def pages_of(sources: Sequence[Source]) -> dict[str, list[Group]]:
 
 
 def pack_side(rows: list[dict] | None, step: int | None) -> dict | None:
-    """What the browser needs of an image's captions, a question with its options once for all captions that it was put to."""
+    """What the browser needs of an image's captions. A question with its options is there once for
+    all captions that it was asked on."""
     if rows is None:
         return None
     asked: dict[str, int] = {}
@@ -299,7 +302,8 @@ def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
 
 WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 156
-"""The drawing area of a curve, in the units of its viewBox; the rest is for the numbers on the axes."""
+"""The drawing area of a curve, in the units of its viewBox. The rest is for the numbers on the
+axes."""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -443,8 +447,8 @@ def settings_apart(sources: Sequence[Source]) -> dict[str, list]:
 
 
 def evaluation_table(sources: Sequence[Source]) -> list[dict]:
-    """evaluate.py's own numbers: for each benchmark, per family and over all, `summarize` of each source and, of two, the
-    `paired_difference` of the second to the first."""
+    """evaluate.py's own numbers for each benchmark, per family and over all. They are `summarize`
+    of each source and, of two, the `paired_difference` of the second to the first."""
     given = [[row for _, rows in source.groups for row in rows] for source in sources]
     benchmarks = list(dict.fromkeys(row.get("benchmark") for rows in given for row in rows))
     table = []
@@ -462,7 +466,8 @@ def evaluation_table(sources: Sequence[Source]) -> list[dict]:
 
 
 def question_table(sources: Sequence[Source]) -> list[dict]:
-    """What was right of each question: shares, the largest differences first; of one source, the lowest shares first."""
+    """What was right of each question: shares, the largest differences first. Of one source the
+    lowest shares come first."""
     shares: dict[str, list[dict[tuple[str, int | None], list[bool]]]] = {}
     for place, source in enumerate(sources):
         for _, rows in source.groups:
