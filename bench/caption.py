@@ -3,13 +3,16 @@
     python bench/caption.py                  # throughput, toy policy, mixed lengths
     python bench/caption.py --kill 10 --images 10000 --workers 2      # SIGKILLs at random, then the rows are compared
 
-Throughput: the same images, opened from files, the same instruction, greedy or sampled at temperature 1, the same room in the
-cache: `--rollout-tokens`, prompt and caption tokens of all rows that are written at a time. A plain batch holds as many rows as
-fit and goes on until its longest caption is done; ours puts a waiting image in the place of a finished caption. Engines take
-turns, one thread each; seconds are the process's own CPU clock, so that what else the machine does counts little.
+Throughput: both engines get the same images, opened from files, and the same instruction, greedy or
+sampled at temperature 1. Both have the same room in the cache. `--rollout-tokens` is prompt and
+caption tokens of all rows that are written at a time. A plain batch holds as many rows as fit and
+goes on until its longest caption is done. Ours puts a waiting image in the place of a finished
+caption. Engines take turns, one thread each. Seconds are the process's own CPU clock, so other work
+on the machine counts little.
 
-Under fire: workers caption the images greedily while one of them, drawn at random, is killed (SIGKILL) at a random moment and
-started again, so many times; then the rows are held against those of a run that nobody disturbed.
+Under fire: workers caption the images greedily. One of them, drawn at random, is killed (SIGKILL)
+at a random moment and started again, so many times. Then the rows are compared with those of an
+undisturbed run.
 """
 
 import json

@@ -2,13 +2,15 @@
 
     python bench/curation.py
 
-Questions: the toy world's own and, planted among them, questions that need no image, wrong answers, questions that tell their
-answer, and repeats (the same question shuffled, or in other words). No shipped model answers from images, so two stand-ins play
-the vision-language model: the toy verifier with the scene's true dense caption sees the image, the same verifier with an empty
-caption does not. What the tables show is the rule and its bookkeeping, not how a real model sees.
+Questions: the toy world's own, and faults planted among them. Those are questions that need no
+image, wrong answers, questions that tell their answer, and repeats (the same question shuffled, or
+in other words). No shipped model answers from images, so the toy verifier plays the vision-language
+model. With the scene's true dense caption it sees the image, with an empty caption it does not.
+What the tables show is the rule and its bookkeeping, not how a real model sees.
 
-Images: drawn scenes and, planted among them, blank ones, thumbnails, exact copies, and near copies (saved as JPEG, larger, or
-darker). Of a copy and its original one is to go, whichever: the two count once.
+Images: drawn scenes, and others planted among them. Those are blank ones, thumbnails, exact copies,
+and near copies (saved as JPEG, larger, or darker). Of a copy and its original one has to go, no
+matter which: the two count once.
 
 found      share of what was planted that was removed for that reason
 removed    for any reason

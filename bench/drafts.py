@@ -3,13 +3,15 @@
     python bench/drafts.py                                   # the toy policy
     python bench/drafts.py --policy runs/caprl-3b/final --images some/folder --max-new-tokens 1024
 
-Captions of one image share phrases. So where a caption's last tokens have occurred before, in itself or in a sibling, what came
-after them there may come here too: a draft of K tokens that one forward checks. Exact speculative sampling (arXiv 2211.17192,
-section 2.3) keeps a drafted token if the policy draws it too. So the captions do not change, and the steps that drafts would
-have saved are counted on captions drawn without them.
+Captions of one image share phrases. A caption's last tokens may have occurred before, in itself or
+in a sibling. What came after them there may come here too: it is a draft of K tokens that one
+forward checks. Exact speculative sampling (arXiv 2211.17192, section 2.3) keeps a drafted token if
+the policy draws it too. So the captions do not change. The steps that drafts would have saved are
+counted on captions drawn without them.
 
-Cost: a decoder's step with K + 1 times the rows, beside one with as many as there are, taken in turns; CPU clock, one thread. A
-decoder made for drafts would read each caption's cache once for its K + 1 tokens, so this is a little more than it would cost.
+Cost: a decoder's step with K + 1 times the rows, beside one with as many as there are. They take
+turns; CPU clock, one thread. A decoder made for drafts would read each caption's cache once for its
+K + 1 tokens. So the cost that is measured is a little too high.
 """
 
 import os
@@ -55,7 +57,8 @@ class DraftConfig:
 
 
 def count_steps(captions: list[list[int]], num_draft_tokens: int, match: int) -> int:
-    """Steps until all captions of a group are written, each going on by one token and what is accepted of its draft."""
+    """Steps until all captions of a group are written. In each step a caption gets one token and
+    what is accepted of its draft."""
     done, steps = [0] * len(captions), 0
     while any(at < len(caption) for at, caption in zip(done, captions)):
         after: dict[tuple[int, ...], list[int]] = {}  # what came after `match` tokens: the longest, the latest of these
@@ -78,8 +81,8 @@ def count_steps(captions: list[list[int]], num_draft_tokens: int, match: int) ->
 
 @torch.no_grad()
 def step_seconds(policy: Policy, prompt: Prompt, rows: list[int], age: int, repeats: int) -> list[float]:
-    """Of a decoder with one group of so many rows, `age` tokens after the prompt: median CPU seconds of a step, for each
-    of `rows`."""
+    """Median CPU seconds of a decoder's step, for each number in `rows`. The decoder has one group
+    of so many rows, `age` tokens after the prompt."""
     decoders = []
     for size in rows:
         decoder = Decoder(policy.model, size, max_new_tokens=age + 16 * repeats + 1)

@@ -3,9 +3,10 @@
     python bench/loading.py                                        # 75,285 rows, small pictures
     python bench/loading.py --rows 2000 --side 420 --quality 95    # pictures of about 200 kB
 
-Pictures are noise, each with bytes of its own. Indexing is `load_examples`: every row and question is checked, no picture is
-read. Sampling opens pictures of the set in a shuffled order, as training does; "decode alone" opens as many from memory, which
-no reader can be faster than. Seconds are CPU seconds of all threads; the files are in the system's page cache.
+Pictures are noise, each with bytes of its own. Indexing is `load_examples`: every row and question
+is checked, no picture is read. Sampling opens pictures of the set in a shuffled order, as training
+does. "decode alone" opens as many from memory; no reader can be faster. Seconds are CPU seconds of
+all threads; the files are in the system's page cache.
 """
 
 import random

@@ -3,8 +3,8 @@
     python bench/memory.py                 # small random models on this CPU: estimated and measured, by phase
     python bench/memory.py --real          # Qwen2.5-VL-3B with a 3B verifier on GPUs; nothing is loaded
 
-Each case is a process of its own that takes one step of train.py with captions of full length; what it held before its models
-were loaded is taken off.
+Each case is a process of its own that takes one step of train.py with captions of full length. What
+it held before its models were loaded is taken off.
 """
 
 import ctypes

@@ -2,9 +2,9 @@
 
     python bench/reward_noise.py
 
-Groups of captions by the shipped policy are scored again and again under every setting; each time other questions, shuffles and
-replies are drawn. The truth of a caption is its accuracy over all of its image's questions under many shuffles. Printed
-for each setting, means over the draws:
+Groups of captions by the shipped policy are scored again and again under every setting. Each time
+other questions, shuffles and replies are drawn. The truth of a caption is its accuracy over all of
+its image's questions under many shuffles. Printed for each setting, means over the draws:
 
 noise      standard deviation of a caption's reward around its own mean, in units of the reward
 in group   the same for the reward minus its group's mean: what the advantage sees

@@ -7,11 +7,12 @@
     python bench/step.py --sizes 896 --prompts 1
     python bench/step.py --scale                  # ours alone: cost against caption length, G and image size
 
-Each engine is a process of its own; they take turns, step by step, so that what else the machine does meets both. One
-thread each, and the process's own CPU clock. Random weights; no completion ends early; every caption that the verifier
-reads has the same length. "trl" scores completions only, as on CUDA; "trl-cpu" every position, its default on a CPU, which
-flatters us. The whole step is measured from the turn to its end; what no phase holds is "other" (templates, tokenizing,
-decoding, advantages, metrics).
+Each engine is a process of its own. They take turns, step by step, so that other work on the
+machine meets both. One thread each, and the process's own CPU clock. Weights are random, and no
+completion ends early. Every caption that the verifier reads has the same length. "trl" scores
+completions only, as on CUDA. "trl-cpu" scores every position, its default on a CPU; that flatters
+us. The whole step is measured from the turn to its end. What no phase holds is "other": templates,
+tokenizing, decoding, advantages, metrics.
 """
 
 import ctypes
@@ -83,8 +84,8 @@ class StepConfig:
 class Phases:
     """Seconds and growth of the process's memory by phase, of one step.
 
-    Memory counts in the first step only, which is a warm-up: there the heap is handed back to the system before each phase,
-    which would cost time in the others.
+    Memory counts in the first step only, which is a warm-up. There the heap is handed back to the
+    system before each phase. That would cost time in the others.
     """
 
     def __init__(self, is_first: bool = True):

@@ -86,10 +86,14 @@ def _labelled(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
 def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     """Whether `rest`, what the folded reply says after it named the choice, leaves it at that.
 
-    Not if it names another: a label in whatever clause, a choice's text right after it or after
-    "is", or such a text's last words ("B. Obama" for "Barack Obama"). Nor if "and", "or" or "to"
-    go on, its sentence denies ("green is unlikely"; but not after "because"), or "but" and the
-    like come anywhere.
+    Not if it names another choice:
+    - a label in any clause;
+    - a choice's text right after the named one or after "is";
+    - such a text's last words ("B. Obama" for "Barack Obama").
+    Nor if it takes the choice back:
+    - "and", "or" or "to" go on;
+    - its sentence denies ("green is unlikely"), but not after "because";
+    - "but" and the like come anywhere.
     """
     texts = [fold_choice(choice) for choice in choices]
     own = texts[place]

@@ -18,7 +18,7 @@ class Batch:
     of this is known on the host; the device is told when it changes, and is never asked.
 
     Prompts are admitted by the room that captions take, not by the longest that is allowed. If the
-    room runs out as they grow, the youngest groups are set back: they wait, and later are drawn
+    room runs out as they grow, the youngest groups are set back. They wait and are later drawn
     anew, which gives the same tokens.
     """
 
@@ -33,9 +33,8 @@ class Batch:
         self.live: list[int] = []
         """Places in the decoder of the n rows that are being written, ascending."""
         self.where = torch.empty(4, 0, dtype=torch.long)
-        """(4, n) on the device. For each of these rows: the number of its completion, its place in
-        the decoder, the place of its next token in the completion, and that token's position in the
-        model."""
+        """(4, n) on the device. For each of these rows: the number of its completion and its place
+        in the decoder. Also its next token's place in the completion and position in the model."""
         self.longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
         self.num_ended, self.longest_ended, self.patience = 0, 0, 1
 
@@ -71,8 +70,8 @@ class Batch:
         return [(i, self._completion(place), ages[place // size] + 1) for i, place in places]
 
     def drop(self, stops: list[bool]) -> tuple[Tensor | None, list[int]]:
-        """Takes out the rows that stop; the groups without a live row, if that is worth a copy of
-        the cache; and the youngest groups, if the next token has no room.
+        """Takes out the rows that stop. Groups without a live row go too, if that is worth a copy
+        of the cache. The youngest groups go if the next token has no room.
 
         Returns which of the n rows are left, None for all, and the numbers of the prompts that were
         set back.

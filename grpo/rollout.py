@@ -157,8 +157,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
 
 def read_prompts(policy: Policy,
                  prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """A forward over the P prompts, padded on the left: the next token's logits (P, V), KV cache
-    and mask (P, T) int64."""
+    """A forward over the P prompts, padded on the left. Returns the next token's logits (P, V), the
+    KV cache and the mask (P, T) int64."""
     device, width = policy.model.device, max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.pad_id)  # (P, T)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)

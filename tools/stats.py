@@ -42,11 +42,15 @@ def interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float
 
 
 def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Per family and over "all": the mean `accuracy` (score) over questions with its interval `low`, `high`; `best`, with the
-    image's best caption; numbers of `images` and `questions`; shares of answers `unparsed`, `abstained` and `right`, and of
-    captions `cut` off; `failed` questions, which count nowhere else; `words` and `tokens` per caption.
+    """Per family and over "all"; NaN where nothing was measured.
 
-    NaN where nothing was measured.
+    accuracy, low, high          mean score over questions, with its interval
+    best                         the same with each image's best caption
+    images, questions            their numbers
+    unparsed, abstained, right   shares of the answers
+    cut                          share of the captions that were cut off
+    failed                       questions that could not be scored; they count nowhere else
+    words, tokens                per caption
     """
     scores = question_scores(rows)
     by_image: dict[str, list[dict]] = {}

@@ -1,7 +1,8 @@
 """The toy policy: a Qwen2.5-VL of about two million parameters, warmed up to caption as a weak captioner does.
 
-First it learns to see, on captions that state every fact; then to talk, on captions that are mostly sparse and sometimes
-dense or wrong. What reinforcement learning has to find afterwards is within it, but rare.
+First it learns to see, on captions that state every fact. Then it learns to talk, on captions that
+are mostly sparse and sometimes dense or wrong. What reinforcement learning has to find afterwards
+is within it, but rare.
 """
 
 import random

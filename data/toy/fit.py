@@ -8,8 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 INITIALIZER_RANGE = 0.08
-"""Standard deviation of the initial weights, about 1 / sqrt(width). At transformers' 0.02 attention starts out so even that
-models of this size take several times as long to find out what to attend to."""
+"""Standard deviation of the initial weights, about 1 / sqrt(width). At transformers' 0.02 attention
+starts out almost even. Then models of this size take several times as long to learn what to attend
+to."""
 
 
 def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int, label: str,

@@ -1,11 +1,13 @@
 """The toy verifier: a Qwen2 of about 1.4 million parameters that reads captions and nothing else.
 
-It is trained through the function that uses it (`reward.caprl.run_rows_`): same prompt, same cache layout. Asked for option
-letters at once it stays near the guess rate for thousands of steps. So it first learns two easier things side by side:
-to recall what a caption says ("What color is the star?" and, at the question mark, " red"), and to find the letter of an option
-that is named outright ("Which option is red?"). From there to questions on short captions is a short way. Probes, thrown away
-afterwards, teach each step of it: a value in the caption has to know its subject, the question mark the subject and
-the value asked for, an option whether it is that value.
+It is trained through the function that uses it (`reward.caprl.run_rows_`): same prompt, same cache
+layout. Asked for option letters at once it stays near the guess rate for thousands of steps. So it
+first learns two easier things side by side. One is to recall what a caption says: "What color is
+the star?" and, at the question mark, " red". The other is to find the letter of an option that is
+named outright ("Which option is red?"). From there it is not far to questions on short captions.
+Probes teach each step of the way and are thrown away afterwards. At a value in the caption they ask
+for its subject, at the question mark for the subject and the value asked for. At an option they ask
+whether it is that value.
 """
 
 import random
@@ -34,14 +36,17 @@ from data.toy.world import (
 from reward.caprl import PromptWriter, run_captions, run_rows_, shuffle_options
 
 RECALL_ENOUGH, FEW_ENOUGH = 0.96, 0.97
-"""Shares of values recalled and letters found at which the next stage begins: questions on few facts, then captions of every
-kind. When this is depends on the seed, and a stage that begins too early teaches nothing."""
+"""The next stage begins at these shares of values recalled and letters found. The stages are
+questions on few facts, then captions of every kind. When this is depends on the seed, and a stage
+that begins too early teaches nothing."""
 WHOLE_STEPS, BARE_UNTIL = 0.7, 0.5
-"""Steps of the last stage, as a share of what the others may take, and the share of them in which the instruction is mostly
-left out, as it is before: it costs time and teaches little."""
+"""Steps of the last stage, as a share of what the others may take. The second number is the share
+of them in which the instruction is mostly left out, as it is before. It costs time and teaches
+little."""
 LONG_SHARE = 0.3
-"""Share of the last steps that have a caption of up to 2,000 tokens of junk too: however long it takes to say nothing, there is
-nothing in it to answer from. At 0.05 the verifier guessed on such captions, where it should abstain."""
+"""Share of the last steps that have a caption of up to 2,000 tokens of junk too. However long junk
+is, there is nothing in it to answer from. At 0.05 the verifier guessed on such captions, where it
+should abstain."""
 
 
 def build_verifier(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
@@ -57,7 +62,8 @@ def build_verifier(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCau
 
 
 def few_claims(scene: Scene, rng: random.Random) -> list[Fact]:
-    """A few of the facts, often those in which only the subject tells which value is meant: that is the hard part."""
+    """A few of the facts. Often they are those in which only the subject tells which value is
+    meant: that is the hard part."""
     facts = list(scene.facts)
     if rng.random() < 0.7:
         facts = [fact for fact in facts if fact.subject and fact.attribute in ("color", "size", "place", "value")]
@@ -88,7 +94,8 @@ def any_claims(scene: Scene, rng: random.Random) -> tuple[str, list[Fact]]:
 
 @dataclass
 class Lesson:
-    """A caption and questions on it, each in two parts: up to the question mark, and the options up to the answer.
+    """A caption and questions on it. Each question has two parts: up to the question mark, and the
+    options up to the answer.
 
     Places are counted from the end of a part, since rows are padded on the left.
     """
@@ -134,7 +141,8 @@ class Teacher:
             offered = self.writer.letter_ids[: len(asked.options)]
             right = asked.options.index(value) if value in asked.options else asked.abstain
             lesson.options.append(ids[cut:])
-            # Where the caption does not say and abstaining is not offered, every option alike: guessing stays at chance.
+            # Where the caption does not say and abstaining is not offered, all options are equally
+            # likely: guessing stays at chance.
             lesson.letters.append(dict.fromkeys(offered, 1 / len(offered)) if right is None else {offered[right]: 1.0})
             lesson.is_right.append([(end - tail - 1 - len(ids), float(n == right)) for n, end in enumerate(ends[1:])])
 

@@ -1,8 +1,9 @@
 """A procedural image world small enough for a CPU: every fact of every image is known.
 
-Three families stand for the paper's natural images, charts and documents: `shapes` (a scene), `bars` (a chart) and
-`cards` (a printed card). A scene is a list of facts (subject, attribute, value); image, captions and questions all
-come from that list, so a caption's truth can be checked word by word. Everything is a function of (split, index).
+Three families stand for the paper's natural images, charts and documents: `shapes` (a scene),
+`bars` (a chart) and `cards` (a printed card). A scene is a list of facts (subject, attribute,
+value). Image, captions and questions all come from that list. So a caption's truth can be checked
+word by word. Everything is a function of (split, index).
 """
 
 import random
@@ -29,7 +30,8 @@ NUMBERS = {
     "six": 6, "eight": 8, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
     "seventeen": 17, "eighteen": 18, "nineteen": 19, "ninety": 90,
 }
-"""Said as words and drawn as digits: Qwen's tokenizers cut digits apart, and so a word is one token and a number is not."""
+"""Said as words and drawn as digits. Qwen's tokenizers cut digits apart, so a word is one token and
+a number is not."""
 
 DOMAINS = {
     "color": tuple(COLORS), "size": tuple(SIZES), "place": tuple(PLACES), "shape": SHAPES, "left of": SHAPES,
@@ -169,8 +171,8 @@ def is_well_formed(caption: str) -> bool:
 
 
 def write_question(scene: Scene, fact: Fact, rng: random.Random) -> Question:
-    """Asks for `fact`. Distractors are other values of the same image first, so that a letter cannot be guessed from
-    what the caption mentions, then any value of the attribute."""
+    """Asks for `fact`. Distractors are other values of the same image first, then any value of the
+    attribute. So a letter cannot be guessed from what the caption mentions."""
     text = {
         "color": f"What color is the {fact.subject}?",
         "size": f"What size is the {fact.subject}?",

@@ -89,8 +89,8 @@ def train_writer(config: WriterConfig) -> Policy:
 
 
 def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
-    """Of the texts on held-out images: sound questions per image, blocks dropped, and the share of the questions on a fact of
-    the scene whose answer is right."""
+    """Of the texts on held-out images: sound questions per image, and blocks dropped. Also the
+    share of the questions on a fact of the scene whose answer is right."""
     scenes = [make_scene("heldout", index) for index in range(config.num_images)]
     prompts = [policy.prompt(draw(scene), WRITING_INSTRUCTION.format(num=config.num_questions)) for scene in scenes]
     texts = sample_rollouts(policy, prompts, [f"writer:{scene.id}" for scene in scenes], 80 * config.num_questions).captions
