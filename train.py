@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data.examples import Example, load_examples, merge_pictures
 from data.images import image_size, open_image
-from data.io import check_room, naming
+from data.io import ahead, check_room, naming
 from data.program import run_program
 from grpo.advantage import group_advantages
 from grpo.checkpoint import catch_stop_signals
@@ -49,7 +49,7 @@ from grpo.distributed import (
     world_size,
 )
 from grpo.log import alarms, count_skipped, log_step, step_timing
-from grpo.policy import Policy, encode_images
+from grpo.policy import Policy, Prompt, encode_images
 from grpo.rollout import Rollouts, sample_rollouts
 from grpo.run import Run, begin, export, load_run, save_step
 from grpo.update import update_policy, warm_up_
@@ -96,16 +96,16 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
     phases = Phases(run.device, config.timeout_minutes)
     saved_at, num_skipped, step = time.monotonic(), 0, first_step
     steps = range(first_step, config.num_steps)
+    opened = ahead(partial(open_step, run.sampler, examples, config), steps, num_ahead=1)
     bar = tqdm(steps, desc="train", unit="step", disable=rank() != 0)
     with catch_stop_signals(lambda: step) as signals:
         for step in bar:
             started = time.perf_counter()
-            batch = step_examples(examples, step, config.prompts_per_step, config.seed)  # P
-
-            # 1. The policy writes G captions of each image.
+            # 1. The policy writes G captions of each image. Images were opened in the step before.
             with phases("rollout"):
-                mine = my_share(run.sampler, batch)
-                rollouts = sample_step(run.sampler, mine, step, config)
+                with all_or_none("images"):
+                    batch, mine, prompts = next(opened)
+                rollouts = sample_step(run.sampler, mine, prompts, step, config)
 
             # 2. The verifier answers questions from each caption, the same for all of an image.
             with phases("reward"):
@@ -154,21 +154,21 @@ def step_examples(examples: Sequence[Example], step: int, prompts_per_step: int,
     return [examples[i] for i in order[place * prompts_per_step : (place + 1) * prompts_per_step]]
 
 
-def my_share(sampler: Policy, batch: Sequence[Example]) -> list[Example]:
-    """This rank's images of a step. Every rank gets as many images, and about as many image tokens.
-    A group stays on its rank, so that no rollouts are exchanged."""
-    if world_size() == 1:
-        return list(batch)
-    with all_or_none("images"):
+def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,
+              step: int) -> tuple[list[Example], list[Example], list[Prompt]]:
+    """The P images of a step, this rank's share, and its prompts. Every rank gets as many images,
+    and about as many image tokens. Runs in a thread, so no rank waits for another here."""
+    mine = batch = step_examples(examples, step, config.prompts_per_step, config.seed)
+    if world_size() > 1:
         sizes = [sampler.image_tokens(*image_size(example.image)) for example in batch]
-    return [batch[place] for place in deal(sizes, world_size())[rank()]]
+        mine = [batch[place] for place in deal(sizes, world_size())[rank()]]
+    return batch, mine, [sampler.prompt(open_image(example.image)) for example in mine]
 
 
-def sample_step(sampler: Policy, batch: Sequence[Example], step: int,
+def sample_step(sampler: Policy, batch: Sequence[Example], prompts: Sequence[Prompt], step: int,
                 config: TrainConfig) -> Rollouts:
     """The policy's G captions of each image."""
-    with all_or_none("images"):
-        prompts = [sampler.prompt(open_image(example.image)) for example in batch]
+    prompts = [prompt.on(sampler.model) for prompt in prompts]
     if config.freeze == "vision+merger":
         # No step changes the tower, so reference, policy and sampler all have the same features.
         prompts = encode_images(sampler, prompts)
@@ -202,11 +202,11 @@ def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[E
 
 def load_trackers(run_dir: Path, first_step: int, config: TrainConfig) -> list:
     """Functions of (step, metrics, audit, timing, rows) that rank 0 calls after each step."""
-    if config.tensorboard and rank() == 0:
-        from tools.tensorboard import TensorBoard  # here: most runs do not need it
+    if not config.tensorboard or rank() > 0:
+        return []
+    from tools.tensorboard import TensorBoard  # here: most runs do not need it
 
-        return [TensorBoard(run_dir, first_step)]
-    return []
+    return [TensorBoard(run_dir, first_step)]
 
 
 def describe(run: Run, examples: Sequence[Example], config: TrainConfig) -> None:

@@ -108,7 +108,8 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
     head = 4 * text.vocab_size * text.hidden_size  # its gradient
     # In bfloat16 the logits are also there as they came, later their gradient; and so is the weight's, before it is added.
     copy = 0 if width == 4 else width
-    logits = (4 + copy) * min(HEAD_ROWS, rows * length) * text.vocab_size + copy * text.vocab_size * text.hidden_size
+    rows_at_a_time = min(HEAD_ROWS["cpu" if width == 4 else "cuda"], rows * length)
+    logits = (4 + copy) * rows_at_a_time * text.vocab_size + copy * text.vocab_size * text.hidden_size
     widest = head + max(logits, inside)  # the logits are freed before the layers' backward
     is_one = groups * num_ranks == config.prompts_per_step
     return max(kept + widest, gradients + head + inside) if is_one else gradients + kept + widest

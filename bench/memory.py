@@ -36,7 +36,7 @@ from grpo.run import load_run
 from grpo.update import update_policy
 from reward.step import load_reward
 from tools.memory import status
-from train import my_share, sample_step
+from train import sample_step
 
 CASES = {
     "default": (StepConfig(), {}),
@@ -77,18 +77,18 @@ def work(case: str, folder: Path) -> None:
     _restart_peak()
     before, measured = status("VmRSS"), {}
     device = torch.device("cpu")
-    run, reward, all_examples = load_run(config, device), load_reward(config, device), load_examples(config.data)
+    run, reward, examples = load_run(config, device), load_reward(config, device), load_examples(config.data)
     endless = replace(run.sampler, forbidden_ids=(*run.sampler.forbidden_ids, *run.sampler.eos_ids))
     run = replace(run, sampler=endless)
-    examples = my_share(run.sampler, all_examples)
-    prompt = max((run.sampler.prompt(open_image(example.image)) for example in examples), key=lambda p: len(p.input_ids))
+    prompts = [run.sampler.prompt(open_image(example.image)) for example in examples]
+    prompt = max(prompts, key=lambda prompt: len(prompt.input_ids))
     estimate = estimate_memory(
         run.sampler.model, reward.verifier.model, config, 1, False, len(prompt.input_ids), len(prompt.pixel_values) // 4,
-        reward.verifier.prompt_tokens(all_examples),
+        reward.verifier.prompt_tokens(examples),
     )
     for repeat in range(2):
         _restart_peak()
-        rollouts = sample_step(run.sampler, examples, repeat, config)
+        rollouts = sample_step(run.sampler, examples, prompts, repeat, config)
         measured["phase rollout"] = status("VmHWM") - before
         _restart_peak()
         by_caption = [example for example in examples for _ in range(config.group_size)]

@@ -13,7 +13,9 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,20 @@ def heartbeat(path: Path, every_s: float) -> threading.Event:
 
     threading.Thread(target=touch, daemon=True).start()
     return ended
+
+
+def ahead(function: Callable[[Any], Any], items: Iterable[Any], num_ahead: int,
+          threads: int = 1) -> Iterator[Any]:
+    """function(item) of each item, in their order. The next `num_ahead` are computed in threads
+    meanwhile. An error is raised where its item's turn comes."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[Future] = deque()
+        for item in items:
+            coming.append(pool.submit(function, item))
+            if len(coming) > num_ahead:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False) -> None:

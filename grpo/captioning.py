@@ -1,12 +1,11 @@
 """Images in, captions out, batch by batch. Some are opened while others are captioned."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 from PIL import Image
 
+from data.io import ahead
 from grpo.policy import CAPTION_INSTRUCTION, Policy, Prompt
 from grpo.rollout import sample_rollouts
 
@@ -69,18 +68,11 @@ def _load_ahead(policy: Policy, images: Iterable[tuple[str, OpenImage]], instruc
                 threads: int) -> Iterator[tuple[str, Prompt | str]]:
     """(name, prompt, or why there is none) in order; a few are made before they are asked for."""
 
-    def load(open_image: OpenImage) -> Prompt | str:
+    def load(image: tuple[str, OpenImage]) -> tuple[str, Prompt | str]:
+        name, open_image = image
         try:
-            return policy.prompt(open_image(), instruction)
+            return name, policy.prompt(open_image(), instruction)
         except ValueError as error:
-            return str(error)
+            return name, str(error)
 
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[str, Future]] = deque()
-        for name, open_image in images:
-            waiting.append((name, pool.submit(load, open_image)))
-            if len(waiting) > 2 * threads:
-                name, future = waiting.popleft()
-                yield name, future.result()
-        for name, future in waiting:
-            yield name, future.result()
+    return ahead(load, images, num_ahead=2 * threads, threads=threads)

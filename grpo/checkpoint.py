@@ -31,7 +31,8 @@ def init_moments_(optimizer: torch.optim.AdamW) -> None:
     before and after that step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {"step": torch.tensor(0.0)} | {
+            device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.tensor(0.0, device=device)} | {
                 name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 for name in ("exp_avg", "exp_avg_sq")
             }

@@ -14,13 +14,12 @@ longest prompt, A longest caption so far, B = P * G rows; n of them are still be
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 
@@ -33,7 +32,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
-        from grpo.layers import check_layers  # here: a reader of training need not meet it
+        from grpo.layers import LayerWeights, check_layers  # here: where weights lie is a page apart
 
         check_layers(model)
         text = model.model.language_model
@@ -45,7 +44,7 @@ class Decoder:
         self.embed, self.norm = text.embed_tokens.weight, text.norm.weight
         self.head = model.lm_head
         self.rotary = text.rotary_emb
-        self.layers = [_Layer(layer) for layer in text.layers]
+        self.layers = [LayerWeights(layer) for layer in text.layers]
         # Per layer: the prompts' keys and values, each (P, K, T, D).
         self.prefix: list[tuple[Tensor, Tensor]] = []
         # Per layer: the captions' keys and values, each (P, K, G, room, D).
@@ -233,39 +232,6 @@ class Decoder:
             for i, pair in enumerate(self.suffix):  # a layer at a time: never the whole cache twice
                 # With zeros: unwritten places are read with probability 0, and 0 * nan is nan.
                 self.suffix[i] = tuple(F.pad(part, (0, 0, 0, more)) for part in pair)
-
-
-def stack_(linears: Sequence[nn.Linear]) -> Tensor:
-    """Their weights as one tensor, which they become parts of: no second copy in memory, and new
-    values need no new stack. Done once; stacked weights are known by where they lie."""
-    weights = [linear.weight for linear in linears]
-    first, whole = weights[0], sum(weight.numel() for weight in weights)
-    ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
-    starts = [(weight.untyped_storage().data_ptr(), weight.storage_offset()) for weight in weights]
-    if starts != [(first.untyped_storage().data_ptr(), end) for _, end in zip(weights, ends)]:
-        stacked = torch.cat([weight.detach() for weight in weights])
-        parts = stacked.split([len(weight) for weight in weights])
-        for weight, part in zip(weights, parts):
-            weight.data = part
-    width = first.shape[1]
-    return first.detach().as_strided((whole // width, width), (width, 1))
-
-
-class _Layer:
-    """Weights of a transformer layer. Those that read the same input are stacked."""
-
-    def __init__(self, layer):
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = stack_(projections)
-        self.qkv_bias = None
-        if attention.q_proj.bias is not None:
-            self.qkv_bias = torch.cat([projection.bias for projection in projections])
-        self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
-        self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
-        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
-        self.gate_up = stack_([mlp.gate_proj, mlp.up_proj])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""Which text layers grpo/decode.py computes: those of Qwen2.5-VL and Qwen3-VL."""
+"""The text layers that grpo/decode.py computes, those of Qwen2.5-VL and Qwen3-VL: a check that they
+are these, and their weights as it reads them."""
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 LAYER_WEIGHTS = {
@@ -66,3 +70,36 @@ def check_layers(model: PreTrainedModel) -> None:
         normed = F.rms_norm(x, x.shape, norm.weight, config.rms_norm_eps)
         if not torch.allclose(norm(x), normed, rtol=0.05, atol=1e-3):
             raise ValueError(f"expected plain RMS norms, found {type(norm).__name__} in {name}")
+
+
+def stack_(linears: Sequence[nn.Linear]) -> Tensor:
+    """Their weights as one tensor, which they become parts of: no second copy in memory, and new
+    values need no new stack. Done once; stacked weights are known by where they lie."""
+    weights = [linear.weight for linear in linears]
+    first, whole = weights[0], sum(weight.numel() for weight in weights)
+    ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
+    starts = [(weight.untyped_storage().data_ptr(), weight.storage_offset()) for weight in weights]
+    if starts != [(first.untyped_storage().data_ptr(), end) for _, end in zip(weights, ends)]:
+        stacked = torch.cat([weight.detach() for weight in weights])
+        parts = stacked.split([len(weight) for weight in weights])
+        for weight, part in zip(weights, parts):
+            weight.data = part
+    width = first.shape[1]
+    return first.detach().as_strided((whole // width, width), (width, 1))
+
+
+class LayerWeights:
+    """Weights of a transformer layer. Those that read the same input are stacked."""
+
+    def __init__(self, layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.qkv = stack_(projections)
+        self.qkv_bias = None
+        if attention.q_proj.bias is not None:
+            self.qkv_bias = torch.cat([projection.bias for projection in projections])
+        self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
+        self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
+        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
+        self.gate_up = stack_([mlp.gate_proj, mlp.up_proj])

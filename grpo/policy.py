@@ -44,7 +44,7 @@ class Prompt:
 
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (3, T) int64: time, height and width of M-RoPE
-    pixel_values: Tensor  # (N, D) float32
+    pixel_values: Tensor  # (N, D) float32, or as `on` has left them
     grid: Tensor  # (1, 3) int64: patches in time, height and width
     features: Tensor | None = None  # (image tokens, H): a frozen vision tower's output, if known
 
@@ -53,6 +53,13 @@ class Prompt:
         """Position of the first completion token. An image counts as max(height, width) positions,
         not as its number of tokens."""
         return int(self.position_ids.max()) + 1
+
+    def on(self, model: PreTrainedModel) -> "Prompt":
+        """With its pixels on the model's device, in its dtype: sent once for all that read them."""
+        pixels = self.pixel_values.to(model.dtype)
+        if model.device.type == "cuda":
+            pixels = pixels.pin_memory().to(model.device, non_blocking=True)
+        return replace(self, pixel_values=pixels)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
         cast_weights_(sampler.model, dtype)  # last: the float32 masters need the weights as saved
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.999),
-                                  weight_decay=config.weight_decay)
+                                  weight_decay=config.weight_decay,
+                                  fused=device.type == "cuda" or None)
     init_moments_(optimizer)
     return Run(device, sampler, scorer, reference, optimizer)
 

@@ -22,6 +22,7 @@ from data.captions.exports import check_export
 from data.captions.leases import _new_part, take_lease
 from data.captions.shards import plan_shards
 from data.images import open_image
+from data.io import ahead
 from data.toy.world import draw, make_scene
 from grpo.captioning import caption_batches
 from grpo.pretrained import load_policy, model_hash
@@ -452,3 +453,27 @@ def test_the_validator_finds(tmp_path, change, reason):
 def test_settings_that_do_not_fit(settings, reason):
     with pytest.raises(ValueError, match=reason):
         CaptionConfig(**settings)
+
+
+def test_what_is_computed_ahead_keeps_its_order_and_its_errors():
+    """One item ahead: the second is begun when the first is asked for, and an error waits for its turn."""
+    begun, gate = [], threading.Event()
+
+    def load(item):
+        begun.append(item)
+        if item == 1:
+            assert gate.wait(30)
+        if item == 2:
+            raise ValueError("picture 2")
+        return 10 * item
+
+    results = ahead(load, range(5), num_ahead=1)
+    assert next(results) == 0
+    while begun != [0, 1]:  # it runs in a thread, while the first is worked on
+        time.sleep(0.001)
+    gate.set()
+    assert next(results) == 10
+    with pytest.raises(ValueError, match="picture 2"):
+        next(results)
+    slow = ahead(lambda item: time.sleep(0.01 * (item % 3)) or item, range(20), num_ahead=7, threads=4)
+    assert list(slow) == list(range(20)) and list(ahead(load, [], num_ahead=3)) == []
