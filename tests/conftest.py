@@ -70,7 +70,8 @@ def batch(policy, prompts) -> tuple[Rollouts, torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """A real run of two steps with every part of the reward, as train.py leaves it; tests read it and change nothing."""
+    """A real run of two steps with every part of the reward, as train.py leaves it; tests read it
+    and change nothing."""
     run_dir = tmp_path_factory.mktemp("tiny") / "run"
     train(toy_config(
         run_dir=str(run_dir), data="toy:train:8", num_steps=2, prompts_per_step=4, group_size=4, probe_images=2, audit_every=1,

@@ -12,7 +12,9 @@ def test_hand_computed():
     got = group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, eps=0.0)
     assert got.tolist() == pytest.approx([0.8660, -0.8660, -0.8660, 0.8660], abs=5e-5)
     # eps is added to the std: 0.5 / (0.5774 + 0.1)
-    assert group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, eps=0.1)[0].item() == pytest.approx(0.5 / 0.67735, abs=1e-5)
+    assert group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, eps=0.1)[0].item() == pytest.approx(
+        0.5 / 0.67735, abs=1e-5
+    )
     # two rewards: the variance is 2 * 0.25 ** 2 / 1, the std 0.35355, and 0.25 / 0.35355 = 0.7071
     assert group_advantages(torch.tensor([0.5, 1.0]), 2, eps=0.0).tolist() == pytest.approx([-0.7071, 0.7071], abs=5e-5)
 

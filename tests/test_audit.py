@@ -47,7 +47,8 @@ def test_audit_hand_computed():
     assert found["abstain_share"] == pytest.approx(1 / 9) and found["unparsed_share"] == pytest.approx(1 / 9)
     assert found["shuffle_agreement"] == 0.5  # (x, x) agrees; (y, x) does not
     assert found["flat_groups"] == 0.5 and found["repetition"] == pytest.approx(0.2 / 4)
-    assert found["length_correlation"] == pytest.approx(5 / math.sqrt(0.5 * 250))  # (0, -10), (0, 10), (-.5, -5), (.5, 5)
+    # (0, -10), (0, 10), (-.5, -5), (.5, 5)
+    assert found["length_correlation"] == pytest.approx(5 / math.sqrt(0.5 * 250))
     assert found["always_right"] == ["i:0"] and found["always_wrong"] == ["i:1"]
 
 
@@ -65,7 +66,10 @@ def test_split_half_of_independent_halves_hand_computed():
 
 def test_what_cannot_be_told_is_nan_and_no_rows_break_nothing():
     found = audit([row("i", [], None)])
-    assert all(math.isnan(found[key]) for key in ("split_half", "length_correlation", "shuffle_agreement", "flat_groups"))
+    assert all(
+        math.isnan(found[key])
+        for key in ("split_half", "length_correlation", "shuffle_agreement", "flat_groups")
+    )
     # of four groups two are flat, one varies, and of one nothing was measured: as in metrics.jsonl
     rewards = [("i", 0.5), ("i", 0.5), ("j", 1.0), ("j", 0.0), ("k", None), ("k", None), ("l", 0.25), ("l", None)]
     assert audit([row(id, [], reward) for id, reward in rewards])["flat_groups"] == 0.5

@@ -21,7 +21,10 @@ def test_the_worker_of_step_takes_its_turns(tmp_path):
     config = StepConfig(vocab=1024, hidden=64, layers=1, verifier_hidden=64, verifier_layers=1, sizes=(56,), prompts=1,
                         group_size=2, tokens=8, questions=1, engines=("ours",), repeats=1)
     (first, second), = measure(config, tmp_path).values()
-    assert all(second["seconds"][phase] > 0 for phase in ("rollout", "verifier", "reference pass", "forward + backward"))
+    assert all(
+        second["seconds"][phase] > 0
+        for phase in ("rollout", "verifier", "reference pass", "forward + backward")
+    )
     assert second["seconds"]["whole step"] >= sum(second["seconds"].values()) / 2 and first["memory"]["rollout"] >= 0
     assert json.loads(json.dumps(second)) == second
 
@@ -37,12 +40,17 @@ def test_gpu_runs_small_on_a_cpu():
 
 
 def test_work_of_a_pass_by_hand(policy, prompts):
-    """Prompt of T tokens, captions of 3 and 1: each weight of a layer meets T + 4 tokens, the head 4, the tower each patch."""
+    """Prompt of T tokens, captions of 3 and 1: each weight of a layer meets T + 4 tokens, the head
+    4, the tower each patch."""
     inner, text = policy.model.model, policy.model.config.get_text_config()
     width = len(prompts[0].input_ids)
     linear = sum(p.numel() for p in inner.language_model.layers.parameters())
     tower = sum(p.numel() for p in inner.visual.parameters())
-    want = 6 * linear * (width + 4) + 6 * text.vocab_size * text.hidden_size * 4 + 6 * tower * len(prompts[0].pixel_values)
+    want = (
+        6 * linear * (width + 4)
+        + 6 * text.vocab_size * text.hidden_size * 4
+        + 6 * tower * len(prompts[0].pixel_values)
+    )
     pairs = width * width / 2 + 3 * width + 9 / 2 + width + 1 / 2
     want += 12 * pairs * text.hidden_size * text.num_hidden_layers
     rollouts = SimpleNamespace(prompts=prompts[:1], lengths=torch.tensor([3, 1]))
@@ -58,8 +66,10 @@ def test_drafts_run_small(capsys):
 def test_steps_with_drafts_by_hand():
     """5, 6 and 5 come one by one; then 5 has been seen with 6, 5 behind it, and one token more is drawn."""
     assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=1) == 4
-    assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=2) == 5  # 6, 5 has not been seen when it ends the text
+    # 6, 5 has not been seen when it ends the text
+    assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=2, match=2) == 5
     assert count_steps([[5, 6, 5, 6, 5, 6]], num_draft_tokens=0, match=1) == 6
     assert count_steps([[1] * 7], num_draft_tokens=2, match=1) == 4  # 1, 2, 4, 7: the latest draft is not the longest
-    assert count_steps([[1, 2, 3, 4]] * 2, num_draft_tokens=2, match=1) == 4  # siblings in step know no more than each other
+    # siblings in step know no more than each other
+    assert count_steps([[1, 2, 3, 4]] * 2, num_draft_tokens=2, match=1) == 4
     assert count_steps([[1, 2, 3], [7, 8, 1, 2, 3]], num_draft_tokens=1, match=1) == 4  # 2 is drafted from the first

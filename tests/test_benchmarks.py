@@ -143,7 +143,9 @@ def test_chartqapro(tmp_path):
               "answer": str(row["Answer"]), "year": str(row["Year"]), "question_type": row["Question Type"],
               "paragraph": row["Paragraph"]} for n, row in enumerate(rows)]
     found = load_benchmark(f"chartqapro:{write_tsv(tmp_path / 'p.tsv', table)}")
-    assert asked(found) == [(color, id.removeprefix("p:"), family, question) for color, id, family, question in expected]
+    assert asked(found) == [
+        (color, id.removeprefix("p:"), family, question) for color, id, family, question in expected
+    ]
     assert found.pictures[1].items[0].question.score("chartqapro", "[2012, 2013]") == 0.5
 
 
@@ -166,8 +168,11 @@ def test_own_jsonl_and_the_toy_world(tmp_path):
     (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
     for source in (f"{tmp_path}/own.jsonl", f"choice:{tmp_path}/own.jsonl"):
         assert asked(load_benchmark(source)) == [(RED, "a:0", "f", Question("C?", ("x", "y"), 1))]
-    assert load_benchmark(f"{tmp_path}/own.jsonl").name == "own" and load_benchmark("toy:heldout:3").name == "toy:heldout:3"
-    (tmp_path / "free.jsonl").write_text(json.dumps({"id": "b", "image": "a.png", "question": "N?", "answer": 12}) + "\n")
+    assert load_benchmark(f"{tmp_path}/own.jsonl").name == "own"
+    assert load_benchmark("toy:heldout:3").name == "toy:heldout:3"
+    (tmp_path / "free.jsonl").write_text(
+        json.dumps({"id": "b", "image": "a.png", "question": "N?", "answer": 12}) + "\n"
+    )
     assert asked(load_benchmark(f"chartqa:{tmp_path}/free.jsonl")) == [(RED, "b", "all", FreeQuestion("N?", ("12",)))]
 
 
@@ -186,7 +191,10 @@ def test_a_folder_is_one_split(tmp_path):
 
 def test_pictures_come_from_the_right_row_group(tmp_path):
     """A picture is read by its place in its row group, groups of several batches included."""
-    rows = [{"question": f"Q{n}?", "answer": "1", "image": {"bytes": png(f"rgb({n},0,0)"), "path": ""}} for n in range(200)]
+    rows = [
+        {"question": f"Q{n}?", "answer": "1", "image": {"bytes": png(f"rgb({n},0,0)"), "path": ""}}
+        for n in range(200)
+    ]
     found = load_benchmark(f"chartqa:{write_parquet(tmp_path / 'x.parquet', rows, row_group_size=150)}")
     assert [color[0] for color, *_ in asked(found)] == list(range(200))
 
@@ -273,8 +281,8 @@ def test_half_a_surrogate_pair_in_the_text_of_a_list_refuses_its_row(tmp_path):
 
 
 def test_chartqapro_by_its_paper_and_by_its_script(tmp_path):
-    """The script takes no notice of the type: 12.4 is within 5% of 12, "tree" 3 of 4 letters of "true", by hand. Years count
-    in both."""
+    """The script takes no notice of the type: 12.4 is within 5% of 12, "tree" 3 of 4 letters of
+    "true", by hand. Years count in both."""
     kinds = ("Fact Checking", "Multi Choice", "Factoid", "Conversational")
     rows = [{"Question": ["Q?"], "Answer": [gold], "Question Type": kind, "Year": [year], "image": png("red")}
             for kind in kinds for gold, year in (("12", "NO"), ("true", "NO"), ("2016", "YES"))]
@@ -293,7 +301,10 @@ def test_chartqapro_by_its_paper_and_by_its_script(tmp_path):
 def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
     row = {"question": "How many?", "options": ["1", "2", "3", "4"], "answer": "2", "image": {"bytes": b"a"}}
     path = write_parquet(tmp_path / "x.parquet", [row])
-    golds = {kind: load_benchmark(f"{kind}:{path}").pictures[0].items[0].question.answer_index for kind in ("ai2d", "choice")}
+    golds = {
+        kind: load_benchmark(f"{kind}:{path}").pictures[0].items[0].question.answer_index
+        for kind in ("ai2d", "choice")
+    }
     assert golds == {"ai2d": 2, "choice": 1}
 
 

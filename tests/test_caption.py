@@ -109,7 +109,8 @@ def test_jsonl_parquet_and_tar(folder, expected, tmp_path):
         caption(CaptionConfig(str(source), str(tmp_path / f"{name}-captions"), shard_size=4, **TOY))
         found[name] = rows_of(tmp_path / f"{name}-captions")
         assert [row["caption"] for row in found[name]] == expected
-    assert [row["id"] for row in found["jsonl"]] == [f"i{n}" for n in range(6)] and found["jsonl"][5]["image"] == "sub/5.png"
+    assert [row["id"] for row in found["jsonl"]] == [f"i{n}" for n in range(6)]
+    assert found["jsonl"][5]["image"] == "sub/5.png"
     assert [row["id"] for row in found["parquet"]] == ["0", "1", "2", "3", "b:0", "b:1"]
     assert found["parquet"][3]["image"] == "a.parquet row 3"
     assert [row["id"] for row in found["tar"]] == [f"00000/s/{n}" for n in range(4)] + ["00001/s/4", "00001/s/5"]
@@ -125,7 +126,9 @@ def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
     (images / "2.png").write_bytes(b"")
     Image.new("RGB", (2000, 4)).save(images / "3.png")  # more than 200 times as wide as high
     (images / "4.png").write_bytes(png(1))
-    (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": f"images/{n}.png"}) + "\n" for n in (0, 1, 2, 3, 4, 9)))
+    (tmp_path / "list.jsonl").write_text(
+        "".join(json.dumps({"image": f"images/{n}.png"}) + "\n" for n in (0, 1, 2, 3, 4, 9))
+    )
     caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(tmp_path / "out"), **TOY))
     rows = rows_of(tmp_path / "out")
     assert [row.get("caption") for row in rows] == [expected[0], None, None, None, expected[1], None]
@@ -192,7 +195,9 @@ def test_a_folder_of_many_things_is_taken_refused_or_counted(tmp_path, capsys):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(ValueError, match=r"text.parquet: expected rows with image or images, found 1 rows of \['text'\]"):
         plan_shards(tmp_path / "text.parquet", 4)
-    (tmp_path / "list.jsonl").write_text('{"id": null, "image": null, "image_path": "a"}\n{"id": null, "images": ["b"]}\n')
+    (tmp_path / "list.jsonl").write_text(
+        '{"id": null, "image": null, "image_path": "a"}\n{"id": null, "images": ["b"]}\n'
+    )
     (shard,) = plan_shards(tmp_path / "list.jsonl", 4)
     assert [(id, name) for id, name, _ in shard.images()] == [("a", "a"), ("b", "b")]
 
@@ -261,7 +266,7 @@ def test_a_single_picture_and_errors_that_are_the_same_in_every_run(tmp_path, ex
     assert not any("0x" in row.get("error", "") for row in found[0])
 
 
-# ------------------------------------------------------------------------------------------------------------- leases
+# ------------------------------------------------------------------------------------------- leases
 
 
 def test_one_of_many_workers_gets_the_lease(tmp_path):
@@ -337,7 +342,7 @@ def test_two_workers_killed_four_times_write_every_row_once(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["about.json", *(f"shard-00000{n}.jsonl" for n in range(3))]
 
 
-# ------------------------------------------------------------------------------------------------------------- exports
+# ------------------------------------------------------------------------------------------ exports
 
 
 @pytest.fixture
@@ -391,7 +396,8 @@ def test_an_export_warns_of_images_that_trainers_see_otherwise(finished, tmp_pat
 
 
 def test_llama_factory_export_field_by_field(finished):
-    """As LLaMA-Factory documents it: dataset_info.json names file, formatting and columns; the tags are its defaults."""
+    """As LLaMA-Factory documents it: dataset_info.json names file, formatting and columns; the tags
+    are its defaults."""
     main(["--out", str(finished), "--export", "sharegpt"])
     info = json.loads((finished / "dataset_info.json").read_text())["captions"]
     assert info["formatting"] == "sharegpt" and set(info) == {"file_name", "formatting", "columns"}
@@ -399,7 +405,8 @@ def test_llama_factory_export_field_by_field(finished):
     assert len(rows) == 2
     for row in rows:
         turns, images = row[info["columns"]["messages"]], row[info["columns"]["images"]]
-        assert [turn["from"] for turn in turns] == ["human", "gpt"] and all(isinstance(turn["value"], str) for turn in turns)
+        assert [turn["from"] for turn in turns] == ["human", "gpt"]
+        assert all(isinstance(turn["value"], str) for turn in turns)
         assert sum(turn["value"].count("<image>") for turn in turns) == len(images) == 1
     assert check_export(finished / "sharegpt.json") == 2
 
@@ -414,7 +421,11 @@ def test_an_export_wants_all_shards_and_files(finished):
         main(["--out", str(finished), "--export", "llava"])
 
 
-GOOD = {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]}
+GOOD = {
+    "id": "a",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}],
+}
 
 
 @pytest.mark.parametrize(("change", "reason"), [

@@ -54,7 +54,11 @@ def test_rows_and_images_that_cannot_be_used_are_counted_and_named(tmp_path, cap
     path.write_text("\n".join([*lines[:3], json.dumps(broken), *lines[4:]]) + "\n")
     (tmp_path / "set/images/train-000005.png").write_bytes(b"no image")
     with pytest.raises(SystemExit) as stop:
-        check(toy_config(data=str(path), run_dir=str(tmp_path / "run"), prompts_per_step=4, group_size=2, probe_images=2))
+        check(
+            toy_config(
+                data=str(path), run_dir=str(tmp_path / "run"), prompts_per_step=4, group_size=2, probe_images=2
+            )
+        )
     said = capsys.readouterr().out
     assert stop.value.code == 2 and "WRONG  data" in said and "1 rows and 1 images cannot be used" in said
     assert "examples.jsonl line 4: id 'train-000003', question 0: answer_index 9 outside" in said
@@ -67,7 +71,8 @@ def test_too_few_sound_rows_for_a_step_are_said_with_what_is_wrong_with_the_othe
     with pytest.raises(SystemExit) as stop:
         check(toy_config(data=str(tmp_path / "set/examples.jsonl"), run_dir=str(tmp_path / "run"), prompts_per_step=4))
     said = capsys.readouterr().out
-    assert stop.value.code == 2 and "0 rows and 1 images cannot be used" in said and "train-000002.png: expected" in said
+    assert stop.value.code == 2 and "0 rows and 1 images cannot be used" in said
+    assert "train-000002.png: expected" in said
 
 
 def test_findings_read_as_a_table():
@@ -81,7 +86,10 @@ def test_lengths_that_do_not_fit(policy):
     room = policy.model.config.text_config.max_position_embeddings
     fine = check_lengths(policy, [16, 64, 20], 20, 100, config)
     assert not fine.problem and "images 16 to 64, median 20, at most" in fine.facts and "text 20" in fine.facts
-    assert f"take {room + 1} positions, the policy has {room}" in check_lengths(policy, [room - 119], 20, 100, config).problem
+    assert (
+        f"take {room + 1} positions, the policy has {room}"
+        in check_lengths(policy, [room - 119], 20, 100, config).problem
+    )
     assert not check_lengths(policy, [room - 120], 20, 100, config).problem
     assert "captions of 99 tokens" in check_lengths(policy, [16], 20, 99, config).problem
 
@@ -114,7 +122,10 @@ def test_the_setting_that_is_named_changes_something(tmp_path, change, setting):
 
 def test_a_template_that_opens_think_is_named(tmp_path, capsys):
     assert not check_templates({"policy": "<think>\n\n</think>\n\n", "verifier": "</think> The answer is"}).problem
-    assert "the verifier's opens <think>" in check_templates({"policy": "a", "verifier": "<think>\n The answer is"}).problem
+    assert (
+        "the verifier's opens <think>"
+        in check_templates({"policy": "a", "verifier": "<think>\n The answer is"}).problem
+    )
     shutil.copytree("data/toy/policy", tmp_path / "policy")
     template = tmp_path / "policy/chat_template.jinja"
     template.write_text(template.read_text().rstrip() + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}")
@@ -213,7 +224,8 @@ def test_a_verifier_is_asked_what_it_is_told():
     def knows(captions, asked, names):
         return [[Answer(q.gold) for q in group] for group in asked]
 
-    assert "told" in check_verifier(gold_probe(examples, knows, RewardConfig())).problem  # a caption makes no difference
+    # a caption makes no difference
+    assert "told" in check_verifier(gold_probe(examples, knows, RewardConfig())).problem
     fails = {"gold_caption": 0.9, "no_caption": 0.3, "chance": 0.25, "failed_share": 0.1, "unparsed_share": 0}
     assert "could not be scored" in check_verifier(fails).problem
     assert "keep those that need the image" in check_verifier(fails | {"no_caption": 0.45}).problem

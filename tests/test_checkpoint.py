@@ -46,8 +46,9 @@ def settings(run_dir: Path, **changes) -> TrainConfig:
 
 
 def run_and_kill(folder: Path) -> None:
-    """Runs in child processes, one after the other in the same run folder, each killed at a random moment or, every third,
-    while it saves. A run that got through is followed by one in a new folder.
+    """Runs in child processes, one after the other in the same run folder, each killed at a random
+    moment or, every third, while it saves. A run that got through is followed by one in a new
+    folder.
 
     This process has imported everything and computed nothing, so that forks of it are safe.
     """
@@ -101,7 +102,10 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path):
     assert sorted(want)[:1] == ["audit.jsonl"] and len(want["metrics.jsonl"].splitlines()) == 6
     for number in range(counted["runs"]):
         assert everything(tmp_path / f"killed-{number}") == want
-        steps = [json.loads(line)["step"] for line in (tmp_path / f"killed-{number}/timing.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"]
+            for line in (tmp_path / f"killed-{number}/timing.jsonl").read_text().splitlines()
+        ]
         assert steps == list(range(6))
 
 
@@ -265,7 +269,9 @@ def test_a_longer_run_goes_on_from_a_finished_one(left_alone, tmp_path):
     assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["latest", "step_000002"]
     train(settings(tmp_path / "run", export_every=4))
     first, second = ((run / "rollouts/step_000005.jsonl").read_text() for run in (left_alone, tmp_path / "run"))
-    assert [json.loads(line)["id"] for line in first.splitlines()] == [json.loads(line)["id"] for line in second.splitlines()]
+    assert [json.loads(line)["id"] for line in first.splitlines()] == [
+        json.loads(line)["id"] for line in second.splitlines()
+    ]
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["latest", "step_000005", "step_000006"]
     AutoModelForImageTextToText.from_pretrained(tmp_path / "run/export/step_000004")
@@ -309,7 +315,11 @@ def test_a_checkpoint_holds_all_that_a_step_changes(tmp_path):
     assert torch.equal(plain.a, model.a)  # moments made beforehand are those that AdamW makes
     for number in (1, 2, 3):
         save_checkpoint(tmp_path, number, training_state(model, optimizer), keep=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_000002",
+        "step_000003",
+    ]
     other, other_optimizer, other_state = toy_state()
     folder, num_steps = latest_checkpoint(tmp_path)
     load_checkpoint_(folder, other_state)
@@ -352,7 +362,9 @@ def test_a_run_that_could_not_save_one_checkpoint_is_not_begun(tmp_path, monkeyp
     stale.mkdir(parents=True)
     state = toy_state()[2]
     size = sum(tensor.nbytes for tensor in state.values())
-    monkeypatch.setattr(io.shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - (not stale.exists())})())
+    monkeypatch.setattr(
+        io.shutil, "disk_usage", lambda path: type("Usage", (), {"free": size - (not stale.exists())})()
+    )
     with pytest.raises(ValueError, match=f"expected room for {size} bytes, found {size - 1} bytes free at"):
         make_room(tmp_path, state)
 

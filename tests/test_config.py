@@ -150,7 +150,11 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
         (tmp_path / name).write_text(json.dumps({"id": "a", "image": "image", "questions": [question]}))
     for name in ("FULL", "EMPTY", "BROKEN", "BADGOLD", "BADIMAGE", "IMAGE", "TEN"):
         arguments, message = (text.replace(name, str(tmp_path / name.lower())) for text in (arguments, message))
-    arguments = arguments if "--run-dir" in arguments or program is not train else f"{arguments} --run-dir {tmp_path / 'run'}"
+    arguments = (
+        arguments
+        if "--run-dir" in arguments or program is not train
+        else f"{arguments} --run-dir {tmp_path / 'run'}"
+    )
     with pytest.raises(SystemExit) as stop:
         run_program(program.main, arguments.split())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -50,7 +50,11 @@ BLOCK = "#### 1. **What color is the {id}?**\n - A) red\n - B) blue\n - C) green
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted((folder / "rows").glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted((folder / "rows").glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def scenes(folder: Path, num: int) -> Path:
@@ -60,7 +64,7 @@ def scenes(folder: Path, num: int) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------- answering
+# ---------------------------------------------------------------------------------------- answering
 
 
 def asked_of(scene_index: int, num: int) -> list[Asked]:
@@ -95,17 +99,21 @@ def test_answers_are_those_of_the_whole_prompt_run_by_itself(policy):
             assert answer.chosen == int(want.argmax()) and not answer.failure
     alone = answer_by_options(policy, writer, example, True, asked, batch_size=1)
     whole = answer_by_options(policy, writer, example, True, asked, batch_size=99)
-    assert torch.allclose(torch.tensor([a.probs for a in alone[:2]]), torch.tensor([a.probs for a in whole[:2]]), atol=1e-5)
+    assert torch.allclose(
+        torch.tensor([a.probs for a in alone[:2]]), torch.tensor([a.probs for a in whole[:2]]), atol=1e-5
+    )
 
 
 def test_a_broken_model_gives_failures_and_no_answers(policy):
     with torch.no_grad():
         policy.model.lm_head.weight.fill_(torch.nan)
-    [answer] = answer_by_options(policy, PromptWriter(policy.tokenizer), Example("a", None, ()), False, asked_of(0, 1), 8)
+    [answer] = answer_by_options(
+        policy, PromptWriter(policy.tokenizer), Example("a", None, ()), False, asked_of(0, 1), 8
+    )
     assert answer.chosen is None and "not finite" in answer.failure
 
 
-# ---------------------------------------------------------------------------------------------------------- the rule
+# ----------------------------------------------------------------------------------------- the rule
 
 QUESTION = Question("What color is the cup?", ("red", "blue", "green", "pink"), 1)
 
@@ -158,7 +166,8 @@ def test_a_question_that_could_not_be_scored_is_neither_kept_nor_wrong():
 
 
 def test_zero_of_four_lets_a_third_of_guesses_through_and_the_prior_catches_who_leans():
-    """Who guesses among four options misses four times in 0.75 ** 4 = 32%; who holds the right one for likely is caught."""
+    """Who guesses among four options misses four times in 0.75 ** 4 = 32%; who holds the right one
+    for likely is caught."""
     assert verdict(4, 0, 0.6) == "likely without the image"
 
 
@@ -189,15 +198,19 @@ def test_repeats_go_and_of_two_alike_the_harder_stays():
     config = FilterConfig(data="", out="", max_similarity=0.75)
     fates = [one["fate"] for one in select_questions(questions, kept, config)]
     assert fates == ["repeated", "kept", "kept", "repeated", "kept"]  # 5 of 6 words are alike: 0.83
-    assert similarity(questions[0], questions[3]) == pytest.approx(5 / 6) and similarity(questions[0], questions[2]) == 0
-    fates = [one["fate"] for one in select_questions(questions, kept, replace(config, max_similarity=1, max_questions=3))]
+    assert similarity(questions[0], questions[3]) == pytest.approx(5 / 6)
+    assert similarity(questions[0], questions[2]) == 0
+    fates = [
+        one["fate"]
+        for one in select_questions(questions, kept, replace(config, max_similarity=1, max_questions=3))
+    ]
     assert fates == ["repeated", "kept", "kept", "over the cap", "kept"]
     wrong = [{"fate": "wrong with the image", "prior": 0.0}, *kept[1:]]
     assert select_questions(questions, wrong, config)[1]["fate"] == "kept"  # what is out repeats nothing
     assert kept[0] == {"fate": "kept", "prior": 0.3}
 
 
-# ------------------------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------------------- the commands
 
 
 def scripted(images, keys):
@@ -305,7 +318,10 @@ def test_another_rule_is_decided_from_the_measurements_there_are(tmp_path):
     def answer(example, with_image, asked):  # right with the image; without it now and then
         told = [it.gold if with_image or (it.source + place) % 3 == 0 else (it.gold + 1) % len(it.options)
                 for place, it in enumerate(asked)]
-        return [Answer(place, probs=[float(n == place) for n in range(len(it.options))]) for it, place in zip(asked, told)]
+        return [
+            Answer(place, probs=[float(n == place) for n in range(len(it.options))])
+            for it, place in zip(asked, told)
+        ]
 
     def never(*given):
         raise AssertionError("measured again")
@@ -339,7 +355,7 @@ def test_rows_of_one_picture_are_filtered_as_one(tmp_path):
         ("00.png", ["kept", "repeated"]), ("01.png", ["kept"])]
 
 
-# ----------------------------------------------------------------------------------------------------- killed and rerun
+# --------------------------------------------------------------------------------- killed and rerun
 
 
 def slowly(images, keys):
@@ -368,7 +384,8 @@ def answers_slowly(example, with_image, asked):
 def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_path, monkeypatch, command):
     photos, out = scenes(tmp_path / "photos", 1), tmp_path / "out"
     for n in range(1, 30):
-        (photos / f"{n:02d}.png").write_bytes((photos / "00.png").read_bytes() + bytes([n]))  # each a picture of its own
+        # each a picture of its own
+        (photos / f"{n:02d}.png").write_bytes((photos / "00.png").read_bytes() + bytes([n]))
     with (tmp_path / "photos/examples.jsonl").open("w") as file:
         for n in range(30):
             file.write(json.dumps(example_row(Example(f"{n:02d}.png", Path(), (QUESTION,)), f"{n:02d}.png")) + "\n")
@@ -436,12 +453,13 @@ def test_ids_must_be_unique(tmp_path):
         generate(GenerateConfig(str(photos / "x.jsonl"), str(tmp_path / "out")), scripted)
 
 
-# ----------------------------------------------------------------------------------------------------------- the images
+# --------------------------------------------------------------------------------------- the images
 
 
 def test_detail_by_hand():
     assert detail(Image.new("RGB", (8, 8), "white")) == (0.0, 0.0)
-    halves = Image.fromarray(np.repeat([[0, 255]], 4, axis=0).astype(np.uint8).repeat(4, axis=1))  # 4 x 8, one edge down
+    # 4 x 8, one edge down
+    halves = Image.fromarray(np.repeat([[0, 255]], 4, axis=0).astype(np.uint8).repeat(4, axis=1))
     assert detail(halves) == (1.0, 4 / 32)
     assert detail(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))[0] == 8.0
 
@@ -528,7 +546,9 @@ def test_every_picture_gets_a_decision_with_its_score(tmp_path):
     (photos / "large.png").unlink()
     (tmp_path / "out2").mkdir()
     choose_images(ImagesConfig(str(photos), str(tmp_path / "out2")))
-    decisions = {row["id"]: row for row in map(json.loads, (tmp_path / "out2/decisions.jsonl").read_text().splitlines())}
+    decisions = {
+        row["id"]: row for row in map(json.loads, (tmp_path / "out2/decisions.jsonl").read_text().splitlines())
+    }
     assert decisions["copy.png"]["fate"] == "exact duplicate" and decisions["copy.png"]["of"] == "00.png"
 
 
@@ -537,7 +557,9 @@ def test_an_encoder_and_a_classifier_by_name(tmp_path):
     size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     CLIPVisionModel(CLIPVisionConfig(**size)).save_pretrained(tmp_path / "encoder")
-    ViTForImageClassification(ViTConfig(**size, id2label={0: "fine", 1: "nsfw"})).save_pretrained(tmp_path / "classifier")
+    ViTForImageClassification(ViTConfig(**size, id2label={0: "fine", 1: "nsfw"})).save_pretrained(
+        tmp_path / "classifier"
+    )
     for name in ("encoder", "classifier"):
         processor.save_pretrained(tmp_path / name)
     photos = scenes(tmp_path / "photos", 5)
@@ -548,10 +570,16 @@ def test_an_encoder_and_a_classifier_by_name(tmp_path):
     assert all(0 < row["unsafe"] < 1 and "embedding" in row for row in rows)
     assert all("embedding" not in row for row in decisions)
     assert [row["fate"] for row in decisions] == ["unsafe" if row["unsafe"] > 0.5 else "kept" for row in rows]
-    choose_images(ImagesConfig(str(photos), str(tmp_path / "out"), **flags | {"max_similarity": -1.0, "max_unsafe": 1.0}))
+    choose_images(
+        ImagesConfig(str(photos), str(tmp_path / "out"), **flags | {"max_similarity": -1.0, "max_unsafe": 1.0})
+    )
     decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
     assert sorted(row["fate"] for row in decisions) == ["kept", *["similar"] * 4]  # thresholds change, measures stay
     with pytest.raises(ValueError, match=r"expected the label 'violence', found \['fine', 'nsfw'\]"):
-        choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), classifier=flags["classifier"], unsafe_label="violence"))
+        choose_images(
+            ImagesConfig(
+                str(photos), str(tmp_path / "x"), classifier=flags["classifier"], unsafe_label="violence"
+            )
+        )
     with pytest.raises(ValueError, match="nowhere: expected a vision model"):
         choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=str(tmp_path / "nowhere")))

@@ -79,7 +79,8 @@ def step_on_rank(out: Path, replicas: int, freeze: str) -> None:
 
 def torchrun(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}  # two threads a rank would fight for cores
+    # two threads a rank would fight for cores
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
@@ -144,7 +145,10 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     settings = ["--data", "toy:train:7", "--num-steps", "2", "--prompts-per-step", "4", "--group-size", "3"]
     for num_ranks in (1, 2):
         torchrun(num_ranks, "train.py", "toy", *settings, "--run-dir", str(tmp_path / str(num_ranks)))
-    one, two = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("1", "2"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("1", "2")
+    )
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=2e-3)
     first = [(tmp_path / n / "rollouts/step_000000.jsonl").read_text().splitlines() for n in ("1", "2")]
@@ -155,7 +159,10 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     # and what two ranks began one can end: the same images, and nearly the same numbers
     for run_dir in ("1", "2"):
         torchrun(1, "train.py", "toy", *settings, "--run-dir", str(tmp_path / run_dir), "--resume", "--num-steps", "4")
-    one, two = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("1", "2"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("1", "2")
+    )
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):
         assert b == pytest.approx(a, abs=1e-2)

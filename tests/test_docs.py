@@ -1,4 +1,5 @@
-"""README and docs say what is true: their commands are taken by the programs, those that can run here run, forks work."""
+"""README and docs say what is true: their commands are taken by the programs, those that can run
+here run, forks work."""
 
 import ast
 import re
@@ -234,7 +235,7 @@ def test_commands_run_at_their_smallest_setting_in_the_order_of_the_pages(tmp_pa
     assert (tmp_path / "runs/captions/shard-000000.jsonl").read_text().count("\n") == 2
 
 
-# ------------------------------------------------------------------------------------------------------------------- forks
+# -------------------------------------------------------------------------------------------- forks
 
 
 FILE = re.compile(r"^--- ", re.MULTILINE)
@@ -306,7 +307,9 @@ def test_the_forks_of_the_docs_work(tmp_path):
         change(tmp_path, diff)
     [(_, command)] = written_for("fork")
     arguments = shlex.split(command)[2:] + shlex.split(SMALLEST["train.py"]) + ["--group-size", "3"]
-    result = subprocess.run([sys.executable, "-c", HAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, "-c", HAND, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr[-3000:]
 
 

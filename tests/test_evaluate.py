@@ -43,16 +43,21 @@ def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
     (rows,) = run(config)[1].values()
     assert len(rows) == 8 and [r["id"] for r in rows[::2]] == [f"heldout-00000{n}" for n in range(4)]
     for r in rows:
-        assert r["accuracy"] == pytest.approx(sum(q["chosen"] == q["gold"] for q in r["questions"]) / len(r["questions"]))
+        assert r["accuracy"] == pytest.approx(
+            sum(q["chosen"] == q["gold"] for q in r["questions"]) / len(r["questions"])
+        )
     with monkeypatch.context() as patched:
         patched.setattr(tools.caption_cache, "caption_batches", lambda *a, **k: iter(()))
         (again,) = run(PrismConfig(**{**vars(config), "out": ""}))[1].values()
     assert again == rows
-    (read,) = run(PrismConfig(data=("toy:heldout:4",), captions=(str(tmp_path / "p.jsonl"),), cache="", **TOY))[1].values()
+    (read,) = run(PrismConfig(data=("toy:heldout:4",), captions=(str(tmp_path / "p.jsonl"),), cache="", **TOY))[
+        1
+    ].values()
     assert [r["accuracy"] for r in read] == [r["accuracy"] for r in rows] and [r["tokens"] for r in read] == [
         r["tokens"] for r in rows]
     written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    assert [r["accuracy"] for r in written] == [r["accuracy"] for r in rows] and written[0]["benchmark"] == "toy:heldout:4"
+    assert [r["accuracy"] for r in written] == [r["accuracy"] for r in rows]
+    assert written[0]["benchmark"] == "toy:heldout:4"
     # Thumbnails lie beside the file under its name: not among other files', whose images may have the same ids.
     assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "p.thumbnails", "cache"}
     assert all(thumbnail_file(tmp_path / "p.jsonl", r["id"]).is_file() for r in rows)
@@ -73,7 +78,10 @@ def test_several_captioners_and_floors_in_one_call(tmp_path, capsys):
     main(["prism", "--captions", f"dense={tmp_path}/dense.jsonl", f"half={tmp_path}/half.jsonl", "--floors", "--verifier",
           "data/toy/verifier", "--data", "toy:heldout:6", "--out", str(tmp_path / "t.jsonl")])
     printed = capsys.readouterr().out
-    found = {t["captioner"]: t["families"]["all"]["accuracy"] for t in json.loads((tmp_path / "t.json").read_text())["tables"]}
+    found = {
+        t["captioner"]: t["families"]["all"]["accuracy"]
+        for t in json.loads((tmp_path / "t.json").read_text())["tables"]
+    }
     assert list(found) == ["dense", "half", "dense, another image's", "half, another image's", "no caption"]
     assert found["dense"] > found["half"] > found["no caption"] and found["dense"] > found["dense, another image's"]
     assert "| toy:heldout:6 | half | dense |" in printed and (tmp_path / "t.md").read_text() in printed + "\n"
@@ -82,7 +90,8 @@ def test_several_captioners_and_floors_in_one_call(tmp_path, capsys):
 
 
 def test_free_answers_and_the_model_that_looks(tmp_path, capsys):
-    """Words are generated, read and scored through the whole program; toy models know none of it and earn about nothing."""
+    """Words are generated, read and scored through the whole program; toy models know none of it
+    and earn about nothing."""
     path = tsv(tmp_path / "c.tsv", [{"question": "Which color?", "answer": "red", "split": "x"},
                                     {"question": "How many?", "answer": "3", "split": "y"}])
     (tmp_path / "captions.jsonl").write_text('{"id": "0", "caption": "The circle is red."}\n')
@@ -148,7 +157,9 @@ def one_question_a_row(folder: Path, order: int = 1) -> Path:
     rows = []
     for number, name in enumerate(("a.png", "b.png", "copy.png", "a.png", "b.png")):
         questions = scene_questions(make_scene("heldout", int(name == "b.png")))
-        rows.append({"id": f"q{number}", "image": name, "family": "all", "questions": [question_row(questions[number])]})
+        rows.append(
+            {"id": f"q{number}", "image": name, "family": "all", "questions": [question_row(questions[number])]}
+        )
     path = folder / "vqa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[::order]))
     return path

@@ -74,7 +74,9 @@ def question(**changes) -> dict:
     ],
 )
 def test_labels_are_taken_off_once(tmp_path, choices, want):
-    [_, example] = load_examples(write(tmp_path / "q.jsonl", ROW, question(choices=choices, answer_index=0) | {"id": "b"}))
+    [_, example] = load_examples(
+        write(tmp_path / "q.jsonl", ROW, question(choices=choices, answer_index=0) | {"id": "b"})
+    )
     assert example.questions[1].choices == want
 
 
@@ -146,7 +148,7 @@ def test_load_images(tmp_path):
         load_images(Path(write(tmp_path / "j.jsonl", {"id": "a"})))
 
 
-# ------------------------------------------------------------------------------------------------------ published files
+# ---------------------------------------------------------------------------------- published files
 
 ENTRY = pa.struct({"question": pa.string(), "choices": pa.list_(pa.string()), "answer": pa.string()})
 CAPRL = pa.schema({
@@ -247,7 +249,8 @@ def test_generator_output_is_read_and_its_bad_blocks_are_refused_one_by_one(tmp_
     bad = "#### 2. **Which?**\n - A) x\n - B) y\n**Answer:** B) x\n"
     examples, refused = scan_examples(write_set(tmp_path, [raw("a", qa_response=BLOCKS + bad)]))
     assert examples[0].questions == (Question("What color is the car?", ("red", "blue"), 1),)
-    assert len(refused) == 1 and "line 1: id 'a', question 1: answer is none of the options, or its letter" in refused[0]
+    assert len(refused) == 1
+    assert "line 1: id 'a', question 1: answer is none of the options, or its letter" in refused[0]
 
 
 def test_a_folder_is_read_file_by_file_and_ids_are_unique_in_all_of_it(tmp_path):
@@ -367,7 +370,10 @@ def test_what_is_broken_is_refused_with_file_row_and_reason_while_the_rest_goes_
     head, *listed = [json.loads(line) for line in Path(source + ".manifest.jsonl").read_text().splitlines()]
     assert counts["images"] == 2 and counts["rows"] == 3 and counts["refused rows"] == 1
     assert head["images"] == 2 and listed
-    assert all(one["file"] == "set" and one["row"] == ("row 1" if make in (caprl, captionqa) else "line 2") for one in listed)
+    assert all(
+        one["file"] == "set" and one["row"] == ("row 1" if make in (caprl, captionqa) else "line 2")
+        for one in listed
+    )
     assert message in listed[0]["reason"] and "row 1" not in listed[0]["reason"] and "\n" not in listed[0]["reason"]
     assert [example.id for example in load_examples(source)] == ["first", "last"]
 
@@ -465,11 +471,12 @@ def test_half_a_surrogate_pair_anywhere_refuses_its_row_alone(tmp_path, row):
     assert refused[0].endswith("set line 2: expected text in the row, got half a surrogate pair")
 
 
-# ----------------------------------------------------------------------------------------------------- what a picture is
+# -------------------------------------------------------------------------------- what a picture is
 
 
 def test_a_picture_is_its_bytes_and_only_what_may_be_equal_is_read(tmp_path, monkeypatch):
-    """Paths, links and copies; in parquet; unequal files of one size are two pictures; no file of its own size is opened."""
+    """Paths, links and copies; in parquet; unequal files of one size are two pictures; no file of
+    its own size is opened."""
     for name, content in (("a", b"one"), ("copy", b"one"), ("other", b"two"), ("long", b"three"), ("gone", b"gone!!")):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "link").symlink_to("a")
@@ -484,9 +491,12 @@ def test_a_picture_is_its_bytes_and_only_what_may_be_equal_is_read(tmp_path, mon
     files = [tmp_path / name for name in ("a", "long", "copy", "other", "link", "again", "a", "long", "none")]
     files[-1].write_bytes(b"unread")
     assert groups(files) == [0, 1, 0, 3, 0, 1, 0, 1, 8]
-    assert len(read) == 3 and {path.name for path in read} <= {"a", "link", "copy", "other"}  # each file once, by any name
+    assert len(read) == 3
+    assert {path.name for path in read} <= {"a", "link", "copy", "other"}  # each file once, by any name
     assert groups(files[:2] + files[5:8]) == [0, 1, 1, 0, 1] and len(read) == 3  # nothing more was opened
-    parquet = write_parquet(tmp_path / "set", [caprl("x"), caprl("y", image={"bytes": png(9), "path": "y"}), caprl("z")])
+    parquet = write_parquet(
+        tmp_path / "set", [caprl("x"), caprl("y", image={"bytes": png(9), "path": "y"}), caprl("z")]
+    )
     stored = [example.image for example in load_examples(parquet)]
     (tmp_path / "file.png").write_bytes(png())
     broken = StoredImage("broken", lambda: (_ for _ in ()).throw(ValueError("no picture")))
@@ -502,13 +512,14 @@ def test_rows_of_one_picture_become_one_example():
             Example("3", image, (two, replace(one, kind="color")), "g"), Example("4", image, (replace(one, answer_index=1),))]
     first, second = merge_pictures(rows)
     assert (first.id, first.family, first.other_ids) == ("1", "f", ("3", "4")) and first.image is image
-    assert first.questions == (one, two, replace(one, answer_index=1))  # equal ones once; another answer is another question
+    # equal ones once; another answer is another question
+    assert first.questions == (one, two, replace(one, answer_index=1))
     assert second is rows[1]  # what is one row stays as it is
 
 
 def test_a_question_with_two_answers_on_one_picture_is_named_with_its_rows(capsys):
-    """Whatever the order of its options, in rows of one picture or in one row. Another question, other options or another
-    picture may have another answer."""
+    """Whatever the order of its options, in rows of one picture or in one row. Another question,
+    other options or another picture may have another answer."""
     image, other = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     one = Question("Color?", ("red", "blue"), 0)
     rows = [Example("1", image, (one,)), Example("2", other, (replace(one, answer_index=1),)),

@@ -48,7 +48,10 @@ def png(size: tuple[int, int], depth: int, color: int, row: bytes, transparent: 
     """A PNG of one row, which Pillow itself does not write: few bits, or 16 of each colour."""
     head = struct.pack(">IIBBBBB", *size, depth, color, 0, 0, 0)
     chunks = ((b"IHDR", head), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
-    parts = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
     return StoredImage("x", lambda: b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 

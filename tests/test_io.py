@@ -15,4 +15,7 @@ def test_room_is_looked_for_and_nothing_is_left(tmp_path):
 
 
 def test_what_was_not_measured_is_null_in_the_records():
-    assert to_json({"a": math.nan, "b": [1.5, {"c": math.inf}], "d": "é"}) == '{"a": null, "b": [1.5, {"c": null}], "d": "é"}'
+    assert (
+        to_json({"a": math.nan, "b": [1.5, {"c": math.inf}], "d": "é"})
+        == '{"a": null, "b": [1.5, {"c": null}], "d": "é"}'
+    )

@@ -44,7 +44,9 @@ def test_sure_ratings_reach_the_ends(policy):
 
 def test_the_prompt_ends_in_the_answers_start_and_no_caption_writes_a_special_token(policy):
     prompt = policy.prompt(EXAMPLES[0].image, RATING_INSTRUCTION + "x", RATING_START)
-    assert policy.tokenizer.decode(prompt.input_ids).endswith(f"Caption: x<|im_end|>\n<|im_start|>assistant\n{RATING_START}")
+    assert policy.tokenizer.decode(prompt.input_ids).endswith(
+        f"Caption: x<|im_end|>\n<|im_start|>assistant\n{RATING_START}"
+    )
     with pytest.raises(ValueError, match="expected one image placeholder in the chat template's prompt, got 2"):
         policy.prompt(EXAMPLES[0].image, RATING_INSTRUCTION + "<|image_pad|>")
     assert judged(policy).rewards.isfinite().all()

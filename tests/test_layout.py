@@ -61,4 +61,7 @@ def test_every_place_of_the_tour_is_there():
     places = re.findall(r"`([\w/]+\.py): (\w+)`", text)
     assert len(places) > 30 and len(text.splitlines()) < 120
     for file, name in places:
-        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.* = ", (ROOT / file).read_text(), re.MULTILINE), (file, name)
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.* = ", (ROOT / file).read_text(), re.MULTILINE), (
+            file,
+            name,
+        )

@@ -13,7 +13,9 @@ def test_the_console_line_shows_the_few_that_matter(tmp_path):
     assert log_step(tmp_path, 7, metrics, {}, {"seconds": 2.0, "seconds_update": 1.0}, rows) == (
         "step    7  reward 0.500  flat_groups nan  kl 0.250  seconds 2.000"
     )
-    said = log_step(tmp_path, 8, metrics, {"probe_accuracy": 0.5, "split_half": 0.1, "repetition": 0.0}, {}, rows).splitlines()
+    said = log_step(
+        tmp_path, 8, metrics, {"probe_accuracy": 0.5, "split_half": 0.1, "repetition": 0.0}, {}, rows
+    ).splitlines()
     assert said[1:] == ["    audit  probe_accuracy 0.500  split_half 0.100", "    reward nan  a: 'two\\nlines'"]
 
 

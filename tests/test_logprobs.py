@@ -51,8 +51,9 @@ def test_a_pad_id_inside_the_prompt_keeps_its_attention(policy):
 
 @torch.no_grad()
 def test_sampler_and_trainer_agree_in_bfloat16(policy, prompts):
-    """As on a GPU, where both compute in it, with kernels of their own. Tolerance: 0.03 nats in the mean, 0.25 for the worst
-    token (seen on three seeds: 0.014 and 0.10). Rounding weights and activations itself moves a token by 0.08 in the mean."""
+    """As on a GPU, where both compute in it, with kernels of their own. Tolerance: 0.03 nats in the
+    mean, 0.25 for the worst token (seen on three seeds: 0.014 and 0.10). Rounding weights and
+    activations itself moves a token by 0.08 in the mean."""
     cast_weights_(policy.model, torch.bfloat16)
     rollouts = sample_rollouts(policy, prompts, keys(4, 3), 24)
     logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
@@ -80,7 +81,9 @@ def test_a_packed_group_equals_separate_rows_in_values_and_gradients(policy, pro
         total = total + (want * weights[row, : len(completion)]).sum()
     total.backward()
     for name, parameter in policy.model.named_parameters():
-        assert torch.allclose(packed[name], parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item()), name
+        assert torch.allclose(
+            packed[name], parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item()
+        ), name
 
 
 def test_group_attention_against_its_definition():
@@ -132,7 +135,9 @@ def test_no_shift_by_one(policy, prompts):
     rollouts = given(policy, prompts[:1], [[last + 1, last + 2, last + 3], [last + 1]])
     logprobs, entropies = CompletionScorer(policy.model, policy.pad_id, ())(rollouts)
     assert logprobs.abs().max() < 1e-6 and entropies.abs().max() < 1e-6
-    wrong, _ = CompletionScorer(policy.model, policy.pad_id, ())(given(policy, prompts[:1], [[last, last + 1], [last + 2]]))
+    wrong, _ = CompletionScorer(policy.model, policy.pad_id, ())(
+        given(policy, prompts[:1], [[last, last + 1], [last + 2]])
+    )
     assert (wrong[:, 0] < -50).all()
 
 
@@ -204,7 +209,9 @@ def test_head_in_bfloat16_is_near():
 def test_entropy_of_uniform_logits_is_log_v():
     _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.zeros(3, dtype=torch.long), 1.0, (), 2)
     assert entropy.tolist() == pytest.approx([math.log(50)] * 3, abs=1e-5)
-    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, (7, 8), 2)
+    _, entropy = HeadLogprobs.apply(
+        torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, (7, 8), 2
+    )
     assert entropy.tolist() == pytest.approx([math.log(48)] * 3, abs=1e-5)
 
 

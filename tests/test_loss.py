@@ -77,7 +77,9 @@ def test_against_brute_force(seed, reduction):
     advantages = torch.randn(6, generator=generator, dtype=torch.float64)
     weights = token_weights(mask, reduction, lengths.sum().item(), 5, 9).double()
     loss, _ = policy_loss(logprobs, old, advantages, weights, 0.2, 0.28, ref, 0.04)
-    want = brute_force(logprobs.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths.tolist(), 0.04, reduction, 9)
+    want = brute_force(
+        logprobs.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths.tolist(), 0.04, reduction, 9
+    )
     assert loss.item() == pytest.approx(want, abs=1e-7)
 
 

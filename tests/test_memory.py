@@ -16,7 +16,8 @@ from grpo.rollout import sample_rollouts
 
 @pytest.mark.parametrize("changes", [{}, {"freeze": "vision"}, {"max_new_tokens": 48, "group_size": 4}])
 def test_what_autograd_keeps_is_what_is_estimated(changes):
-    """The tensors that the forward pass of a micro-batch saves, added up, against the estimate without head and pixels."""
+    """The tensors that the forward pass of a micro-batch saves, added up, against the estimate
+    without head and pixels."""
     from data.toy.world import draw, make_scene
     from grpo.update import prepare_training_
 
@@ -50,7 +51,8 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
 
 @pytest.mark.parametrize("vocab_size, rows", [(500, 0), (50_000, 160)])
 def test_one_token_more_in_the_vocabulary(policy, vocab_size, rows):
-    """Its row of the head's gradient; of a large vocabulary, whose logits outweigh a layer's gradients, a column of them."""
+    """Its row of the head's gradient; of a large vocabulary, whose logits outweigh a layer's
+    gradients, a column of them."""
     text = policy.model.config.text_config
     config, sizes = toy_config(prompts_per_step=1, group_size=4, max_new_tokens=40), []
     for text.vocab_size in (vocab_size, vocab_size + 1):
@@ -74,8 +76,8 @@ def test_a_verifier_that_replies_holds_logits_of_every_row(policy, verifier_mode
 
 
 def test_static_memory_hand_computed(policy):
-    """1 parameter of the sampler: 2 bytes; of the trainer: 12 over the ranks that share it, 4 more in the update, for its
-    gradient; of the reference: 2 over them."""
+    """1 parameter of the sampler: 2 bytes; of the trainer: 12 over the ranks that share it, 4 more
+    in the update, for its gradient; of the reference: 2 over them."""
     size = sum(parameter.numel() for parameter in policy.model.parameters())
     visual = sum(parameter.numel() for parameter in policy.model.model.visual.parameters())
     config = toy_config(prompts_per_step=8)
@@ -85,7 +87,9 @@ def test_static_memory_hand_computed(policy):
     assert four["peak"] == sum(four[part] for part in four if not part.startswith(("phase", "peak"))) + max(
         four[part] for part in four if part.startswith("phase")
     )
-    hybrid = estimate_memory(policy.model, None, replace(config, replicas=2, offload_reference=True), 4, True, 40, 20, 0)
+    hybrid = estimate_memory(
+        policy.model, None, replace(config, replicas=2, offload_reference=True), 4, True, 40, 20, 0
+    )
     assert hybrid["masters and moments"] == 12 * size // 2
     assert hybrid["reference"] == hybrid["verifier's weights"] == 0
     one, many = (

@@ -10,7 +10,9 @@ from tools.report.metrics import METRICS, metrics_page
 def test_each_key_is_defined_once_and_the_docs_are_the_list():
     keys = [one.key for metrics in METRICS.values() for one in metrics]
     assert len(keys) == len(set(keys)) and LOGS == ("metrics.jsonl", "audit.jsonl", "timing.jsonl")
-    assert Path("docs/metrics.md").read_text(encoding="utf-8") == metrics_page(), "its first lines say how to write it anew"
+    assert Path("docs/metrics.md").read_text(encoding="utf-8") == metrics_page(), (
+        "its first lines say how to write it anew"
+    )
     table = [line.split("|")[1].strip(" `") for line in metrics_page().splitlines() if line.startswith("| `")]
     assert table == keys
 
@@ -32,4 +34,5 @@ def test_a_real_run_writes_the_keys_of_the_list_and_no_others(tiny_run):
                 if unit == "count":
                     assert value == int(value) >= 0, key
                 assert isinstance(value, list) == unit.startswith("list"), key
-    assert {key for metrics in listed.values() for key in metrics} - seen == {"reward_judge"}  # test_train.py has a run with it
+    # test_train.py has a run with it
+    assert {key for metrics in listed.values() for key in metrics} - seen == {"reward_judge"}

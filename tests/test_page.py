@@ -1,4 +1,5 @@
-"""The report page: its numbers by hand, its text without a browser, and the whole of it in one, where one is installed."""
+"""The report page: its numbers by hand, its text without a browser, and the whole of it in one,
+where one is installed."""
 
 import base64
 import json
@@ -42,7 +43,7 @@ from tools.report.page import (
 from tools.stats import paired_difference, summarize
 from tools.thumbnails import keep_thumbnail
 
-# ------------------------------------------------------------------------------------------------------------ made-up runs
+# ------------------------------------------------------------------------------------- made-up runs
 
 HOSTILE = (
     "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\"> "
@@ -74,7 +75,7 @@ def evaluation(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def test_evenly_spaced_places():
@@ -82,7 +83,8 @@ def test_evenly_spaced_places():
     for count in range(2, 40):
         for at_most in range(2, count + 1):
             places = evenly(count, at_most)
-            assert len(set(places)) == at_most and places[0] == 0 and places[-1] == count - 1 and places == sorted(places)
+            assert len(set(places)) == at_most and places[0] == 0 and places[-1] == count - 1
+            assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,13 @@ def test_ticks_cover_whatever_comes():
     for _ in range(500):
         low, high = sorted(rng.gauss(0, 1) * 10 ** rng.uniform(-8, 8) for _ in range(2))
         found = ticks(low, high)
-        assert 2 <= len(found) <= 8 and found[0] <= low + 1e-6 * (high - low) and found[-1] >= high - 1e-6 * (high - low)
+        assert 2 <= len(found) <= 8 and found[0] <= low + 1e-6 * (high - low)
+        assert found[-1] >= high - 1e-6 * (high - low)
 
 
 def test_a_curve_by_hand():
-    """Steps 0 to 10 lie between x = 52 and 352, values 0 to 1 between y = 156 and 10; a gap where nothing was measured."""
+    """Steps 0 to 10 lie between x = 52 and 352, values 0 to 1 between y = 156 and 10; a gap where
+    nothing was measured."""
     lines = [{"label": "a", "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
     panel = draw("title", "share", [], lines, [{0: (0.0, 0.2), 10: (0.8, 1.0)}])
     assert panel["lines"][0]["runs"] == ["52.0,156.0 202.0,83.0"]
@@ -119,7 +123,8 @@ def test_the_band_of_the_accuracy_is_over_images(tmp_path):
             [("1", 0), ("1", 1), ("2", 1), ("2", 1)]]
     rows.append(caption_row("3", questions=[asked(correct=None)]))  # a judge's: nothing was answered
     [source] = load_sources(made_run(tmp_path / "run", [rows]))
-    # image 1 has 3 of 4, image 2 has 2 of 4: a draw of the two is 0.75, 0.625 or 0.5, the outer ones a quarter of the time
+    # image 1 has 3 of 4, image 2 has 2 of 4: a draw of the two is 0.75, 0.625 or 0.5, the outer
+    # ones a quarter of the time
     assert source.bands == {0: (0.5, 0.75)}
 
 
@@ -139,11 +144,17 @@ def test_what_is_not_in_the_list_is_drawn_all_the_same(tmp_path):
 
 def test_the_recipe_is_the_one_that_differs_least():
     assert nearest_preset(vars(toy_config(seed=3, num_steps=7))) == ("toy", {"num_steps": (7, 40), "seed": (3, 0)})
-    assert nearest_preset({"policy": "Qwen/Qwen3-VL-4B-Instruct", "setting of another version": 1}) == ("caprl-plus", {})
+    assert nearest_preset({"policy": "Qwen/Qwen3-VL-4B-Instruct", "setting of another version": 1}) == (
+        "caprl-plus",
+        {},
+    )
 
 
 def test_a_question_stands_once_for_all_captions_that_it_was_put_to():
-    rows = [caption_row("1", questions=[asked(), asked("Other?", chosen=1)]), caption_row("1", questions=[asked(chosen=1)])]
+    rows = [
+        caption_row("1", questions=[asked(), asked("Other?", chosen=1)]),
+        caption_row("1", questions=[asked(chosen=1)]),
+    ]
     side = pack_side(rows, 3)
     assert [one[0] for one in side["asked"]] == ["What color?", "Other?"] and side["step"] == 3
     assert [[answer[:3] for answer in caption["answers"]] for caption in side["captions"]] == [
@@ -187,7 +198,8 @@ def test_tables_of_evaluations_by_hand(tmp_path):
 
 
 def test_the_page_says_what_the_tables_of_evaluate_say(tmp_path, capsys):
-    """Images with 2, 3 and 4 questions of two families: a mean over images is another number than one over questions."""
+    """Images with 2, 3 and 4 questions of two families: a mean over images is another number than
+    one over questions."""
     color, shape = Question("Color?", ("red", "blue"), 0), Question("Shape?", ("disc", "star"), 0)
     items = [Item(f"q{n}", color if n % 2 else shape, "ab"[n % 2]) for n in range(9)]
     parts = {"x": items[:2], "y": items[2:5], "z": items[5:]}
@@ -205,14 +217,17 @@ def test_the_page_says_what_the_tables_of_evaluate_say(tmp_path, capsys):
         {"benchmark": "b", "captioner": name} | row for name, rows in found.items() for row in rows
     ])
     tables = {name: summarize(rows) for name, rows in found.items()}
-    # The second caption is always wrong, so that each question that the first one answers counts 1/2: of x 2, of y 1 (its
-    # color), of z 2 (its shapes), in all 5/2 of 9. A mean over images would be (2/4 + 1/6 + 2/8) / 3 = 0.306.
+    # The second caption is always wrong, so that each question that the first one answers counts
+    # 1/2: of x 2, of y 1 (its color), of z 2 (its shapes), in all 5/2 of 9. A mean over images
+    # would be (2/4 + 1/6 + 2/8) / 3 = 0.306.
     assert tables["base"]["all"]["accuracy"] == pytest.approx(2.5 / 9)
     shown = {row["family"]: row for row in evaluation_table(load_sources(path))}
     assert list(shown) == ["a", "b", "all"]
     page = re.sub(r"<[^>]*>", "", write_page(path).read_text())
     for family, row in shown.items():
-        assert row["cells"] == [table[family] | {"tokens": pytest.approx(math.nan, nan_ok=True)} for table in tables.values()]
+        assert row["cells"] == [
+            table[family] | {"tokens": pytest.approx(math.nan, nan_ok=True)} for table in tables.values()
+        ]
         for cell in row["cells"]:
             assert f"{cell['accuracy']:.3f} {cell['low']:.3f} to {cell['high']:.3f}" in page
     difference = paired_difference(found["base"], found["ours"])
@@ -243,13 +258,17 @@ def test_one_evaluation_of_several_captioners_and_benchmarks_is_taken_apart(tmp_
 
 def test_pages_that_do_not_fit_are_left_out_evenly(tmp_path):
     noise = random.Random(0)
-    steps = [[caption_row(f"i{step}", "".join(chr(noise.randrange(33, 9999)) for _ in range(2000)))] for step in range(9)]
+    steps = [
+        [caption_row(f"i{step}", "".join(chr(noise.randrange(33, 9999)) for _ in range(2000)))]
+        for step in range(9)
+    ]
     [source] = load_sources(made_run(tmp_path / "run", steps))
     whole = browser_data([source], 1e9)
     assert whole["num_pages"] == len(whole["chunks"]) == 9
     size = sum(map(len, whole["chunks"]))
     some = browser_data([source], 0.4 * size)
-    assert [page["title"] for page in some["index"]["pages"]] == ["step 0", "step 4", "step 8"] and some["num_pages"] == 9
+    assert [page["title"] for page in some["index"]["pages"]] == ["step 0", "step 4", "step 8"]
+    assert some["num_pages"] == 9
     assert len(browser_data([source], 1)["chunks"]) == 1  # the last is always there
     text = write_page(tmp_path / "run", max_mb=0.4 * size / 1e6).read_text()
     assert "3 of 9 steps are shown" in text
@@ -296,7 +315,7 @@ def test_what_is_null_or_cut_off_is_absent(tmp_path):
         PageConfig(tmp_path, max_mb=0)
 
 
-# -------------------------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------- text
 
 
 def scripts(text: str) -> list[tuple[str, str]]:
@@ -310,7 +329,8 @@ def test_the_page_of_a_real_run_has_its_curves_without_scripts(tiny_run, tmp_pat
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert text == write_page(tiny_run).read_text(encoding="utf-8") and (tiny_run / "report.html").exists()
     without = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
-    assert without.count("<figure") >= 14 and len(re.findall(r'<polyline points="[\d.]+,[\d.]+ [\d.]+,[\d.]+"', without)) >= 20
+    assert without.count("<figure") >= 14
+    assert len(re.findall(r'<polyline points="[\d.]+,[\d.]+ [\d.]+,[\d.]+"', without)) >= 20
     assert all(word in without for word in ("recipe", "toy, ", "length_weight", "torch 2.", "probe accuracy"))
     for loads in (r"https?://", r"\bsrc=", r'href="(?!#|data:,)', r"url\(", r"@import"):
         assert not re.search(loads, without), loads  # no network, nothing beside the file
@@ -319,14 +339,17 @@ def test_the_page_of_a_real_run_has_its_curves_without_scripts(tiny_run, tmp_pat
 def test_hostile_texts_stay_texts(tmp_path):
     question = asked(HOSTILE, options=[HOSTILE, "b"], reply=HOSTILE)
     rows = [caption_row(HOSTILE, HOSTILE, family=HOSTILE, questions=[question])]
-    text = write_page(made_run(tmp_path / "run", [rows], data=HOSTILE), out=tmp_path / "r.html").read_text(encoding="utf-8")
+    text = write_page(made_run(tmp_path / "run", [rows], data=HOSTILE), out=tmp_path / "r.html").read_text(
+        encoding="utf-8"
+    )
     executed = [content for attributes, content in scripts(text) if "type=" not in attributes]
     assert executed == [Path("tools/report/page.js").read_text(encoding="utf-8")]  # ours and no other
     assert "<img" not in text and "49" not in unescape(text.split("<main>")[1].split("<section id=\"curves\"")[0])
     [chunk] = [content for attributes, content in scripts(text) if 'id="page-0"' in attributes]
     [[side]] = json.loads(zlib.decompress(base64.b64decode(chunk)))
     assert side["captions"][0]["text"] == HOSTILE and side["asked"][0][1] == [HOSTILE, "b"]
-    half = {"id": "\ud800", "caption": "half a surrogate pair \ud800", "accuracy": None}  # JSON can say it, UTF-8 cannot
+    # JSON can say it, UTF-8 cannot
+    half = {"id": "\ud800", "caption": "half a surrogate pair \ud800", "accuracy": None}
     assert "half a" not in write_page(evaluation(tmp_path / "half.jsonl", [half])).read_text(encoding="utf-8")
 
 
@@ -335,7 +358,11 @@ def large_run(run_dir: Path) -> Path:
     from PIL import Image
 
     noise = random.Random(0)
-    words = [f"{a}{b}" for a in ("ta", "ri", "mo", "sel", "ku", "ven") for b in ("ro", "lin", "da", "mek", "pos", "tu", "ha")]
+    words = [
+        f"{a}{b}"
+        for a in ("ta", "ri", "mo", "sel", "ku", "ven")
+        for b in ("ro", "lin", "da", "mek", "pos", "tu", "ha")
+    ]
     photo = Image.effect_noise((40, 30), 60).resize((256, 192)).convert("RGB")
 
     def row(id, place):
@@ -366,7 +393,7 @@ def test_a_run_of_200_steps_fits_the_page(large):
     assert len(text) < 20e6 and text.count('type="text/plain" id="page-') == 200 and "are shown, evenly" not in text
 
 
-# ----------------------------------------------------------------------------------------------------------------- browser
+# ------------------------------------------------------------------------------------------ browser
 
 
 @pytest.fixture(scope="module")
@@ -539,12 +566,19 @@ def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
 
 
 def test_hostile_captions_in_a_browser(driver, tmp_path):
-    rows = [caption_row(HOSTILE, HOSTILE, family=HOSTILE, questions=[asked(HOSTILE, options=[HOSTILE, "b"], reply=HOSTILE)])]
+    rows = [
+        caption_row(
+            HOSTILE, HOSTILE, family=HOSTILE, questions=[asked(HOSTILE, options=[HOSTILE, "b"], reply=HOSTILE)]
+        )
+    ]
     with opened(driver, write_page(made_run(tmp_path / "run", [rows], data=HOSTILE))):
         shown = driver.execute_script("return [...document.querySelectorAll('.caption p')].map((one) => one.innerText)")
         assert shown == [HOSTILE + "1"] and driver.title == "run"  # all of it is an option's text, marked
         assert driver.execute_script("return document.querySelectorAll('main img, main script').length") == 0
-        assert driver.execute_script("return getComputedStyle(document.querySelector('.caption p')).unicodeBidi") == "plaintext"
+        assert (
+            driver.execute_script("return getComputedStyle(document.querySelector('.caption p')).unicodeBidi")
+            == "plaintext"
+        )
 
 
 def test_two_runs_and_two_evaluations_side_by_side(driver, tiny_run, tmp_path):
@@ -556,7 +590,9 @@ def test_two_runs_and_two_evaluations_side_by_side(driver, tiny_run, tmp_path):
         with opened(driver, page, width):
             assert text_of(driver, "#run > .scroll tbody") == "seed05"
             assert driver.execute_script("return document.querySelectorAll('.curve .legend li').length") >= 40
-            sides = driver.execute_script("return [...document.querySelectorAll('.side h3')].map((one) => one.textContent)")
+            sides = driver.execute_script(
+                "return [...document.querySelectorAll('.side h3')].map((one) => one.textContent)"
+            )
             assert sides == ["run, step 1", "other, step 1"]
             assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
             screenshot(driver, tmp_path / f"two-{width}.png", width)
@@ -592,7 +628,8 @@ def test_no_meaning_is_in_colour_alone_and_contrast_suffices(driver, tiny_run):
             group.setAttribute('class', `line line-${i}`); group.append(line); svg.append(group);
             return [getComputedStyle(line).strokeDasharray, getComputedStyle(line).stroke];
         })""")
-        assert len({dash for dash, _ in dashes}) == 6 and all((1.05) / (luminance(color) + 0.05) >= 3 for _, color in dashes)
+        assert len({dash for dash, _ in dashes}) == 6
+        assert all((1.05) / (luminance(color) + 0.05) >= 3 for _, color in dashes)
         cells = driver.execute_script("""return [...document.querySelectorAll('.marks .cell')].map(
             (one) => [one.textContent, getComputedStyle(one).color, getComputedStyle(one).backgroundColor])""")
         assert len({symbol for symbol, _, _ in cells}) == 5

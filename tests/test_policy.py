@@ -28,7 +28,8 @@ def test_ids_beyond_the_tokenizer_are_never_sampled_and_never_scored(policy, pro
     likely = plain.tokens[0, 0].item()
     padded = make_policy(pad_vocabulary(policy.model, 896, likely), policy.tokenizer, policy.image_processor)
     assert set(range(751, 896)) <= set(padded.forbidden_ids)
-    assert "145 ids without a token" in padded.names(padded.forbidden_ids) and "751" not in padded.names(padded.forbidden_ids)
+    assert "145 ids without a token" in padded.names(padded.forbidden_ids)
+    assert "751" not in padded.names(padded.forbidden_ids)
     rollouts = sample_rollouts(padded, prompts, keys(4, 2), 16)
     assert torch.equal(rollouts.tokens, plain.tokens) and torch.allclose(rollouts.logprobs, plain.logprobs, atol=1e-5)
     again = CompletionScorer(padded.model, padded.pad_id, padded.forbidden_ids)(rollouts)
@@ -49,7 +50,9 @@ def test_a_template_that_asks_for_the_date_gets_a_fixed_one():
     tokenizer.chat_template = DATED
     assert chat_text(tokenizer, "hello") == "Today Date: 01 Jan 2025. 1/01/25\nhello"
     # Llama 3's, which takes the function only where it is there.
-    tokenizer.chat_template = "\n  {%- if strftime_now is defined %}{% set day = strftime_now('%B') %}{% endif %}{{ day }}"
+    tokenizer.chat_template = (
+        "\n  {%- if strftime_now is defined %}{% set day = strftime_now('%B') %}{% endif %}{{ day }}"
+    )
     assert chat_text(tokenizer, "hello").strip() == "January"
 
 

@@ -23,8 +23,8 @@ from tools.stats import summarize
 
 
 def test_captionqa_protocol():
-    """The abstain option is shuffled with the rest, uniformly, alike for a question whatever else is asked; the credit is the
-    published one."""
+    """The abstain option is shuffled with the rest, uniformly, alike for a question whatever else
+    is asked; the credit is the published one."""
     items = [Item(f"x:{n}", Question("What color?", ("red", "blue", "green", "pink"), n % 4)) for n in range(400)]
     asked = {item.id: ask_item(item, "captionqa", seed=0) for item in items}
     places = [one.abstain for one in asked.values()]
@@ -36,7 +36,10 @@ def test_captionqa_protocol():
     assert ask_item(items[3], "captionqa", seed=1) != asked["x:3"] or ask_item(items[4], "captionqa", 1) != asked["x:4"]
     one = asked["x:0"]
     wrong = next(place for place in range(5) if place not in (one.gold, one.abstain))
-    scores = [record(items[0], one, Answer(place), "captionqa")["score"] for place in (one.gold, one.abstain, wrong, None)]
+    scores = [
+        record(items[0], one, Answer(place), "captionqa")["score"]
+        for place in (one.gold, one.abstain, wrong, None)
+    ]
     assert scores == [1.0, pytest.approx(1 / 4 + 0.05), 0.0, 0.0]
     assert record(items[0], one, Answer(None), "captionqa")["unparsed"]
     assert record(items[0], one, Answer(None, failure="x"), "captionqa")["score"] is None
@@ -71,7 +74,8 @@ def test_prism_asks_questions_of_all_sorts_and_scores_each_caption():
     rows = prism(benchmark, captions, fake({}), 0, fake({"red": "10.4", "blue": "11"}))
     assert [[q["score"] for q in r["questions"]] for r in rows] == [[1, 1], [0, 0], [0, 0], [None, None]]
     assert [[q["unparsed"] for q in r["questions"]] for r in rows] == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
-    assert rows[0]["accuracy"] == 1 and math.isnan(rows[3]["accuracy"]) and rows[3]["questions"][0]["failure"] == "broken"
+    assert rows[0]["accuracy"] == 1 and math.isnan(rows[3]["accuracy"])
+    assert rows[3]["questions"][0]["failure"] == "broken"
     assert summarize(rows)["all"]["accuracy"] == pytest.approx(1 / 3)  # two questions, each 1, 0, 0 over three captions
     assert summarize(rows)["all"]["best"] == 1
 

@@ -1,5 +1,5 @@
-"""The demo at its smallest setting, and how all programs end where they cannot write. evaluate.py and caption.py have tests of
-their own."""
+"""The demo at its smallest setting, and how all programs end where they cannot write. evaluate.py
+and caption.py have tests of their own."""
 
 import io
 import re
@@ -44,7 +44,8 @@ def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(tmp_path, monkeypat
         patched.setattr("data.toy.demo.train", stopped)
         demo(DemoConfig(num_images=3, num_steps=2, run_dir=folder))
     first = (folder / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="seed 1: expected 0 as the run to resume has it"):  # another demo: nor is it deleted
+    # another demo: nor is it deleted
+    with pytest.raises(ValueError, match="seed 1: expected 0 as the run to resume has it"):
         demo(DemoConfig(num_images=3, num_steps=2, run_dir=folder, seed=1))
     demo(DemoConfig(num_images=3, num_steps=2, run_dir=folder))
     assert "resumed from" in capsys.readouterr().out
@@ -89,7 +90,8 @@ def test_exports_under_a_file_end_in_a_sentence(tmp_path, write, capsys):
 
 
 def test_a_disk_that_fills_during_a_run_ends_it_with_the_folder_and_what_is_free(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(grpo.run_dir, "rewind", lambda run_dir, num_steps: None)  # it would put a file in the place of the link
+    # it would put a file in the place of the link
+    monkeypatch.setattr(grpo.run_dir, "rewind", lambda run_dir, num_steps: None)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").symlink_to("/dev/full")

@@ -52,7 +52,7 @@ def reward(captions, questions, keys, verifier, number, **settings) -> Rewards:
     return caption_rewards(captions, examples, keys, [len(caption) for caption in captions], verifier, config)
 
 
-# ------------------------------------------------------------------------------------------------ drawing and shuffling
+# ---------------------------------------------------------------------------- drawing and shuffling
 
 
 def test_ten_choices_leave_no_letter_for_abstaining():
@@ -80,7 +80,8 @@ def test_the_abstain_option_is_shuffled_with_the_rest_and_never_gold():
     places = Counter()
     for seed in range(4000):
         asked = shuffle_options(COLOR, 0, random.Random(seed), abstain=True)
-        assert asked.options[asked.abstain] == ABSTAIN and asked.options[asked.gold] == "blue" and len(asked.options) == 5
+        assert asked.options[asked.abstain] == ABSTAIN and asked.options[asked.gold] == "blue"
+        assert len(asked.options) == 5
         places[asked.abstain] += 1
     assert all(abs(places[place] / 4000 - 0.2) < 0.035 for place in range(5))
 
@@ -88,7 +89,8 @@ def test_the_abstain_option_is_shuffled_with_the_rest_and_never_gold():
 def test_drawing_is_without_replacement_while_questions_last():
     for seed in range(50):
         assert sorted(asked.source for asked in draw(QUESTIONS, 3, f"{seed}")) == [0, 1, 2]
-        assert Counter(asked.source for asked in draw(QUESTIONS, 7, f"{seed}")).most_common()[-1][1] == 2  # 7 = 2 * 3 + 1
+        # 7 = 2 * 3 + 1
+        assert Counter(asked.source for asked in draw(QUESTIONS, 7, f"{seed}")).most_common()[-1][1] == 2
     drawn = Counter(asked.source for seed in range(3000) for asked in draw(QUESTIONS, 1, f"{seed}"))
     assert all(abs(count / 3000 - 1 / 3) < 0.045 for count in drawn.values())
 
@@ -106,7 +108,8 @@ def test_zero_asks_each_question_once_and_shuffles_repeat_it():
 
 
 def test_siblings_share_a_key_but_not_their_replies():
-    """The place among siblings counts, not the place in the batch: the second half of a batch draws what it drew in it."""
+    """The place among siblings counts, not the place in the batch: the second half of a batch draws
+    what it drew in it."""
     keys = ["a", "a", "b", "b"]
     paired, independent = (RewardConfig(question_draw=name) for name in ("paired", "independent"))
     assert stream_names(keys, paired) == (keys, ["a:0", "a:1", "b:0", "b:1"])
@@ -119,7 +122,7 @@ def test_equal_keys_ask_the_same_and_other_keys_do_not():
     assert len({str(draw(QUESTIONS, 3, f"0:{step}:img")) for step in range(20)}) > 15
 
 
-# ------------------------------------------------------------------------------------- options that mean other options
+# ------------------------------------------------------------------ options that mean other options
 
 
 def orders(choices: tuple[str, ...], abstain: bool = False) -> set[tuple[str, ...]]:
@@ -167,7 +170,7 @@ def test_all_other_options_are_shuffled(choices):
     assert orders(choices) == set(itertools.permutations(choices))
 
 
-# ----------------------------------------------------------------------------------------------------------- the reward
+# --------------------------------------------------------------------------------------- the reward
 
 
 def knows(captions, asked, keys):
@@ -281,7 +284,7 @@ def test_the_parts_add_up_to_the_reward():
     assert set(reward(captions, [QUESTIONS] * 2, ["k", "k"], knows, 3).parts) == {"accuracy"}
 
 
-# ----------------------------------------------------------------------------------------------------------- the prompt
+# --------------------------------------------------------------------------------------- the prompt
 
 
 HOSTILE = [
@@ -334,8 +337,8 @@ def test_the_whole_prompt_reads_as_meant(tokenizer, abstain):
 
 @pytest.mark.parametrize("examples, abstain", [(WORKED_EXAMPLES, False), (ABSTAIN_EXAMPLES, True)])
 def test_the_worked_examples_do_what_is_asked_for(examples, abstain):
-    """Each answers with the letter of an offered option, one that the caption says or else the abstain option, and no letter
-    is preferred."""
+    """Each answers with the letter of an offered option, one that the caption says or else the
+    abstain option, and no letter is preferred."""
     letters = []
     for example in examples.split("\n\n"):
         caption, _question, *offered, answer = example.splitlines()
@@ -359,7 +362,7 @@ def test_a_tokenizer_without_chat_template_gets_plain_text(tokenizer):
     assert "<|im_start|>" not in text and text.endswith("<Caption End>\nQuestion:\nThe answer is")
 
 
-# --------------------------------------------------------------------------------------------------------- the verifier
+# ------------------------------------------------------------------------------------- the verifier
 
 
 CAPTIONS = ["The circle is red.", "", "The first bar is blue. The first bar is 10. The second bar is pink.", "x " * 40]
@@ -477,8 +480,8 @@ def saved(model, tokenizer, folder):
 @pytest.mark.parametrize("mode", ["logits", "sample"])
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_verifiers_of_other_kinds_answer_as_on_one_row_alone(tokenizer, tmp_path, make, mode):
-    """Windows, recurrent states, experts, settings that are nested or without a longest context. Compared with whole prompts
-    on rows of their own, token by token."""
+    """Windows, recurrent states, experts, settings that are nested or without a longest context.
+    Compared with whole prompts on rows of their own, token by token."""
     torch.manual_seed(0)
     verifier = load_verifier(
         saved(make(), tokenizer, tmp_path), torch.device("cpu"), mode=mode, temperature=1e-6, max_new_tokens=4
@@ -555,8 +558,9 @@ STRETCHED = {
 
 @pytest.mark.parametrize("make", STRETCHED.values(), ids=STRETCHED)
 def test_no_caption_is_so_long_that_it_moves_the_angles_of_those_beside_it(tokenizer, make):
-    """Angles of these kinds of rope depend on the longest row of a batch once it is over 384 tokens. A prompt of one token
-    more is a failure, then; one of 384 is answered, as if it were alone."""
+    """Angles of these kinds of rope depend on the longest row of a batch once it is over 384
+    tokens. A prompt of one token more is a failure, then; one of 384 is answered, as if it were
+    alone."""
     torch.manual_seed(0)
     verifier = Verifier(widen(make()), tokenizer)
     writer, asked = verifier.writers[False], draw([COLOR], 1, "k")
@@ -589,8 +593,8 @@ def write_(verifier_model, tokens):
 
 @pytest.mark.parametrize("ends", [738, [738], None])
 def test_a_reply_ends_with_the_tokenizers_eos_too(verifier_model, tokenizer, ends):
-    """generation_config knows <|endoftext|> only, or nothing, and the verifier ends its turn with <|im_end|>: " B" it is, not
-    " B", end, " A A A"."""
+    """generation_config knows <|endoftext|> only, or nothing, and the verifier ends its turn with
+    <|im_end|>: " B" it is, not " B", end, " A A A"."""
     verifier_model.generation_config.eos_token_id = ends
     b, a = (tokenizer.encode(letter, add_special_tokens=False)[0] for letter in (" B", " A"))
     write_(verifier_model, [b, tokenizer.eos_token_id, a])
@@ -684,7 +688,8 @@ def test_batches_stay_within_the_budget():
         assert [i for batch in batches for i in batch] == [0, 1, 2, 3, 4]
         tokens = [sum(rows[i] for i in batch) * max(lengths[i] for i in batch) for batch in batches]
         assert all(len(batch) == 1 or count <= budget for batch, count in zip(batches, tokens))
-    assert list(token_batches([0, 1, 2, 3, 4], rows, lengths, 120)) == [[0, 1, 2], [3], [4]]  # 3 x 40 tokens, 13 x 40, 11 x 100
+    # 3 x 40 tokens, 13 x 40, 11 x 100
+    assert list(token_batches([0, 1, 2, 3, 4], rows, lengths, 120)) == [[0, 1, 2], [3], [4]]
 
 
 def test_what_is_no_part_of_qwen_reaches_the_prompt_and_the_letters(verifier_model, tokenizer):
@@ -714,7 +719,7 @@ def test_unknown_mode_is_refused(verifier_model, tokenizer):
         Verifier(verifier_model, tokenizer, mode="greedy")
 
 
-# -------------------------------------------------------------------------------- captions that try to be paid for nothing
+# --------------------------------------------------------- captions that try to be paid for nothing
 
 
 SCENES = [make_scene("heldout", index) for index in range(30)]

@@ -234,7 +234,8 @@ class RecordingDecoder(Decoder):
 
 @pytest.mark.parametrize("groups_at_a_time", [3, 9])
 def test_decoding_by_recordings_draws_the_same(policy, groups_at_a_time, monkeypatch):
-    """All rows take part in a recording, finished groups stay in the batch until half of them are done, room doubles."""
+    """All rows take part in a recording, finished groups stay in the batch until half of them are
+    done, room doubles."""
 
     def end_often(module, args, output):
         output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 3  # about one token in twenty
@@ -271,7 +272,9 @@ def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, m
     got = sample_rollouts(policy, prompts, keys(4, 2), 6)
     assert torch.equal(got.tokens, want.tokens)
     said = [str(warning.message) for warning in recwarn if "CUDA graphs" in str(warning.message)]
-    assert said == ["decoding without CUDA graphs, several times slower (operation not permitted when stream is capturing)"]
+    assert said == [
+        "decoding without CUDA graphs, several times slower (operation not permitted when stream is capturing)"
+    ]
 
 
 def test_groups_are_refilled_a_quarter_of_the_room_at_a_time(policy, monkeypatch):
@@ -285,7 +288,9 @@ def test_groups_are_refilled_a_quarter_of_the_room_at_a_time(policy, monkeypatch
     prompts = [policy.prompt(draw(make_scene("train", 0)))] * 24
     whole = sample_rollouts(policy, prompts, keys(24, 1), 30)
     sizes = []
-    monkeypatch.setattr(rollout, "read_prompts", lambda policy, some: sizes.append(len(some)) or read_prompts(policy, some))
+    monkeypatch.setattr(
+        rollout, "read_prompts", lambda policy, some: sizes.append(len(some)) or read_prompts(policy, some)
+    )
     refilled = sample_rollouts(policy, prompts, keys(24, 1), 30, token_budget=8 * (len(prompts[0].input_ids) + 32))
     assert sizes[0] == 8 and min(sizes[1:-1]) >= 2 and sum(sizes) == 24
     assert refilled.captions == whole.captions
@@ -340,7 +345,8 @@ T = 1053
 
 
 def run_script(monkeypatch, lengths, budget, max_new_tokens):
-    """Steps, the most tokens that more than one group had in the cache, and prompts read, again after they were set back."""
+    """Steps, the most tokens that more than one group had in the cache, and prompts read, again
+    after they were set back."""
     decoders, read = [], []
 
     def first_tokens(policy, some):
@@ -378,8 +384,9 @@ def test_groups_that_are_set_back_are_written_again_and_the_cache_stays_within_i
 
 
 def test_captions_are_admitted_by_their_length_not_by_the_longest_allowed(monkeypatch):
-    """16 images of a GPU, 8 captions of about 600 tokens each, room for 4,096: as many steps as the longest caption has.
-    By the longest allowed, 15 groups would have room, and the last would wait for them: 1,549 steps in the mean."""
+    """16 images of a GPU, 8 captions of about 600 tokens each, room for 4,096: as many steps as the
+    longest caption has. By the longest allowed, 15 groups would have room, and the last would wait
+    for them: 1,549 steps in the mean."""
     rng = random.Random(0)
     lengths = [[round(min(4096, max(50, rng.gauss(600, 150)))) for _ in range(8)] for _ in range(16)]
     steps, _, _ = run_script(monkeypatch, lengths, 524_288, 4096)

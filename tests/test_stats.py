@@ -42,7 +42,8 @@ def test_bootstrap_interval_is_that_of_the_mean():
 
 
 def test_bootstrap_resamples_images_not_questions():
-    """100 images of 50 questions, all alike within an image: 5,000 questions, but the interval of 100 independent ones."""
+    """100 images of 50 questions, all alike within an image: 5,000 questions, but the interval of
+    100 independent ones."""
     low, high = interval([50.0 * (i % 2) for i in range(100)], [50] * 100)
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(100), abs=0.025)
 

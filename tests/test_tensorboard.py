@@ -24,7 +24,9 @@ def test_tensorboard_gets_the_numbers_of_the_logs_and_a_few_captions(tiny_run):
         for key in rows[0]:
             if key != "step" and all(isinstance(row[key], int | float) for row in rows):
                 got = events.Scalars(f"{name.removesuffix('.jsonl')}/{key}")
-                assert [(one.step, one.value) for one in got] == [(row["step"], pytest.approx(row[key])) for row in rows], key
+                assert [(one.step, one.value) for one in got] == [
+                    (row["step"], pytest.approx(row[key])) for row in rows
+                ], key
     assert [one.step for one in events.Images("image/1")] == [0, 1]
     first = json.loads((tiny_run / "rollouts/step_000000.jsonl").read_text().splitlines()[0])
     text = events.Tensors("captions/0/text_summary")[0].tensor_proto.string_val[0].decode()

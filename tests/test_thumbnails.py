@@ -27,9 +27,16 @@ def test_thumbnails_are_small_and_made_once(tmp_path):
 def test_any_id_has_a_thumbnail_of_its_own_in_the_folder(tmp_path, id):
     keep_thumbnail(tmp_path, id, lambda: Image.new("RGB", (4, 4)))
     [path] = (tmp_path / "thumbnails").iterdir()
-    assert path.parent == tmp_path / "thumbnails" and path == thumbnail_file(tmp_path, id) != thumbnail_file(tmp_path, id + "_")
+    assert path.parent == tmp_path / "thumbnails"
+    assert path == thumbnail_file(tmp_path, id) != thumbnail_file(tmp_path, id + "_")
 
 
 def test_a_run_keeps_thumbnails_of_what_it_captioned(tiny_run):
-    ids = {json.loads(line)["id"] for path in tiny_run.glob("rollouts/*.jsonl") for line in path.read_text().splitlines()}
-    assert {path.name for path in (tiny_run / "thumbnails").iterdir()} == {thumbnail_file(tiny_run, id).name for id in ids}
+    ids = {
+        json.loads(line)["id"]
+        for path in tiny_run.glob("rollouts/*.jsonl")
+        for line in path.read_text().splitlines()
+    }
+    assert {path.name for path in (tiny_run / "thumbnails").iterdir()} == {
+        thumbnail_file(tiny_run, id).name for id in ids
+    }

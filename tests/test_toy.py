@@ -84,7 +84,9 @@ def test_the_drawing_shows_the_facts():
         if scene.family == "shapes":
             for look in (look for look in told.values() if "color" in look):
                 x, y = PLACES[look["place"]]
-                middle = image.crop((round(x * width) - 2, round(y * height) - 2, round(x * width) + 3, round(y * height) + 3))
+                middle = image.crop(
+                    (round(x * width) - 2, round(y * height) - 2, round(x * width) + 3, round(y * height) + 3)
+                )
                 assert any(is_near(pixel, look["color"]) for pixel in np.asarray(middle).reshape(-1, 3).tolist())
         elif scene.family == "cards":
             assert is_near(image.getpixel((4, 50)), told["frame"]["color"])
@@ -119,7 +121,9 @@ def test_the_grammar_takes_what_is_written_and_nothing_else():
 
 def test_both_models_open_with_the_tokenizer_they_were_trained_with():
     trained = build_tokenizer()
-    texts = [write_caption(scene.family, scene.facts) for scene in SCENES[:30]] + ["<|im_start|>user\nCode 70 É, e\u0301"]
+    texts = [write_caption(scene.family, scene.facts) for scene in SCENES[:30]] + [
+        "<|im_start|>user\nCode 70 É, e\u0301"
+    ]
     device = torch.device("cpu")
     ours = (load_verifier("data/toy/verifier", device).tokenizer, load_policy("data/toy/policy", device).tokenizer)
     for opened in (*ours, *(AutoTokenizer.from_pretrained(f"data/toy/{name}") for name in ("verifier", "policy"))):

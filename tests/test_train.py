@@ -24,10 +24,14 @@ EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
 
 
 def test_no_image_comes_twice_in_a_pass_and_every_pass_has_its_own_order():
-    passes = [[e.id for step in (3 * n, 3 * n + 1, 3 * n + 2) for e in step_examples(EXAMPLES, step, 2, 0)] for n in range(20)]
+    passes = [
+        [e.id for step in (3 * n, 3 * n + 1, 3 * n + 2) for e in step_examples(EXAMPLES, step, 2, 0)]
+        for n in range(20)
+    ]
     assert all(len(set(one)) == 6 for one in passes)
     assert len({tuple(one) for one in passes}) > 15
-    assert {id for one in passes for id in one} == {e.id for e in EXAMPLES}  # the remainder is never the same one for ever
+    # the remainder is never the same one for ever
+    assert {id for one in passes for id in one} == {e.id for e in EXAMPLES}
     assert [e.id for e in step_examples(EXAMPLES, 4, 2, 0)] == passes[1][2:4]
     assert passes[0] != [e.id for step in range(3) for e in step_examples(EXAMPLES, step, 2, 1)]
 
@@ -121,7 +125,9 @@ def test_a_judge_can_give_the_reward(tmp_path):
     with pytest.raises(ValueError, match="^judge .*: expected the configuration, tokenizer, chat template and image pro"):
         train(replace(config, num_steps=2, resume=True))
     saved = json.loads((tmp_path / "judge/config.json").read_text())
-    saved["contents"]["judge"] = saved["contents"]["judge"].split()[0]  # of a run that began with the weights' hash alone
+    saved["contents"]["judge"] = saved["contents"]["judge"].split()[
+        0
+    ]  # of a run that began with the weights' hash alone
     (tmp_path / "judge/config.json").write_text(json.dumps(saved))
     train(replace(config, num_steps=2, resume=True))
 
@@ -130,7 +136,9 @@ def test_a_run_freezes_and_checkpoints_as_told(tmp_path, monkeypatch):
     seen = []
     spy = lambda model, config: seen.append(config) or prepare_training_(model, config)  # noqa: E731
     monkeypatch.setattr("grpo.run.prepare_training_", spy)
-    config = toy_config(run_dir=str(tmp_path / "f"), freeze="vision", gradient_checkpointing=True, **TINY | {"num_steps": 1})
+    config = toy_config(
+        run_dir=str(tmp_path / "f"), freeze="vision", gradient_checkpointing=True, **TINY | {"num_steps": 1}
+    )
     final = AutoModelForImageTextToText.from_pretrained(train(config), dtype=torch.float32)
     start = AutoModelForImageTextToText.from_pretrained(config.policy, dtype=torch.float32)
     assert seen == [config]

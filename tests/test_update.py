@@ -72,7 +72,10 @@ def test_a_frozen_tower_runs_once_an_image_with_the_same_step(policy, batch, mon
 
 def test_micro_batches_hand_computed(batch, monkeypatch):
     rollouts = batch[0]
-    sizes = [len(prompt.input_ids) + int(pair.sum()) for prompt, pair in zip(rollouts.prompts, rollouts.lengths.view(4, 2))]
+    sizes = [
+        len(prompt.input_ids) + int(pair.sum())
+        for prompt, pair in zip(rollouts.prompts, rollouts.lengths.view(4, 2))
+    ]
     assert group_sizes(rollouts) == sizes
     assert split_evenly("abcdefg", 3) == ["ab", "cd", "efg"] and split_evenly("ab", 1) == ["ab"]
     assert micro_batches(rollouts, sum(sizes)) == [(0, 4)]
@@ -100,7 +103,8 @@ def test_freezing_leaves_the_rest_of_the_step_alone(policy, batch, freeze):
 def test_checkpointing_gives_the_same_step(policy, batch):
     metrics, change = one_update(policy, batch)
     calls = []
-    mlp = policy.model.model.language_model.layers[0].mlp  # copied with its hook by one_update; the reference runs it too
+    # copied with its hook by one_update; the reference runs it too
+    mlp = policy.model.model.language_model.layers[0].mlp
     hook = mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     one_update(policy, batch, kl_coef=0.0)
     again, same = one_update(policy, batch, gradient_checkpointing=True, kl_coef=0.0)
