@@ -49,7 +49,6 @@ def test_audit_hand_computed():
     assert found["flat_groups"] == 0.5 and found["repetition"] == pytest.approx(0.2 / 4)
     # (0, -10), (0, 10), (-.5, -5), (.5, 5)
     assert found["length_correlation"] == pytest.approx(5 / math.sqrt(0.5 * 250))
-    assert found["always_right"] == ["i:0"] and found["always_wrong"] == ["i:1"]
 
 
 def test_split_half_of_independent_halves_hand_computed():

@@ -1,24 +1,24 @@
-"""The list of all numbers that a run writes is what docs say and what a run writes."""
+"""The tables of docs/metrics.md are what a run writes."""
 
 from pathlib import Path
 
 from data.jsonl import read_log
 from grpo.log import LOGS
-from tools.report.metrics import METRICS, metrics_page
+from tools.report.metrics import LOG_KEYS, LogKey
 
 
-def test_each_key_is_defined_once_and_the_docs_are_the_list():
-    keys = [one.key for metrics in METRICS.values() for one in metrics]
-    assert len(keys) == len(set(keys)) and LOGS == ("metrics.jsonl", "audit.jsonl", "timing.jsonl")
-    assert Path("docs/metrics.md").read_text(encoding="utf-8") == metrics_page(), (
-        "its first lines say how to write it anew"
-    )
-    table = [line.split("|")[1].strip(" `") for line in metrics_page().splitlines() if line.startswith("| `")]
-    assert table == keys
+def test_each_key_is_defined_once_with_a_meaning():
+    keys = [one.key for keys in LOG_KEYS.values() for one in keys]
+    assert len(keys) == len(set(keys)) > 30 and tuple(LOG_KEYS) == LOGS
+    table = [line for line in Path("docs/metrics.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(table) == len(keys) + 2 * len(LOGS) and all(line.count("|") == 5 for line in table)
+    assert all(one.what and (one.curve or one.unit) for keys in LOG_KEYS.values() for one in keys)
+    meaning = "mean reward of the captions that have one"
+    assert LOG_KEYS["metrics.jsonl"][0] == LogKey("reward", "", meaning, "reward and its parts")
 
 
 def test_a_real_run_writes_the_keys_of_the_list_and_no_others(tiny_run):
-    listed = {name: {one.key: one for one in metrics} for name, metrics in METRICS.items()}
+    listed = {name: {one.key: one for one in metrics} for name, metrics in LOG_KEYS.items()}
     seen = set()
     for name in LOGS:
         rows = read_log(tiny_run / name)

@@ -23,23 +23,19 @@ from grpo.log import log_step
 from grpo.run_dir import start_run
 from reward.caprl import Answer
 from tools.prism import prism
+from tools.report.curves import draw_panel, panels, ticks
 from tools.report.page import (
     PageConfig,
-    Source,
     browser_data,
-    draw,
     evaluation_table,
-    evenly,
-    load_sources,
     main,
     nearest_preset,
     pack_side,
     pages_of,
-    panels,
     question_table,
-    ticks,
     write_page,
 )
+from tools.report.sources import Source, evenly, load_sources
 from tools.stats import paired_difference, summarize
 from tools.thumbnails import keep_thumbnail
 
@@ -109,7 +105,7 @@ def test_a_curve_by_hand():
     """Steps 0 to 10 lie between x = 52 and 352, values 0 to 1 between y = 156 and 10; a gap where
     nothing was measured."""
     lines = [{"label": "a", "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
-    panel = draw("title", "share", [], lines, [{0: (0.0, 0.2), 10: (0.8, 1.0)}])
+    panel = draw_panel("title", "share", [], lines, [{0: (0.0, 0.2), 10: (0.8, 1.0)}])
     assert panel["lines"][0]["runs"] == ["52.0,156.0 202.0,83.0"]
     assert panel["lines"][0]["dots"] == [["52.0", "156.0"], ["202.0", "83.0"], ["352.0", "10.0"]]
     assert panel["bands"] == ["52.0,126.8 352.0,10.0 352.0,39.2 52.0,156.0"]

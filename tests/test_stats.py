@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from tools.stats import interval, paired_difference, summarize
+from tools.stats import bootstrap_interval, paired_difference, summarize
 from tools.tables import format_table
 
 
@@ -37,14 +37,13 @@ def test_summary_hand_computed():
 
 
 def test_bootstrap_interval_is_that_of_the_mean():
-    low, high = interval([float(i % 2) for i in range(400)], [1] * 400)  # standard error 0.5 / 20 = 0.025
+    low, high = bootstrap_interval([[i % 2] for i in range(400)])  # standard error 0.5 / 20 = 0.025
     assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
 
 
 def test_bootstrap_resamples_images_not_questions():
-    """100 images of 50 questions, all alike within an image: 5,000 questions, but the interval of
-    100 independent ones."""
-    low, high = interval([50.0 * (i % 2) for i in range(100)], [50] * 100)
+    """100 images of 50 questions, all alike within an image: 5,000 questions, but the interval of 100 independent ones."""
+    low, high = bootstrap_interval([[i % 2] * 50 for i in range(100)])
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(100), abs=0.025)
 
 

@@ -5,72 +5,104 @@ Everything here reads rollout rows, as a run writes them to rollouts/step_*.json
 dictionaries with `id`, `caption`, `length`, `reward` and `questions`, the records of
 reward/caprl.py.
 
-    python -m reward.caprl audit runs/toy                                    # of a whole run
-    python -m reward.caprl replay RECORDS --verifier Qwen/Qwen2.5-7B-Instruct    # the same captions, another verifier
+    python -m reward.caprl audit runs/toy
+
+audits a whole run, and this asks another verifier about the same captions:
+
+    python -m reward.caprl replay RECORDS --verifier Qwen/Qwen2.5-7B-Instruct
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
 from data.choices import LETTERS
 from data.examples import Example
 from data.images import open_image
-from data.jsonl import read_jsonl
+from data.jsonl import read_jsonl, read_log
+from data.program import check_range
 from grpo.config import RewardConfig, TrainConfig
+from grpo.distributed import compute_dtype, local_device
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts
-from reward.caprl import Asked, AskVerifier, answer_stats, caption_rewards, load_verifier, repetition
+from reward.caprl import (
+    Asked,
+    AskVerifier,
+    answer_stats,
+    caption_rewards,
+    load_verifier,
+    repetition,
+)
+from tools.stats import markdown, mean
 
 
 def audit(rows: Sequence[dict]) -> dict:
     """Of the captions of one step. A value that cannot be told from these rows is NaN.
 
-    gold_letters, chosen_letters   shares of the letters A, B, ...; gold ones as even as the numbers of options allow
+    gold_letters, chosen_letters   shares of the letters A, B, ...; gold ones as even as the numbers
+                                   of options allow
     abstain_share, unparsed_share  of the questions that could be scored
-    shuffle_agreement              two different shuffles of a question lead to the same option's text
-    split_half                     reliability of the reward, -1 to 1. Each caption's questions are halved; r is the
-                                   correlation of the halves within groups. A positive r is stepped up to all
-                                   questions (Spearman and Brown, 2r / (1 + r))
-    length_correlation             of reward and length in tokens, within groups: how the reward pays for length
+    shuffle_agreement              two different shuffles of a question lead to the same option
+    split_half                     reliability of the reward, -1 to 1. Each caption's questions are
+                                   halved; r is the correlation of the halves within groups. A
+                                   positive r is stepped up to all questions (Spearman and Brown,
+                                   2r / (1 + r))
+    length_correlation             of reward and length in tokens, within groups: how the reward
+                                   pays for length
     repetition                     mean share of repeated 4-grams
-    flat_groups                    share of groups whose measured rewards are all equal, which teach nothing
-    always_right, always_wrong     questions ("id:place") on which all captions of two or more agree
+    flat_groups                    share of groups whose measured rewards are all equal, which teach
+                                   nothing
     """
-    records = [[one for one in row["questions"] if one.get("gold") is not None and not one["failure"]] for row in rows]
+    records = [scored_questions(row) for row in rows]
     groups = [row["id"] for row in rows]
     rewards = [math.nan if row["reward"] is None else row["reward"] for row in rows]
-    halves = [_half_means(record) for record in records]
-    half_correlation = within_group_correlation(groups, [a for a, _ in halves], [b for _, b in halves])
-    right: dict[str, list[bool]] = {}
-    for row, record in zip(rows, records):
-        for one in record:
-            right.setdefault(f"{row['id']}:{one['source']}", []).append(one["correct"])
-    repeated = {question: answers for question, answers in right.items() if len(answers) > 1}
+    first, second = ([_half_mean(record, half) for record in records] for half in (0, 1))
+    half = within_group_correlation(groups, first, second)
     measured = _paired_by_group(groups, rewards, rewards)
-    flat = [one for record in records for one in record]
+    is_flat = [np.ptp(pairs[:, 0]) < 1e-6 for pairs in measured]
+    questions = [question for record in records for question in record]
     stats = answer_stats(records)
     return {
-        "gold_letters": _letter_shares([one["gold"] for one in flat]),
-        "chosen_letters": _letter_shares([one["chosen"] for one in flat if one["chosen"] is not None]),
+        "gold_letters": _letter_shares([question["gold"] for question in questions]),
+        "chosen_letters": _letter_shares([question["chosen"] for question in questions]),
         "abstain_share": stats["abstain_share"],
         "unparsed_share": stats["unparsed_share"],
-        "shuffle_agreement": _mean(_agreements(records)),
-        "split_half": 2 * half_correlation / (1 + half_correlation) if half_correlation > 0 else half_correlation,
-        "length_correlation": within_group_correlation(groups, rewards, [row["length"] for row in rows]),
-        "repetition": _mean([repetition(row["caption"]) for row in rows]),
-        "flat_groups": sum(np.ptp(pairs[:, 0]) < 1e-6 for pairs in measured) / len(set(groups)) if measured else math.nan,
-        "always_right": sorted(question for question, answers in repeated.items() if all(answers)),
-        "always_wrong": sorted(question for question, answers in repeated.items() if not any(answers)),
+        "shuffle_agreement": mean(_agreements(records)),
+        "split_half": 2 * half / (1 + half) if half > 0 else half,
+        "length_correlation": within_group_correlation(
+            groups, rewards, [row["length"] for row in rows]),
+        "repetition": mean([repetition(row["caption"]) for row in rows]),
+        "flat_groups": sum(is_flat) / len(set(groups)) if measured else math.nan,
     }
+
+
+def scored_questions(row: dict) -> list[dict]:
+    """Those that have a right option and could be scored."""
+    return [question for question in row["questions"]
+            if question.get("gold") is not None and not question["failure"]]
+
+
+def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifier | None,
+               probe_set: Sequence[Example], config: TrainConfig) -> dict:
+    """The audit of the step's captions. Every `audit_every` steps, and at the last, also of the
+    policy's captions of the probe set."""
+    numbers = audit(rows)
+    is_last = step + 1 == config.num_steps
+    is_due = config.audit_every and (step % config.audit_every == 0 or is_last)
+    if verifier is not None and is_due and len(probe_set) > 1:
+        prompts = [sampler.prompt(open_image(example.image)) for example in probe_set]
+        keys = [f"{config.seed}:probe:{example.id}:caption" for example in probe_set]
+        rollouts = sample_rollouts(sampler, prompts, keys, config.max_new_tokens,
+                                   config.temperature, config.rollout_tokens)
+        numbers |= probe(rollouts.captions, probe_set, verifier, config.reward_config, config.seed)
+    return numbers
 
 
 def probe(captions: Sequence[str], examples: Sequence[Example], verifier: AskVerifier,
@@ -80,104 +112,120 @@ def probe(captions: Sequence[str], examples: Sequence[Example], verifier: AskVer
     them measures guessing. `captions[i]` is of `examples[i]`. There must be two or more, so that
     there is another image.
     """
-    asking = RewardConfig(num_questions=0, num_shuffles=2, abstain=config.abstain)
-
-    def answers(texts: Sequence[str]) -> list[list[dict]]:
-        keys = [f"{seed}:probe:{example.id}" for example in examples]
-        return caption_rewards(texts, examples, keys, [0] * len(texts), verifier, asking).records
-
-    others = [captions[_another_of_the_family(examples, place)] for place in range(len(examples))]
-    own = answers(captions)
+    settings = RewardConfig(num_questions=0, num_shuffles=2, abstain=config.abstain)
+    keys = [f"{seed}:probe:{example.id}" for example in examples]
+    others = [captions[_another_of_the_family(examples, n)] for n in range(len(examples))]
+    own, other, none = (
+        _records(texts, examples, keys, verifier, settings)
+        for texts in (captions, others, [""] * len(examples))
+    )
     return {
         "probe_accuracy": answer_stats(own)["accuracy"],
-        "probe_other_image": answer_stats(answers(others))["accuracy"],
-        "probe_no_caption": answer_stats(answers([""] * len(examples)))["accuracy"],
-        "probe_shuffle_agreement": _mean(_agreements(own)),
+        "probe_other_image": answer_stats(other)["accuracy"],
+        "probe_no_caption": answer_stats(none)["accuracy"],
+        "probe_shuffle_agreement": mean(_agreements(own)),
     }
 
 
-def gold_probe(examples: Sequence[Example], verifier: AskVerifier, config: RewardConfig) -> dict[str, float]:
+def gold_probe(examples: Sequence[Example], verifier: AskVerifier,
+               config: RewardConfig) -> dict[str, float]:
     """Can the verifier do its work at all? What it answers rightly when the caption is the question
     with its right answer, and when there is no caption. "chance" is what guessing gives among the
     options."""
-    single = [replace(example, questions=(question,)) for example in examples for question in example.questions]
-    told = [f"{one.questions[0].question} {one.questions[0].choices[one.questions[0].answer_index]}." for one in single]
-    asking = RewardConfig(num_questions=0, abstain=config.abstain)
+    questions = [question for example in examples for question in example.questions]
+    single = [replace(example, questions=(question,))
+              for example in examples for question in example.questions]
+    told = [f"{question.question} {question.choices[question.answer_index]}."
+            for question in questions]
+    settings = RewardConfig(num_questions=0, abstain=config.abstain)
     keys = [f"gold:{place}" for place in range(len(single))]
     gold, none = (
-        answer_stats(caption_rewards(texts, single, keys, [0] * len(single), verifier, asking).records)
+        answer_stats(_records(texts, single, keys, verifier, settings))
         for texts in (told, [""] * len(single))
     )
-    chance = _mean([1 / (len(one.questions[0].choices) + config.abstain) for one in single])
+    chance = mean([1 / (len(question.choices) + config.abstain) for question in questions])
     return {"gold_caption": gold["accuracy"], "no_caption": none["accuracy"], "chance": chance,
             "failed_share": gold["failed_share"], "unparsed_share": gold["unparsed_share"]}
+
+
+def _records(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str],
+             verifier: AskVerifier, settings: RewardConfig) -> list[list[dict]]:
+    lengths = [0] * len(captions)
+    return caption_rewards(captions, examples, keys, lengths, verifier, settings).records
 
 
 def _another_of_the_family(examples: Sequence[Example], place: int) -> int:
     """The next example of the same family, round the end; the next of any where there is none."""
     following = [*range(place + 1, len(examples)), *range(place)]
-    return next((i for i in following if examples[i].family == examples[place].family), (place + 1) % len(examples))
+    alike = [i for i in following if examples[i].family == examples[place].family]
+    return [*alike, *following][0]
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+# ---------------------------------------------------------------------------------- statistics
 
 
-def within_group_correlation(groups: Sequence[str], x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's, of the deviations from each group's means; NaN where one never deviates. Pairs with NaN are left out."""
+def within_group_correlation(groups: Sequence[str], x: Sequence[float],
+                             y: Sequence[float]) -> float:
+    """Pearson's, of the deviations from each group's means; NaN where one never deviates. Pairs
+    with NaN are left out."""
     deviations = [pairs - pairs.mean(0) for pairs in _paired_by_group(groups, x, y)]
     dx, dy = np.concatenate(deviations).T if deviations else np.zeros((2, 0))
     spread = math.sqrt(float(dx @ dx) * float(dy @ dy))
     return float(dx @ dy) / spread if spread > 1e-9 else math.nan
 
 
-def rank_correlation(groups: Sequence[str], x: Sequence[float], y: Sequence[float]) -> tuple[float, int]:
+def rank_correlation(groups: Sequence[str], x: Sequence[float],
+                     y: Sequence[float]) -> tuple[float, int]:
     """Mean over groups of Spearman's rank correlation, ties at their mean rank. Also the number of
     groups behind it: those in which both vary. Pairs with NaN are left out."""
     ranks = [(_ranks(pairs[:, 0]), _ranks(pairs[:, 1])) for pairs in _paired_by_group(groups, x, y)]
-    found = [float(np.corrcoef(a, b)[0, 1]) for a, b in ranks if np.ptp(a) > 0 and np.ptp(b) > 0]
-    return _mean(found), len(found)
+    correlations = [float(np.corrcoef(a, b)[0, 1]) for a, b in ranks
+                    if np.ptp(a) > 0 and np.ptp(b) > 0]
+    return mean(correlations), len(correlations)
 
 
-def _paired_by_group(groups: Sequence[str], x: Sequence[float], y: Sequence[float]) -> list[np.ndarray]:
+def _paired_by_group(groups: Sequence[str], x: Sequence[float],
+                     y: Sequence[float]) -> list[np.ndarray]:
     """An (n, 2) array for each group, without the pairs in which one is NaN."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    pairs_of: dict[str, list[list[float]]] = {}
     for group, *pair in zip(groups, x, y, strict=True):
         if not math.isnan(sum(pair)):
-            found.setdefault(group, []).append(pair)
-    return [np.array(pairs, dtype=float) for pairs in found.values()]
+            pairs_of.setdefault(group, []).append(pair)
+    return [np.array(pairs, dtype=float) for pairs in pairs_of.values()]
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     values = values.round(6)  # float noise must not order what is equal
-    return (values[:, None] > values).sum(1) + ((values[:, None] == values).sum(1) - 1) / 2
+    is_more, is_equal = values[:, None] > values, values[:, None] == values
+    return is_more.sum(1) + (is_equal.sum(1) - 1) / 2
 
 
-def _half_means(record: Sequence[dict]) -> tuple[float, float]:
-    """Mean scores of every other question; all askings of a question fall into one half."""
-    order = {source: place for place, source in enumerate(dict.fromkeys(one["source"] for one in record))}
-    halves = [[one["score"] for one in record if order[one["source"]] % 2 == half] for half in (0, 1)]
-    return _mean(halves[0]), _mean(halves[1])
+def _half_mean(record: Sequence[dict], half: int) -> float:
+    """Mean score of every other question; all askings of a question fall into one half."""
+    sources = list(dict.fromkeys(question["source"] for question in record))[half::2]
+    return mean([question["score"] for question in record if question["source"] in sources])
 
 
 def _agreements(records: Sequence[Sequence[dict]]) -> list[bool]:
     """For each two different shuffles of a question on one caption: was the same option chosen?"""
-    return [
-        a["options"][a["chosen"]] == b["options"][b["chosen"]]
-        for record in records
-        for a, b in combinations([one for one in record if one["chosen"] is not None], 2)
-        if a["source"] == b["source"] and a["options"] != b["options"]
-    ]
+    agreements = []
+    for record in records:
+        chosen = [question for question in record if question["chosen"] is not None]
+        agreements += [
+            a["options"][a["chosen"]] == b["options"][b["chosen"]]
+            for a, b in combinations(chosen, 2)
+            if a["source"] == b["source"] and a["options"] != b["options"]
+        ]
+    return agreements
 
 
-def _letter_shares(places: Sequence[int]) -> list[float]:
-    return [round(places.count(place) / len(places), 4) for place in range(max(places) + 1)] if places else []
+def _letter_shares(places: Iterable[int | None]) -> list[float]:
+    places = [place for place in places if place is not None]
+    counts = np.bincount(np.array(places, dtype=int))
+    return [round(int(count) / len(places), 4) for count in counts]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-# -------------------------------------------------------------------------------------------------------------- programs
+# ------------------------------------------------------------------------------------ programs
 
 
 @dataclass(frozen=True)
@@ -202,128 +250,133 @@ class ReplayConfig:
     """Of the replies in mode "sample"."""
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature}: expected more than 0")
+        check_range(self, "temperature", above=0)
 
 
-RECORD_KEYS = ("question", "options", "gold", "abstain", "source", "chosen", "correct", "score", "failure")
+RECORD_KEYS = ("question", "options", "gold", "abstain", "source", "chosen", "correct", "score",
+               "failure")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rollout rows of a file. Raises ValueError for a row that is not one, naming file and line."""
+    """Rollout rows of a file. Raises ValueError for a row that is none, naming file and line."""
     rows = []
     for number, row in read_jsonl(path):
-        if missing := [key for key in ("id", "caption", "questions") if key not in row]:
-            raise ValueError(f"{path} line {number}: expected the key {missing[0]!r}, got {sorted(row)}")
-        for one in row["questions"]:
-            if not isinstance(one, dict) or not set(RECORD_KEYS) <= set(one):
-                raise ValueError(f"{path} line {number}: expected a question as asked with {RECORD_KEYS}, got {one!r}")
+        missing = [key for key in ("id", "caption", "questions") if key not in row]
+        if missing:
+            raise ValueError(f"{path} line {number}: expected the key {missing[0]!r}, "
+                             f"got {sorted(row)}")
+        for question in row["questions"]:
+            if not isinstance(question, dict) or not set(RECORD_KEYS) <= set(question):
+                raise ValueError(f"{path} line {number}: expected a question as asked with "
+                                 f"{RECORD_KEYS}, got {question!r}")
         rows.append(row)
     return rows
 
 
 def audit_run(config: AuditConfig) -> dict:
-    """Steps are audited one at a time and averaged, the probes of audit.jsonl too; questions are counted over all steps."""
+    """Steps are audited one at a time and averaged, the probes of audit.jsonl too; questions are
+    counted over all steps. always_right, always_wrong: questions ("id:place") asked often enough
+    whose answers agree."""
     files = sorted(config.run_dir.glob("rollouts/step_*.jsonl"))
     if not files:
-        raise ValueError(f"{config.run_dir}: expected a run folder with rollouts/step_*.jsonl, found none")
-    log = config.run_dir / "audit.jsonl"
-    probes = [row for _, row in read_jsonl(log) if "probe_accuracy" in row] if log.exists() else []
+        raise ValueError(f"{config.run_dir}: expected a run folder with rollouts/step_*.jsonl, "
+                         "found none")
+    probes = [row for row in read_log(config.run_dir / "audit.jsonl") if "probe_accuracy" in row]
     steps, right = [], {}
     for path in tqdm(files, desc="audit", unit="step"):
         rows = read_rows(path)
         steps.append(audit(rows))
         for row in rows:
-            for one in (one for one in row["questions"] if one["gold"] is not None and not one["failure"]):
-                right.setdefault(f"{row['id']}:{one['source']}", []).append(one["correct"])
-    often = {question: answers for question, answers in right.items() if len(answers) >= config.min_asked}
-    series = {key: [step[key] for step in steps] for key, value in steps[0].items() if isinstance(value, float)}
-    for key in (key for key in (probes[0] if probes else {}) if key.startswith("probe")):
-        series[key] = [math.nan if row[key] is None else row[key] for row in probes]
+            for question in scored_questions(row):
+                name = f"{row['id']}:{question['source']}"
+                right.setdefault(name, []).append(question["correct"])
+    often = {name: answers for name, answers in right.items() if len(answers) >= config.min_asked}
+    series = {key: [step[key] for step in steps] for key in steps[0] if "letters" not in key}
+    for key in probes[0] if probes else ():
+        if key.startswith("probe"):
+            series[key] = [math.nan if row[key] is None else row[key] for row in probes]
+    measured = {key: [value for value in values if not math.isnan(value)]
+                for key, values in series.items()}
     return {
         "steps": len(steps),
         "first": {key: values[0] for key, values in series.items()},
         "last": {key: values[-1] for key, values in series.items()},
-        "mean": {key: _mean([value for value in values if not math.isnan(value)]) for key, values in series.items()},
+        "mean": {key: mean(values) for key, values in measured.items()},
         "gold_letters": _mean_shares([step["gold_letters"] for step in steps]),
         "chosen_letters": _mean_shares([step["chosen_letters"] for step in steps]),
         "questions": len(right),
         "asked_often": len(often),
-        "always_right": sorted(question for question, answers in often.items() if all(answers)),
-        "always_wrong": sorted(question for question, answers in often.items() if not any(answers)),
+        "always_right": sorted(name for name, answers in often.items() if all(answers)),
+        "always_wrong": sorted(name for name, answers in often.items() if not any(answers)),
     }
 
 
 def _mean_shares(steps: Sequence[list[float]]) -> list[float]:
     width = max(map(len, steps), default=0)
-    return [round(_mean([shares[i] if i < len(shares) else 0.0 for shares in steps]), 4) for i in range(width)]
+    padded = [shares + [0.0] * (width - len(shares)) for shares in steps]
+    return [round(mean(shares), 4) for shares in zip(*padded)]
 
 
-def format_audit(found: dict) -> str:
-    lines = [f"| over {found['steps']} steps | first | last | mean |", "| --- | ---: | ---: | ---: |"]
-    for key in found["first"]:
-        lines.append(f"| {key} | " + " | ".join(f"{found[when][key]:.3f}" for when in ("first", "last", "mean")) + " |")
+def format_audit(numbers: dict) -> str:
+    rows = [[key, *(f"{numbers[when][key]:.3f}" for when in ("first", "last", "mean"))]
+            for key in numbers["first"]]
+    lines = [markdown(f"over {numbers['steps']} steps | first: | last: | mean:", rows)]
     for key in ("gold_letters", "chosen_letters"):
-        lines.append(f"\n{key}: " + "  ".join(f"{letter} {share:.3f}" for letter, share in zip(LETTERS, found[key])))
+        shares = (f"{letter} {share:.3f}" for letter, share in zip(LETTERS, numbers[key]))
+        lines.append(f"\n{key}: " + "  ".join(shares))
     for key in ("always_right", "always_wrong"):
-        shown = ", ".join(found[key][:20]) + (", ..." if len(found[key]) > 20 else "")
-        lines.append(f"\n{key}: {len(found[key])} of the {found['asked_often']} questions asked often enough: {shown}")
+        names = numbers[key]
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        lines.append(f"\n{key}: {len(names)} of the {numbers['asked_often']} questions asked often "
+                     f"enough: {shown}")
     return "\n".join(lines)
 
 
 def replay(rows: Sequence[dict], verifier: AskVerifier, batch_size: int = 64) -> dict[str, float]:
     """How far another verifier agrees with the recorded answers, on the very same prompts.
 
-    agreement: share of questions with the same choice, unreadable replies among them. rank_correlation: mean within
-    groups, of the captions' mean scores. Questions that either could not score are left out.
+    agreement: share of questions with the same choice, unreadable replies among them.
+    rank_correlation: mean within groups, of the captions' mean scores. Questions that either could
+    not score are left out.
     """
     agree, before, after = [], [], []
     for start in tqdm(range(0, len(rows), batch_size), desc="replay", unit="batch"):
         part = rows[start : start + batch_size]
-        asked = [
-            [Asked(q["question"], tuple(q["options"]), q["gold"], q["source"], q["abstain"]) for q in row["questions"]]
-            for row in part
-        ]
+        captions = [row["caption"] for row in part]
+        asked = [list(map(_as_asked, row["questions"])) for row in part]
         names = [f"replay:{start + place}" for place in range(len(part))]
-        for row, answers in zip(part, verifier([row["caption"] for row in part], asked, names)):
-            both = [(q, a) for q, a in zip(row["questions"], answers) if not q["failure"] and not a.failure]
-            agree += [q["chosen"] == a.chosen for q, a in both]
-            before.append(_mean([float(q["chosen"] == q["gold"]) for q, _ in both]))
-            after.append(_mean([float(a.chosen == q["gold"]) for q, a in both]))
+        for row, answers in zip(part, verifier(captions, asked, names)):
+            both = [(question, answer) for question, answer in zip(row["questions"], answers)
+                    if not question["failure"] and not answer.failure]
+            agree += [question["chosen"] == answer.chosen for question, answer in both]
+            before.append(mean([question["chosen"] == question["gold"] for question, _ in both]))
+            after.append(mean([answer.chosen == question["gold"] for question, answer in both]))
     correlation, num_groups = rank_correlation([row["id"] for row in rows], before, after)
     return {
-        "captions": len(rows), "questions": len(agree), "accuracy before": float(np.nanmean(before)),
-        "accuracy after": float(np.nanmean(after)), "agreement": _mean(agree), "rank correlation within groups": correlation,
+        "captions": len(rows), "questions": len(agree),
+        "accuracy before": float(np.nanmean(before)), "accuracy after": float(np.nanmean(after)),
+        "agreement": mean(agree), "rank correlation within groups": correlation,
         "groups behind it": num_groups,
     }
 
 
+def _as_asked(question: dict) -> Asked:
+    return Asked(question["question"], tuple(question["options"]), question["gold"],
+                 question["source"], question["abstain"])
+
+
 def main(arguments: list[str]) -> None:
-    config = tyro.extras.subcommand_cli_from_dict({"audit": AuditConfig, "replay": ReplayConfig}, args=arguments)
+    programs = {"audit": AuditConfig, "replay": ReplayConfig}
+    config = tyro.extras.subcommand_cli_from_dict(programs, args=arguments)
     if isinstance(config, AuditConfig):
         print(format_audit(audit_run(config)))
         return
     rows = read_rows(config.records)
-    if any(one["gold"] is None for row in rows for one in row["questions"]):
-        raise ValueError(f"{config.records}: expected answers of a verifier, found a judge's ratings")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    verifier = load_verifier(config.verifier, device, dtype, mode=config.mode, temperature=config.temperature)
+    if any(question["gold"] is None for row in rows for question in row["questions"]):
+        raise ValueError(f"{config.records}: expected answers of a verifier, found a judge's "
+                         "ratings")
+    device = local_device()
+    verifier = load_verifier(config.verifier, device, compute_dtype(device), mode=config.mode,
+                             temperature=config.temperature)
     for key, value in replay(rows, verifier).items():
         print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
-
-
-def audit_step(rows: list[dict], step: int, sampler: Policy, verifier: AskVerifier | None, probe_set: Sequence[Example],
-               config: TrainConfig) -> dict:
-    """The audit of the step's captions. Every `audit_every` steps, and at the last, also of the
-    policy's captions of the probe set."""
-    found = audit(rows)
-    is_due = config.audit_every and (step % config.audit_every == 0 or step + 1 == config.num_steps)
-    if verifier is not None and is_due and len(probe_set) > 1:
-        prompts = [sampler.prompt(open_image(example.image)) for example in probe_set]
-        keys = [f"{config.seed}:probe:{example.id}:caption" for example in probe_set]
-        captions = sample_rollouts(
-            sampler, prompts, keys, config.max_new_tokens, config.temperature, config.rollout_tokens
-        ).captions
-        found |= probe(captions, probe_set, verifier, config.reward_config, config.seed)
-    return found

@@ -1,6 +1,5 @@
 """`python -m data.examples`: what of a set can be used, and the manifest of the rest."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from data.export import write_examples
 from data.formats import data_files
 from data.images import image_size, open_image
+from data.io import json_lines, write_whole
 from data.rows import Refused, manifest_path, name_in_set, scan_rows
 
 
@@ -21,7 +21,8 @@ class InspectConfig:
     source: Annotated[str, tyro.conf.Positional]
     """A file or a folder."""
     image_root: str = ""
-    """The folder that paths of images must lie in; without it, that of the file that names them. Needs `out`."""
+    """The folder that paths of images must lie in; without it, that of the file that names them.
+    Needs `out`."""
     out: str = ""
     """A folder for the set as this project's JSONL, with its images."""
     decode: bool = False
@@ -29,9 +30,11 @@ class InspectConfig:
 
 
 def inspect(config: InspectConfig) -> dict[str, int]:
-    """Reads all rows and the heads of all images, prints counts and writes the manifest; returns the counts."""
+    """Reads all rows and the heads of all images, prints counts and writes the manifest; returns
+    the counts."""
     if config.image_root and not config.out:
-        raise ValueError("image_root: expected `out` with it, since a run looks for images beside the file")
+        raise ValueError("image_root: expected `out` with it, since a run looks for images beside "
+                         "the file")
     kept, refused, num_rows = [], [], 0
     for row in tqdm(scan_rows(config.source, config.image_root), desc="rows", unit="row"):
         num_rows += 1
@@ -41,26 +44,40 @@ def inspect(config: InspectConfig) -> dict[str, int]:
                 (open_image if config.decode else image_size)(row.example.image)
                 kept.append(row.example)
             except ValueError as error:
-                reason = str(error).removeprefix(f"{row.file} {row.where}: ")  # how a picture in a row is called
+                # As a picture in a row is called
+                reason = str(error).removeprefix(f"{row.file} {row.where}: ")
                 refused.append(Refused(row.file, row.where, reason, row.example.id))
-    counts = {"rows": num_rows, "images": len(kept), "questions": sum(len(example.questions) for example in kept),
-              "refused rows": sum(one.question is None for one in refused),
-              "refused questions": sum(one.question is not None for one in refused)}
-    files = {name_in_set(config.source, file): file.stat().st_size for file in data_files(config.source)}
-    rows = [{"file": name_in_set(config.source, one.file), "row": one.where, "question": one.question, "id": one.id,
-             "reason": one.reason} for one in refused]
-    path = manifest_path(config.source)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"files": files} | counts, *rows]]
-    try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: expected to write the manifest beside the set ({error.strerror}); "
-                         f"link the set into a folder of your own") from None
-    print("\n".join([*(f"{value:8d} {name}" for name, value in counts.items()), *(f"refused  {one}" for one in refused[:5])]))
-    print(f"manifest: {path}")
+    num_refused = sum(fault.question is None for fault in refused)
+    counts = {
+        "rows": num_rows, "images": len(kept),
+        "questions": sum(len(example.questions) for example in kept),
+        "refused rows": num_refused, "refused questions": len(refused) - num_refused,
+    }
+    write_manifest(config.source, counts, refused)
     if config.out:
-        print(f"{write_examples(Path(config.out), kept)} images: {Path(config.out) / 'examples.jsonl'}")
+        num_images = write_examples(Path(config.out), kept)
+        print(f"{num_images} images: {Path(config.out) / 'examples.jsonl'}")
     return counts
+
+
+def write_manifest(source: str, counts: dict[str, int], refused: list[Refused]) -> None:
+    files = {name_in_set(source, file): file.stat().st_size for file in data_files(source)}
+    rows = [
+        {"file": name_in_set(source, fault.file), "row": fault.where, "question": fault.question,
+         "id": fault.id, "reason": fault.reason}
+        for fault in refused
+    ]
+    path = manifest_path(source)
+    try:
+        write_whole(path, json_lines([{"files": files} | counts, *rows]))
+    except OSError as error:
+        raise ValueError(f"{path}: expected to write the manifest beside the set "
+                         f"({error.strerror}); link the set into a folder of your own") from None
+    for name, value in counts.items():
+        print(f"{value:8d} {name}")
+    for fault in refused[:5]:
+        print(f"refused  {fault}")
+    print(f"manifest: {path}")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""From scored questions to the numbers of a table: means over questions, intervals over images, differences.
+"""From scored questions to the numbers of a table: means over questions, intervals over images,
+differences.
 
 evaluate.py, the report page and the demo all print these. So they say the same of the same rows. A
 row is a caption as evaluate.py writes it: `id` of its image, `caption`, `questions`, each with
@@ -6,36 +7,56 @@ row is a caption as evaluate.py writes it: `id` of its image, `caption`, `questi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 NUM_RESAMPLES = 2000
 """Draws of a bootstrap. With so many the ends of the interval vary by a fiftieth of its width."""
 
+Means = dict[str, dict[str, float]]
+"""image id -> question id -> mean score over the captions"""
 
-def question_scores(rows: Sequence[dict]) -> dict[str, dict[str, tuple[str, float]]]:
-    """image id -> question id -> (family, mean score over the captions), of what could be asked."""
-    found: dict[str, dict[str, tuple[str, list[float]]]] = {}
+
+def by_image(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    """The rows of each image id."""
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        for question in row["questions"]:
+        groups.setdefault(row["id"], []).append(row)
+    return groups
+
+
+def question_means(rows: Sequence[dict], family: str = "all") -> Means:
+    """Of the family's questions that could be asked; of all families, of "all"."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for question in _asked(row, family):
             if question["score"] is not None:
-                scores = found.setdefault(row["id"], {}).setdefault(question["id"], (question["family"], []))[1]
-                scores.append(question["score"])
-    return {image: {id: (family, sum(s) / len(s)) for id, (family, s) in group.items()} for image, group in found.items()}
+                of_image = scores.setdefault(row["id"], {})
+                of_image.setdefault(question["id"], []).append(question["score"])
+    return {
+        image: {id: sum(given) / len(given) for id, given in group.items()}
+        for image, group in scores.items()
+    }
 
 
-def interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Bootstrap 95% interval of sum(sums) / sum(counts) over images. An image that is drawn brings
-    its sum and its count along. The draws are always the same, so the same rows give the same
-    numbers.
-    """
-    rng = np.random.default_rng(0)
-    sums, counts = np.asarray(sums, dtype=float), np.asarray(counts)
+def _asked(row: dict, family: str) -> list[dict]:
+    return [question for question in row["questions"] if family in ("all", question["family"])]
+
+
+def bootstrap_interval(groups: Iterable[Iterable[float]]) -> tuple[float, float]:
+    """Bootstrap 95% interval of the mean over the values of all groups. A group that is drawn
+    brings all its values along. The draws are always the same, so the same rows give the same
+    numbers. NaN where there is no value."""
+    groups = [values for values in map(list, groups) if values]
+    if not groups:
+        return math.nan, math.nan
+    sums, counts = np.array([(sum(values), len(values)) for values in groups], dtype=float).T
+    rng, means = np.random.default_rng(0), []
     at_a_time = max(1, 1_000_000 // len(sums))
-    means = []
     for start in range(0, NUM_RESAMPLES, at_a_time):
-        drawn = rng.integers(len(sums), size=(min(at_a_time, NUM_RESAMPLES - start), len(sums)))
+        size = (min(at_a_time, NUM_RESAMPLES - start), len(sums))
+        drawn = rng.integers(len(sums), size=size)
         means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
@@ -52,59 +73,61 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     failed                       questions that could not be scored; they count nowhere else
     words, tokens                per caption
     """
-    scores = question_scores(rows)
-    by_image: dict[str, list[dict]] = {}
-    for row in rows:
-        by_image.setdefault(row["id"], []).append(row)
     families = sorted({question["family"] for row in rows for question in row["questions"]})
-    table = {}
-    for family in [*families, "all"] if families != ["all"] else ["all"]:
-        def belongs(name: str, family: str = family) -> bool:
-            return family in ("all", name)
-
-        asked = [q for row in rows for q in row["questions"] if belongs(q["family"])]
-        answered = [q for q in asked if q["score"] is not None]
-        images = [[score for name, score in group.values() if belongs(name)] for group in scores.values()]
-        images = [group for group in images if group]
-        sums, counts = [sum(group) for group in images], [len(group) for group in images]
-        best = []
-        for group in by_image.values():
-            found = [
-                [q["score"] for q in row["questions"] if belongs(q["family"]) and q["score"] is not None] for row in group
-            ]
-            if found := [scored for scored in found if scored]:
-                best.append(max((sum(scored) / len(scored), len(scored)) for scored in found))
-        told = [row for row in rows if any(belongs(q["family"]) for q in row["questions"]) and "error" not in row]
-        low, high = interval(sums, counts) if images else (math.nan, math.nan)
-        table[family] = {
-            "accuracy": _share(sum(sums), sum(counts)), "low": low, "high": high,
-            "best": _share(sum(mean * number for mean, number in best), sum(number for _, number in best)),
-            "images": len(images), "questions": sum(counts),
-            "unparsed": _share(sum(q["unparsed"] for q in answered), len(answered)),
-            "abstained": _share(sum(q["abstain"] is not None and q["chosen"] == q["abstain"] for q in answered), len(answered)),
-            "right": _share(sum(bool(q["correct"]) for q in answered), len(answered)),
-            "failed": len({q["id"] for q in asked} - {q["id"] for q in answered}),
-            "words": _share(sum(len(row["caption"].split()) for row in told), len(told)),
-            "tokens": _share(sum(row.get("tokens", math.nan) for row in told), len(told)),
-            "cut": _share(sum(row.get("finish_reason") == "length" for row in told), len(told)),
-        }
-    return table
+    return {family: _summary(rows, family) for family in dict.fromkeys([*families, "all"])}
 
 
-def _share(part: float, whole: int) -> float:
-    return part / whole if whole else math.nan
+def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
+    asked = [question for row in rows for question in _asked(row, family)]
+    answered = [question for question in asked if question["score"] is not None]
+    images = [list(group.values()) for group in question_means(rows, family).values()]
+    best = []  # (mean, number of questions) of each image's best caption
+    for group in by_image(rows).values():
+        captions = [[question["score"] for question in _asked(row, family)
+                     if question["score"] is not None] for row in group]
+        best += sorted((mean(scores), len(scores)) for scores in captions if scores)[-1:]
+    told = [row for row in rows if _asked(row, family) and "error" not in row]
+    scores = [score for group in images for score in group]
+    low, high = bootstrap_interval(images)
+    abstained = [question["abstain"] is not None and question["chosen"] == question["abstain"]
+                 for question in answered]
+    return {
+        "accuracy": mean(scores), "low": low, "high": high,
+        "best": mean([score for score, count in best for _ in range(count)]),
+        "images": len(images), "questions": len(scores),
+        "unparsed": mean([question["unparsed"] for question in answered]),
+        "abstained": mean(abstained),
+        "right": mean([bool(question["correct"]) for question in answered]),
+        "failed": len({question["id"] for question in asked}
+                      - {question["id"] for question in answered}),
+        "words": mean([len(row["caption"].split()) for row in told]),
+        "tokens": mean([row.get("tokens", math.nan) for row in told]),
+        "cut": mean([row.get("finish_reason") == "length" for row in told]),
+    }
 
 
-def paired_difference(rows: Sequence[dict], others: Sequence[dict], family: str = "all") -> dict[str, float]:
-    """Mean score of `others` less that of `rows` on the family's questions that both answered, with its interval."""
-    first, second = question_scores(rows), question_scores(others)
-    differences = [
-        [second[image][id][1] - score for id, (name, score) in group.items() if id in second[image] and family in ("all", name)]
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def paired_difference(rows: Sequence[dict], others: Sequence[dict],
+                      family: str = "all") -> dict[str, float]:
+    """Mean score of `others` less that of `rows` on the family's questions that both answered, with
+    its interval."""
+    first, second = question_means(rows, family), question_means(others)
+    groups = [
+        [second[image][id] - score for id, score in group.items() if id in second[image]]
         for image, group in first.items() if image in second
     ]
-    differences = [group for group in differences if group]
-    if not differences:
-        return {"difference": math.nan, "low": math.nan, "high": math.nan, "questions": 0}
-    sums, counts = [sum(group) for group in differences], [len(group) for group in differences]
-    low, high = interval(sums, counts)
-    return {"difference": sum(sums) / sum(counts), "low": low, "high": high, "questions": sum(counts)}
+    low, high = bootstrap_interval(groups)
+    differences = [difference for group in groups for difference in group]
+    return {"difference": mean(differences), "low": low, "high": high,
+            "questions": len(differences)}
+
+
+def markdown(header: str, rows: Iterable[Sequence]) -> str:
+    """A table. header: the columns' names between bars; those of numbers end in a colon."""
+    names = header.split(" | ")
+    lines = [[name.rstrip(":") for name in names],
+             ["---:" if name.endswith(":") else "---" for name in names], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

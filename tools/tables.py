@@ -9,7 +9,7 @@ from pathlib import Path
 from data.benchmarks.benchmark import Benchmark
 from data.images import open_image
 from data.io import check_room, json_lines, write_whole
-from tools.stats import paired_difference
+from tools.stats import markdown, paired_difference
 from tools.thumbnails import keep_thumbnail
 
 Rows = dict[tuple[str, str], list[dict]]
@@ -19,6 +19,9 @@ Tables = dict[tuple[str, str], dict[str, dict[str, float]]]
 
 THUMBNAILS = 400
 """Pictures of a benchmark, the first ones, that are kept small for the report page."""
+
+CAPTIONQA_SHARES = ("accuracy", "right", "abstained")
+"""Of `summarize`: the score, which credits abstaining, and what it is made of."""
 
 PAPER_COLUMNS = ("chartqa", "chartqapro", "infovqa", "mmstar", "seed")
 PAPER_TABLE = {  # arXiv 2509.22647, Table 3, in percent
@@ -34,22 +37,21 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables) -> str:
     """All tables as Markdown: scores, differences to the first captioner, CaptionQA's shares, the
     paper's rows."""
     parts = [format_table(tables)]
-    differences = _difference_lines(rows)
+    differences = _difference_rows(rows)
     if differences:
-        parts.append("Paired, on the same questions:\n\n" + "\n".join([
-            "| benchmark | captioner | less | questions | difference | 95% interval |",
-            "| --- | --- | --- | ---: | ---: | --- |", *differences,
-        ]))
+        header = "benchmark | captioner | less | questions: | difference: | 95% interval"
+        parts.append("Paired, on the same questions:\n\n" + markdown(header, differences))
     captionqa = {benchmark.name for benchmark in benchmarks if benchmark.kind == "captionqa"}
     if captionqa:
-        parts.append("CaptionQA:\n\n" + "\n".join([
-            "| captioner | score | accuracy | abstained |", "| --- | ---: | ---: | ---: |",
-            *_captionqa_lines(captionqa, tables),
-        ]))
+        shares = [[captioner, *(_number(table["all"][key]) for key in CAPTIONQA_SHARES)]
+                  for (benchmark, captioner), table in tables.items() if benchmark in captionqa]
+        header = "captioner | score: | accuracy: | abstained:"
+        parts.append("CaptionQA:\n\n" + markdown(header, shares))
     columns = [benchmark for benchmark in benchmarks if benchmark.kind in PAPER_COLUMNS]
     if columns:
+        header = " | ".join(["captioner", *(f"{benchmark.name}:" for benchmark in columns)])
         parts.append("Beside the paper's Table 3, in percent (its answerer, its prompts and its "
-                     "looser metrics):\n\n" + "\n".join(_paper_lines(columns, tables)))
+                     "looser metrics):\n\n" + markdown(header, _paper_rows(columns, tables)))
     return "\n\n".join(parts)
 
 
@@ -98,29 +100,22 @@ def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: 
 
 def format_table(tables: Tables) -> str:
     """A line for each benchmark, captioner and family."""
-    lines = [
-        "| benchmark | captioner | family | images | questions | score | 95% interval | "
-        "best caption | words | tokens | cut | unparsed | failed |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- | "
-        "---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (benchmark, captioner), table in tables.items():
-        for family, row in table.items():
-            lines.append(
-                f"| {benchmark} | {captioner} | {family} | {row['images']} | {row['questions']} | "
-                f"{_number(row['accuracy'])} | {_number(row['low'])} to {_number(row['high'])} | "
-                f"{_number(row['best'])} | {_number(row['words'], 1)} | "
-                f"{_number(row['tokens'], 1)} | {_number(row['cut'])} | "
-                f"{_number(row['unparsed'])} | {row['failed']} |"
-            )
-    return "\n".join(lines)
+    header = ("benchmark | captioner | family | images: | questions: | score: | 95% interval | "
+              "best caption: | words: | tokens: | cut: | unparsed: | failed:")
+    return markdown(header, (
+        [benchmark, captioner, family, row["images"], row["questions"], _number(row["accuracy"]),
+         f"{_number(row['low'])} to {_number(row['high'])}", _number(row["best"]),
+         _number(row["words"], 1), _number(row["tokens"], 1), _number(row["cut"]),
+         _number(row["unparsed"]), row["failed"]]
+        for (benchmark, captioner), table in tables.items() for family, row in table.items()
+    ))
 
 
 def _number(value: float, digits: int = 3) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _difference_lines(rows: Rows) -> list[str]:
+def _difference_rows(rows: Rows) -> list[list]:
     """Of each captioner to the first of its benchmark."""
     first: dict[str, str] = {}
     lines = []
@@ -128,34 +123,18 @@ def _difference_lines(rows: Rows) -> list[str]:
         base = first.setdefault(benchmark, captioner)
         if captioner != base:
             row = paired_difference(rows[benchmark, base], group)
-            lines.append(
-                f"| {benchmark} | {captioner} | {base} | {row['questions']} | "
-                f"{row['difference']:+.3f} | {row['low']:+.3f} to {row['high']:+.3f} |"
-            )
+            lines.append([benchmark, captioner, base, row["questions"], f"{row['difference']:+.3f}",
+                          f"{row['low']:+.3f} to {row['high']:+.3f}"])
     return lines
 
 
-def _captionqa_lines(names: set[str], tables: Tables) -> list[str]:
+def _paper_rows(columns: Sequence[Benchmark], tables: Tables) -> list[list]:
     lines = []
-    for (benchmark, captioner), table in tables.items():
-        if benchmark in names:
-            cells = [_number(table["all"][key]) for key in ("accuracy", "right", "abstained")]
-            lines.append(f"| {captioner} | {' | '.join(cells)} |")
-    return lines
-
-
-def _paper_lines(columns: Sequence[Benchmark], tables: Tables) -> list[str]:
-    lines = [
-        "| captioner | " + " | ".join(benchmark.name for benchmark in columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
     for captioner in dict.fromkeys(captioner for _, captioner in tables):
-        cells = []
-        for benchmark in columns:
-            row = tables.get((benchmark.name, captioner), {}).get("all", {})
-            cells.append(_number(row.get("accuracy", math.nan) * 100, 1))
-        lines.append(f"| {captioner} | {' | '.join(cells)} |")
+        scores = [tables.get((benchmark.name, captioner), {}).get("all", {}).get("accuracy")
+                  for benchmark in columns]
+        lines.append([captioner, *("" if score is None else _number(score * 100, 1)
+                                   for score in scores)])
     places = [PAPER_COLUMNS.index(benchmark.kind) for benchmark in columns]
-    for name, row in PAPER_TABLE.items():
-        lines.append(f"| paper: {name} | " + " | ".join(str(row[place]) for place in places) + " |")
-    return lines
+    return lines + [[f"paper: {name}", *(row[place] for place in places)]
+                    for name, row in PAPER_TABLE.items()]

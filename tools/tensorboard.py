@@ -44,5 +44,6 @@ class TensorBoard:
             self.writer.add_image(f"image/{place}", pixels, step, dataformats="HWC")
         # Indented by four: Markdown shows the words as they are, whatever the policy wrote.
         lines = [f"    {id}"]
-        lines += [f"    reward {row['reward']:.2f}  {' '.join(row['caption'].split())}" for row in group]
+        for row in group:
+            lines.append(f"    reward {row['reward']:.2f}  {' '.join(row['caption'].split())}")
         self.writer.add_text(f"captions/{place}", "\n".join(lines), step)

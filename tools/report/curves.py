@@ -1,0 +1,123 @@
+"""Curves of a run's numbers: which are drawn together, and where each point lies."""
+
+import math
+from collections.abc import Sequence
+
+from tools.report.metrics import LOG_KEYS
+from tools.report.sources import Source, known
+
+WIDTH, HEIGHT = 360, 180
+LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 156
+"""The drawing area of a curve, in the units of its viewBox. The rest is for the numbers on the
+axes."""
+
+Band = dict[int, tuple[float, float]]
+"""step -> the ends of an interval"""
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
+    if high == low:
+        low, high = (low - 0.1 * abs(low), high + 0.1 * abs(high)) if low else (0.0, 1.0)
+    unit = 10 ** math.floor(math.log10((high - low) / count))
+    steps = (unit * factor for factor in (1, 2, 5, 10))
+    step = next(step for step in steps if (high - low) / step <= count)
+    places = range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)
+    return [place * step for place in places]
+
+
+def axis_number(value: float) -> str:
+    """Short enough for the axis: 0.95, 37.15, 1.9e-6, 1.156e5."""
+    text = f"{value:.4g}" if abs(value) < 1000 or abs(value) >= 1e5 else f"{value:.0f}"
+    return text.replace("e-0", "e-").replace("e+0", "e")
+
+
+def panels(sources: Sequence[Source]) -> list[dict]:
+    """The curves, drawn. One run: numbers that belong together share one; two runs: each number has
+    its own."""
+    listed = {entry.key: entry for entries in LOG_KEYS.values() for entry in entries}
+    measured = {key for source in sources for key, values in source.series.items()
+                if known(values.values())}
+    others = sorted(measured - set(listed))
+    parts = [key for key in others if key.startswith("reward_")]  # of a reward that is not ours
+    keys = [key for key, entry in listed.items() if key in measured and entry.curve] + parts
+    if sum(key.startswith("reward_") for key in keys) == 1:  # the whole reward, then
+        keys = [key for key in keys if not key.startswith("reward_")]
+    titles = {key: listed[key].curve if key in listed else "reward and its parts" for key in keys}
+    titles |= {key: key for key in others if key not in parts}
+    by_title: dict[str, list[str]] = {}
+    for key, title in titles.items():
+        by_title.setdefault(key if len(sources) > 1 else title, []).append(key)
+    drawn = []
+    for title, members in by_title.items():
+        lines = [
+            {"label": source.name if len(sources) > 1 else key,
+             "values": source.series.get(key, {})}
+            for key in members for source in sources
+        ]
+        bands = [source.bands for source in sources] if "accuracy" in members else []
+        known_members = [listed[key] for key in members if key in listed]
+        unit = listed[members[0]].unit if members[0] in listed else ""
+        what = [f"{entry.key}: {entry.what}".replace("`", "") for entry in known_members]
+        drawn.append(draw_panel(title.replace("_", " "), unit, what, lines, bands))
+    return drawn
+
+
+def draw_panel(title: str, unit: str, what: list[str], lines: list[dict],
+               bands: list[Band]) -> dict:
+    """Numbers to coordinates: what the template writes as SVG, and the values for the pointer to
+    show."""
+    steps = sorted({step for line in lines for step in line["values"]})
+    values = known(value for line in lines for value in line["values"].values())
+    values += [end for band in bands for pair in band.values() for end in pair]
+    low, high = min(values), max(values)
+    y_ticks = ticks(0.0 if 0 <= low < high / 2 else low, high)
+    width, height = max(steps[-1] - steps[0], 1), y_ticks[-1] - y_ticks[0]
+
+    def x(step: int) -> float:
+        return round(LEFT + (RIGHT - LEFT) * (step - steps[0]) / width, 1)
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * (value - y_ticks[0]) / height, 1)
+
+    def outline(band: Band) -> str:
+        upper = [f"{x(step)},{y(high)}" for step, (_, high) in sorted(band.items())]
+        lower = [f"{x(step)},{y(low)}" for step, (low, _) in sorted(band.items())]
+        return " ".join([*upper, *lower[::-1]])
+
+    drawn, summary = [], []
+    for line in lines:
+        runs: list[list[str]] = [[]]  # a value that was not measured is a gap
+        for step, value in sorted(line["values"].items()):
+            if value is None:
+                runs.append([])
+            else:
+                runs[-1].append(f"{x(step)},{y(value)}")
+        numbers = known(value for _, value in sorted(line["values"].items()))
+        is_sparse = len(numbers) <= 12
+        drawn.append({
+            "label": line["label"], "runs": [" ".join(run) for run in runs if len(run) > 1],
+            "dots": [point.split(",") for run in runs for point in run
+                     if is_sparse or len(run) == 1],
+        })
+        if numbers:
+            summary.append(f"{line['label']} from {numbers[0]:.3g} to {numbers[-1]:.3g}")
+    x_ticks = [(x(int(tick)), f"{tick:.0f}") for tick in ticks(steps[0], steps[-1])
+               if tick == int(tick) and steps[0] <= tick <= steps[-1]]
+    return {
+        "title": title, "unit": unit, "what": what, "lines": drawn, "summary": "; ".join(summary),
+        "bands": [outline(band) for band in bands if band],
+        "x_ticks": x_ticks or [(x(steps[0]), str(steps[0]))],
+        "y_ticks": [(y(tick), axis_number(tick) if abs(tick) > 1e-9 * height else "0")
+                    for tick in y_ticks],
+        "values": {
+            "steps": steps, "x": [x(step) for step in steps],
+            "lines": [{"label": line["label"],
+                       "values": [_four_digits(line["values"].get(step)) for step in steps]}
+                      for line in lines],
+        },
+    }
+
+
+def _four_digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

@@ -1,0 +1,127 @@
+"""What a page shows: a run's folder, or an evaluation's file, read."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.jsonl import filled, read_log
+from grpo.log import LOGS
+from grpo.run_dir import saved_config
+from tools.stats import bootstrap_interval, by_image
+from tools.thumbnails import SHOWN_GROUPS
+
+MAX_STEPS = 200
+"""Steps whose captions are read: more would take minutes and fit no page."""
+
+Series = dict[int, float | None]
+"""step -> value"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run or an evaluation."""
+
+    name: str
+    path: Path
+    """The run's folder or the evaluation's file."""
+    groups: list[tuple[int | None, list[dict]]]
+    """(step, rows of one image), in the order of the files; an evaluation has no steps."""
+    num_steps: int = 0
+    """How many the run has done."""
+    config: dict | None = None
+    """None for an evaluation."""
+    starts: tuple[dict, ...] = ()
+    series: dict[str, Series] | None = None
+    """By key."""
+    bands: dict[int, tuple[float, float]] | None = None
+    """step -> 95% interval of the accuracy, over images"""
+
+
+def load_sources(path: Path) -> list[Source]:
+    """The run, or each captioner of the evaluation. Raises ValueError if there is neither, or for a
+    row that is no caption."""
+    if path.is_dir():
+        return [read_run(path)]
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a run folder or a file of evaluate.py --out, "
+                         "found nothing")
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: expected at least one row, found none")
+    num_benchmarks = len({row.get("benchmark") for row in rows})
+    by_captioner: dict[str, list[dict]] = {}
+    for row in rows:
+        # evaluate.py writes all of these; captions of a run's step can be looked at all the same.
+        defaults = {"family": str(row.get("family", "all")),
+                    **dict.fromkeys(("score", "correct", "abstain", "chosen"))}
+        row["questions"] = [
+            {**defaults, "id": f"{row['id']}:{n}", "unparsed": "chosen" not in question, **question}
+            for n, question in enumerate(row["questions"])
+        ]
+        if num_benchmarks > 1:  # ids are unique in a benchmark, and so are families
+            family = f"{row['benchmark']} {row.get('family', 'all')}"
+            row |= {"id": f"{row['benchmark']}:{row['id']}", "family": family}
+        by_captioner.setdefault(row.get("captioner", path.stem), []).append(row)
+    return [
+        Source(name if len(by_captioner) > 1 else path.stem, path,
+               [(None, group) for group in by_image(part).values()])
+        for name, part in by_captioner.items()
+    ]
+
+
+def read_run(run_dir: Path) -> Source:
+    config = saved_config(run_dir)
+    if not config:
+        raise ValueError(f"{run_dir}: expected a run folder with config.json, found none")
+    series: dict[str, Series] = {}
+    for name in LOGS:
+        for row in read_log(run_dir / name):
+            if type(row.get("step")) is not int:
+                raise ValueError(f"{run_dir / name}: expected a step in each row, got {row!r:.80}")
+            for key, value in row.items():
+                if key != "step" and (value is None or isinstance(value, int | float)):
+                    series.setdefault(key, {})[row["step"]] = value
+    num_steps = len(series.get("reward", {}))
+    files = [(int(path.stem.removeprefix("step_")), path)
+             for path in sorted(run_dir.glob("rollouts/step_*.jsonl"))]
+    files = [(step, path) for step, path in files if step < num_steps]
+    groups, bands = [], {}
+    for step, path in (files[place] for place in evenly(len(files), MAX_STEPS)):
+        images = list(by_image(read_rows(path)).values())
+        correct = [known(question.get("correct") for row in group for question in row["questions"])
+                   for group in images]
+        if any(correct):
+            bands[step] = bootstrap_interval(correct)
+        groups += [(step, group) for group in images[:SHOWN_GROUPS]]
+    starts = tuple(read_log(run_dir / "starts.jsonl"))
+    return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Captions of a file, without nulls. Raises ValueError for a row that is none, naming file and
+    row."""
+    rows = list(map(filled, read_log(path)))
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("id"), str) or not isinstance(row.get("caption"), str):
+            raise ValueError(f"{path} row {number}: expected an id and a caption, "
+                             f"got {sorted(row)}")
+        for question in row.setdefault("questions", []):
+            if not isinstance(question, dict) or not isinstance(question.get("question"), str):
+                raise ValueError(f"{path} row {number}: expected questions as asked, "
+                                 f"got {question!r}")
+        row["questions"] = list(map(filled, row["questions"]))
+    return rows
+
+
+def evenly(count: int, at_most: int) -> list[int]:
+    """`at_most` of the places 0 to count - 1, the first and the last among them: evenly(9, 3) is
+    [0, 4, 8]."""
+    if count <= at_most:
+        return list(range(count))
+    if at_most == 1:
+        return [count - 1]
+    return [round(place * (count - 1) / (at_most - 1)) for place in range(at_most)]
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
