@@ -297,7 +297,8 @@ def test_the_forks_of_the_docs_work(tmp_path):
     for name in ("grpo", "reward", "tools"):
         shutil.copytree(REPO / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REPO / "train.py", tmp_path)
-    (tmp_path / "data").symlink_to(REPO / "data")
+    for name in ("data", "docs"):
+        (tmp_path / name).symlink_to(REPO / name)
     reward, advantage = blocks("python")
     assert len(reward.split("def recall_rewards")[1].splitlines()) <= 20
     (tmp_path / "reward/recall.py").write_text(reward)
