@@ -42,7 +42,7 @@ class GpuConfig:
     group_size: int = 8
     tokens: int = 512
     side: int = 896
-    """Of the square images, in pixels: 1,024 tokens."""
+    """Side of the square images, in pixels: 1,024 tokens."""
     hidden: int = 2048
     intermediate: int = 11008
     layers: int = 36
@@ -52,7 +52,7 @@ class GpuConfig:
     vision_layers: int = 32
     micro_batch_tokens: int = 16_384
     ceiling_side: int = 8192
-    """Of the square matrices whose product is the measure of arithmetic."""
+    """Side of the square matrices whose product is the measure of arithmetic."""
     repeats: int = 3
     smoke: bool = False
 

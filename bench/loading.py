@@ -37,15 +37,16 @@ class BenchConfig:
 
     rows: int = 75_285
     side: int = 64
-    """Of the pictures, in pixels."""
+    """Side of the pictures, in pixels."""
     quality: int = 75
-    """Of their JPEG."""
+    """JPEG quality of the pictures."""
     questions: int = 3
     row_group: int = 100
     """Rows in a row group; the datasets library writes 100 where rows have pictures."""
     samples: int = 3000
     cache_mb: int = 16
-    """Of row groups; so small that hardly a picture is found there, as in a set far larger than the default of 256."""
+    """Cache of row groups. It is so small that hardly a picture is found in it, as in a set far
+    larger than the default of 256."""
 
 
 def write_set(path: Path, config: BenchConfig) -> list[bytes]:

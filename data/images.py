@@ -177,7 +177,7 @@ def image_path(root: Path, written: str) -> Path:
     """The file that a row means by `written`, below `root`.
 
     Raises ValueError for a path outside `root`, and where no file is. Links inside `root` are
-    followed: whoever made them decided so.
+    followed: the owner of the folder made them.
     """
     name = written.replace("\\", "/")
     absolute = name.startswith("/")

@@ -100,7 +100,7 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     letters = {LETTERS.lower().index(match["letter"]) for match in _NAMED.finditer(rest)}
     if letters.intersection(range(len(choices))) - {place}:
         return False
-    is_stance = own in ("yes", "是") or _DENIAL.search(own)  # "No, it is not": said once more
+    is_stance = own in ("yes", "是") or _DENIAL.search(own)  # "No, it is not" denies nothing
     following = rest[_BETWEEN.match(rest).end() :]
     other, after = _begun_by(following, choices)
     if other == place:

@@ -15,7 +15,7 @@ from data.labels import find_answer, strip_labels
 
 @dataclass(frozen=True)
 class Dropped:
-    """In place of a question: a block of a model's text that is no sound one."""
+    """A block of a model's text that is no sound question. It stands in the question's place."""
 
     reason: str
     """One of a few phrases, to be counted by."""
@@ -99,8 +99,8 @@ def scan_rows(source: str, image_root: str = "") -> Iterator[ScannedRow]:
 
 
 def read_question(entry: Any) -> Question:
-    """From an object with `question`, `choices` and `answer_index` or `answer`. That is a letter, a
-    choice's text, or both. Raises ValueError if it makes no sound question."""
+    """The question of an object with `question`, `choices` and `answer_index` or `answer`. `answer`
+    is a letter, a choice's text, or both. Raises ValueError if it makes no sound question."""
     if isinstance(entry, Question):
         return entry
     if isinstance(entry, Dropped):

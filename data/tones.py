@@ -60,7 +60,7 @@ def to_rgb(image: Image.Image, tile: Any) -> Image.Image:
 
 
 def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """From a strip of `image` to 8 bits of grey, RGB or RGBA."""
+    """A function that makes 8 bits of grey, RGB or RGBA from a strip of `image`."""
     if image.mode[0] in "IF":
         return _tones(image)
     if image.mode in ("CMYK", "LAB"):
@@ -81,7 +81,7 @@ def _converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
 
 
 def _tones(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """From a strip of `image`, of more than 8 bits, to 8 bits of grey."""
+    """A function that makes 8 bits of grey from a strip of `image`, which has more than 8."""
     tags = getattr(image, "tag_v2", {})  # a TIFF's
     transparent = image.info.get("transparency")  # a PNG's
     low, high = tone_range(image, tags, transparent)

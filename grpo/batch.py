@@ -25,11 +25,11 @@ class Batch:
     def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], token_budget: int):
         self.decoder, self.token_budget = decoder, token_budget
         self.starts = [prompt.next_position for prompt in prompts]
-        """Of each prompt: the position in the model of a completion's first token."""
+        """For each prompt, the position in the model of a completion's first token."""
         self.waiting = list(range(len(prompts)))
         """Numbers of prompts."""
         self.groups: list[int] = []
-        """Of each group in the decoder, the number of its prompt."""
+        """For each group in the decoder, the number of its prompt."""
         self.live: list[int] = []
         """Places in the decoder of the n rows that are being written, ascending."""
         self.where = torch.empty(4, 0, dtype=torch.long)

@@ -73,8 +73,9 @@ def check_layers(model: PreTrainedModel) -> None:
 
 
 def stack_(linears: Sequence[nn.Linear]) -> Tensor:
-    """Their weights as one tensor, which they become parts of: no second copy in memory, and new
-    values need no new stack. Done once; stacked weights are known by where they lie."""
+    """The weights of linear layers as one tensor, of which they become parts. So there is no second
+    copy in memory, and new values need no new stack. It is done once: weights that lie in a row are
+    stacked already."""
     weights = [linear.weight for linear in linears]
     first, whole = weights[0], sum(weight.numel() for weight in weights)
     ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())

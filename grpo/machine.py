@@ -14,7 +14,7 @@ import torch
 
 
 def describe_start(num_ranks: int) -> dict:
-    """Of this process and its machine, now."""
+    """The command, commit, machine and versions of this process, now."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text) or [platform.machine()]

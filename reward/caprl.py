@@ -361,7 +361,7 @@ def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
 
 
 def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
-    """Over all questions of all captions: `failed_share`. Over those that could be scored:
+    """Shares over all questions of all captions: `failed_share`. Over those that could be scored:
     `accuracy`, `unparsed_share` and `abstain_share`. The accuracy counts choices, also where the
     reward is soft."""
     rows = [row for record in records for row in record]
@@ -376,7 +376,7 @@ def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
 
 
 def mean_score(record: Sequence[dict]) -> float:
-    """Over the questions of a caption that could be scored; NaN if there are none."""
+    """Mean score over the questions of a caption that could be scored; NaN if there are none."""
     return _mean([row["score"] for row in record if not row["failure"]])
 
 

@@ -61,7 +61,7 @@ def judge_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Se
 
 
 def rating_record(reward: float, probs: list[float]) -> dict:
-    """In the form of the records of `caption_rewards`: one question, without a right option."""
+    """The rating as a record of `caption_rewards`: one question, without a right option."""
     failure = "the judge's logits are not finite" if math.isnan(reward) else ""
     return {
         "question": "rating", "options": RATINGS, "gold": None, "source": 0, "abstain": None,

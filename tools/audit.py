@@ -44,7 +44,7 @@ from tools.stats import markdown, mean
 
 
 def audit(rows: Sequence[dict]) -> dict:
-    """Of the captions of one step. A value that cannot be told from these rows is NaN.
+    """The audit of the captions of one step. A value that cannot be told from these rows is NaN.
 
     gold_letters, chosen_letters   shares of the letters A, B, ...; gold ones as even as the numbers
                                    of options allow
@@ -247,7 +247,7 @@ class ReplayConfig:
     """The other verifier, a local folder or a hub name."""
     mode: Literal["logits", "sample"] = "logits"
     temperature: float = 0.6
-    """Of the replies in mode "sample"."""
+    """Temperature of the replies in mode "sample"."""
 
     def __post_init__(self):
         check_range(self, "temperature", above=0)

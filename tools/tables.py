@@ -75,7 +75,7 @@ def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict])
 
 
 def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
-    """Of each benchmark's first pictures, beside the file of rows."""
+    """Keeps thumbnails of each benchmark's first pictures, beside the file of rows."""
     for benchmark in benchmarks:
         for picture in benchmark.pictures[:THUMBNAILS]:
             # As the page names it.
@@ -116,7 +116,7 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _difference_rows(rows: Rows) -> list[list]:
-    """Of each captioner to the first of its benchmark."""
+    """A line for the difference of each captioner to the first of its benchmark."""
     first: dict[str, str] = {}
     lines = []
     for (benchmark, captioner), group in rows.items():

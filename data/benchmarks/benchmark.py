@@ -28,7 +28,7 @@ class Picture:
     image: ImageSource
     items: tuple[Item, ...]
     other_ids: tuple[str, ...] = ()
-    """Of later rows with the same picture, whose questions are among these."""
+    """Ids of later rows with the same picture. Their questions are among these."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def load_benchmark(source: str) -> Benchmark:
 
 
 def load_benchmarks(sources: Sequence[str], limit: int = 0) -> list[Benchmark]:
-    """Each with its first `limit` pictures, 0 for all. Where two have one name, all are named by
-    their sources."""
+    """The benchmarks, each with its first `limit` pictures, 0 for all. If two have the same name,
+    all are named by their sources."""
     benchmarks = []
     for source in sources:
         benchmark = load_benchmark(source)

@@ -137,7 +137,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def _next_cells(reader: Iterator[list[str]], where: str) -> list[str] | None:
-    """None after the last row."""
+    """The cells of the next row; None after the last row."""
     try:
         return next(reader, None)
     except (csv.Error, UnicodeDecodeError) as error:
@@ -218,7 +218,7 @@ def _stored_picture(cells: dict) -> tuple[str, ImageSource]:
 
 
 def _told(cells: dict) -> dict:
-    """Without what a table has in place of nothing: null, and pandas' nan, also written as text."""
+    """The cells that are filled. Null is empty, and so is pandas' nan, also written as text."""
     return {key: cell for key, cell in filled(cells).items() if cell != "nan" and cell == cell}
 
 

@@ -139,7 +139,8 @@ def _choice_question(row: Row, kind: str) -> Question:
 
 
 def _options_in_columns(row: Row) -> list[str]:
-    """Of the columns A, B, ..., or choice_a, choice_b, ...; none if no such cell is filled."""
+    """The options of the columns A, B, ..., or choice_a, choice_b, ... Empty if no such cell is
+    filled."""
     for names in ([*LETTERS], [f"choice_{letter.lower()}" for letter in LETTERS]):
         options = _without_missing([row.text(name) for name in names])
         if options:
@@ -184,7 +185,7 @@ def _inline_options(text: str) -> tuple[str, list[str]]:
 
 
 def _without_missing(options: list[str]) -> list[str]:
-    """Without empty ones at the end, or "nan" in their place; one with others after it is empty."""
+    """The options without empty ones at the end. "nan" counts as empty, there and before others."""
     given = ["" if option == "nan" else option for option in options]
     return given[: max((place for place, option in enumerate(given, 1) if option), default=0)]
 

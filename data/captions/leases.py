@@ -99,7 +99,7 @@ def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
 
 
 Batches = Iterator[list[dict]]
-"""Of rows."""
+"""Batches of rows."""
 
 
 def write_shard(lease: Lease, batches: Callable[[int], Batches]) -> Batches:

@@ -28,7 +28,7 @@ class Shard:
     images: Callable[[], Iterator[tuple[str, str, ImageSource]]]
     """(id, how the row calls the image, image) of each, in order."""
     key: str
-    """Of its contents, for about.json."""
+    """A hash of its contents, for about.json."""
 
 
 def plan_shards(source: Path, shard_size: int) -> list[Shard]:

@@ -47,7 +47,7 @@ class BuildConfig:
     """Settings of the builder."""
 
     folder: Path = Path("data/toy")
-    """Gets policy/ and verifier/."""
+    """The folder for policy/ and verifier/."""
     verifier_steps: int = 1900
     """The most that each of its first two stages may take, see data/toy/verifier.py."""
     policy_steps: int = 3200

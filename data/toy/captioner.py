@@ -66,7 +66,8 @@ def weak_caption(scene: Scene, rng: random.Random) -> str:
 
 def as_rollouts(policy: Policy, scenes: Sequence[Scene], captions: Sequence[str],
                 instruction: str = CAPTION_INSTRUCTION) -> Rollouts:
-    """Given texts, one per scene, in the form the scorer takes: each ended by EOS, none sampled."""
+    """Given texts, one per scene, as rollouts for the scorer. Each ends with EOS; none is
+    sampled."""
     rows = [policy.tokenizer.encode(c, add_special_tokens=False) + [policy.tokenizer.eos_token_id] for c in captions]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=policy.pad_id)

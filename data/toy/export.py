@@ -23,7 +23,8 @@ class ExportConfig:
     """Settings of the export. Questions that need no image are written too, marked `"needs_image": false`."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Gets examples.jsonl and images/; refused if examples.jsonl is there already."""
+    """The folder for examples.jsonl and images/. It is refused if examples.jsonl is there
+    already."""
     num: int = 200
     split: Literal["train", "heldout"] = "train"
 

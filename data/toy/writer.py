@@ -40,15 +40,15 @@ class WriterConfig:
     """Settings of the writer's training."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Gets the model; refused if one is there."""
+    """A folder for the model. It is refused if a model is there."""
     policy: str = "data/toy/policy"
-    """What it starts from: it sees already."""
+    """The model that the training starts from. It has learnt to see."""
     steps: int = 1500
     batch: int = 16
     num_questions: int = 2
-    """In each text, and in the instruction."""
+    """Questions in each text, and asked for in the instruction."""
     num_images: int = 60
-    """Held-out images that the printed numbers are of."""
+    """Held-out images for the printed numbers."""
     seed: int = 0
 
 
@@ -89,8 +89,8 @@ def train_writer(config: WriterConfig) -> Policy:
 
 
 def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
-    """Of the texts on held-out images: sound questions per image, and blocks dropped. Also the
-    share of the questions on a fact of the scene whose answer is right."""
+    """Counts of the texts on held-out images: sound questions per image, and blocks dropped. Also
+    the share of the questions on a fact of the scene whose answer is right."""
     scenes = [make_scene("heldout", index) for index in range(config.num_images)]
     prompts = [policy.prompt(draw(scene), WRITING_INSTRUCTION.format(num=config.num_questions)) for scene in scenes]
     texts = sample_rollouts(policy, prompts, [f"writer:{scene.id}" for scene in scenes], 80 * config.num_questions).captions

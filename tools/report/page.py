@@ -44,7 +44,7 @@ class PageConfig:
     other: tyro.conf.Positional[Path | None] = None
     """Another one of the same kind, to compare with the first."""
     captioners: tuple[str, ...] = ()
-    """Of evaluations with more than two captioners, the one or two to show; without it, the first
+    """The one or two captioners to show of an evaluation with more than two. Without it, the first
     two."""
     out: Path | None = None
     """The page; without it, report.html in the run folder, and NAME.html beside an evaluation's
