@@ -147,7 +147,7 @@ def is_mention(arguments: list[str]) -> bool:
 
 
 def written_for(kind: str) -> list[tuple[str, str]]:
-    """The commands of a kind: "make", "environment", "code" (python -c), "fork" or "program"."""
+    """The commands of a kind: "make", "environment", "fork" or "program"."""
     chosen = []
     for place, command in written():
         words = command.split()
@@ -155,8 +155,6 @@ def written_for(kind: str) -> list[tuple[str, str]]:
             own_kind = "make"
         elif words[1:3] == ["-m", "venv"]:
             own_kind = "environment"
-        elif words[1] == "-c":
-            own_kind = "code"
         else:
             own_kind = "fork" if FORKED in command else "program"
         if own_kind == kind:
@@ -191,13 +189,6 @@ torchrun f.py
 def test_targets_of_make_are_in_the_makefile(place, command):
     targets = [line.split(":")[0] for line in (REPO / "Makefile").read_text().splitlines() if line[:1].isalpha()]
     assert set(command.split()[1:]) <= set(targets)
-
-
-@pytest.mark.parametrize("place, command", written_for("code"))
-def test_code_that_python_is_given_runs(place, command, monkeypatch):
-    monkeypatch.chdir(REPO)
-    code = shlex.split(command.split(" > ")[0])[2]
-    exec(compile(code, place, "exec"), {})
 
 
 @pytest.mark.parametrize("place, command", written_for("program"))
