@@ -17,8 +17,8 @@ OpenImage = Callable[[], Image.Image]
 
 
 def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], *,
-                    num_captions: int = 1, instruction: str = CAPTION_INSTRUCTION, temperature: float,
-                    max_new_tokens: int, seed: int, batch_size: int = 256,
+                    num_captions: int = 1, instruction: str = CAPTION_INSTRUCTION,
+                    temperature: float, max_new_tokens: int, seed: int, batch_size: int = 256,
                     rollout_tokens: int = 524_288, loaders: int = 4) -> Iterator[list[list[dict]]]:
     """For each batch of images, in their order: the rows of each image.
 
