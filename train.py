@@ -105,7 +105,7 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             with phases("rollout"):
                 with all_or_none("images"):
                     batch, mine, prompts = next(opened)
-                rollouts = sample_step(run.sampler, mine, prompts, step, config)
+                rollouts = sample_step(run, mine, prompts, step, config)
 
             # 2. The verifier answers questions from each caption, the same for all of an image.
             with phases("reward"):
@@ -165,12 +165,12 @@ def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,
     return batch, mine, [sampler.prompt(open_image(example.image)) for example in mine]
 
 
-def sample_step(sampler: Policy, batch: Sequence[Example], prompts: Sequence[Prompt], step: int,
+def sample_step(run: Run, batch: Sequence[Example], prompts: Sequence[Prompt], step: int,
                 config: TrainConfig) -> Rollouts:
     """The policy's G captions of each image."""
+    sampler = run.sampler
     prompts = [prompt.on(sampler.model) for prompt in prompts]
-    if config.freeze == "vision+merger":
-        # No step changes the tower, so reference, policy and sampler all have the same features.
+    if run.is_tower_frozen:
         prompts = encode_images(sampler, prompts)
     names = [f"{config.seed}:{step}:{example.id}:caption" for example in batch]
     keys = [f"{name}:{g}" for name in names for g in range(config.group_size)]

@@ -1,7 +1,8 @@
 """Settings of a training run, and one preset per recipe.
 
 Sources: [P] the paper, arXiv 2509.22647; [C1] the released CapRL-3B launch and reward scripts;
-[C++] the CapRL++ release, arXiv 2606.09393; [GRPO] DeepSeekMath, arXiv 2402.03300.
+[C++] the CapRL++ release, arXiv 2606.09393; [GRPO] DeepSeekMath, arXiv 2402.03300; [LoRA] Schulman
+and Thinking Machines Lab, "LoRA Without Regret", 2025.
 A value without a source says "ours" and why. docs/recipes.md shows the presets side by side.
 """
 
@@ -50,6 +51,25 @@ class RewardConfig:
         if self.length_full >= self.length_zero:
             raise ValueError(f"length_zero {self.length_zero}: expected more than length_full "
                              f"{self.length_full}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters are trained in place of all weights, by grpo/lora.py."""
+
+    lora_rank: int = 0
+    """R, the rank of the adapters; 0 trains all weights. One copy of the model is then sampler,
+    trainer and reference, for a GPU of 24 to 48 GB. The best learning rate is about ten times that
+    of full training [LoRA]. Ours: off."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank. [LoRA]"""
+    lora_targets: str = r"language_model\..*_proj"
+    """Which linear layers get an adapter: a regular expression for the end of their names. Layers
+    that `freeze` names get none. Ours: all of the language model's."""
+
+    def __post_init__(self):
+        check_range(self, "lora_rank", at_least=0)
+        check_range(self, "lora_alpha", above=0)
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,7 @@ class TrainConfig:
     freeze: Literal["none", "vision", "vision+merger"] = "none"
     """What is not trained. vision: the vision tower. vision+merger: also the layers that map its
     output to the language model. Not found in [P]."""
+    lora: Annotated[LoraConfig, tyro.conf.OmitArgPrefixes] = LoraConfig()
     num_steps: int = 1800
     """Steps of the run: about 3 passes over 75k images at 128 a step. [C1]"""
     learning_rate: float = 1e-6
@@ -206,6 +227,9 @@ class TrainConfig:
         if asked.soft and self.verifier_mode == "sample":
             raise ValueError("soft: expected verifier_mode logits, a sampled reply has no "
                              "probabilities")
+        if self.lora.lora_rank and (self.replicas > 1 or self.offload_reference):
+            raise ValueError("lora_rank: expected neither replicas nor offload_reference, every "
+                             "rank has the whole base once")
         if self.group_size < 2:
             raise ValueError(f"group_size {self.group_size}: expected at least 2, for a caption to "
                              "be compared with others")
@@ -269,9 +293,12 @@ FREE_ON_RESUME = {
 
 def change(config: TrainConfig, **changes) -> TrainConfig:
     """The settings with some changed, by their flags' names."""
-    of_reward = {field.name for field in fields(RewardConfig)} & changes.keys()
-    reward_config = replace(config.reward_config, **{name: changes.pop(name) for name in of_reward})
-    return replace(config, reward_config=reward_config, **changes)
+    parts = {}
+    for part in ("reward_config", "lora"):
+        settings = getattr(config, part)
+        names = {field.name for field in fields(settings)} & changes.keys()
+        parts[part] = replace(settings, **{name: changes.pop(name) for name in names})
+    return replace(config, **parts, **changes)
 
 
 PAPER = TrainConfig()

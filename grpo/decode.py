@@ -32,8 +32,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
-        # here: where weights lie is a page apart
-        from grpo.layers import LayerWeights, check_layers
+        from grpo.layers import LayerWeights, check_layers  # here: a page of its own
 
         check_layers(model)
         text = model.model.language_model
@@ -188,7 +187,7 @@ class Decoder:
         for layer, prefix, (keys, values) in zip(self.layers, self.prefix, self.suffix):
             head_dim = keys.shape[-1]
             normed = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
-            heads = F.linear(normed, layer.qkv, layer.qkv_bias)
+            heads = layer.qkv(normed)
             heads = heads.view(len(x), -1, head_dim)  # (n, R * K + 2 * K, D)
             qk, v = heads[:, :-num_kv], heads[:, -num_kv:]
             if layer.q_norm is not None:
@@ -218,10 +217,10 @@ class Decoder:
             own = probs[..., width:].flatten(0, 2) @ own_values  # (P * K * G, R, D)
             out = (shared.view(q.shape) + own.view(q.shape)).transpose(1, 2)
             out = out.flatten(2, 4).flatten(0, 1)  # (B, R * K * D)
-            x = x + F.linear(out if has_all_rows else out[rows], layer.out)
+            x = x + layer.out(out if has_all_rows else out[rows])
             normed = F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:

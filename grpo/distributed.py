@@ -228,6 +228,20 @@ def fill_(scorer: CompletionScorer, model: PreTrainedModel, device: torch.device
             setattr(module, name, buffer.to(device, copy=True))
 
 
+def average_gradients_(scorer: CompletionScorer) -> None:
+    """Over ranks, of parameters that every rank has whole, such as adapters. FSDP2 has averaged
+    those of sharded ones. Every rank must call this."""
+    gradients = [parameter.grad for parameter in scorer.parameters()
+                 if parameter.grad is not None and not isinstance(parameter, DTensor)]
+    if world_size() == 1 or not gradients:
+        return
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(whole)
+    parts = whole.div_(world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
+
+
 def cast_weights_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Casts parameters only. Rotary frequencies stay float32: bfloat16 cannot tell positions of
     thousands apart."""

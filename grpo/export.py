@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from data.io import free_at
 from grpo.checkpoint import last_line
+from grpo.lora import adapters, merge_adapters_, save_adapter
 from grpo.policy import Policy
 
 
@@ -24,10 +25,17 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
     files are the source's own. With transformers 4.57 and 5 the folder opens as the same model,
     without our code. Raises ValueError, and leaves nothing, if the disk refuses it.
 
+    Adapters are merged. They are also written by themselves, to FOLDER/adapter, as PEFT reads them.
+
     Its generation_config samples as training did, whatever the initial checkpoint's said. So a
     server that reads it writes the captions that were rewarded.
     """
-    model = policy.model if policy.model.dtype == dtype else copy.deepcopy(policy.model).to(dtype)
+    model, has_adapters = policy.model, bool(adapters(policy.model))
+    if has_adapters:
+        model = copy.deepcopy(model)
+        merge_adapters_(model)
+    if model.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
     before, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0,
         max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids),
@@ -37,6 +45,8 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         model.save_pretrained(unfinished, max_shard_size="5GB")
+        if has_adapters:
+            save_adapter(policy.model, unfinished / "adapter")
         if not policy.files:  # the policy was made in memory, not loaded from a checkpoint
             policy.tokenizer.save_pretrained(unfinished)
             policy.image_processor.save_pretrained(unfinished)
@@ -44,7 +54,7 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
             (unfinished / name).write_bytes(content)
         head = model.get_output_embeddings().weight
         _update_configs(unfinished, dtype, is_tied=head is model.get_input_embeddings().weight)
-        for path in unfinished.iterdir():  # safetensors makes files that only their owner can read
+        for path in unfinished.rglob("*.*"):  # safetensors' files can be read by their owner only
             path.chmod(unfinished.stat().st_mode & 0o666)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)

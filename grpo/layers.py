@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo.lora import LoraLinear, stack_adapters
+
 LAYER_WEIGHTS = {
     f"{name}.weight" for name in (
         "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
@@ -43,7 +45,7 @@ def check_layers(model: PreTrainedModel) -> None:
     plain.append((model.lm_head, nn.Linear, "the head"))
     for number, layer in enumerate(text.layers):
         where = f"layer {number} of {name}"
-        weights = {key for key, _ in layer.named_parameters()}
+        weights = {key for key, _ in layer.named_parameters() if "lora_" not in key}
         known = LAYER_WEIGHTS.union(*(group for group in (BIASES, HEAD_NORMS) if weights & group))
         if weights != known:
             absent = [f"no {key}" for key in sorted(known - weights)[:1]]
@@ -60,7 +62,7 @@ def check_layers(model: PreTrainedModel) -> None:
         if layer.self_attn.scaling != width**-0.5:
             raise ValueError(f"expected attention scaled by 1 / sqrt({width}), found {where}")
     for module, kind, place in plain:
-        if type(module) is not kind:
+        if type(module) is not kind and not (kind is nn.Linear and type(module) is LoraLinear):
             raise ValueError(f"expected a plain {kind.__name__} for {place}, found "
                              + type(module).__name__)
     if model.lm_head.bias is not None:
@@ -89,18 +91,32 @@ def stack_(linears: Sequence[nn.Linear]) -> Tensor:
     return first.detach().as_strided((whole // width, width), (width, 1))
 
 
+class StackedLinear:
+    """Layers that read the same input, as one, with their adapters beside the weights: these are
+    not merged, so that no second copy of the model is made."""
+
+    def __init__(self, *layers: nn.Linear):
+        self.weight, self.bias = stack_(layers), None  # (out, in)
+        if layers[0].bias is not None:
+            self.bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.adapter = stack_adapters(layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        if self.adapter is None:
+            return out
+        down, up = self.adapter
+        return out + F.linear(F.linear(x, down), up)
+
+
 class LayerWeights:
-    """Weights of a transformer layer. Those that read the same input are stacked."""
+    """Weights of a transformer layer."""
 
     def __init__(self, layer):
         attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = stack_(projections)
-        self.qkv_bias = None
-        if attention.q_proj.bias is not None:
-            self.qkv_bias = torch.cat([projection.bias for projection in projections])
+        self.qkv = StackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
         self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
-        self.out, self.down = attention.o_proj.weight, mlp.down_proj.weight
-        self.gate_up = stack_([mlp.gate_proj, mlp.up_proj])
+        self.out, self.down = StackedLinear(attention.o_proj), StackedLinear(mlp.down_proj)
+        self.gate_up = StackedLinear(mlp.gate_proj, mlp.up_proj)

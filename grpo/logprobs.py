@@ -193,7 +193,8 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets, norms, forbidden = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        is_trained = ctx.needs_input_grad[1]  # not where only adapters are
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
         grad = grad[:, None] / ctx.temperature
         memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight), dtype=torch.float32)
         for start in range(0, len(hidden), ctx.rows):
@@ -205,6 +206,8 @@ class HeadLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(-1, targets[part, None], grad[part])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = grad_logits @ weight
+            if not is_trained:
+                continue
             if weight.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.T, hidden[part])
             elif weight.is_cuda:  # summed in float32 by the product itself
@@ -212,7 +215,8 @@ class HeadLogprobs(torch.autograd.Function):
                             out=grad_weight)
             else:
                 grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+        grad_weight = grad_weight.to(weight.dtype) if is_trained else None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _product(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:

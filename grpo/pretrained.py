@@ -43,15 +43,30 @@ logging.getLogger("transformers.modeling_utils").addFilter(
 )
 
 
+HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
+
+
 def load_policy(path: str, device: torch.device,
                 dtype: torch.dtype | Literal["auto"] = torch.float32,
                 writes: bool = True) -> Policy:
     """A policy from a local folder or a hub name, in `dtype` or, with "auto", as it was saved.
     Raises ValueError if it cannot be used. `writes`: see `make_policy`.
 
+    A folder or a hub name may be an adapter's, as PEFT saves them. It is merged into its base.
+
     The model stays in eval mode, also in training. Dropout would move a step's first ratio away
     from 1.
     """
+    is_there = Path(path).is_dir() or re.fullmatch(HUB_NAME, path)
+    adapter = find_adapter_config_file(path) if is_there else None
+    if adapter:
+        from grpo.lora import load_adapter_, read_settings  # here: for who has adapters
+
+        with loading(path, "policy"):
+            base = read_settings(Path(adapter).parent)["base_model_name_or_path"]
+            policy = load_policy(base, device, dtype, writes)
+            load_adapter_(policy.model, Path(adapter).parent)
+            return policy
     with loading(path, "policy"):
         tokenizer = load_tokenizer(path)
         chat_text(tokenizer, [{"type": "image"}])
@@ -68,7 +83,8 @@ def load_policy(path: str, device: torch.device,
 @contextmanager
 def loading(path: str, what: str) -> Iterator[None]:
     """Any error of loading a checkpoint inside becomes a ValueError of one sentence."""
-    check_model_path(path)
+    if not Path(path, "adapter_config.json").is_file():
+        check_model_path(path)
     try:
         yield
     except torch.OutOfMemoryError:
@@ -85,7 +101,7 @@ def check_model_path(path: str) -> None:
         for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
             if not list(Path(path).glob(pattern)):
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    elif not re.fullmatch(HUB_NAME, path):
         raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
 
 

@@ -1,10 +1,12 @@
 """The models and the state of a training run: loaded, begun or resumed, exported."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.io import naming
@@ -46,9 +48,16 @@ class Run:
     trained model itself."""
     scorer: CompletionScorer
     """The trained model, float32, sharded."""
-    reference: CompletionScorer | None
-    """The initial policy, frozen, sharded, in the compute dtype; None without a KL term."""
+    reference: Callable[..., tuple[Tensor, Tensor]] | None
+    """Scores like `scorer`, by the initial policy: frozen, sharded, in the compute dtype. With
+    adapters it is `scorer` without them. None without a KL term."""
     optimizer: torch.optim.AdamW
+
+    @property
+    def is_tower_frozen(self) -> bool:
+        """Whether no step changes the vision tower: then all models have the same features."""
+        tower = self.scorer.model.model.visual
+        return not any(parameter.requires_grad for parameter in tower.parameters())
 
     def update_sampler_(self) -> None:
         """Copies the trainer's weights into the sampler. Every rank must call this."""
@@ -61,12 +70,16 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
     from grpo.pretrained import load_policy  # here: how checkpoints are read is a page of its own
 
     has_one_model = world_size() == 1 and device.type == "cpu"  # the sampler is the trained model
-    dtype = compute_dtype(device)
+    dtype, has_adapters = compute_dtype(device), config.lora.lora_rank > 0
     if config.offload_reference and device.type == "cpu":
         raise ValueError("offload_reference: expected GPUs, there is nothing to offload from")
     with all_or_none("start"):
-        load_dtype = torch.float32 if has_one_model else "auto"
+        load_dtype = dtype if has_adapters else torch.float32 if has_one_model else "auto"
         sampler = load_policy(config.policy, device, load_dtype)
+        if has_adapters:
+            from grpo.lora import adapters_off, add_adapters_  # here: for who asks for adapters
+
+            add_adapters_(sampler.model, config.lora, config.freeze, config.seed)
 
     def scorer_of(model: PreTrainedModel) -> CompletionScorer:
         return CompletionScorer(model, sampler.pad_id, sampler.forbidden_ids, config.temperature)
@@ -77,7 +90,12 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
         return scorer
 
     reference = None
-    if has_one_model:
+    if has_adapters:
+        prepare_training_(sampler.model, config)
+        scorer = scorer_of(sampler.model)
+        if config.kl_coef > 0:
+            reference = adapters_off(sampler.model)(scorer)
+    elif has_one_model:
         prepare_training_(sampler.model, config)
         scorer = scorer_of(sampler.model)
         if config.kl_coef > 0:

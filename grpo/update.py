@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
-from grpo.distributed import gather_rows, sum_across_ranks, world_size
+from grpo.distributed import average_gradients_, gather_rows, sum_across_ranks, world_size
 from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.rollout import Rollouts
@@ -19,7 +19,7 @@ from grpo.rollout import Rollouts
 def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
     """Freezes what is not trained, and turns on gradient checkpointing. Raises ValueError if the
     policy has dropout, which checkpointing would draw in train mode."""
-    if config.freeze != "none":
+    if config.freeze != "none" and not config.lora.lora_rank:  # adapters are where they are trained
         trained = ("merger.", "deepstack_merger_list.") if config.freeze == "vision" else ()
         for name, parameter in model.model.visual.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
@@ -109,7 +109,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None,
                 config.clip_high, ref_logprobs.get(start), config.kl_coef,
             )
             loss_sum += loss.item()
-            # FSDP2 averages gradients over ranks, but the weights' denominator is global already.
+            # Gradients are averaged over ranks, but the weights' denominator is global already.
             (loss * world_size()).backward()
             if epoch == 0:
                 gaps = (logprobs.detach() - part.logprobs).abs()
@@ -125,6 +125,7 @@ def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None,
                 del stats["ratio"], stats["clip_share"]
             for key, value in stats.items():
                 totals[key] = totals.get(key, 0.0) + value.item()
+        average_gradients_(scorer)
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # All ranks decide together: a single NaN would spread to every weight.

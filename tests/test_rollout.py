@@ -434,15 +434,15 @@ def test_stacked_weights_are_the_models_own(policy):
     first, again = Decoder(model, 2, 8), Decoder(model, 2, 8)
     attention = model.model.language_model.layers[1].self_attn
     for decoder in (first, again):
-        assert decoder.layers[1].qkv.data_ptr() == attention.q_proj.weight.data_ptr()
+        assert decoder.layers[1].qkv.weight.data_ptr() == attention.q_proj.weight.data_ptr()
     attention.k_proj.weight.data.fill_(7.0)
     rows = len(attention.q_proj.weight)
-    assert (again.layers[1].qkv[rows : rows + len(attention.k_proj.weight)] == 7).all()
-    assert torch.equal(again.layers[1].qkv[:rows], before["model.language_model.layers.1.self_attn.q_proj.weight"])
+    assert (again.layers[1].qkv.weight[rows : rows + len(attention.k_proj.weight)] == 7).all()
+    assert torch.equal(again.layers[1].qkv.weight[:rows], before["model.language_model.layers.1.self_attn.q_proj.weight"])
     names = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert names == ["model.language_model.layers.1.self_attn.k_proj.weight"]
     model.to(torch.bfloat16)  # new memory for each: they are stacked again
-    assert Decoder(model, 2, 8).layers[1].qkv.dtype == torch.bfloat16
+    assert Decoder(model, 2, 8).layers[1].qkv.weight.dtype == torch.bfloat16
 
 
 def test_a_policy_with_windowed_attention_is_refused(policy):

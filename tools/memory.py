@@ -82,13 +82,13 @@ def weights_held(run: Run, others: dict[str, nn.Module | None]) -> dict[str, int
     moments = [value for state in run.optimizer.state.values() for value in state.values()]
     parts = {"sampler's weights": _parameters(sampler),
              "masters and moments": [*_parameters(run.scorer), *moments],
-             "reference": _parameters(run.reference)}
+             "reference": _parameters(run.reference)}  # with adapters it is the trained model
     parts |= {name: _parameters(model) for name, model in others.items()}
     return {name: _bytes_on(run.device, tensors) for name, tensors in parts.items()}
 
 
-def _parameters(module: nn.Module | None) -> list[Tensor]:
-    return list(module.parameters()) if module is not None else []
+def _parameters(module: object) -> list[Tensor]:
+    return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
 def _bytes_on(device: torch.device, tensors: Iterable[Tensor]) -> int:

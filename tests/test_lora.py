@@ -1,0 +1,240 @@
+"""Adapters: by hand on a 2 x 2 layer, against W + s B A written out, in sampling, training, files and on two ranks."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import keys
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_distributed import torchrun
+from torch import nn
+
+from data.toy.captioner import build_policy
+from grpo.config import LoraConfig, toy_config
+from grpo.export import export_policy
+from grpo.logprobs import CompletionScorer
+from grpo.lora import (
+    LoraLinear,
+    adapters,
+    adapters_off,
+    add_adapters_,
+    attach_,
+    load_adapter_,
+    merge_adapters_,
+    save_adapter,
+)
+from grpo.pretrained import load_policy
+from grpo.rollout import sample_rollouts
+from grpo.run import load_run
+from train import main
+
+
+def with_adapters(policy, rank=4, **settings):
+    """The policy with adapters that change what it says: B is drawn too."""
+    add_adapters_(policy.model, LoraConfig(lora_rank=rank, lora_alpha=8.0, **settings), "none", seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for layer in adapters(policy.model).values():
+        layer.lora_b.data = 0.2 * torch.randn(layer.lora_b.shape, generator=generator)
+    return policy
+
+
+def score(policy, rollouts):
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    return scorer, scorer(rollouts)[0]
+
+
+def test_a_layer_by_hand():
+    """W = [[1, 2], [3, 4]], A = [1, -1], B = [10, 20]^T, scale 0.5, x = [3, 1]: W x = [5, 13], A x = 2, s B A x = [10, 20]."""
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    attach_(layer, torch.tensor([[1.0, -1.0]]), torch.tensor([[10.0], [20.0]]), scale=0.5)
+    x = torch.tensor([3.0, 1.0])
+    assert layer(x).tolist() == [15.0, 33.0]
+    with adapters_off(layer):
+        assert layer(x).tolist() == [5.0, 13.0]
+    merge_adapters_(layer)  # W + s B A = [[6, -3], [13, -6]]
+    assert type(layer) is nn.Linear and layer.weight.tolist() == [[6.0, -3.0], [13.0, -6.0]]
+    assert layer(x).tolist() == [15.0, 33.0]
+
+
+def test_the_first_policy_is_the_loaded_one_and_adapters_off_are_it_bit_for_bit(policy, prompts):
+    rollouts = sample_rollouts(policy, prompts, keys(4, 2), 12)
+    _, before = score(policy, rollouts)
+    add_adapters_(policy.model, LoraConfig(lora_rank=4), "none", seed=0)
+    assert torch.equal(score(policy, rollouts)[1], before)  # B is zero
+    for layer in adapters(policy.model).values():
+        layer.lora_b.data.normal_()
+    scorer, changed = score(policy, rollouts)
+    assert (changed - before).abs().max() > 0.1
+    with adapters_off(policy.model), torch.no_grad():
+        assert torch.equal(scorer(rollouts)[0], before)
+    assert torch.equal(scorer(rollouts)[0], changed)
+
+
+def test_sampler_and_trainer_agree_and_so_do_merged_weights(policy, prompts):
+    rollouts = sample_rollouts(with_adapters(policy), prompts, keys(4, 2), 24)
+    _, logprobs = score(policy, rollouts)
+    mask = rollouts.completion_mask
+    assert (logprobs - rollouts.logprobs)[mask].abs().max() < 1e-4
+    merged = copy.deepcopy(policy)
+    merge_adapters_(merged.model)
+    assert not adapters(merged.model)
+    assert torch.allclose(score(merged, rollouts)[1], logprobs, atol=1e-4)
+    plain = build_policy(policy.tokenizer, seed=0)  # and the adapters count
+    assert (score(plain, rollouts)[1] - logprobs)[mask].abs().mean() > 0.01
+
+
+def test_gradients_are_those_of_w_plus_b_a_written_out(policy, prompts):
+    rollouts = sample_rollouts(with_adapters(policy), prompts[:2], keys(2, 2), 8)
+    score(policy, rollouts)[1].sum().backward()
+    trained = [name for name, parameter in policy.model.named_parameters() if parameter.grad is not None]
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_a", "lora_b"}
+    whole = copy.deepcopy(policy)
+    merge_adapters_(whole.model)
+    whole.model.requires_grad_(True)
+    score(whole, rollouts)[1].sum().backward()
+    for name, layer in adapters(policy.model).items():  # dL/dA = s B^T dL/dW, dL/dB = s dL/dW A^T
+        of_weight = whole.model.get_submodule(name).weight.grad
+        for got, want in ((layer.lora_a.grad, layer.lora_b.T @ of_weight), (layer.lora_b.grad, of_weight @ layer.lora_a.T)):
+            want = layer.scale * want.detach()
+            assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3), name
+
+
+@pytest.mark.parametrize(("targets", "freeze", "count"), [
+    (r"language_model\..*_proj", "none", 7), (r"[qv]_proj", "none", 2), (r"visual\..*", "vision", None),
+])
+def test_targets_and_freeze_name_the_layers(policy, targets, freeze, count):
+    add_adapters_(policy.model, LoraConfig(lora_rank=2, lora_targets=targets), freeze, seed=0)
+    names = list(adapters(policy.model))
+    depth = policy.model.config.get_text_config().num_hidden_layers
+    if count:
+        assert len(names) == count * depth and all("language_model.layers" in name for name in names)
+    else:
+        assert names and all("visual.merger" in name for name in names)
+    trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.lora_{part}" for name in names for part in "ab"}
+
+
+@pytest.mark.parametrize(("settings", "freeze", "message"), [
+    ({"lora_targets": "query"}, "none", r"lora_targets 'query': expected the names of linear layers that are trained"),
+    ({"lora_targets": r"visual\..*"}, "vision+merger", r"expected the names of linear layers that are trained, found none"),
+    ({"lora_targets": "lm_head"}, "none", r"expected plain linear layers below the head, lm_head is a Linear"),
+    ({"lora_targets": "input_layernorm"}, "none", r"expected the names of linear layers that are trained"),
+    ({"lora_targets": "(q"}, "none", r"lora_targets '\(q': expected a regular expression"),
+])
+def test_targets_that_cannot_have_adapters_are_refused(policy, settings, freeze, message):
+    with pytest.raises(ValueError, match=message):
+        add_adapters_(policy.model, LoraConfig(lora_rank=2, **settings), freeze, seed=0)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"lora_rank": -1}, "lora_rank -1: expected 0 or more"), ({"lora_alpha": 0.0}, "lora_alpha 0.0: expected more than 0"),
+    ({"lora_rank": 4, "replicas": 2}, "lora_rank: expected neither replicas nor offload_reference"),
+])
+def test_settings_of_adapters_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        toy_config(**settings)
+
+
+def test_one_model_is_sampler_trainer_and_reference():
+    run = load_run(toy_config(lora_rank=2), torch.device("cpu"))
+    assert run.scorer.model is run.sampler.model and run.is_tower_frozen
+    assert run.reference.__wrapped__ is run.scorer
+    trained = [p for group in run.optimizer.param_groups for p in group["params"]]
+    assert len(trained) == 2 * len(adapters(run.sampler.model)) and all(p.dtype == torch.float32 for p in trained)
+
+
+def test_exports_open_as_a_whole_model_and_as_an_adapter(policy, prompts, tmp_path):
+    export_policy(policy, tmp_path / "base", torch.float32)
+    policy = with_adapters(load_policy(str(tmp_path / "base"), torch.device("cpu")))
+    export_policy(policy, tmp_path / "final", torch.float32)
+    rollouts = sample_rollouts(policy, prompts, keys(4, 1), 8)
+    want = score(policy, rollouts)[1]
+    for folder in ("final", "final/adapter"):
+        opened = load_policy(str(tmp_path / folder), torch.device("cpu"))
+        assert not adapters(opened.model) and torch.allclose(score(opened, rollouts)[1], want, atol=1e-4)
+    settings = json.loads((tmp_path / "final/adapter/adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (4, 8.0, "LORA")
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    with safe_open(tmp_path / "final/adapter/adapter_model.safetensors", "pt") as file:
+        names = {f"base_model.model.{name}.lora_{part}.weight" for name in adapters(policy.model) for part in "AB"}
+        assert set(file.keys()) == names
+    assert all(type(layer) is LoraLinear for layer in adapters(policy.model).values())  # the run's own model goes on
+    mode = (tmp_path / "final/adapter").stat().st_mode
+    assert mode & 0o111, "the folder can be entered"
+
+
+def test_peft_opens_the_adapter_to_the_same_logits(policy, prompts, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = copy.deepcopy(policy)
+    save_adapter(with_adapters(policy).model, tmp_path / "adapter")
+    rollouts = sample_rollouts(policy, prompts, keys(4, 1), 8)
+    opened = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").merge_and_unload()
+    scorer = CompletionScorer(opened, policy.pad_id, policy.forbidden_ids)
+    assert torch.allclose(scorer(rollouts)[0], score(policy, rollouts)[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"bias": "all"}, "expected an adapter with bias 'none', found 'all'"),
+    ({"use_dora": True}, "expected an adapter with use_dora False, found True"),
+    ({"peft_type": "IA3"}, "expected an adapter with peft_type 'LORA', found 'IA3'"),
+    ({"base_model_name_or_path": "runs/gone/base"}, "runs/gone/base: expected a model's folder or a hub name"),
+])
+def test_an_adapter_that_is_more_or_whose_base_is_gone_is_refused(policy, tmp_path, change, message):
+    save_adapter(with_adapters(policy).model, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_policy(str(tmp_path / "adapter"), torch.device("cpu"))
+
+
+def test_an_adapter_of_another_base_is_refused(policy, tmp_path):
+    save_adapter(with_adapters(policy).model, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    merge_adapters_(policy.model)
+    base = copy.deepcopy(policy.model)
+    name = next(key for key in weights if key.endswith("q_proj.lora_A.weight"))
+    for changed, message in (
+        (weights | {name: torch.zeros(4, 3)}, r"expected an adapter of this base, found .*q_proj of \(\d+, 3\) for"),
+        ({key.replace("layers.1", "layers.9"): value for key, value in weights.items()}, r"found .*layers\.9"),
+        ({key: value for key, value in weights.items() if key != name}, r"expected an adapter of this base, found .*q_proj"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=message):
+            load_adapter_(copy.deepcopy(base), tmp_path / "adapter")
+
+
+SETTINGS = [
+    "toy", "--lora-rank", "4", "--data", "toy:train:8", "--prompts-per-step", "4", "--group-size", "2",
+    "--max-new-tokens", "16", "--audit-every", "0",
+]
+
+
+def test_killed_and_resumed_is_the_same_run_and_checkpoints_are_small(tmp_path):
+    main([*SETTINGS, "--num-steps", "3", "--run-dir", str(tmp_path / "whole")])
+    main([*SETTINGS, "--num-steps", "2", "--run-dir", str(tmp_path / "parts")])
+    main([*SETTINGS, "--num-steps", "3", "--run-dir", str(tmp_path / "parts"), "--resume"])
+    for name in ("metrics.jsonl", "final/model.safetensors", "final/adapter/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    saved = sum(path.stat().st_size for path in (tmp_path / "whole/checkpoints/step_000003").iterdir())
+    whole = (tmp_path / "whole/final/model.safetensors").stat().st_size
+    assert saved < whole / 3  # adapters and their moments
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    for num_ranks in (1, 2):
+        torchrun(num_ranks, "train.py", *SETTINGS, "--num-steps", "2", "--run-dir", str(tmp_path / str(num_ranks)))
+    rows = [[json.loads(line) for line in (tmp_path / f"{n}/metrics.jsonl").open()] for n in (1, 2)]
+    for one, two in zip(*rows, strict=True):
+        for key in ("reward", "loss", "kl", "grad_norm", "entropy"):
+            assert math.isclose(one[key], two[key], rel_tol=1e-3, abs_tol=1e-5), key
+    opened = [load_policy(str(tmp_path / f"{n}/final"), torch.device("cpu")).model.state_dict() for n in (1, 2)]
+    for name, value in opened[0].items():
+        assert torch.allclose(value, opened[1][name], atol=1e-5), name
+    base = load_policy("data/toy/policy", torch.device("cpu")).model.state_dict()
+    assert any(not torch.equal(value, base[name]) for name, value in opened[0].items())
