@@ -1,7 +1,7 @@
 """Captions per second, ours beside plain transformers `generate` in batches; and a run under fire.
 
     python bench/caption.py                  # throughput, toy policy, mixed lengths
-    python bench/caption.py --kill 10 --images 10000 --workers 2      # SIGKILLs at random, then the rows are compared
+    python bench/caption.py --kill 10 --images 10000 --workers 2    # under fire
 
 Throughput: both engines get the same images, opened from files, and the same instruction, greedy or
 sampled at temperature 1. Both have the same room in the cache. `--rollout-tokens` is prompt and
@@ -53,7 +53,8 @@ class BenchConfig:
     max_new_tokens: int = 96
     temperature: float = 1.0
     end: float = 1.0
-    """What the logit of the end is multiplied by: below 1, captions are longer and their lengths differ more."""
+    """What the logit of the end is multiplied by: below 1, captions are longer and their lengths
+    differ more."""
     repeats: int = 3
     kill: int = 0
     """Kills; 0 measures throughput instead."""
@@ -71,10 +72,12 @@ def draw_images(folder: Path, number: int) -> list[Path]:
 
 @torch.no_grad()
 def plain(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
-    """Tokens of each caption: batches, in the order of the files, padded on the left, through `generate`."""
+    """Tokens of each caption: batches, in the order of the files, padded on the left, through
+    `generate`."""
     longest = max(len(policy.prompt(open_image(path)).input_ids) for path in paths[:30])
     rows = max(1, config.rollout_tokens // (longest + config.max_new_tokens))
-    sampling = dict(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0) if config.temperature else dict(
+    sampling = dict(do_sample=True, temperature=config.temperature, top_k=0,
+                    top_p=1.0) if config.temperature else dict(
         do_sample=False)
     lengths = []
     for start in range(0, len(paths), rows):
@@ -86,10 +89,13 @@ def plain(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
             ids[row, -len(prompt.input_ids) :] = prompt.input_ids
             mask[row, -len(prompt.input_ids) :] = 1
         out = policy.model.generate(
-            input_ids=ids, attention_mask=mask, pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]),
+            input_ids=ids, attention_mask=mask,
+            pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]),
             image_grid_thw=torch.cat([prompt.grid for prompt in prompts]),
-            mm_token_type_ids=(ids == policy.model.config.image_token_id).int(), max_new_tokens=config.max_new_tokens,
-            repetition_penalty=1.0, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id, **sampling,
+            mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
+            max_new_tokens=config.max_new_tokens,
+            repetition_penalty=1.0, eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id,
+            **sampling,
         )[:, width:]
         for row in out.tolist():
             ends = [place for place, token in enumerate(row) if token in policy.eos_ids]
@@ -100,7 +106,8 @@ def plain(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
 
 def ours(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
     batches = caption_batches(
-        policy, [(path.name, partial(open_image, path)) for path in paths], instruction=CAPTION_INSTRUCTION,
+        policy, [(path.name, partial(open_image, path)) for path in paths],
+        instruction=CAPTION_INSTRUCTION,
         temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed,
         rollout_tokens=config.rollout_tokens, loaders=1,
     )
@@ -110,7 +117,8 @@ def ours(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
 def throughput(config: BenchConfig, folder: Path) -> None:
     torch.set_num_threads(1)
     policy = load_policy(config.policy, torch.device("cpu"))
-    policy.model.lm_head.weight.data = policy.model.lm_head.weight.data.clone()  # not the embedding's, where they are tied
+    # not the embedding's, where they are tied
+    policy.model.lm_head.weight.data = policy.model.lm_head.weight.data.clone()
     policy.model.lm_head.weight.data[list(policy.eos_ids)] *= config.end
     paths = draw_images(folder / "images", config.images)
     seconds: dict[str, list[float]] = {"plain generate": [], "ours": []}
@@ -122,23 +130,29 @@ def throughput(config: BenchConfig, folder: Path) -> None:
             seconds[name].append(time.process_time() - started)
     for name, lengths in tokens.items():
         quantiles = statistics.quantiles(lengths, n=10)
-        print(f"{name}: {len(lengths)} captions of {statistics.mean(lengths):.1f} tokens, tenth to ninth tenth "
+        print(f"{name}: {len(lengths)} captions of {statistics.mean(lengths):.1f} tokens, "
+              "tenth to ninth tenth "
               f"{quantiles[0]:.0f} to {quantiles[-1]:.0f}, longest {max(lengths)}")
-    print("\n| engine | seconds | images/s | tokens/s | ratio |\n| --- | ---: | ---: | ---: | ---: |")
+    print("\n| engine | seconds | images/s | tokens/s | ratio |\n"
+          "| --- | ---: | ---: | ---: | ---: |")
     base = statistics.median(seconds["plain generate"])
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"| {name} | {median:.2f} | {config.images / median:.1f} | {sum(tokens[name]) / median:.0f} | "
+        print(f"| {name} | {median:.2f} | {config.images / median:.1f} | "
+              f"{sum(tokens[name]) / median:.0f} | "
               f"{base / median:.2f} |")
 
 
 def start_worker(config: BenchConfig, images: Path, out: Path, worker: int) -> subprocess.Popen:
     arguments = [
-        "--policy", config.policy, "--images", images, "--out", out, "--max-new-tokens", config.max_new_tokens, "--temperature",
-        0, "--shard-size", max(1, config.images // 20), "--batch-size", 64, "--lease-seconds", 10, "--seed", config.seed,
+        "--policy", config.policy, "--images", images, "--out", out, "--max-new-tokens",
+        config.max_new_tokens, "--temperature",
+        0, "--shard-size", max(1, config.images // 20), "--batch-size", 64, "--lease-seconds", 10,
+        "--seed", config.seed,
     ]
     environment = os.environ | {"RANK": str(worker), "WORLD_SIZE": str(config.workers)}
-    return subprocess.Popen([sys.executable, "caption.py", *map(str, arguments)], env=environment, stderr=subprocess.DEVNULL,
+    return subprocess.Popen([sys.executable, "caption.py", *map(str, arguments)], env=environment,
+                            stderr=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parent.parent)
 
 
@@ -156,7 +170,8 @@ def num_lines(out: Path) -> int:
 
 
 def read_rows(out: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(out.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
+    return [json.loads(line) for path in sorted(out.glob("shard-*.jsonl"))
+            for line in path.read_text().splitlines()]
 
 
 def under_fire(config: BenchConfig, folder: Path) -> None:
@@ -166,9 +181,11 @@ def under_fire(config: BenchConfig, folder: Path) -> None:
         raise ValueError("expected the undisturbed run to end well, it did not")
     calm_seconds = time.perf_counter() - started
     rng, started = random.Random(config.seed), time.perf_counter()
-    moments = sorted(rng.sample(range(1, config.images - config.images // 20), config.kill))  # in rows written
+    # in rows written
+    moments = sorted(rng.sample(range(1, config.images - config.images // 20), config.kill))
     out = folder / "fire"
-    workers = [start_worker(config, folder / "images", out, worker) for worker in range(config.workers)]
+    workers = [start_worker(config, folder / "images", out, worker)
+               for worker in range(config.workers)]
     for moment in tqdm(moments, desc="kills", leave=False):
         while num_lines(out) < moment:
             time.sleep(0.2)
@@ -178,11 +195,13 @@ def under_fire(config: BenchConfig, folder: Path) -> None:
         workers[victim] = start_worker(config, folder / "images", out, victim)
     codes = [worker.wait() for worker in workers]
     seconds = time.perf_counter() - started
-    found, calm = read_rows(out), read_rows(folder / "calm")
-    print(f"{config.images} images, {config.workers} workers, {config.kill} SIGKILLs after {moments} rows: "
-          f"{len({row['id'] for row in found})} distinct rows of {len(found)}, "
-          f"{sum(row != other for row, other in zip(found, calm, strict=True))} unlike the undisturbed run's; "
-          f"exit codes {codes}; {calm_seconds:.0f} s undisturbed by one worker, {seconds:.0f} s under fire")
+    rows, calm = read_rows(out), read_rows(folder / "calm")
+    differing = sum(row != other for row, other in zip(rows, calm, strict=True))
+    print(f"{config.images} images, {config.workers} workers, {config.kill} SIGKILLs after "
+          f"{moments} rows: "
+          f"{len({row['id'] for row in rows})} distinct rows of {len(rows)}, "
+          f"{differing} unlike the undisturbed run's; exit codes {codes}; {calm_seconds:.0f} s "
+          f"undisturbed by one worker, {seconds:.0f} s under fire")
 
 
 def main(config: BenchConfig) -> None:

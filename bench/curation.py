@@ -69,8 +69,10 @@ def plant(question: Question, defect: str, rng: random.Random) -> Question:
     if defect == "tells its answer":
         return replace(question, question=f"It is {right}, as anyone can see. {question.question}")
     choices = rng.sample(question.choices, len(question.choices))
-    text = rng.choice([question.question, f"In this picture: {question.question}", question.question.rstrip("?") + " here?"])
-    return replace(question, question=text, choices=tuple(choices), answer_index=choices.index(right))
+    text = rng.choice([question.question, f"In this picture: {question.question}",
+                       question.question.rstrip("?") + " here?"])
+    return replace(question, question=text, choices=tuple(choices),
+                   answer_index=choices.index(right))
 
 
 @dataclass
@@ -82,7 +84,8 @@ class Planted:
 
 
 def planted_questions(num: int) -> tuple[list[Example], Planted, dict[str, str]]:
-    """Examples, what is planted by (id, place), and each scene's caption. A fifth of the questions get a defect."""
+    """Examples, what is planted by (id, place), and each scene's caption. A fifth of the questions
+    get a defect."""
     examples, planted, captions = [], Planted({}, {}), {}
     for index in range(num):
         scene, rng = make_scene("heldout", index), random.Random(f"planted:{index}")
@@ -95,7 +98,8 @@ def planted_questions(num: int) -> tuple[list[Example], Planted, dict[str, str]]
             questions.append(question)
 
         for question in scene_questions(scene):
-            defect = rng.choice(["wrong answer", "tells its answer", "repeated"]) if rng.random() < 0.2 else ""
+            defect = rng.choice(["wrong answer", "tells its answer",
+                                 "repeated"]) if rng.random() < 0.2 else ""
             if not question.needs_image:
                 add(question, "needs no image")
             elif defect == "repeated":
@@ -123,9 +127,11 @@ def planted_images(folder: Path, num: int) -> Planted:
         rng, image = random.Random(f"images:{index}"), draw(make_scene("heldout", index))
         name, other = f"{index:04d}.png", f"{index:04d}-planted.png"
         save(image, name, "")
-        defect = rng.choice(["blank", "thumbnail", "exact copy", "near copy", "near copy"]) if index % 3 == 0 else ""
+        defect = rng.choice(["blank", "thumbnail", "exact copy", "near copy",
+                             "near copy"]) if index % 3 == 0 else ""
         if defect == "blank":
-            save(Image.new("RGB", image.size, rng.choice(["white", "black", "gray"])), other, defect)
+            save(Image.new("RGB", image.size, rng.choice(["white", "black", "gray"])), other,
+                 defect)
         elif defect == "thumbnail":
             new = draw(make_scene("heldout", num + index))
             save(new.resize((new.width // 3, new.height // 3)), other, defect)
@@ -135,29 +141,32 @@ def planted_images(folder: Path, num: int) -> Planted:
             image.save(packed := BytesIO(), "JPEG", quality=70)
             larger = image.resize((image.width * 3 // 2, image.height * 3 // 2))
             darker = ImageEnhance.Brightness(image).enhance(0.8)
-            save(rng.choice([Image.open(packed).convert("RGB"), larger, darker]), other, defect, name)
+            save(rng.choice([Image.open(packed).convert("RGB"), larger, darker]), other, defect,
+                 name)
     return planted
 
 
 def table(fates: dict, planted: Planted) -> list[str]:
-    """Rows by defect. Of a pair of copies, the one that was removed as a copy stands for the planted one."""
+    """Rows by defect. Of a pair of copies, the one that was removed as a copy stands for the
+    planted one."""
     fates = dict(fates)
     for copy, original in planted.originals.items():
         if fates[copy] == "kept" and fates[original] in REMOVED_BY[planted.defects[copy]]:
             fates[copy], fates[original] = fates[original], "kept"
-    lines = ["| planted | number | found | removed | precision |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| planted | number | found | removed | precision |",
+             "| --- | ---: | ---: | ---: | ---: |"]
     for defect in dict.fromkeys(planted.defects.values()):
-        found = [fates[key] for key, kind in planted.defects.items() if kind == defect]
-        removed = sum(fate != "kept" for fate in found) / len(found)
+        of_defect = [fates[key] for key, kind in planted.defects.items() if kind == defect]
+        removed = sum(fate != "kept" for fate in of_defect) / len(of_defect)
         if not defect:
-            sound = f"| sound | {len(found)} | | {removed:.3f} | |"
+            sound = f"| sound | {len(of_defect)} | | {removed:.3f} | |"
             continue
         reasons = REMOVED_BY[defect]
         alike = {kind for kind, names in REMOVED_BY.items() if names == reasons}
         taken = [planted.defects[key] in alike for key, fate in fates.items() if fate in reasons]
         precision = f"{sum(taken) / len(taken):.3f}" if taken else ""
-        hits = sum(fate in reasons for fate in found) / len(found)
-        lines.append(f"| {defect} | {len(found)} | {hits:.3f} | {removed:.3f} | {precision} |")
+        hits = sum(fate in reasons for fate in of_defect) / len(of_defect)
+        lines.append(f"| {defect} | {len(of_defect)} | {hits:.3f} | {removed:.3f} | {precision} |")
     return [*lines, sound, ""]
 
 
@@ -187,22 +196,25 @@ def main(config: BenchConfig) -> None:
             out = folder / f"set-{number}"
             settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), **changes)
             with contextlib.redirect_stdout(None):
-                filter_questions(settings, lambda one, with_image, asked: stand_in(one.id, with_image, tuple(asked)))
-            found = {row["id"]: row["questions"] for row in rows(out / "decisions.jsonl")}
-            verdicts = {(id, place): one for id, given in found.items() for place, one in enumerate(given)}
-            fates = {key: one["fate"] for key, one in verdicts.items()}
+                filter_questions(settings, lambda example, with_image, asked: stand_in(
+                    example.id, with_image, tuple(asked)))
+            verdicts = {(row["id"], place): verdict for row in rows(out / "decisions.jsonl")
+                        for place, verdict in enumerate(row["questions"])}
+            fates = {key: verdict["fate"] for key, verdict in verdicts.items()}
             print("\n".join([f"{rule}:", "", *table(fates, planted)]), flush=True)
-        kinds = ("needs no image", "")
-        free, sound = ([verdicts[key] for key, kind in planted.defects.items() if kind == one] for one in kinds)
+        free, sound = ([verdicts[key] for key, defect in planted.defects.items() if defect == kind]
+                       for kind in ("needs no image", ""))
         for kind, group in (("that need no image", free), ("that are sound", sound)):
-            passed = [one for one in group if one.get("without_image") == 0]
-            leaning = sum(one["prior"] > 1.5 / 4 for one in group if "prior" in one)
-            print(f"of {len(group)} {kind}, {len(passed)} are answered wrongly 4 times of 4 without the image; "
-                  f"of {leaning} the right option has more than 0.375")
+            passed = [verdict for verdict in group if verdict.get("without_image") == 0]
+            leaning = sum(verdict.get("prior", 0) > 1.5 / 4 for verdict in group)
+            print(f"of {len(group)} {kind}, {len(passed)} are answered wrongly 4 times of 4 "
+                  f"without the image; of {leaning} the right option has more than 0.375")
         planted = planted_images(folder / "photos", config.images)
         with contextlib.redirect_stdout(None):
             choose_images(ImagesConfig(str(folder / "photos"), str(folder / "chosen")))
-        print("\n".join(["", *table({row["id"]: row["fate"] for row in rows(folder / "chosen/decisions.jsonl")}, planted)]))
+        print("\n".join(["",
+                         *table({row["id"]: row["fate"]
+                                 for row in rows(folder / "chosen/decisions.jsonl")}, planted)]))
 
 
 if __name__ == "__main__":

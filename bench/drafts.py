@@ -1,4 +1,5 @@
-"""What drafts looked up in the siblings' captions would save: steps of the decoder, and what a step would cost.
+"""What drafts looked up in the siblings' captions would save: steps of the decoder, and what a step
+would cost.
 
     python bench/drafts.py                                   # the toy policy
     python bench/drafts.py --policy runs/caprl-3b/final --images some/folder --max-new-tokens 1024
@@ -61,10 +62,12 @@ def count_steps(captions: list[list[int]], num_draft_tokens: int, match: int) ->
     what is accepted of its draft."""
     done, steps = [0] * len(captions), 0
     while any(at < len(caption) for at, caption in zip(done, captions)):
-        after: dict[tuple[int, ...], list[int]] = {}  # what came after `match` tokens: the longest, the latest of these
+        # what came after `match` tokens: the longest, the latest of these
+        after: dict[tuple[int, ...], list[int]] = {}
         for at, caption in zip(done, captions):
             for end in range(match, at):
-                key, draft = tuple(caption[end - match : end]), caption[end : min(end + num_draft_tokens, at)]
+                key = tuple(caption[end - match : end])
+                draft = caption[end : min(end + num_draft_tokens, at)]
                 if len(draft) >= len(after.get(key, ())):
                     after[key] = draft
         steps += 1
@@ -80,7 +83,8 @@ def count_steps(captions: list[list[int]], num_draft_tokens: int, match: int) ->
 
 
 @torch.no_grad()
-def step_seconds(policy: Policy, prompt: Prompt, rows: list[int], age: int, repeats: int) -> list[float]:
+def step_seconds(policy: Policy, prompt: Prompt, rows: list[int], age: int,
+                 repeats: int) -> list[float]:
     """Median CPU seconds of a decoder's step, for each number in `rows`. The decoder has one group
     of so many rows, `age` tokens after the prompt."""
     decoders = []
@@ -88,18 +92,19 @@ def step_seconds(policy: Policy, prompt: Prompt, rows: list[int], age: int, repe
         decoder = Decoder(policy.model, size, max_new_tokens=age + 16 * repeats + 1)
         _, cache, mask = read_prompts(policy, [prompt])
         decoder.add(cache, mask)
-        inputs = torch.full((size,), policy.pad_id), torch.full((size,), prompt.next_position), torch.arange(size)
+        tokens = torch.full((size,), policy.pad_id)
+        inputs = tokens, torch.full_like(tokens, prompt.next_position), torch.arange(size)
         for _ in range(age):
             decoder.step(*inputs)
         decoders.append((decoder, inputs))
     seconds: list[list[float]] = [[] for _ in rows]
     for _ in range(repeats):
-        for found, (decoder, inputs) in zip(seconds, decoders):
+        for of_decoder, (decoder, inputs) in zip(seconds, decoders):
             started = time.process_time()
             for _ in range(16):
                 decoder.step(*inputs)
-            found.append((time.process_time() - started) / 16)
-    return [statistics.median(found) for found in seconds]
+            of_decoder.append((time.process_time() - started) / 16)
+    return list(map(statistics.median, seconds))
 
 
 def main(config: DraftConfig) -> None:
@@ -112,19 +117,23 @@ def main(config: DraftConfig) -> None:
     groups = []
     for number, prompt in enumerate(tqdm(prompts, desc="captions", leave=False)):
         keys = [f"{number}:{row}" for row in range(config.group_size)]
-        found = sample_rollouts(policy, [prompt], keys, config.max_new_tokens)
-        groups.append([row[:length] for row, length in zip(found.tokens.tolist(), found.lengths.tolist())])
+        rollouts = sample_rollouts(policy, [prompt], keys, config.max_new_tokens)
+        rows = zip(rollouts.tokens.tolist(), rollouts.lengths.tolist())
+        groups.append([row[:length] for row, length in rows])
     lengths = [len(caption) for group in groups for caption in group]
-    print(f"{len(groups)} groups of {config.group_size} captions of {statistics.mean(lengths):.1f} tokens, "
-          f"match {config.match}\n")
+    print(f"{len(groups)} groups of {config.group_size} captions of "
+          f"{statistics.mean(lengths):.1f} tokens, match {config.match}\n")
     plain = sum(max(map(len, group)) for group in groups)
     rows = [config.group_size * (1 + drafts) for drafts in (0, *config.draft_tokens)]
-    base, *costs = step_seconds(policy, prompts[0], rows, round(statistics.mean(lengths)) // 2, config.repeats)
-    print("| draft tokens | steps | fewer | a step's cost | gain |\n| ---: | ---: | ---: | ---: | ---: |")
+    base, *costs = step_seconds(policy, prompts[0], rows, round(statistics.mean(lengths)) // 2,
+                                config.repeats)
+    print("| draft tokens | steps | fewer | a step's cost | gain |\n"
+          "| ---: | ---: | ---: | ---: | ---: |")
     print(f"| 0 | {plain} | 1.00 | 1.00 | 1.00 |")
     for drafts, cost in zip(config.draft_tokens, costs):
         steps = sum(count_steps(group, drafts, config.match) for group in groups)
-        print(f"| {drafts} | {steps} | {plain / steps:.2f} | {cost / base:.2f} | {plain / steps / (cost / base):.2f} |")
+        print(f"| {drafts} | {steps} | {plain / steps:.2f} | {cost / base:.2f} | "
+              f"{plain / steps / (cost / base):.2f} |")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from grpo.logprobs import HEAD_ROWS
 from tools.memory import cache_bytes, head_dim, num_parameters, pixel_bytes, rollout_bytes
 
 
-def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int,
-                    is_gpu: bool, prompt_tokens: int, image_tokens: int, asking_tokens: int) -> dict[str, int]:
-    """Bytes at the peak on each rank by part; "peak" is their sum, in which only the hungriest of the phases counts.
+def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, config: TrainConfig,
+                    num_ranks: int, is_gpu: bool, prompt_tokens: int, image_tokens: int,
+                    asking_tokens: int) -> dict[str, int]:
+    """Bytes at the peak on each rank by part; "peak" is their sum, in which only the hungriest of
+    the phases counts.
 
-    prompt_tokens: T, of the longest prompt, of which image_tokens are the image's. asking_tokens: of the verifier's prompt,
-    beside the caption.
+    prompt_tokens: T, of the longest prompt, of which image_tokens are the image's. asking_tokens:
+    of the verifier's prompt, beside the caption.
     """
     width = 2 if is_gpu else 4  # bytes of a number in the compute dtype
     has_one_model = num_ranks == 1 and not is_gpu  # one model samples and learns
@@ -28,26 +30,34 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     parameters = num_parameters(policy)
     visual = policy.model.visual
     merger = sum(num_parameters(part) for name, part in visual.named_children() if "merger" in name)
-    frozen = {"none": 0, "vision": num_parameters(visual) - merger, "vision+merger": num_parameters(visual)}[config.freeze]
+    frozen = {"none": 0, "vision": num_parameters(visual) - merger,
+              "vision+merger": num_parameters(visual)}[config.freeze]
     parts = {
         "sampler's weights": 0 if has_one_model else width * parameters,
         "masters and moments": (12 * (parameters - frozen) + 4 * frozen) // shards,
-        "reference": 0 if config.kl_coef == 0 or config.offload_reference else width * parameters // shards,
+        "reference": width * parameters // shards,
         "verifier's weights": width * num_parameters(verifier) if verifier is not None else 0,
     }
-    if is_sharded:  # the root's parameters and two blocks are whole at a time, and the gradients of as much
-        blocks = [num_parameters(block) for block in [*policy.model.language_model.layers, *visual.blocks]]
-        parts["gathered weights and gradients"] = (2 * width + 4) * (parameters - sum(blocks) + 2 * max(blocks))
+    if config.kl_coef == 0 or config.offload_reference:
+        parts["reference"] = 0
+    if is_sharded:
+        blocks = [num_parameters(block)
+                  for block in [*policy.model.language_model.layers, *visual.blocks]]
+        # The root's and two blocks' are whole at a time, and the gradients of as many.
+        whole = parameters - sum(blocks) + 2 * max(blocks)
+        parts["gathered weights and gradients"] = (2 * width + 4) * whole
     phases = {
         "rollout": rollout_bytes(policy, config, num_ranks, width, prompt_tokens, image_tokens),
         "verifier": _verifier(verifier, config, num_ranks, width, asking_tokens),
         "update": _update(
-            policy, config, num_ranks, width, prompt_tokens, image_tokens, gradients=4 * (parameters - frozen) // shards
+            policy, config, num_ranks, width, prompt_tokens, image_tokens,
+            gradients=4 * (parameters - frozen) // shards
         ),
     }
     hungriest = max(phases, key=phases.get)
     parts |= {f"phase {name}": size for name, size in phases.items()}
-    parts["peak"] = sum(size for name, size in parts.items() if not name.startswith("phase")) + phases[hungriest]
+    static = [size for name, size in parts.items() if not name.startswith("phase")]
+    parts["peak"] = sum(static) + phases[hungriest]
     return parts
 
 
@@ -76,26 +86,31 @@ VERIFIER_TOKENS = 262_144
 """The token budget of reward.caprl.Verifier."""
 
 
-def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int, prompt_tokens: int,
-            image_tokens: int, gradients: int) -> int:
-    """What autograd keeps of one micro-batch, the head's logits and its gradient; `grpo/logprobs.py` has the shapes.
+def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
+            prompt_tokens: int, image_tokens: int, gradients: int) -> int:
+    """What autograd keeps of one micro-batch, the head's logits and its gradient;
+    `grpo/logprobs.py` has the shapes.
 
-    gradients: bytes of the weights' gradients. They are beside all this from the second micro-batch on; in the first they
-    come as what autograd kept goes.
+    gradients: bytes of the weights' gradients. They are beside all this from the second micro-batch
+    on; in the first they come as what autograd kept goes.
     """
     text, vision = policy.config.get_text_config(), policy.config.vision_config
     size, length = config.group_size, config.max_new_tokens
     group_tokens = prompt_tokens + size * length
-    groups = min(config.prompts_per_step // num_ranks, max(1, config.micro_batch_tokens // group_tokens))
+    groups = min(config.prompts_per_step // num_ranks,
+                 max(1, config.micro_batch_tokens // group_tokens))
     tokens, rows, seen = groups * group_tokens, groups * size, prompt_tokens + length
     size_of_head = head_dim(text)
     queries, keys = text.num_attention_heads * size_of_head, text.num_key_value_heads * size_of_head
-    norms = 2 * text.hidden_size * (4 + 2 * width)  # of two norms: input in float32, normalised, weighted
+    # of two norms: input in float32, normalised, weighted
+    norms = 2 * text.hidden_size * (4 + 2 * width)
     layer = tokens * (norms + width * (2 * queries + 2 * keys + 4 * text.intermediate_size))
-    layer += width * (groups * prompt_tokens * queries + 2 * rows * seen * keys + 2 * rows * length * queries)
+    layer += width * (groups * prompt_tokens * queries + 2 * rows * seen * keys
+                      + 2 * rows * length * queries)
     layer += width * groups * length * seen  # the mask, as numbers
     patches = vision.spatial_merge_size**2 * groups * image_tokens
-    block = patches * vision.hidden_size * (2 * (4 + 2 * width) + 6 * width) + patches * width * 4 * vision.intermediate_size
+    block = patches * vision.hidden_size * (2 * (4 + 2 * width) + 6 * width)
+    block += patches * width * 4 * vision.intermediate_size
     stacks = [(text.num_hidden_layers, layer, tokens * text.hidden_size * width)]
     if config.freeze == "none":
         stacks.append((vision.depth, block, patches * vision.hidden_size * width))
@@ -103,13 +118,17 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
         kept = sum(depth * size_of_input + whole for depth, whole, size_of_input in stacks)
     else:
         kept = sum(depth * whole for depth, whole, _ in stacks)
-    kept += 4 * pixel_bytes(policy, groups * image_tokens)  # as they came, side by side, cast, unfolded for the convolution
-    inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)  # gradients inside a layer
+    # as they came, side by side, cast, unfolded for the convolution
+    kept += 4 * pixel_bytes(policy, groups * image_tokens)
+    # gradients inside a layer
+    inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)
     head = 4 * text.vocab_size * text.hidden_size  # its gradient
-    # In bfloat16 the logits are also there as they came, later their gradient; and so is the weight's, before it is added.
+    # In bfloat16 the logits are also there as they came, later their gradient; and so is the
+    # weight's, before it is added.
     copy = 0 if width == 4 else width
     rows_at_a_time = min(HEAD_ROWS["cpu" if width == 4 else "cuda"], rows * length)
-    logits = (4 + copy) * rows_at_a_time * text.vocab_size + copy * text.vocab_size * text.hidden_size
+    logits = (4 + copy) * rows_at_a_time * text.vocab_size
+    logits += copy * text.vocab_size * text.hidden_size
     widest = head + max(logits, inside)  # the logits are freed before the layers' backward
     is_one = groups * num_ranks == config.prompts_per_step
     return max(kept + widest, gradients + head + inside) if is_one else gradients + kept + widest

@@ -3,8 +3,8 @@
     python bench/exits.py --ends 300 --load 4      # beside four processes that only compute
 
 Each end is a run of the toy preset on two ranks, forked from this process to save the imports. A
-good end has code 0, bad input 2, a stop by SIGTERM 143. Sentences: a setting that no rank takes, and
-a picture that one rank cannot open. A rank that gloo's threads bring down has -6 (SIGABRT).
+good end has code 0, bad input 2, a stop by SIGTERM 143. Sentences: a setting that no rank takes,
+and a picture that one rank cannot open. A rank that gloo's threads bring down has -6 (SIGABRT).
 """
 
 import multiprocessing
@@ -114,16 +114,16 @@ def measure(config: ExitConfig) -> dict[str, Counter]:
     beside = [fork.Process(target=compute_for_ever, daemon=True) for _ in range(config.load)]
     for process in beside:
         process.start()
-    found = {kind: Counter() for kind in KINDS}
+    counts = {kind: Counter() for kind in KINDS}
     for place in range(config.ends):
         kind = list(KINDS)[place % len(KINDS)]
         codes, said = end_ranks(kind, config.brittle)
-        found[kind].update(codes)
+        counts[kind].update(codes)
         if set(codes) != {KINDS[kind][0]}:
             print(f"{kind}: expected {KINDS[kind][0]}, got {codes}\n{said[-2000:]}", flush=True)
     for process in beside:
         process.kill()
-    return found
+    return counts
 
 
 def main(config: ExitConfig) -> None:

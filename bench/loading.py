@@ -1,4 +1,5 @@
-"""How fast a published set is indexed and sampled: parquet with the schema of CapRL-QA-75K, written for the purpose.
+"""How fast a published set is indexed and sampled: parquet with the schema of CapRL-QA-75K, written
+for the purpose.
 
     python bench/loading.py                                        # 75,285 rows, small pictures
     python bench/loading.py --rows 2000 --side 420 --quality 95    # pictures of about 200 kB
@@ -57,13 +58,16 @@ def write_set(path: Path, config: BenchConfig) -> list[bytes]:
         noise.save(into := BytesIO(), "JPEG", quality=config.quality)
         pictures.append(into.getvalue())
     choices = ["A) red", "B) blue", "C) 绿", "D) white"]
-    entry = {"question": "What color is the car on the left of the picture?", "choices": choices, "answer": "C"}
+    entry = {"question": "What color is the car on the left of the picture?", "choices": choices,
+             "answer": "C"}
     prompt = [{"role": "user", "content": "<image> Please describe this image in detail."}]
     writer = None
     for start in range(0, config.rows, config.row_group):
         rows = [
-            {"id": f"image-{i}", "image": {"bytes": pictures[i % len(pictures)] + i.to_bytes(4), "path": f"{i}.jpg"},
-             "prompt": prompt, "data_source": "bench", "reward_model": {"ground_truth": [entry] * config.questions}}
+            {"id": f"image-{i}",
+             "image": {"bytes": pictures[i % len(pictures)] + i.to_bytes(4), "path": f"{i}.jpg"},
+             "prompt": prompt, "data_source": "bench",
+             "reward_model": {"ground_truth": [entry] * config.questions}}
             for i in range(start, min(start + config.row_group, config.rows))
         ]
         table = pa.Table.from_pylist(rows)
@@ -79,12 +83,14 @@ def main(config: BenchConfig) -> None:
         path = Path(folder) / "train.parquet"
         pictures = write_set(path, config)
         size = sum(map(len, pictures)) / len(pictures)
-        print(f"{config.rows} rows, pictures of {size / 1000:.1f} kB and {config.side} x {config.side} pixels, "
+        print(f"{config.rows} rows, pictures of {size / 1000:.1f} kB and {config.side} x "
+              f"{config.side} pixels, "
               f"{path.stat().st_size / 1e9:.2f} GB in row groups of {config.row_group}")
         started = time.process_time()
         examples = load_examples(str(path))
         seconds = time.process_time() - started
-        print(f"index      {seconds:8.1f} s for {len(examples)} images, {len(examples) / seconds:.0f} rows/s; "
+        print(f"index      {seconds:8.1f} s for {len(examples)} images, "
+              f"{len(examples) / seconds:.0f} rows/s; "
               f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
         memory = [StoredImage("", lambda data=data: data) for data in pictures]
         chosen = random.Random(0).choices(range(len(examples)), k=config.samples)

@@ -1,7 +1,8 @@
-"""Memory of a rank: the estimate of bench/estimate.py beside what a process needs, and the estimate for the real models.
+"""Memory of a rank: the estimate of bench/estimate.py beside what a process needs, and the estimate
+for the real models.
 
-    python bench/memory.py                 # small random models on this CPU: estimated and measured, by phase
-    python bench/memory.py --real          # Qwen2.5-VL-3B with a 3B verifier on GPUs; nothing is loaded
+    python bench/memory.py           # small random models on this CPU: estimated and measured
+    python bench/memory.py --real    # Qwen2.5-VL-3B with a 3B verifier on GPUs; nothing is loaded
 
 Each case is a process of its own that takes one step of train.py with captions of full length. What
 it held before its models were loaded is taken off.
@@ -17,16 +18,23 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-# Freed blocks of 64 KiB and more go back to the system at once: the process's size is then what it uses.
+# Freed blocks of 64 KiB and more go back to the system at once: the process's size is then what it
+# uses.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
-               "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+               "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
+               "MALLOC_ARENA_MAX": "1"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
 from estimate import estimate_memory
 from step import StepConfig, make_examples, save_models
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from data.examples import load_examples
 from data.export import example_row
@@ -42,13 +50,16 @@ CASES = {
     "default": (StepConfig(), {}),
     "long captions": (StepConfig(tokens=512), {}),
     "large image": (StepConfig(sizes=(896,), prompts=1), {}),
-    "hidden 512, 8 layers": (StepConfig(hidden=512, layers=8, verifier_hidden=512, verifier_layers=8), {}),
+    "hidden 512, 8 layers": (StepConfig(hidden=512, layers=8, verifier_hidden=512,
+                                        verifier_layers=8), {}),
     "the same, checkpointed": (
-        StepConfig(hidden=512, layers=8, verifier_hidden=512, verifier_layers=8), {"gradient_checkpointing": True}
+        StepConfig(hidden=512, layers=8, verifier_hidden=512, verifier_layers=8),
+        {"gradient_checkpointing": True}
     ),
     "vocabulary 151,936": (StepConfig(vocab=151_936, tokens=64), {}),
     "the same, replies in words": (
-        StepConfig(vocab=151_936, tokens=64), {"verifier_mode": "sample", "verifier_max_new_tokens": 10}
+        StepConfig(vocab=151_936, tokens=64),
+        {"verifier_mode": "sample", "verifier_max_new_tokens": 10}
     ),
     "vision frozen": (StepConfig(sizes=(896,), prompts=1), {"freeze": "vision"}),
 }
@@ -57,8 +68,10 @@ CASES = {
 def settings(case: str, folder: Path) -> TrainConfig:
     sizes, changes = CASES[case]
     return toy_config(
-        policy=str(folder / "policy"), verifier=str(folder / "verifier"), data=str(folder / "data.jsonl"),
-        run_dir=str(folder / "run"), prompts_per_step=sizes.prompts, group_size=sizes.group_size, max_new_tokens=sizes.tokens,
+        policy=str(folder / "policy"), verifier=str(folder / "verifier"),
+        data=str(folder / "data.jsonl"),
+        run_dir=str(folder / "run"), prompts_per_step=sizes.prompts, group_size=sizes.group_size,
+        max_new_tokens=sizes.tokens,
         num_questions=sizes.questions, kl_coef=0.04, micro_batch_tokens=1 << 20, **changes,
     )
 
@@ -73,18 +86,21 @@ def work(case: str, folder: Path) -> None:
     """One step, in a process of its own; prints estimate and measurement."""
     torch.set_num_threads(1)
     config = settings(case, folder)
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # what the library allocates for itself
+    # what the library allocates for itself
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
     _restart_peak()
     before, measured = status("VmRSS"), {}
     device = torch.device("cpu")
-    run, reward, examples = load_run(config, device), load_reward(config, device), load_examples(config.data)
+    run, reward, examples = load_run(config,
+                                     device), load_reward(config,
+                                                          device), load_examples(config.data)
     endless = replace(run.sampler, forbidden_ids=(*run.sampler.forbidden_ids, *run.sampler.eos_ids))
     run = replace(run, sampler=endless)
     prompts = [run.sampler.prompt(open_image(example.image)) for example in examples]
     prompt = max(prompts, key=lambda prompt: len(prompt.input_ids))
     estimate = estimate_memory(
-        run.sampler.model, reward.verifier.model, config, 1, False, len(prompt.input_ids), len(prompt.pixel_values) // 4,
-        reward.verifier.prompt_tokens(examples),
+        run.sampler.model, reward.verifier.model, config, 1, False, len(prompt.input_ids),
+        len(prompt.pixel_values) // 4, reward.verifier.prompt_tokens(examples),
     )
     for repeat in range(2):
         _restart_peak()
@@ -93,17 +109,20 @@ def work(case: str, folder: Path) -> None:
         _restart_peak()
         by_caption = [example for example in examples for _ in range(config.group_size)]
         captions = [" red" * config.max_new_tokens] * len(by_caption)
-        reward.score(captions, by_caption, [example.id for example in by_caption], [0] * len(by_caption))
+        reward.score(captions, by_caption, [example.id for example in by_caption],
+                     [0] * len(by_caption))
         measured["phase verifier"] = status("VmHWM") - before
         _restart_peak()
-        advantages, valid = torch.randn(len(by_caption)), torch.ones(len(by_caption), dtype=torch.bool)
+        advantages = torch.randn(len(by_caption))
+        valid = torch.ones(len(by_caption), dtype=torch.bool)
         update_policy(run.scorer, run.reference, run.optimizer, rollouts, advantages, valid, config)
         measured["phase update"] = status("VmHWM") - before
     print("case " + json.dumps({"estimate": estimate, "measured": measured}))
 
 
 def measure() -> None:
-    print("| case | phase | estimated, MiB | measured, MiB | ratio |\n| --- | --- | ---: | ---: | ---: |")
+    print("| case | phase | estimated, MiB | measured, MiB | ratio |\n"
+          "| --- | --- | ---: | ---: | ---: |")
     for case, (sizes, _) in CASES.items():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -112,39 +131,53 @@ def measure() -> None:
                 for example in make_examples(sizes):
                     example.image.save(folder / f"{example.id}.png")
                     file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
-            done = subprocess.run([sys.executable, __file__, "--case", case, "--folder", name], capture_output=True, text=True)
-        rows = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("case ")]
+            done = subprocess.run([sys.executable, __file__, "--case", case, "--folder", name],
+                                  capture_output=True, text=True)
+        rows = [json.loads(line[5:]) for line in done.stdout.splitlines()
+                if line.startswith("case ")]
         assert rows, done.stderr[-3000:]
         estimate, measured = rows[0]["estimate"], rows[0]["measured"]
-        static = sum(size for part, size in estimate.items() if not part.startswith(("phase", "peak")))
+        static = sum(size for part, size in estimate.items()
+                     if not part.startswith(("phase", "peak")))
         for phase, size in measured.items():
             guess = static + estimate[phase]
-            print(f"| {case} | {phase[6:]} | {guess / 2**20:.0f} | {size / 2**20:.0f} | {guess / size:.2f} |")
+            print(f"| {case} | {phase[6:]} | {guess / 2**20:.0f} | {size / 2**20:.0f} | "
+                  f"{guess / size:.2f} |")
         guess, peak = estimate["peak"], max(measured.values())
-        print(f"| {case} | **peak** | {guess / 2**20:.0f} | {peak / 2**20:.0f} | {guess / peak:.2f} |", flush=True)
+        print(f"| {case} | **peak** | {guess / 2**20:.0f} | {peak / 2**20:.0f} | "
+              f"{guess / peak:.2f} |", flush=True)
 
 
 def estimate_real(image_tokens: int = 1280) -> None:
-    """Qwen2.5-VL-3B and Qwen2.5-3B by their published shapes, an image of about a megapixel, captions of `max_new_tokens`."""
-    text = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
+    """Qwen2.5-VL-3B and Qwen2.5-3B by their published shapes, an image of about a megapixel,
+    captions of `max_new_tokens`."""
+    text = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
+                num_hidden_layers=36, num_attention_heads=16,
                 num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True)
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
-                  temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], out_hidden_size=2048)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
+                  spatial_merge_size=2,
+                  temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
+                  out_hidden_size=2048)
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
     with torch.device("meta"):
         policy = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, tie_word_embeddings=True)
+            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision,
+                             tie_word_embeddings=True)
         )
         verifier = Qwen2ForCausalLM(Qwen2Config(**text))
     tables, names = [], []
     cases = ((8, 1024, True), (8, 4096, True), (8, 4096, False), (1, 1024, True), (1, 4096, True))
     for num_ranks, length, checkpointed in cases:
-        config = replace(PAPER, max_new_tokens=length, gradient_checkpointing=checkpointed, rollout_tokens=262_144)
-        names.append(f"{num_ranks} GPU{'s' * (num_ranks > 1)}, {length:,} tokens{', not checkpointed' * (not checkpointed)}")
-        tables.append(estimate_memory(policy, verifier, config, num_ranks, True, image_tokens + 30, image_tokens, 500))
+        config = replace(PAPER, max_new_tokens=length, gradient_checkpointing=checkpointed,
+                         rollout_tokens=262_144)
+        names.append(f"{num_ranks} GPU{'s' * (num_ranks > 1)}, {length:,} tokens"
+                     f"{', not checkpointed' * (not checkpointed)}")
+        tables.append(estimate_memory(policy, verifier, config, num_ranks, True, image_tokens + 30,
+                                      image_tokens, 500))
     print(f"| GiB on each rank | {' | '.join(names)} |\n| --- |" + " ---: |" * len(names))
     for part in tables[0]:
-        print(f"| {part} | " + " | ".join(f"{table.get(part, 0) / 2**30:.1f}" for table in tables) + " |")
+        print(f"| {part} | " + " | ".join(f"{table.get(part, 0) / 2**30:.1f}" for table in tables)
+              + " |")
 
 
 def main(case: str = "", folder: str = "", real: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""How noisy is the reward, and what does less noise cost? On the toy world, where the truth can be measured.
+"""How noisy is the reward, and what does less noise cost? On the toy world, where the truth can be
+measured.
 
     python bench/reward_noise.py
 
@@ -6,9 +7,10 @@ Groups of captions by the shipped policy are scored again and again under every 
 other questions, shuffles and replies are drawn. The truth of a caption is its accuracy over all of
 its image's questions under many shuffles. Printed for each setting, means over the draws:
 
-noise      standard deviation of a caption's reward around its own mean, in units of the reward
-in group   the same for the reward minus its group's mean: what the advantage sees
-rank       Spearman's correlation of reward and truth within groups, over all groups whose truth varies; one whose rewards
+noise      standard deviation of a caption's reward around its own mean, in units of the reward in
+group   the same for the reward minus its group's mean: what the advantage sees rank
+Spearman's correlation of reward and truth within groups, over all groups whose truth varies; one
+whose rewards
            are all equal counts 0: it teaches nothing
 seconds    for the captions of one draw
 """
@@ -51,37 +53,47 @@ def main(config: BenchConfig) -> None:
     examples = load_examples(f"toy:heldout:{config.images}")
     policy = load_policy(config.policy, device)
     keys = [f"noise:{e.id}:{g}" for e in examples for g in range(config.group_size)]
-    captions = sample_rollouts(policy, [policy.prompt(e.image) for e in examples], keys, 96).captions
+    captions = sample_rollouts(policy, [policy.prompt(e.image) for e in examples], keys,
+                               96).captions
     by_caption = [e for e in examples for _ in range(config.group_size)]
     groups = [e.id for e in by_caption]
     # The toy verifier was taught to say a letter, and nothing after it: a reply is one token.
-    verifiers = {mode: load_verifier(config.verifier, device, mode=mode, max_new_tokens=1) for mode in ("sample", "logits")}
+    verifiers = {mode: load_verifier(config.verifier, device, mode=mode, max_new_tokens=1)
+                 for mode in ("sample", "logits")}
 
     def score(mode: str, settings: RewardConfig, draw: int | str) -> np.ndarray:
         drawn = [f"{draw}:{e.id}" for e in by_caption]
-        return caption_rewards(captions, by_caption, drawn, [0] * len(captions), verifiers[mode], settings).rewards.numpy()
+        return caption_rewards(captions, by_caption, drawn, [0] * len(captions), verifiers[mode],
+                               settings).rewards.numpy()
 
-    truth = score("logits", RewardConfig(num_questions=0, num_shuffles=config.truth_shuffles), "truth")
+    truth = score("logits", RewardConfig(num_questions=0, num_shuffles=config.truth_shuffles),
+                  "truth")
     num_varied = rank_correlation(groups, list(truth), list(truth))[1]
     spread = truth.reshape(-1, config.group_size).std(1).mean()
-    print(f"{len(examples)} images x {config.group_size} captions, {config.draws} draws; truth {truth.mean():.3f}, "
+    print(f"{len(examples)} images x {config.group_size} captions, {config.draws} draws; truth "
+          f"{truth.mean():.3f}, "
           f"its standard deviation within a group {spread:.3f}")
-    print("| verifier | questions | N | noise | in group | rank | seconds |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| verifier | questions | N | noise | in group | rank | seconds |\n"
+          "| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     settings = [
-        (name, question_draw, number) for name in ("sample", "logits", "soft") for question_draw in ("independent", "paired")
+        (name, question_draw, number) for name in ("sample", "logits", "soft")
+        for question_draw in ("independent", "paired")
         for number in config.num_questions
     ]
     for name, question_draw, number in tqdm(settings, desc="settings", leave=False):
-        asking = replace(RewardConfig(), num_questions=number, question_draw=question_draw, soft=name == "soft")
+        asking = replace(RewardConfig(), num_questions=number, question_draw=question_draw,
+                         soft=name == "soft")
         started = time.perf_counter()
-        scores = np.stack([score("sample" if name == "sample" else "logits", asking, draw) for draw in range(config.draws)])
+        scores = np.stack([score("sample" if name == "sample" else "logits", asking, draw)
+                           for draw in range(config.draws)])
         seconds = (time.perf_counter() - started) / config.draws
-        relative = scores - scores.reshape(config.draws, -1, config.group_size).mean(2).repeat(config.group_size, 1)
-        found = [rank_correlation(groups, list(row), list(truth)) for row in scores]
-        ranks = np.mean([value * number / num_varied if number else 0.0 for value, number in found])
+        means = scores.reshape(config.draws, -1, config.group_size).mean(2)
+        relative = scores - means.repeat(config.group_size, 1)
+        ranks = [rank_correlation(groups, list(row), list(truth)) for row in scores]
+        rank = np.mean([value * count / num_varied if count else 0.0 for value, count in ranks])
         noise, in_group = (values.std(0, ddof=1).mean() for values in (scores, relative))
-        row = f"| {name} | {question_draw} | {number} | {noise:.3f} | {in_group:.3f} | {ranks:.3f} | {seconds:.2f} |"
-        tqdm.write(row, file=sys.stdout)
+        tqdm.write(f"| {name} | {question_draw} | {number} | {noise:.3f} | {in_group:.3f} | "
+                   f"{rank:.3f} | {seconds:.2f} |", file=sys.stdout)
 
 
 if __name__ == "__main__":

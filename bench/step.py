@@ -1,11 +1,12 @@
-"""A whole GRPO step, ours and TRL's, on the same models, images, lengths and questions: seconds and memory by phase.
+"""A whole GRPO step, ours and TRL's, on the same models, images, lengths and questions: seconds and
+memory by phase.
 
     pip install -r bench/requirements.txt        # TRL, in an environment of its own if you like
     python bench/step.py                          # vocabulary 4,096, images of 224 and 448 pixels
     python bench/step.py --hidden 512 --layers 8
     python bench/step.py --vocab 151936 --repeats 3
     python bench/step.py --sizes 896 --prompts 1
-    python bench/step.py --scale                  # ours alone: cost against caption length, G and image size
+    python bench/step.py --scale    # ours alone: cost against caption length, G and image size
 
 Each engine is a process of its own. They take turns, step by step, so that other work on the
 machine meets both. One thread each, and the process's own CPU clock. Weights are random, and no
@@ -90,7 +91,8 @@ class Phases:
 
     def __init__(self, is_first: bool = True):
         self.is_first, self.seconds, self.memory = is_first, defaultdict(float), defaultdict(float)
-        self.open: list[list[float]] = []  # of each phase under way: memory at its start, highest so far
+        # of each phase under way: memory at its start, highest so far
+        self.open: list[list[float]] = []
         self.started = time.process_time()
 
     @contextmanager
@@ -124,13 +126,14 @@ def _wait_for_turn() -> None:
         sys.exit()
 
 
-# ----------------------------------------------------------------------------------------------------------- the same work
+# ------------------------------------------------------------------------------------ the same work
 
 
 def save_models(config: StepConfig, folder: Path) -> None:
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-    common = dict(vocab_size=config.vocab, max_position_embeddings=32768, tie_word_embeddings=True, bos_token_id=None,
+    common = dict(vocab_size=config.vocab, max_position_embeddings=32768, tie_word_embeddings=True,
+                  bos_token_id=None,
                   eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     half = config.hidden // 4 // 2
     side = half * 3 // 8
@@ -138,22 +141,28 @@ def save_models(config: StepConfig, folder: Path) -> None:
     policy = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
             text_config=common | dict(
-                hidden_size=config.hidden, intermediate_size=2 * config.hidden, num_hidden_layers=config.layers,
-                num_attention_heads=4, num_key_value_heads=2,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * side, side, side]),
+                hidden_size=config.hidden, intermediate_size=2 * config.hidden,
+                num_hidden_layers=config.layers, num_attention_heads=4, num_key_value_heads=2,
+                rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                     mrope_section=[half - 2 * side, side, side]),
             ),
             vision_config=dict(
-                depth=4, hidden_size=128, intermediate_size=256, num_heads=4, patch_size=14, spatial_merge_size=2,
-                temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3], out_hidden_size=config.hidden,
+                depth=4, hidden_size=128, intermediate_size=256, num_heads=4, patch_size=14,
+                spatial_merge_size=2,
+                temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3],
+                out_hidden_size=config.hidden,
             ),
-            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"], tie_word_embeddings=True,
-            vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+            tie_word_embeddings=True,
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
         )
     )
     verifier = Qwen2ForCausalLM(
         Qwen2Config(**common | dict(
             hidden_size=config.verifier_hidden, intermediate_size=2 * config.verifier_hidden,
-            num_hidden_layers=config.verifier_layers, num_attention_heads=config.verifier_hidden // 64,
+            num_hidden_layers=config.verifier_layers,
+            num_attention_heads=config.verifier_hidden // 64,
             num_key_value_heads=max(1, config.verifier_hidden // 128),
         ))
     )
@@ -176,17 +185,20 @@ def make_images(config: StepConfig) -> list[Image.Image]:
 def make_examples(config: StepConfig) -> list[Example]:
     questions = tuple(
         Question(f"What color is the {name}?", ("red", "blue", "green", "pink"), 0)
-        for name in ("circle", "square", "star", "cross", "triangle", "diamond", "first bar", "card")[: config.questions]
+        for name in ("circle", "square", "star", "cross", "triangle", "diamond", "first bar",
+                     "card")[: config.questions]
     )
-    return [Example(str(index), image, questions) for index, image in enumerate(make_images(config))]
+    return [Example(str(index), image, questions)
+            for index, image in enumerate(make_images(config))]
 
 
 def make_caption(config: StepConfig) -> str:
     """What the verifier reads, whatever was sampled: one token for each sampled one."""
-    return ("The first bar is red." + " red" * config.tokens)[: len("The first bar is red.") + 4 * (config.tokens - 6)]
+    return ("The first bar is red." + " red" * config.tokens)[: len("The first bar is red.") + 4
+                                                              * (config.tokens - 6)]
 
 
-# -------------------------------------------------------------------------------------------------------------- the engines
+# -------------------------------------------------------------------------------------- the engines
 
 
 def run_ours(config: StepConfig) -> None:
@@ -195,7 +207,8 @@ def run_ours(config: StepConfig) -> None:
     policy = replace(policy, forbidden_ids=tuple(sorted({*policy.forbidden_ids, *policy.eos_ids})))
     score = dict(pad_id=policy.pad_id, forbidden_ids=policy.forbidden_ids)
     scorer = CompletionScorer(policy.model, **score)
-    frozen = CompletionScorer(load_policy(str(folder / "policy"), device).model.requires_grad_(False), **score)
+    frozen = CompletionScorer(load_policy(str(folder / "policy"),
+                                          device).model.requires_grad_(False), **score)
     verifier = load_verifier(str(folder / "verifier"), device, mode="sample")
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6)
     step_weights = optimizer.step
@@ -205,7 +218,8 @@ def run_ours(config: StepConfig) -> None:
             step_weights()
 
     optimizer.step = timed_step
-    settings = toy_config(group_size=config.group_size, max_new_tokens=config.tokens, prompts_per_step=config.prompts,
+    settings = toy_config(group_size=config.group_size, max_new_tokens=config.tokens,
+                          prompts_per_step=config.prompts,
                           micro_batch_tokens=1 << 20, kl_coef=0.04, learning_rate=1e-6)
     examples = make_examples(config)
     by_caption = [example for example in examples for _ in range(config.group_size)]
@@ -222,14 +236,17 @@ def run_ours(config: StepConfig) -> None:
         with phases("image preprocessing"):
             prompts = [policy.prompt(example.image) for example in examples]
         with phases("rollout"):
-            rollouts = sample_rollouts(policy, prompts, [str(i) for i in range(len(by_caption))], config.tokens)
+            rollouts = sample_rollouts(policy, prompts, [str(i) for i in range(len(by_caption))],
+                                       config.tokens)
         assert (rollouts.lengths == config.tokens).all()
         with phases("verifier"):
             asking = RewardConfig(num_questions=config.questions)
-            caption_rewards(captions, by_caption, [e.id for e in by_caption], [0] * len(captions), verifier, asking)
+            caption_rewards(captions, by_caption, [e.id for e in by_caption], [0] * len(captions),
+                            verifier, asking)
         with phases("forward + backward"):
             update_policy(scorer, reference, optimizer, rollouts, advantages, valid, settings)
-        phases.seconds["forward + backward"] -= phases.seconds["reference pass"] + phases.seconds["optimizer"]
+        inside = phases.seconds["reference pass"] + phases.seconds["optimizer"]
+        phases.seconds["forward + backward"] -= inside
         phases.report()
 
 
@@ -247,9 +264,11 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
         """Without the video half, which wants torchvision."""
 
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_):
-            super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+            super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer,
+                                                      chat_template=chat_template)
             self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-            self.image_token_id, self.video_token_id = map(tokenizer.convert_tokens_to_ids, ("<|image_pad|>", "<|video_pad|>"))
+            self.image_token_id, self.video_token_id = map(tokenizer.convert_tokens_to_ids,
+                                                           ("<|image_pad|>", "<|video_pad|>"))
 
     class TimedTrainer(GRPOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
@@ -268,7 +287,8 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
 
         def training_step(self, model, inputs, *args, **kwargs):
             inputs = self._prepare_inputs(inputs)
-            self._prepare_inputs = lambda prepared: prepared  # done: what is left is the pass itself
+            # done: what is left is the pass itself
+            self._prepare_inputs = lambda prepared: prepared
             try:
                 with phases("forward + backward"):
                     return super().training_step(model, inputs, *args, **kwargs)
@@ -290,7 +310,8 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
             phases.report()
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "policy", padding_side="left")
-    processor = ImageProcessorOnly(Qwen2VLImageProcessorPil(), tokenizer, chat_template=tokenizer.chat_template)
+    processor = ImageProcessorOnly(Qwen2VLImageProcessorPil(), tokenizer,
+                                   chat_template=tokenizer.chat_template)
     process_images = processor._process_images
 
     def timed_process_images(*args, **kwargs):
@@ -300,15 +321,17 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
     processor._process_images = timed_process_images
     verifier = Qwen2ForCausalLM.from_pretrained(folder / "verifier").eval()
     writer, examples = PromptWriter(tokenizer), make_examples(config)
-    asked = [ask(example.questions, RewardConfig(num_questions=config.questions), example.id) for example in examples]
+    asked = [ask(example.questions, RewardConfig(num_questions=config.questions), example.id)
+             for example in examples]
     caption = make_caption(config)
 
     @torch.no_grad()
     def reward(completions, index, **_):
         """The obvious way: every caption and question is a prompt of its own for `generate`."""
         texts = [
-            tokenizer.decode(writer.head_ids + writer.caption_ids(caption) + writer.question_ids(one))
-            for place in index for one in asked[place]
+            tokenizer.decode(writer.head_ids + writer.caption_ids(caption)
+                             + writer.question_ids(question))
+            for place in index for question in asked[place]
         ]
         batch = tokenizer(texts, return_tensors="pt", padding=True)
         verifier.generate(
@@ -318,25 +341,32 @@ def run_trl(config: StepConfig, scores_completions_only: bool) -> None:
         return torch.randn(len(index)).tolist()
 
     rows = [
-        {"prompt": [{"role": "user", "content": CAPTION_INSTRUCTION}], "image": example.image, "index": place}
+        {"prompt": [{"role": "user", "content": CAPTION_INSTRUCTION}], "image": example.image,
+         "index": place}
         for place, example in enumerate(examples)
     ] * (config.repeats + 1)
     batch = config.prompts * config.group_size
     arguments = GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, num_generations=config.group_size, temperature=1.0,
-        max_completion_length=config.tokens, beta=0.04, per_device_train_batch_size=batch, gradient_accumulation_steps=1,
-        gradient_checkpointing=False, generation_kwargs={"suppress_tokens": tokenizer.all_special_ids},
-        max_steps=config.repeats + 1, shuffle_dataset=False, remove_unused_columns=False, dataloader_pin_memory=False,
-        optim="adamw_torch", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, num_generations=config.group_size,
+        temperature=1.0,
+        max_completion_length=config.tokens, beta=0.04, per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        generation_kwargs={"suppress_tokens": tokenizer.all_special_ids},
+        max_steps=config.repeats + 1, shuffle_dataset=False, remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        optim="adamw_torch", save_strategy="no", logging_strategy="no", report_to="none",
+        disable_tqdm=True,
     )
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "policy", dtype=torch.float32)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "policy",
+                                                               dtype=torch.float32)
     TimedTrainer(
-        model=model, reward_funcs=reward, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor,
-        callbacks=[Turns()],
+        model=model, reward_funcs=reward, args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=processor, callbacks=[Turns()],
     ).train()
 
 
-# ---------------------------------------------------------------------------------------------------------------- the bench
+# ---------------------------------------------------------------------------------------- the bench
 
 
 def measure(config: StepConfig, folder: Path) -> dict[str, list[dict]]:
@@ -344,12 +374,16 @@ def measure(config: StepConfig, folder: Path) -> dict[str, list[dict]]:
     save_models(config, folder)
     workers = {}
     for engine in config.engines:
-        flags = [str(part) for name, value in vars(replace(config, worker=engine, folder=str(folder), scale=False)).items()
+        flags = [str(part)
+                 for name, value in vars(replace(config, worker=engine, folder=str(folder),
+                                                 scale=False)).items()
                  if name != "scale" and value != ()
-                 for part in (f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value]))]
+                 for part in (f"--{name.replace('_', '-')}",
+                              *(value if isinstance(value, tuple) else [value]))]
         log = (folder / f"{engine}.log").open("w")
         workers[engine] = subprocess.Popen(
-            [sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, __file__, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=log, text=True
         )
     steps: dict[str, list[dict]] = {engine: [] for engine in workers}
     for _ in tqdm(range(config.repeats + 1), desc="steps", leave=False):
@@ -359,7 +393,8 @@ def measure(config: StepConfig, folder: Path) -> dict[str, list[dict]]:
             line = ""
             while not line.startswith("step "):
                 if not (line := worker.stdout.readline()):
-                    raise RuntimeError(f"{engine} ended early:\n{(folder / f'{engine}.log').read_text()[-3000:]}")
+                    log = (folder / f"{engine}.log").read_text()
+                    raise RuntimeError(f"{engine} ended early:\n{log[-3000:]}")
             steps[engine].append(json.loads(line.removeprefix("step ")))
     for worker in workers.values():
         worker.stdin.close()
@@ -367,12 +402,15 @@ def measure(config: StepConfig, folder: Path) -> dict[str, list[dict]]:
     return steps
 
 
-PHASES = ("image preprocessing", "rollout", "verifier", "reference pass", "forward + backward", "optimizer")
+PHASES = ("image preprocessing", "rollout", "verifier", "reference pass", "forward + backward",
+          "optimizer")
 
 
 def medians(rows: list[dict]) -> dict[str, float]:
-    found = {phase: statistics.median(row["seconds"].get(phase, 0.0) for row in rows[1:]) for phase in (*PHASES, "whole step")}
-    return found | {"of which other": found["whole step"] - sum(found[phase] for phase in PHASES)}
+    seconds = {phase: statistics.median(row["seconds"].get(phase, 0.0) for row in rows[1:])
+               for phase in (*PHASES, "whole step")}
+    other = seconds["whole step"] - sum(seconds[phase] for phase in PHASES)
+    return seconds | {"of which other": other}
 
 
 def print_table(config: StepConfig, steps: dict[str, list[dict]]) -> None:
@@ -380,41 +418,52 @@ def print_table(config: StepConfig, steps: dict[str, list[dict]]) -> None:
     others = {engine: medians(rows) for engine, rows in steps.items() if engine != "ours"}
     tokens = config.prompts * config.group_size * config.tokens
     print(
-        f"\nvocabulary {config.vocab}, hidden {config.hidden}, {config.layers} layers, images {config.sizes}, "
-        f"{config.prompts} prompts x {config.group_size} x {config.tokens} tokens, {config.questions} questions; "
-        f"CPU seconds, median of {config.repeats}\n"
+        f"\nvocabulary {config.vocab}, hidden {config.hidden}, {config.layers} layers, images "
+        f"{config.sizes}, {config.prompts} prompts x {config.group_size} x {config.tokens} tokens, "
+        f"{config.questions} questions; CPU seconds, median of {config.repeats}\n"
     )
     print("| phase | ours |" + "".join(f" {engine} | ratio |" for engine in others))
     print("| --- | ---: |" + " ---: | ---: |" * len(others))
     for phase, seconds in ours.items():
         ratio = "{:.2f}" if phase != "of which other" else ""
-        cells = [f" {other[phase]:.3f} | {ratio.format(other[phase] / seconds)} |" for other in others.values()]
+        cells = [f" {other[phase]:.3f} | {ratio.format(other[phase] / seconds)} |"
+                 for other in others.values()]
         print(f"| {phase} | {seconds:.3f} |" + "".join(cells))
     memory = {engine: rows[0]["memory"]["forward + backward"] for engine, rows in steps.items()}
     print(f"| memory of forward + backward, MiB | {memory['ours']:.0f} |"
-          + "".join(f" {memory[engine]:.0f} | {memory['ours'] / memory[engine]:.2f} |" for engine in others))
-    rates = {engine: tokens / found["whole step"] for engine, found in {"ours": ours, **others}.items()}
-    print(f"| tokens per second | {rates['ours']:.0f} |" + "".join(f" {rates[engine]:.0f} | |" for engine in others))
+          + "".join(f" {memory[engine]:.0f} | {memory['ours'] / memory[engine]:.2f} |"
+                    for engine in others))
+    rates = {engine: tokens / seconds["whole step"]
+             for engine, seconds in {"ours": ours, **others}.items()}
+    print(f"| tokens per second | {rates['ours']:.0f} |"
+          + "".join(f" {rates[engine]:.0f} | |" for engine in others))
 
 
 def print_scale(config: StepConfig) -> None:
     columns = [*PHASES, "whole step", "of which other"]
-    print("| varied | value | " + " | ".join(columns) + " |\n| --- | ---: |" + " ---: |" * len(columns))
-    varied = {"tokens": (64, 128, 256, 512), "group_size": (4, 8, 16, 32), "sizes": ((224,), (448,), (896,))}
+    print("| varied | value | " + " | ".join(columns) + " |\n| --- | ---: |" + " ---: |"
+          * len(columns))
+    varied = {"tokens": (64, 128, 256, 512), "group_size": (4, 8, 16, 32),
+              "sizes": ((224,), (448,), (896,))}
     for name, values in varied.items():
         for value in values:
             with tempfile.TemporaryDirectory() as folder:
-                one = replace(config, engines=("ours",), prompts=1, **{"sizes": (448,), name: value})
-                found = medians(measure(one, Path(folder))["ours"])
+                settings = replace(config, engines=("ours",), prompts=1,
+                                   **{"sizes": (448,), name: value})
+                seconds = medians(measure(settings, Path(folder))["ours"])
             shown = value[0] if isinstance(value, tuple) else value
-            print(f"| {name} | {shown} | " + " | ".join(f"{seconds:.3f}" for seconds in found.values()) + " |", flush=True)
+            print(f"| {name} | {shown} | "
+                  + " | ".join(f"{value:.3f}" for value in seconds.values()) + " |", flush=True)
 
 
 def main(config: StepConfig) -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     if config.worker:
-        run_ours(config) if config.worker == "ours" else run_trl(config, scores_completions_only=config.worker == "trl")
+        if config.worker == "ours":
+            run_ours(config)
+        else:
+            run_trl(config, scores_completions_only=config.worker == "trl")
     elif config.scale:
         print_scale(config)
     else:

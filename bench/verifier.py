@@ -1,13 +1,14 @@
-"""Three ways to score N questions on one caption, side by side: how much does sharing the caption save?
+"""Three ways to score N questions on one caption, side by side: how much does sharing the caption
+save?
 
     python bench/verifier.py
 
-separate   every question with its whole prompt, a row each
-expanded   head and caption run once, the cache copied to a row per question (what reward/caprl.py does)
-packed     head run once, then caption and questions in one row, with a mask that keeps questions apart
+separate   every question with its whole prompt, a row each expanded   head and caption run once,
+the cache copied to a row per question (what reward/caprl.py does) packed     head run once, then
+caption and questions in one row, with a mask that keeps questions apart
 
-Random weights, since only time is measured; the scores of the three are compared before. Prints the median over interleaved
-repeats and the ratio to "separate".
+Random weights, since only time is measured; the scores of the three are compared before. Prints the
+median over interleaved repeats and the ratio to "separate".
 """
 
 import statistics
@@ -45,14 +46,16 @@ class BenchConfig:
 
 def separate(model, head, captions, questions, letter_ids) -> Tensor:
     rows = [head + caption + row for caption, group in zip(captions, questions) for row in group]
-    cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long, device=model.device)
+    cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long,
+                                                                device=model.device)
     hidden, _, _ = run_rows_(model, rows, [0] * len(rows), cache, seen)
     return F.linear(hidden[:, -1], model.lm_head.weight[letter_ids]).float()
 
 
 def packed(model, head, captions, questions, letter_ids) -> Tensor:
     device = model.device
-    cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long, device=device)
+    cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long,
+                                                                device=device)
     _, cache, _ = run_rows_(model, [head], [0], cache, seen)
     cache.batch_repeat_interleave(len(captions))
     width = max(len(c) + sum(map(len, q)) for c, q in zip(captions, questions))
@@ -72,9 +75,11 @@ def packed(model, head, captions, questions, letter_ids) -> Tensor:
     sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
     sees &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
     mask = torch.cat([sees.new_ones(len(captions), width, len(head)), sees], dim=2)[:, None]
-    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                           past_key_values=cache, use_cache=True)
     rows, places = zip(*ends)
-    return F.linear(out.last_hidden_state[list(rows), list(places)], model.lm_head.weight[letter_ids]).float()
+    return F.linear(out.last_hidden_state[list(rows), list(places)],
+                    model.lm_head.weight[letter_ids]).float()
 
 
 def median_seconds(ways: dict[str, Callable], repeats: int, *inputs) -> dict[str, float]:
@@ -99,28 +104,34 @@ def main(config: BenchConfig) -> None:
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=config.width, intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers, num_attention_heads=config.width // 64, num_key_value_heads=2,
-            tie_word_embeddings=True,
+            num_hidden_layers=config.layers, num_attention_heads=config.width // 64,
+            num_key_value_heads=2, tie_word_embeddings=True,
         )
     ).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    writer, ways = PromptWriter(tokenizer), {"separate": separate, "expanded": option_logits, "packed": packed}
+    writer, ways = PromptWriter(tokenizer), {"separate": separate, "expanded": option_logits,
+                                             "packed": packed}
     scenes = [make_scene("train", index) for index in range(config.captions)]
     captions = []
     for scene in scenes:
         sentences = write_caption(scene.family, scene.facts).split(". ")
-        captions.append(writer.caption_ids(". ".join((sentences * config.sentences)[: config.sentences])))
+        captions.append(writer.caption_ids(". ".join((sentences
+                                                      * config.sentences)[: config.sentences])))
     lengths = f"{min(map(len, captions))} to {max(map(len, captions))} tokens"
-    print(f"{device}, width {config.width}, {config.layers} layers, {config.captions} captions of {lengths}")
-    print("| N | " + " | ".join(ways) + " | expanded / separate | packed / separate |\n| ---: |" + " ---: |" * 5)
+    print(f"{device}, width {config.width}, {config.layers} layers, {config.captions} captions of "
+          f"{lengths}")
+    print("| N | " + " | ".join(ways) + " | expanded / separate | packed / separate |\n| ---: |"
+          + " ---: |" * 5)
     for number in tqdm((1, 2, 4, 8), desc="N", leave=False):
         settings = RewardConfig(num_questions=number)
         questions = [
-            [writer.question_ids(one) for one in ask(scene_questions(scene), settings, scene.id)] for scene in scenes
+            list(map(writer.question_ids, ask(scene_questions(scene), settings, scene.id)))
+            for scene in scenes
         ]
         inputs = (model, writer.head_ids, captions, questions, writer.letter_ids)
         scores = [way(*inputs) for way in ways.values()]
         tolerance = 0.1 if device.type == "cuda" else 1e-3
-        assert all(torch.allclose(scores[0], other, atol=tolerance) for other in scores[1:]), "the three ways disagree"
+        assert all(torch.allclose(scores[0], other, atol=tolerance)
+                   for other in scores[1:]), "the three ways disagree"
         seconds = median_seconds(ways, config.repeats, *inputs)
         ratios = [seconds[name] / seconds["separate"] for name in ("expanded", "packed")]
         cells = [f"{seconds[name]:.3f} s" for name in ways] + [f"{ratio:.2f}" for ratio in ratios]

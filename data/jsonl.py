@@ -1,4 +1,5 @@
-"""Rows of JSONL files: of our own, which may still be written, and of others, which may be broken."""
+"""Rows of JSONL files: of our own, which may still be written, and of others, which may be
+broken."""
 
 import json
 import re

@@ -40,8 +40,8 @@ class Batch:
 
     def slots(self, length: int) -> int:
         """Groups that the budget has room for when the longest caption has this length."""
-        of_group = self.decoder.tokens_of_group(self.longest_prompt, length)
-        return max(1, self.token_budget // of_group)
+        return max(1,
+                   self.token_budget // self.decoder.tokens_of_group(self.longest_prompt, length))
 
     def next_prompts(self) -> list[int]:
         """Numbers of the waiting prompts that should be added now."""

@@ -32,7 +32,8 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
-        from grpo.layers import LayerWeights, check_layers  # here: a page of its own
+        # here: where weights lie is a page apart
+        from grpo.layers import LayerWeights, check_layers
 
         check_layers(model)
         text = model.model.language_model

@@ -309,13 +309,15 @@ def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "row", "reason"), [
-    ("chartqa", {"question": "Q?", "answer": "1", "image": [{"bytes": b"a"}, {"bytes": b"b"}]}, "expected one image, found 2"),
+    ("chartqa", {"question": "Q?", "answer": "1", "image": [{"bytes": b"a"}, {"bytes": b"b"}]},
+     "expected one image in 'image', got 2"),
     ("docvqa", {"question": "Q?", "answers": [], "image": {"bytes": b"a"}}, "expected answers or answer, found columns"),
     ("docvqa", {"question": "Q?", "answers": ["a", " "], "image": {"bytes": b"a"}}, "expected answers in words"),
     ("docvqa", {"question": "Q?", "answer": "[open", "image": {"bytes": b"a"}}, "expected a list in '[open'"),
     ("chartqapro", {"Question": ["a", "b"], "Answer": ["1"], "image": b"a"}, "expected an answer for each of 2 questions"),
     ("ai2d", {"question": "Q?", "options": ["a", "b"], "answer": "2", "image": {"bytes": b"a"}}, "answer_index 2 outside"),
-    ("chartqa", {"question": "Q?", "answer": "1", "image": {"bytes": None, "path": "x"}}, "expected the bytes of an image"),
+    ("chartqa", {"question": "Q?", "answer": "1", "image": {"bytes": None, "path": "x"}},
+     "expected a picture in 'image', got {'bytes': None"),
 ])
 def test_nothing_to_ask_is_an_error(tmp_path, kind, row, reason):
     path = write_parquet(tmp_path / "x.parquet", [row])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.formats import row_image
 from data.images import ImageSource, StoredImage, picture_hash
 from data.jsonl import filled, json_rows
 from data.parquet import parquet_rows
@@ -200,18 +201,12 @@ def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
         cells = _told(cells)
         ids = [cells[name] for name in ID_COLUMNS if name in cells]
         id = str(ids[0] if ids else f"{path.stem}:{place}")
-        yield Row(f"{path} row {place}", id, cells, lambda cells=cells: _stored_picture(cells))
 
+        def picture(cells=cells, where=f"row {place}"):
+            image = row_image(cells, path, where, path.parent)
+            return picture_hash(image), image
 
-def _stored_picture(cells: dict) -> tuple[str, ImageSource]:
-    value = next((cells[name] for name in IMAGE_COLUMNS if cells.get(name)), None)
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise ValueError(f"expected one image, found {len(value)}")
-        value = value[0]
-    if not isinstance(value, StoredImage):
-        raise ValueError(f"expected the bytes of an image, found {type(value).__name__}")
-    return picture_hash(value), value
+        yield Row(f"{path} row {place}", id, cells, picture)
 
 
 # ----------------------------------------------------------------------------------- cells as text

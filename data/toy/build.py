@@ -1,7 +1,7 @@
 """Makes the two shipped checkpoints from nothing and prints how good they are.
 
     python -m data.toy.build                    # into data/toy, about an hour on 2 cores
-    python -m data.toy.build --smoke --folder /tmp/toy    # a few steps of everything, to see that it runs
+    python -m data.toy.build --smoke --folder /tmp/toy    # a few steps: everything runs
 """
 
 import random
@@ -72,11 +72,12 @@ def make_policy(config: BuildConfig) -> None:
     export_policy(policy, config.folder / "policy", torch.bfloat16)
 
 
-# ------------------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def family_accuracy(verifier: Verifier, scenes: Sequence[Scene], captions: Sequence[str],
-                    questions: Sequence[Sequence[Question]], abstain: bool = False) -> dict[str, float]:
+                    questions: Sequence[Sequence[Question]],
+                    abstain: bool = False) -> dict[str, float]:
     """Mean accuracy per family, and under "abstain" the share of abstentions."""
     sums: dict[str, list[float]] = {family: [] for family in FAMILIES}
     chosen = []
@@ -96,17 +97,21 @@ def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
     verifier = load_verifier(path, device)
     questions = [[q for q in scene_questions(scene) if q.needs_image] for scene in scenes]
     rng = random.Random("table")
-    places = [rng.randrange(len(scene.facts)) for scene in scenes]  # the fact told wrongly, or left out
+    # the fact told wrongly, or left out
+    places = [rng.randrange(len(scene.facts)) for scene in scenes]
     about = [[group[place]] for group, place in zip(questions, places)]
     wrong, missing = [], []
     for scene, place in zip(scenes, places):
         (false,) = perturb(scene.facts[place : place + 1], 1.0, rng)
-        wrong.append(write_caption(scene.family, (*scene.facts[:place], false, *scene.facts[place + 1 :])))
-        missing.append(write_caption(scene.family, (*scene.facts[:place], *scene.facts[place + 1 :])))
+        wrong.append(write_caption(scene.family,
+                                   (*scene.facts[:place], false, *scene.facts[place + 1 :])))
+        missing.append(write_caption(scene.family,
+                                     (*scene.facts[:place], *scene.facts[place + 1 :])))
     dense = [write_caption(scene.family, scene.facts) for scene in scenes]
     free = [[q for q in scene_questions(scene) if not q.needs_image] for scene in scenes]
     chance = {
-        family: sum(1 / len(q.choices) for s, group in zip(scenes, questions) if s.family == family for q in group)
+        family: sum(1 / len(q.choices) for s, group in zip(scenes, questions) if s.family == family
+                    for q in group)
         / sum(len(group) for s, group in zip(scenes, questions) if s.family == family)
         for family in FAMILIES
     }
@@ -115,19 +120,23 @@ def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
         "no caption": family_accuracy(verifier, scenes, [""] * len(scenes), questions),
         "chance": chance,
         "one wrong fact, the question on it": family_accuracy(verifier, scenes, wrong, about),
-        "no caption, questions that need none": family_accuracy(verifier, scenes, [""] * len(scenes), free),
-        "true dense captions, abstain option offered": family_accuracy(verifier, scenes, dense, questions, True),
+        "no caption, questions that need none": family_accuracy(
+            verifier, scenes, [""] * len(scenes), free),
+        "true dense captions, abstain option offered": family_accuracy(
+            verifier, scenes, dense, questions, True),
     }
     unsaid = family_accuracy(verifier, scenes, missing, about, True)["abstain"]
     lines = ["| verifier | " + " | ".join(FAMILIES) + " |", "| --- |" + " ---: |" * len(FAMILIES)]
-    lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |" for name, row in rows.items()]
+    lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |"
+              for name, row in rows.items()]
     return "\n".join([*lines, "", f"abstains on a fact that is not mentioned: {unsaid:.3f}"])
 
 
 def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     """The policy before reinforcement learning, 4 captions per held-out image at temperature 1."""
     device = torch.device("cpu")
-    policy, verifier = load_policy(str(folder / "policy"), device), load_verifier(str(folder / "verifier"), device)
+    policy = load_policy(str(folder / "policy"), device)
+    verifier = load_verifier(str(folder / "verifier"), device)
     examples = [toy_example(scene) for scene in scenes]
     config = CaptionsConfig(num_captions=4, max_new_tokens=96, cache="")
     benchmark = example_benchmark("toy:heldout", examples)
@@ -136,15 +145,17 @@ def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     well_formed = sum(is_well_formed(row["caption"]) for row in rows) / len(rows)
     groups = torch.tensor([row["accuracy"] for row in rows]).view(-1, 4)
     return (
-        f"{format_table({(benchmark.name, 'policy'): summarize(rows)})}\n\nwell-formed captions: {well_formed:.3f}"
-        f"\nstandard deviation of the accuracy between captions of one image: {groups.std(1).mean():.3f}"
+        f"{format_table({(benchmark.name, 'policy'): summarize(rows)})}\n\n"
+        f"well-formed captions: {well_formed:.3f}\nstandard deviation of the accuracy between "
+        f"captions of one image: {groups.std(1).mean():.3f}"
     )
 
 
 def build(config: BuildConfig) -> None:
     if config.smoke:
         if config.folder == BuildConfig.folder:
-            raise ValueError(f"smoke: expected a folder other than {config.folder}, whose checkpoints it would overwrite")
+            raise ValueError(f"smoke: expected a folder other than {config.folder}, whose "
+                             "checkpoints it would overwrite")
         config = replace(config, verifier_steps=4, policy_steps=4, num_images=6)
     check_room(config.folder)
     # Fresh processes: a fork of a process that has used torch's threads can hang.
@@ -152,7 +163,8 @@ def build(config: BuildConfig) -> None:
         for done in [pool.submit(make_verifier, config), pool.submit(make_policy, config)]:
             done.result()
     scenes = [make_scene("heldout", 10_000 + index) for index in range(config.num_images)]
-    print(verifier_table(config.folder, scenes), policy_table(config.folder, scenes, config.seed), sep="\n\n")
+    print(verifier_table(config.folder, scenes), policy_table(config.folder, scenes, config.seed),
+          sep="\n\n")
 
 
 if __name__ == "__main__":

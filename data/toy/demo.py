@@ -1,4 +1,5 @@
-"""The demo: evaluate the shipped captioner, train it by CapRL, evaluate it again on the same held-out images.
+"""The demo: evaluate the shipped captioner, train it by CapRL, evaluate it again on the same
+held-out images.
 
     python -m data.toy.demo --seed 0
 """
@@ -26,7 +27,8 @@ class DemoConfig:
     """Held-out images, 4 captions each."""
     num_steps: int = toy_config().num_steps
     run_dir: Path = Path("runs/demo")
-    """Emptied first if a whole demo is in it. One that was stopped goes on where its training stopped."""
+    """Emptied first if a whole demo is in it. One that was stopped goes on where its training
+    stopped."""
 
 
 def demo(config: DemoConfig) -> None:
@@ -37,28 +39,34 @@ def demo(config: DemoConfig) -> None:
     training = toy_config(seed=config.seed, num_steps=config.num_steps, run_dir=str(config.run_dir),
                           resume=(config.run_dir / "config.json").exists())
     evaluation = PrismConfig(
-        data=(f"toy:heldout:{config.num_images}",), policy=(training.policy,), verifier=training.verifier, seed=config.seed,
+        data=(f"toy:heldout:{config.num_images}",), policy=(training.policy,),
+        verifier=training.verifier, seed=config.seed,
         max_new_tokens=training.max_new_tokens, out=str(before), cache="",
     )
     print("1. The shipped captioner on held-out images")
     (before_rows,) = run(evaluation)[1].values()
-    print(f"2. Training: {training.num_steps} steps of {training.prompts_per_step} images x {training.group_size} captions")
+    print(f"2. Training: {training.num_steps} steps of {training.prompts_per_step} images x "
+          f"{training.group_size} captions")
     final = train(training)
     print("3. The trained captioner on the same images")
     (after_rows,) = run(replace(evaluation, policy=(str(final),), out=str(after)))[1].values()
 
     tables = summarize(before_rows), summarize(after_rows)
-    print("\nWhat a verifier that never sees the image answers rightly from the captions (held-out images):\n")
-    print("| family | before | after | words before | words after |\n| --- | --- | --- | ---: | ---: |")
+    print("\nWhat a verifier that never sees the image answers rightly from the captions (held-out "
+          "images):\n")
+    print("| family | before | after | words before | words after |\n"
+          "| --- | --- | --- | ---: | ---: |")
     for family, old in tables[0].items():
         new = tables[1][family]
-        spans = [f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in (old, new)]
+        spans = [f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+                 for row in (old, new)]
         print(f"| {family} | {spans[0]} | {spans[1]} | {old['words']:.1f} | {new['words']:.1f} |")
     print("\nThe first caption of three of the images:")
     for old, new in zip(before_rows[:12:4], after_rows[:12:4]):
         print(f"\n{old['id']}\n  before: {old['caption']}\n  after:  {new['caption']}")
     old, new = (table["all"]["accuracy"] for table in tables)
-    print(f"\nrun folder: {config.run_dir} (report.html, metrics.jsonl, rollouts/, final/, before.jsonl, after.jsonl)")
+    print(f"\nrun folder: {config.run_dir} (report.html, metrics.jsonl, rollouts/, final/, "
+          "before.jsonl, after.jsonl)")
     print(f"demo: before {old:.3f} after {new:.3f} rise {new - old:.3f}")
 
 

@@ -1,4 +1,5 @@
-"""Writes toy images as PNG files with a JSONL in the project's format, to look at and to test loaders with.
+"""Writes toy images as PNG files with a JSONL in the project's format, to look at and to test
+loaders with.
 
     python -m data.toy.export some/folder --num 200
 """
@@ -20,7 +21,8 @@ from data.toy.world import make_scene, toy_example
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Settings of the export. Questions that need no image are written too, marked `"needs_image": false`."""
+    """Settings of the export. Questions that need no image are written too, marked `"needs_image":
+    false`."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """The folder for examples.jsonl and images/. It is refused if examples.jsonl is there

@@ -13,17 +13,22 @@ starts out almost even. Then models of this size take several times as long to l
 to."""
 
 
-def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int, label: str,
-        warmup_share: float, decay_share: float, rate: float = 2e-3, enough: float = math.inf) -> None:
-    """`steps` steps on `loss_at(step)`, which returns the loss and what the bar shows beside it. Ends in eval mode.
+def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+        steps: int, label: str,
+        warmup_share: float, decay_share: float, rate: float = 2e-3,
+        enough: float = math.inf) -> None:
+    """`steps` steps on `loss_at(step)`, which returns the loss and what the bar shows beside it.
+    Ends in eval mode.
 
-    The rate rises over the first `warmup_share` of the steps and falls to 1% over the last `decay_share`. It ends early once
-    the running means of all that is shown reach `enough`.
+    The rate rises over the first `warmup_share` of the steps and falls to 1% over the last
+    `decay_share`. It ends early once the running means of all that is shown reach `enough`.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / max(1, warmup_share * steps), 1.0, (1 - step / steps) / decay_share + 0.01)
+        optimizer,
+        lambda step: min((step + 1) / max(1, warmup_share * steps), 1.0,
+                         (1 - step / steps) / decay_share + 0.01)
     )
     means: dict[str, float] = {}
     bar = tqdm(range(steps), desc=label, unit="step", mininterval=5)
@@ -35,7 +40,8 @@ def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str,
         schedule.step()
         optimizer.zero_grad()
         means = {key: 0.97 * means.get(key, 0.0) + 0.03 * value for key, value in shown.items()}
-        bar.set_postfix({"loss": f"{loss.item():.3f}"} | {key: f"{value:.3f}" for key, value in means.items()}, refresh=False)
+        bar.set_postfix({"loss": f"{loss.item():.3f}"}
+                        | {key: f"{value:.3f}" for key, value in means.items()}, refresh=False)
         if min(means.values(), default=0.0) >= enough:
             break
     model.eval()

@@ -1,10 +1,12 @@
-"""A tiny question writer: the shipped policy taught to write questions on toy images in the layout of data/curate/.
+"""A tiny question writer: the shipped policy taught to write questions on toy images in the layout
+of data/curate/.
 
     python -m data.toy.writer runs/writer --steps 1500
-    python -m data.curate generate --images IMAGES --model runs/writer --num-questions 2 --max-new-tokens 160 --out runs/written
+    python -m data.curate generate --images IMAGES --model runs/writer --num-questions 2 \\
+        --max-new-tokens 160 --out runs/written
 
-It is no part of the shipped files: `generate` can be tried on it end to end. What it asks about is in the world's grammar; how
-often its answers are right is printed.
+It is no part of the shipped files: `generate` can be tried on it end to end. What it asks about is
+in the world's grammar; how often its answers are right is printed.
 """
 
 import random
@@ -57,7 +59,8 @@ def write_blocks(questions: Sequence[Question]) -> str:
     blocks = []
     for number, question in enumerate(questions, start=1):
         options = [f"{letter}) {text}" for letter, text in zip(LETTERS, question.choices)]
-        lines = [f"#### {number}. **{question.question}**", *(f"   - {option}" for option in options), "",
+        lines = [f"#### {number}. **{question.question}**",
+                 *(f"   - {option}" for option in options), "",
                  f"**Answer:** {options[question.answer_index]}", "------"]
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
@@ -70,7 +73,8 @@ def lesson(scene: Scene, num: int, rng: random.Random) -> str:
 
 def train_writer(config: WriterConfig) -> Policy:
     policy = load_policy(config.policy, torch.device("cpu"))
-    with torch.no_grad():  # as it was before it was sharpened, so that `sharpen_` can be applied anew
+    # as it was before it was sharpened, so that `sharpen_` can be applied anew
+    with torch.no_grad():
         policy.model.model.language_model.norm.weight.mul_(SHARPNESS)
     scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
     instruction = WRITING_INSTRUCTION.format(num=config.num_questions)
@@ -78,8 +82,11 @@ def train_writer(config: WriterConfig) -> Policy:
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"writer:{config.seed}:{step}")
         families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=config.batch)
-        scenes = [make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family) for family in families]
-        rollouts = as_rollouts(policy, scenes, [lesson(scene, config.num_questions, rng) for scene in scenes], instruction)
+        scenes = [make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family)
+                  for family in families]
+        rollouts = as_rollouts(policy, scenes,
+                               [lesson(scene, config.num_questions, rng) for scene in scenes],
+                               instruction)
         logprobs, _ = scorer(rollouts)  # (B, L)
         return -logprobs.sum() / rollouts.lengths.sum(), {}
 
@@ -92,17 +99,22 @@ def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
     """Counts of the texts on held-out images: sound questions per image, and blocks dropped. Also
     the share of the questions on a fact of the scene whose answer is right."""
     scenes = [make_scene("heldout", index) for index in range(config.num_images)]
-    prompts = [policy.prompt(draw(scene), WRITING_INSTRUCTION.format(num=config.num_questions)) for scene in scenes]
-    texts = sample_rollouts(policy, prompts, [f"writer:{scene.id}" for scene in scenes], 80 * config.num_questions).captions
+    prompts = [policy.prompt(draw(scene), WRITING_INSTRUCTION.format(num=config.num_questions))
+               for scene in scenes]
+    texts = sample_rollouts(policy, prompts, [f"writer:{scene.id}" for scene in scenes],
+                            80 * config.num_questions).captions
     right, num_sound, num_dropped = [], 0, 0
     for scene, text in zip(scenes, texts):
-        truth = {question.question: question.choices[question.answer_index] for question in scene_questions(scene)}
+        truth = {question.question: question.choices[question.answer_index]
+                 for question in scene_questions(scene)}
         blocks = parse_questions(text)
-        sound = [one for one in blocks if isinstance(one, Question)]
+        sound = [block for block in blocks if isinstance(block, Question)]
         num_sound, num_dropped = num_sound + len(sound), num_dropped + len(blocks) - len(sound)
-        right += [one.choices[one.answer_index] == truth[one.question] for one in sound if one.question in truth]
+        right += [question.choices[question.answer_index] == truth[question.question]
+                  for question in sound if question.question in truth]
     return {"sound questions per image": num_sound / len(scenes), "blocks dropped": num_dropped,
-            "questions on a fact of the scene": len(right), "of these answered rightly": sum(right) / max(len(right), 1)}
+            "questions on a fact of the scene": len(right),
+            "of these answered rightly": sum(right) / max(len(right), 1)}
 
 
 def main(config: WriterConfig) -> None:
