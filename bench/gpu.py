@@ -32,7 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from data.examples import Example, Question
 from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, toy_config
-from grpo.distributed import cast_weights_
+from grpo.distributed import cast_weights_, local_device
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
@@ -170,7 +170,7 @@ def training_work(policy, rollouts: Rollouts) -> float:
 def main(config: GpuConfig) -> None:
     if config.smoke:
         config = replace(config, **SMOKE)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     if device.type == "cpu" and not config.smoke:
         raise SystemExit("error: expected a GPU, found none; --smoke runs tiny shapes anywhere")
     policy, reference, verifier = build_models(config, device)

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.toy.world import make_scene, scene_questions, write_caption
 from grpo.config import RewardConfig
+from grpo.distributed import compute_dtype, local_device
 from reward.caprl import PromptWriter, ask, option_logits, run_rows_
 
 
@@ -98,7 +99,7 @@ def median_seconds(ways: dict[str, Callable], repeats: int, *inputs) -> dict[str
 
 @torch.no_grad()
 def main(config: BenchConfig) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     tokenizer = PreTrainedTokenizerFast.from_pretrained("data/toy/verifier")
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
@@ -107,7 +108,7 @@ def main(config: BenchConfig) -> None:
             num_hidden_layers=config.layers, num_attention_heads=config.width // 64,
             num_key_value_heads=2, tie_word_embeddings=True,
         )
-    ).eval().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    ).eval().to(device, compute_dtype(device))
     writer, ways = PromptWriter(tokenizer), {"separate": separate, "expanded": option_logits,
                                              "packed": packed}
     scenes = [make_scene("train", index) for index in range(config.captions)]

@@ -31,6 +31,8 @@ _control: dist.ProcessGroup | None = None
 
 def local_device() -> torch.device:
     """This process's own GPU, made the current one, or the CPU. It joins nobody."""
+    # torch prefers cuDNN's attention on some GPUs, which makes a slow plan for each new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()

@@ -24,6 +24,7 @@ from grpo.distributed import (
     deal,
     gather_rows,
     init_distributed,
+    local_device,
     rank,
     sum_across_ranks,
     world_size,
@@ -282,3 +283,17 @@ if __name__ == "__main__":
         run_program(lambda given: step_on_rank(Path(given[0]), int(given[1]), *given[2:]), sys.argv[1:])
     else:
         leave_early(sys.argv[1])
+
+
+def test_attention_never_asks_cudnn(monkeypatch):
+    """cuDNN makes a plan for each shape, for tenths of a second."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        assert local_device() == torch.device("cuda", 0) and not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
