@@ -118,8 +118,8 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
         kept = sum(depth * size_of_input + whole for depth, whole, size_of_input in stacks)
     else:
         kept = sum(depth * whole for depth, whole, _ in stacks)
-    # as they came, side by side, cast, unfolded for the convolution
-    kept += 4 * pixel_bytes(policy, groups * image_tokens)
+    # as they came, side by side, cast
+    kept += 3 * pixel_bytes(policy, groups * image_tokens)
     # gradients inside a layer
     inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)
     head = 4 * text.vocab_size * text.hidden_size  # its gradient

@@ -205,9 +205,11 @@ def shard(scorer: CompletionScorer, device: torch.device, replicas: int = 1,
 
 def empty_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model like `model` in `dtype`, in eval mode and without memory: shard it, then `fill_`."""
+    from grpo.vision import prepare_vision_  # here: a reader of training need not meet it
+
     with torch.device("meta"):
         config = copy.deepcopy(model.config)
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        return prepare_vision_(AutoModelForImageTextToText.from_config(config, dtype=dtype).eval())
 
 
 @torch.no_grad()

@@ -127,8 +127,8 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
     device = policy.model.device
     encoded = []
     for prompt in prompts:
-        pixels, grid = prompt.pixel_values.to(device), prompt.grid.to(device)
-        features = inner.get_image_features(pixels, grid).pooler_output[0]
+        pixels = prompt.pixel_values.to(device)
+        features = inner.get_image_features(pixels, prompt.grid).pooler_output[0]
         encoded.append(replace(prompt, features=features))
     return encoded
 
@@ -147,7 +147,7 @@ def image_inputs(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[
     try:
         yield {
             "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(model.device),
-            "image_grid_thw": torch.cat([prompt.grid for prompt in prompts]).to(model.device),
+            "image_grid_thw": torch.cat([prompt.grid for prompt in prompts]),  # on the host
         }
     finally:
         if is_known:

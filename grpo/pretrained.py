@@ -28,6 +28,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from data.io import text_hash
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
+from grpo.vision import prepare_vision_
 
 SOURCE_FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json",
@@ -176,6 +177,7 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         from grpo.layers import check_layers  # here: a reader of training need not meet it
 
         check_layers(model)
+    prepare_vision_(model)
     ends = eos_ids(model, tokenizer)
     if not ends:
         raise ValueError("expected an EOS id in the policy's generation_config or tokenizer, found "

@@ -24,7 +24,11 @@ def test_the_saved_policy_opens_in_transformers_with_the_same_logits(policy, pro
         pixel_values=prompt.pixel_values, image_grid_thw=prompt.grid,
         mm_token_type_ids=(prompt.input_ids == policy.model.config.image_token_id).int()[None],
     )
-    assert torch.equal(opened(**batch).logits, policy.model(**batch).logits)
+    for name, saved in policy.model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], saved), name
+    # transformers embeds patches by a convolution, ours by a product: sums in another order, off by
+    # 7e-5 in logits of up to 4.
+    assert torch.allclose(opened(**batch).logits, policy.model(**batch).logits, atol=3e-4)
     again = load_policy(str(tmp_path / "final"), torch.device("cpu"))
     assert again.eos_ids == policy.eos_ids and again.forbidden_ids == policy.forbidden_ids
     assert again.tokenizer.chat_template == policy.tokenizer.chat_template

@@ -1,0 +1,264 @@
+"""The vision tower: what transformers' own computes, in one attention call a layer and a length, without waiting for a GPU."""
+
+import copy
+import sys
+from collections import Counter
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+import grpo.vision
+from grpo.distributed import empty_model
+from grpo.vision import PatchProduct, prepare_vision_, window_attention
+
+TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1)
+VISION = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, spatial_merge_size=2,
+              temporal_patch_size=2, out_hidden_size=32, initializer_range=0.3)
+GRID = torch.tensor([[1, 18, 10], [1, 8, 12], [1, 16, 16]])
+"""Patches of three images in time, height and width. Windows are 8 x 8: the first has two of 64, two of 8 x 2, one of 2 x 8 and
+one of 2 x 2; the second one of 64 and one of 8 x 4; the third four of 64."""
+WINDOWS = [64, 16, 64, 16, 16, 4, 64, 32, 64, 64, 64, 64]
+IMAGES = [180, 96, 256]
+
+
+def qwen2_5_vl():
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+    vision = VISION | dict(window_size=32, fullatt_block_indexes=[1, 3])
+    text = TEXT | dict(rope_parameters=rope)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen3_vl():
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3], mrope_interleaved=True)
+    vision = VISION | dict(num_position_embeddings=36, deepstack_visual_indexes=[0, 1])
+    text = TEXT | dict(head_dim=16, rope_parameters=rope)
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+LAYERS = {qwen2_5_vl: [WINDOWS, IMAGES, WINDOWS, IMAGES], qwen3_vl: [IMAGES] * 4}
+"""Lengths that each layer attends in."""
+
+
+@pytest.fixture(params=LAYERS, ids=lambda make: make.__name__)
+def make(request):
+    return request.param
+
+
+@pytest.fixture
+def models(make):
+    """transformers' own and ours, with the same random weights."""
+    torch.manual_seed(0)
+    own = make().eval()
+    with torch.no_grad():
+        for parameter in own.model.visual.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))  # biases are not zero, nor norms one
+    ours = copy.deepcopy(own)
+    prepare_vision_(ours)
+    return own, ours
+
+
+@pytest.fixture
+def pixels():
+    return torch.randn(int(GRID.prod(1).sum()), 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
+
+
+def features(model, pixels, grid=GRID):
+    """All that the tower gives the text model: (tokens, layers, hidden)."""
+    out = model.model.get_image_features(pixels, grid)
+    layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+    return torch.stack([layer if isinstance(layer, torch.Tensor) else torch.cat(layer) for layer in layers], dim=1)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def attention(self) -> int:
+        return sum(count for name, count in self.counts.items() if name.startswith("_scaled_dot_product"))
+
+
+def flash_attn(lengths: list) -> ModuleType:
+    """A stand-in with the signature of flash-attn, which notes what it is given."""
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                               softmax_scale=None, causal=False, window_size=(-1, -1)):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and cu_seqlens_q.device == q.device
+        assert q.shape == k.shape == v.shape == (sum(IMAGES), 2, 16)
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
+        assert dropout_p == 0 and not causal and isinstance(max_seqlen_q, int)
+        lengths.append(cu_seqlens_q.diff().tolist())
+        assert max_seqlen_q == max_seqlen_k == max(lengths[-1])
+        scores = torch.einsum("ihd,jhd->hij", q, k) * (softmax_scale or q.shape[-1] ** -0.5)
+        window = torch.repeat_interleave(torch.arange(len(lengths[-1])), torch.tensor(lengths[-1]))
+        scores = scores.masked_fill(window[:, None] != window, -torch.inf)
+        return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    return module
+
+
+@pytest.fixture
+def flash_lengths(monkeypatch):
+    """The lengths of each call of flash-attn, which is there as on a GPU."""
+    lengths = []
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(lengths))
+    monkeypatch.setattr("grpo.vision.can_use_flash_attention", lambda params: True)
+    grpo.vision._varlen_attention.cache_clear()
+    yield lengths
+    grpo.vision._varlen_attention.cache_clear()
+
+
+def test_window_attention_is_its_definition():
+    """Windows of 2, 1, 3 and 2 patches: lengths that come back, one window alone."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 8, 4)
+    ends = torch.tensor([0, 2, 3, 6, 8], dtype=torch.int32)
+    out, weights = window_attention(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=ends, max_length_q=3)
+    assert out.shape == (1, 8, 2, 4) and weights is None
+    owners = [0, 0, 1, 2, 2, 2, 3, 3]
+    for head in range(2):
+        for i in range(8):
+            seen = [j for j in range(8) if owners[j] == owners[i]]
+            probs = (0.3 * key[0, head, seen] @ query[0, head, i]).softmax(0)
+            assert torch.allclose(out[0, i, head], probs @ value[0, head, seen], atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_tower_is_transformers_own(models, pixels, checkpointed):
+    """Values and all gradients, to float32's rounding, with and without checkpointing."""
+    results = []
+    for model in models:
+        if checkpointed:
+            model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        out = features(model, pixels)
+        out.square().sum().backward()
+        results.append({"out": out.detach()} | {name: p.grad for name, p in model.model.visual.named_parameters()})
+    own, ours = results
+    assert own["out"].std() > 0.1
+    for name, want in own.items():
+        assert torch.allclose(ours[name], want, rtol=1e-4, atol=1e-5 * want.abs().max().item()), name
+
+
+def test_a_frozen_tower_hands_gradients_to_its_merger(models, pixels):
+    grads = []
+    for model in models:
+        for name, parameter in model.model.visual.named_parameters():
+            parameter.requires_grad_(name.startswith("merger."))
+        features(model, pixels)[:, 0].square().sum().backward()
+        grads.append([p.grad for p in model.model.visual.merger.parameters()])
+        assert model.model.visual.patch_embed.proj.weight.grad is None
+    for got, want in zip(*reversed(grads)):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_one_call_for_a_layer_and_a_length(make, models, pixels):
+    """transformers calls once for each window, 12 in a layer here; ours once for each length, 4 or 3."""
+    calls = []
+    for model in models:
+        with torch.no_grad(), Calls() as mode:
+            features(model, pixels)
+        calls.append(mode.attention)
+        assert mode.counts["convolution"] == (0 if model is models[1] else 1)
+    assert calls == [sum(map(len, LAYERS[make])), sum(len(set(lengths)) for lengths in LAYERS[make])]
+    square, alike = torch.tensor([[1, 16, 16]] * 3), torch.randn(3 * 256, 96)
+    with torch.no_grad(), Calls() as mode:
+        features(models[1], alike, square)
+    assert mode.attention == 4  # layers
+
+
+def test_flash_attn_is_called_once_a_layer(make, models, pixels, flash_lengths):
+    own, ours = (features(model, pixels) for model in models)
+    assert flash_lengths == LAYERS[make]
+    assert torch.allclose(ours, own, rtol=1e-4, atol=1e-5 * own.abs().max().item())
+    own.square().sum().backward()
+    ours.square().sum().backward()
+    for (name, want), got in zip(models[0].model.visual.named_parameters(), models[1].model.visual.parameters()):
+        assert torch.allclose(got.grad, want.grad, rtol=1e-4, atol=1e-5 * want.grad.abs().max().item()), name
+
+
+def test_without_flash_attn_torch_takes_its_place(models, pixels, flash_lengths, monkeypatch):
+    """torch's own, which runs on GPUs only, is given the same arguments."""
+    stand_in = sys.modules["flash_attn"].flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
+    own, ours = (features(model, pixels) for model in models)
+    assert len(flash_lengths) == 4 and torch.allclose(ours, own, rtol=1e-4, atol=1e-5 * own.abs().max().item())
+
+
+@pytest.mark.parametrize("with_flash", [False, True])
+def test_nothing_waits_for_the_device(models, pixels, monkeypatch, with_flash):
+    """On the meta device no number can be read, only shapes are known, and tensors of the host do not mix in. transformers' own
+    tower asks for the lengths in every layer."""
+    if with_flash:
+        monkeypatch.setattr("grpo.vision.can_use_flash_attention", lambda params: True)
+        monkeypatch.setattr("grpo.vision._varlen_attention", lambda: lambda q, k, v, ends, *_: torch.empty_like(q + ends.sum()))
+    own, ours = (model.to("meta") for model in models)
+    assert features(ours, pixels.to("meta")).shape[0] == sum(IMAGES) // 4
+    with pytest.raises(Exception, match="meta"):
+        features(own, pixels.to("meta"), GRID.to("meta"))
+
+
+def test_a_patch_is_a_product():
+    """Conv3d's values and gradients, for one kernel a patch; in bfloat16 to its rounding."""
+    torch.manual_seed(0)
+    single, half = (torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.1, 1e-2)
+    for bias, (dtype, atol, rtol) in ((False, single), (True, single), (True, half)):
+        own = nn.Conv3d(3, 16, (2, 4, 4), stride=(2, 4, 4), bias=bias).to(dtype)
+        ours = copy.deepcopy(own)
+        ours.__class__ = PatchProduct
+        results = []
+        for module in (own, ours):
+            patches = torch.randn(7, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+            out = module(patches).view(-1, 16)
+            out.square().sum().backward()
+            results.append([out, patches.grad, *(p.grad for p in module.parameters())])
+        for got, want in zip(*results):
+            assert got.shape == want.shape and torch.allclose(got, want, atol=atol, rtol=rtol)
+
+
+def test_what_is_saved_and_the_text_model_stay(models, tmp_path):
+    """No name of ours in config.json, the same weights; transformers opens the folder with its own tower."""
+    own, ours = models
+    prepare_vision_(ours)  # a second time changes nothing
+    assert len(ours.model.visual._forward_pre_hooks) == 1
+    assert ours.config.to_dict() == own.config.to_dict() and list(ours.state_dict()) == list(own.state_dict())
+    for config in (ours.config, ours.config.text_config, ours.config.vision_config):
+        assert config._attn_implementation == "sdpa"
+    for name, model in (("own", own), ("ours", ours)):
+        model.save_pretrained(tmp_path / name)
+    texts = [(tmp_path / name / "config.json").read_text() for name in ("own", "ours")]
+    assert texts[0] == texts[1] and "flash" not in texts[0]
+    opened = type(own).from_pretrained(tmp_path / "ours")
+    assert type(opened.model.visual.patch_embed.proj) is nn.Conv3d
+    assert opened.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_a_copy_for_training_and_a_deep_copy_have_the_same_tower(models, pixels):
+    ours = models[1]
+    empty = empty_model(ours, torch.bfloat16)
+    for model in (copy.deepcopy(ours), empty):
+        tower = model.model.visual
+        assert type(tower.patch_embed.proj) is PatchProduct and len(tower._forward_pre_hooks) == 1
+        assert {block.attn.config._attn_implementation for block in tower.blocks} == {grpo.vision.WINDOW_ATTENTION}
+        assert tower.config._attn_implementation == model.config.text_config._attn_implementation == "sdpa"
+    assert features(empty, pixels.to("meta")).dtype == torch.bfloat16
