@@ -31,14 +31,14 @@ from data.captions.shards import Shard, contents_hash, plan_shards
 from data.images import open_image
 from data.io import agree_on, check_room, naming, text_hash
 from data.program import check_range, run_program
-from grpo.captioning import caption_batches
+from grpo.captioning import Captioning, caption_batches
 from grpo.distributed import compute_dtype, local_device
-from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.policy import Policy
 from grpo.pretrained import load_policy, model_hash
 
 
 @dataclass(frozen=True)
-class CaptionConfig:
+class CaptionConfig(Captioning):
     """Settings of caption.py."""
 
     images: str = ""
@@ -49,23 +49,11 @@ class CaptionConfig:
     """The folder of captions. A program that was stopped goes on when it is run again."""
     policy: str = "runs/caprl/final"
     """The captioner, a local folder or a hub name."""
-    instruction: str = CAPTION_INSTRUCTION
-    """What the captioner is told."""
-    temperature: float = 1.0
-    """0 takes the most likely token."""
-    max_new_tokens: int = 4096
-    """Longest caption in tokens."""
     seed: int = 0
     """A caption is a function of the seed and the image's id."""
     shard_size: int = 1024
     """Images of a shard, from a folder or a JSONL file. Otherwise a tar file or a row group of a
     parquet file is one."""
-    batch_size: int = 256
-    """Images in memory at a time, at most. Their captions are written when all of them have one."""
-    rollout_tokens: int = 524_288
-    """Tokens that the sampler's cache has room for; finished captions give room to waiting ones."""
-    loaders: int = 4
-    """Threads that open and resize images while others are captioned."""
     lease_seconds: float = 120.0
     """A worker counts as dead if it has not touched its lease for this long. It must be more than
     the difference between the machines' clocks."""
@@ -77,8 +65,8 @@ class CaptionConfig:
     too."""
 
     def __post_init__(self):
-        check_range(self, "max_new_tokens batch_size shard_size rollout_tokens loaders", at_least=1)
-        check_range(self, "temperature", at_least=0)
+        super().__post_init__()
+        check_range(self, "shard_size", at_least=1)
         check_range(self, "lease_seconds", above=0)
         if not self.check and not self.out:
             raise ValueError("expected a folder in out, or a file to check")
@@ -120,11 +108,8 @@ def shard_rows(policy: Policy, shard: Shard, model: str, config: CaptionConfig,
                num_done: int) -> Iterator[list[dict]]:
     """Rows of the shard's images after the first `num_done`, batch by batch."""
     left, prompt = list(shard.images())[num_done:], text_hash(config.instruction)
-    batches = caption_batches(
-        policy, ((id, partial(open_image, image)) for id, _, image in left),
-        instruction=config.instruction, temperature=config.temperature, seed=config.seed,
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
-        rollout_tokens=config.rollout_tokens, loaders=config.loaders)
+    images = ((id, partial(open_image, image)) for id, _, image in left)
+    batches = caption_batches(policy, images, config, config.seed)
     waiting = iter(left)
     for batch in batches:
         yield [{"id": id, "image": name} | row | {"model": model, "prompt": prompt}

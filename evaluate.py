@@ -110,8 +110,9 @@ class DirectConfig(EvalConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "temperature", at_least=0)
-        if self.batch_size < 1 or not self.policy:
-            raise ValueError("expected at least one policy, and a batch_size of at least 1")
+        check_range(self, "batch_size", at_least=1)
+        if not self.policy:
+            raise ValueError("expected at least one policy")
 
 
 def all_captions(config: PrismConfig, benchmarks: Sequence[Benchmark],

@@ -37,8 +37,8 @@ from transformers.utils import logging as transformers_logging
 
 from data.images import open_image
 from data.toy.world import draw, make_scene
-from grpo.captioning import caption_batches
-from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.captioning import Captioning, caption_batches
+from grpo.policy import Policy
 from grpo.pretrained import load_policy
 
 
@@ -105,12 +105,10 @@ def plain(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
 
 
 def ours(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
-    batches = caption_batches(
-        policy, [(path.name, partial(open_image, path)) for path in paths],
-        instruction=CAPTION_INSTRUCTION,
-        temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=config.seed,
-        rollout_tokens=config.rollout_tokens, loaders=1,
-    )
+    settings = Captioning(temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+                          rollout_tokens=config.rollout_tokens, loaders=1)
+    images = [(path.name, partial(open_image, path)) for path in paths]
+    batches = caption_batches(policy, images, settings, config.seed)
     return [row["tokens"] for batch in batches for (row,) in batch]
 
 

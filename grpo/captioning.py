@@ -1,11 +1,13 @@
 """Images in, captions out, batch by batch. Some are opened while others are captioned."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 from PIL import Image
 
 from data.io import ahead
+from data.program import check_range
 from grpo.policy import CAPTION_INSTRUCTION, Policy, Prompt
 from grpo.rollout import sample_rollouts
 
@@ -16,10 +18,31 @@ OpenImage = Callable[[], Image.Image]
 """Raises ValueError, with the reason, for an image that cannot be opened."""
 
 
-def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], *,
-                    num_captions: int = 1, instruction: str = CAPTION_INSTRUCTION,
-                    temperature: float, max_new_tokens: int, seed: int, batch_size: int = 256,
-                    rollout_tokens: int = 524_288, loaders: int = 4) -> Iterator[list[list[dict]]]:
+@dataclass(frozen=True, kw_only=True)
+class Captioning:
+    """How captions are written."""
+
+    instruction: str = CAPTION_INSTRUCTION
+    """What the captioner is told."""
+    temperature: float = 1.0
+    """Temperature of captioning; 0 takes the most likely token."""
+    max_new_tokens: int = 4096
+    """Longest caption in tokens."""
+    batch_size: int = 256
+    """Images in memory at a time, at most. Their captions are written when all of them have one.
+    Any value gives the same captions."""
+    rollout_tokens: int = 524_288
+    """Tokens that the sampler's cache has room for; finished captions give room to waiting ones."""
+    loaders: int = 4
+    """Threads that open and resize images while others are captioned."""
+
+    def __post_init__(self):
+        check_range(self, "max_new_tokens batch_size rollout_tokens loaders", at_least=1)
+        check_range(self, "temperature", at_least=0)
+
+
+def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], settings: Captioning,
+                    seed: int, num_captions: int = 1) -> Iterator[list[list[dict]]]:
     """For each batch of images, in their order: the rows of each image.
 
     images: (name, open). The random streams of an image depend on the seed and its name only. So no
@@ -32,32 +55,32 @@ def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], *,
 
     def caption(batch: list[tuple[str, Prompt | str]]) -> list[list[dict]]:
         opened = [(name, prompt) for name, prompt in batch if isinstance(prompt, Prompt)]
-        prompts = [prompt for _, prompt in opened]
         keys = [f"{seed}:{name}:caption:{k}" for name, _ in opened for k in range(num_captions)]
-        rows = _caption_rows(policy, prompts, keys, max_new_tokens, temperature, rollout_tokens)
+        rows = _caption_rows(policy, [prompt for _, prompt in opened], keys, settings)
         return [
             [{"error": prompt}] if isinstance(prompt, str) else list(islice(rows, num_captions))
             for _, prompt in batch
         ]
 
-    policy.prompt(Image.new("RGB", (56, 56)), instruction)
+    policy.prompt(Image.new("RGB", (56, 56)), settings.instruction)
     batch, size = [], 0
-    for name, prompt in _load_ahead(policy, images, instruction, loaders):
+    for name, prompt in _load_ahead(policy, images, settings.instruction, settings.loaders):
         batch.append((name, prompt))
         size += prompt.pixel_values.nbytes if isinstance(prompt, Prompt) else 0
-        if len(batch) == batch_size or size > PIXEL_BYTES:
+        if len(batch) == settings.batch_size or size > PIXEL_BYTES:
             yield caption(batch)
             batch, size = [], 0
     if batch:
         yield caption(batch)
 
 
-def _caption_rows(policy: Policy, prompts: list[Prompt], keys: list[str], max_new_tokens: int,
-                  temperature: float, rollout_tokens: int) -> Iterator[dict]:
+def _caption_rows(policy: Policy, prompts: list[Prompt], keys: list[str],
+                  settings: Captioning) -> Iterator[dict]:
     """A row for each key, those of a prompt adjacent."""
     if not prompts:
         return
-    rollouts = sample_rollouts(policy, prompts, keys, max_new_tokens, temperature, rollout_tokens)
+    rollouts = sample_rollouts(policy, prompts, keys, settings.max_new_tokens,
+                               settings.temperature, settings.rollout_tokens)
     columns = (rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist())
     for text, num_tokens, is_cut in zip(*columns):
         reason = "length" if is_cut else "stop"

@@ -24,7 +24,7 @@ from data.captions.shards import plan_shards
 from data.images import open_image
 from data.io import ahead
 from data.toy.world import draw, make_scene
-from grpo.captioning import caption_batches
+from grpo.captioning import Captioning, caption_batches
 from grpo.pretrained import load_policy, model_hash
 
 TOY = dict(policy="data/toy/policy", max_new_tokens=96, temperature=0.0, lease_seconds=2.0)
@@ -51,7 +51,8 @@ def expected(folder, tmp_path_factory) -> list[str]:
     """The six captions, each written alone."""
     policy = load_policy("data/toy/policy", torch.device("cpu"))
     images = [(str(n), partial(draw, make_scene("train", n))) for n in range(6)]
-    batches = caption_batches(policy, images, temperature=0.0, max_new_tokens=96, seed=0, batch_size=1)
+    settings = Captioning(temperature=0.0, max_new_tokens=96, batch_size=1)
+    batches = caption_batches(policy, images, settings, seed=0)
     return [row["caption"] for batch in batches for (row,) in batch]
 
 

@@ -18,9 +18,9 @@ from data.images import ImageSource, image_name, open_image, picture_hash
 from data.io import json_lines, naming, text_hash, write_whole
 from data.jsonl import read_log
 from data.program import check_range
-from grpo.captioning import caption_batches
+from grpo.captioning import Captioning, caption_batches
 from grpo.distributed import all_or_none, gather_rows, rank, world_size
-from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.policy import Policy
 from grpo.pretrained import model_hash
 
 CaptionRow = dict
@@ -28,7 +28,7 @@ CaptionRow = dict
 
 
 @dataclass(frozen=True)
-class CaptionsConfig:
+class CaptionsConfig(Captioning):
     """Whose captions an evaluation takes, and how they are written."""
 
     policy: tuple[str, ...] = ()
@@ -38,23 +38,15 @@ class CaptionsConfig:
     one or more per image."""
     num_captions: int = 4
     """K, captions per image; at temperature 0 there is one."""
-    instruction: str = CAPTION_INSTRUCTION
-    """What the captioner is told."""
-    temperature: float = 1.0
-    """Temperature of captioning; 0 takes the most likely token."""
-    max_new_tokens: int = 4096
-    """Longest caption in tokens."""
     batch_size: int = 64
     """Images captioned at a time; any value gives the same captions."""
-    rollout_tokens: int = 524_288
-    """Tokens that the sampler's cache has room for."""
     cache: str = "runs/cache"
     """Captions are kept here by model, image, instruction and settings, and never written twice;
     empty for nowhere."""
 
     def __post_init__(self):
-        check_range(self, "num_captions max_new_tokens batch_size rollout_tokens", at_least=1)
-        check_range(self, "temperature", at_least=0)
+        super().__post_init__()
+        check_range(self, "num_captions", at_least=1)
         names = [name for name, _ in self.captioners]
         if len(names) > len(set(names)):
             raise ValueError(f"expected captioners of different names (NAME=PATH), got {names}")
@@ -92,13 +84,9 @@ def write_captions(policy: Policy, pictures: Sequence[Picture], config: Captions
         }
         if missing and folder:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "about.txt").write_text(settings, encoding="utf-8")
+            write_whole(folder / "about.txt", settings.encode())
         images = ((key, partial(open_image, image)) for key, image in missing.items())
-        batches = caption_batches(
-            policy, images, num_captions=num, instruction=config.instruction,
-            temperature=config.temperature, max_new_tokens=config.max_new_tokens, seed=seed,
-            batch_size=config.batch_size, rollout_tokens=config.rollout_tokens,
-        )
+        batches = caption_batches(policy, images, config, seed, num)
         waiting, is_quiet = iter(missing), rank() != 0 or not missing
         with tqdm(total=len(missing), desc="captions", unit="image", disable=is_quiet) as bar:
             for batch in batches if missing else ():

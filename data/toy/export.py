@@ -4,7 +4,6 @@ loaders with.
     python -m data.toy.export some/folder --num 200
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from data.export import example_row
-from data.io import naming
+from data.io import json_lines, naming, write_whole
 from data.program import run_program
 from data.toy.world import make_scene, toy_example
 
@@ -38,12 +37,14 @@ def export(config: ExportConfig) -> None:
     if config.num < 1:
         raise ValueError(f"num {config.num}: expected at least 1")
     (config.folder / "images").mkdir(parents=True, exist_ok=True)
-    with naming(config.folder), target.open("w", encoding="utf-8") as file:
+    with naming(config.folder):
+        rows = []
         for index in tqdm(range(config.num), desc="images", unit="image"):
             example = toy_example(make_scene(config.split, index), with_common_knowledge=True)
             image = f"images/{example.id}.png"
             example.image.save(config.folder / image)
-            file.write(json.dumps(example_row(example, image)) + "\n")
+            rows.append(example_row(example, image))
+        write_whole(target, json_lines(rows))
     print(f"{config.num} images: {target}")
 
 

@@ -23,7 +23,7 @@ from statistics import fmean, median
 import jinja2
 import tyro
 
-from data.io import naming
+from data.io import naming, write_whole
 from data.program import check_range
 from grpo.config import PRESETS
 from tools.report import curves
@@ -348,8 +348,8 @@ def write_page(first: Path, other: Path | None = None, captioners: Sequence[str]
         out = (first if is_run else first.parent) / f"{name}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming(out):
-        # errors: half a surrogate pair, which some tokenizers decode to
-        out.write_text(text, encoding="utf-8", errors="replace")
+        # replace: half a surrogate pair, which some tokenizers decode to
+        write_whole(out, text.encode(errors="replace"))
     return out
 
 
