@@ -163,7 +163,7 @@ def state_of(run):
 
 
 def test_the_longest_step_is_measured_and_changes_no_weight(monkeypatch):
-    """Two micro-batches of the three that a rank has; 300 captions more of them take more memory than a few."""
+    """Two micro-batches of the three that a rank has, with the reference; neither weights nor moments move."""
     config = toy_config(data="toy:train:6", prompts_per_step=3, group_size=4, max_new_tokens=24, micro_batch_tokens=1)
     begun, seen = [], []
     update = preflight.update_policy
@@ -192,6 +192,9 @@ def test_a_step_that_does_not_fit_is_said_and_not_killed(monkeypatch):
     (memory,), _ = longest(config)
     assert "does not fit into" in memory.facts and "too much: --gradient-checkpointing" in memory.problem
     assert torch.ones(1 << 26).sum() == 1 << 26  # the limit is gone
+    monkeypatch.setattr(preflight, "world_size", lambda: 2)  # the other rank waits in a collective: this one ends both
+    with pytest.raises(ValueError, match=r"rank 0: the longest step does not fit into .* GiB \(.*\): --gradient-checkp"):
+        longest(config)
 
 
 def test_a_policy_that_samples_from_another_distribution(policy, prompts):

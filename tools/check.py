@@ -158,8 +158,8 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
                        image_tokens: int, config: TrainConfig) -> list[Finding]:
     """Time and memory of the longest step, as far as it can be tried. Every rank must call this.
 
-    prompt: the longest. Raises MemoryError where several ranks run and this one cannot hold it. The
-    others then wait for it in a collective.
+    prompt: the longest. Raises ValueError, on this rank alone, where several ranks run and this one
+    cannot hold the step: the others wait in a collective, so that no table can be printed.
     """
     device, share = run.device, config.prompts_per_rank(world_size())
     available, before = available_memory(device), held(device)
@@ -175,9 +175,10 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
                 lambda: try_reward(reward, examples[:share], config), device)
             update_s, update_peak = measure(lambda: try_update(run, rollouts, config), device)
     except MemoryError as error:
+        reason = str(error).splitlines()[0][:200]
+        facts = f"the longest step does not fit into {_gib(available)} ({reason})"
         if world_size() > 1:
-            raise
-        facts = f"the longest step does not fit into {_gib(available)} ({error})"
+            raise ValueError(f"rank {rank()}: {facts}: {LESS_MEMORY}") from None
         return [Finding("memory", facts, f"too much: {LESS_MEMORY}")]
     sampling = rollout_bytes(run.sampler.model, config, world_size(),
                              run.sampler.model.dtype.itemsize, len(prompt.input_ids), image_tokens)
