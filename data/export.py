@@ -1,6 +1,5 @@
 """A set of images with questions, written as this project's JSONL."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from data.examples import Example, Question
 from data.images import ImageSource, image_bytes
-from data.io import json_lines, naming, write_whole
+from data.io import json_lines, naming, text_hash, write_whole
 
 
 def example_row(example: Example, image: str) -> dict:
@@ -45,8 +44,7 @@ def _file_name(example: Example) -> str:
     """The id made fit for a file's name, with a part of its hash: two ids may become alike."""
     plain = re.sub(r"[^\w.-]", "_", example.id)[:60]
     suffix = example.image.suffix if isinstance(example.image, Path) else ""
-    digest = hashlib.sha256(example.id.encode()).hexdigest()[:8]
-    return f"{plain.removesuffix(suffix)}-{digest}{suffix}"
+    return f"{plain.removesuffix(suffix)}-{text_hash(example.id)[:8]}{suffix}"
 
 
 def _write_image(image: ImageSource, path: Path) -> None:

@@ -9,7 +9,6 @@ Questions with options are asked as the reward asks them (reward/caprl.py). A qu
 options is answered in words, on a line that the benchmark's metric scores.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +37,7 @@ from reward.caprl import (
     shuffle_options,
 )
 from reward.judge import as_plain_text
+from tools.stats import mean
 
 PICTURES_AT_A_TIME = 8
 """Pictures whose questions are handed to the answerer together; it makes batches of them."""
@@ -189,9 +189,8 @@ def _row(benchmark: Benchmark, picture: Picture, asked: Sequence[Asked],
         for item, question, answer in zip(picture.items, asked, answers, strict=True)
     ]
     scores = [question["score"] for question in questions if question["score"] is not None]
-    mean = sum(scores) / len(scores) if scores else math.nan
-    return {"id": picture.id, "family": picture.items[0].family, "caption": "", "accuracy": mean,
-            "questions": questions}
+    return {"id": picture.id, "family": picture.items[0].family, "caption": "",
+            "accuracy": mean(scores), "questions": questions}
 
 
 # ------------------------------------------------------------------------------ 4. the evaluations

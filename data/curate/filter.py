@@ -4,7 +4,6 @@ Every question is put to a vision-language model with the image and without it. 
 first, then decided on: another rule on a second run uses the same measurements.
 """
 
-import hashlib
 import json
 import random
 from collections import Counter
@@ -18,6 +17,7 @@ from data.curate.answers import answer_by_options
 from data.curate.work import A_WEEK, Inputs, count_table, finish, work_through
 from data.examples import Example, Question, load_examples, merge_pictures
 from data.export import question_row
+from data.io import text_hash
 from data.program import check_range
 from grpo.distributed import all_or_none, compute_dtype, init_distributed
 from grpo.pretrained import load_policy
@@ -83,8 +83,7 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
     # Measurements go by the place of a question. In a file that has changed since, another question
     # may be there.
     questions = [[example.id, *map(question_row, example.questions)] for example in examples]
-    digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()
-    settings["questions"] = digest[:16]
+    settings["questions"] = text_hash(json.dumps(questions))
     inputs = [(example.id, example) for example in examples]
     work = partial(measure_questions, answer=answer, config=config)
     rows = work_through(inputs, folder, settings, config.retry_failed, 1, work, "images")
