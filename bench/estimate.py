@@ -7,6 +7,7 @@ step, and the libraries themselves. `python bench/memory.py` holds it against me
 `train.py --check` measures instead (tools/memory.py).
 """
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
@@ -32,15 +33,19 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     merger = sum(num_parameters(part) for name, part in visual.named_children() if "merger" in name)
     frozen = {"none": 0, "vision": num_parameters(visual) - merger,
               "vision+merger": num_parameters(visual)}[config.freeze]
+    adapters = config.lora.lora_rank * _ins_and_outs(policy.model.language_model.layers)
+    trained = adapters or parameters - frozen
     parts = {
         "sampler's weights": 0 if has_one_model else width * parameters,
-        "masters and moments": (12 * (parameters - frozen) + 4 * frozen) // shards,
+        "masters and moments": (12 * trained + 4 * frozen) // shards,
         "reference": width * parameters // shards,
         "verifier's weights": width * num_parameters(verifier) if verifier is not None else 0,
     }
-    if config.kl_coef == 0 or config.offload_reference:
+    if adapters:  # one copy is sampler, trainer and reference, whole on every rank
+        parts |= {"sampler's weights": width * parameters, "masters and moments": 12 * adapters}
+    if config.kl_coef == 0 or config.offload_reference or adapters:
         parts["reference"] = 0
-    if is_sharded:
+    if is_sharded and not adapters:
         blocks = [num_parameters(block)
                   for block in [*policy.model.language_model.layers, *visual.blocks]]
         # The root's and two blocks' are whole at a time, and the gradients of as many.
@@ -51,7 +56,7 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
         "verifier": _verifier(verifier, config, num_ranks, width, asking_tokens),
         "update": _update(
             policy, config, num_ranks, width, prompt_tokens, image_tokens,
-            gradients=4 * (parameters - frozen) // shards
+            gradients=4 * adapters or 4 * (parameters - frozen) // shards
         ),
     }
     hungriest = max(phases, key=phases.get)
@@ -59,6 +64,12 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     static = [size for name, size in parts.items() if not name.startswith("phase")]
     parts["peak"] = sum(static) + phases[hungriest]
     return parts
+
+
+def _ins_and_outs(layers: nn.Module) -> int:
+    """Inputs and outputs of all linear layers: the parameters of adapters of rank 1."""
+    linears = (module for module in layers.modules() if isinstance(module, nn.Linear))
+    return sum(linear.in_features + linear.out_features for linear in linears)
 
 
 def _verifier(verifier: PreTrainedModel | None, config: TrainConfig, num_ranks: int, width: int,
@@ -112,7 +123,7 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
     block = patches * vision.hidden_size * (2 * (4 + 2 * width) + 6 * width)
     block += patches * width * 4 * vision.intermediate_size
     stacks = [(text.num_hidden_layers, layer, tokens * text.hidden_size * width)]
-    if config.freeze == "none":
+    if config.freeze == "none" and not config.lora.lora_rank:
         stacks.append((vision.depth, block, patches * vision.hidden_size * width))
     if config.gradient_checkpointing:  # inputs of all layers, and one layer at a time
         kept = sum(depth * size_of_input + whole for depth, whole, size_of_input in stacks)
@@ -122,13 +133,13 @@ def _update(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width:
     kept += 3 * pixel_bytes(policy, groups * image_tokens)
     # gradients inside a layer
     inside = tokens * width * (2 * text.intermediate_size + 4 * text.hidden_size)
-    head = 4 * text.vocab_size * text.hidden_size  # its gradient
+    head = 0 if config.lora.lora_rank else 4 * text.vocab_size * text.hidden_size  # its gradient
     # In bfloat16 the logits are also there as they came, later their gradient; and so is the
     # weight's, before it is added.
     copy = 0 if width == 4 else width
     rows_at_a_time = min(HEAD_ROWS["cpu" if width == 4 else "cuda"], rows * length)
     logits = (4 + copy) * rows_at_a_time * text.vocab_size
-    logits += copy * text.vocab_size * text.hidden_size
+    logits += copy * text.vocab_size * text.hidden_size * (not config.lora.lora_rank)
     widest = head + max(logits, inside)  # the logits are freed before the layers' backward
     is_one = groups * num_ranks == config.prompts_per_step
     return max(kept + widest, gradients + head + inside) if is_one else gradients + kept + widest

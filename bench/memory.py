@@ -39,7 +39,7 @@ from transformers import (
 from data.examples import load_examples
 from data.export import example_row
 from data.images import open_image
-from grpo.config import PAPER, TrainConfig, toy_config
+from grpo.config import PAPER, TrainConfig, change, toy_config
 from grpo.run import load_run
 from grpo.update import update_policy
 from reward.step import load_reward
@@ -174,6 +174,19 @@ def estimate_real(image_tokens: int = 1280) -> None:
                      f"{', not checkpointed' * (not checkpointed)}")
         tables.append(estimate_memory(policy, verifier, config, num_ranks, True, image_tokens + 30,
                                       image_tokens, 500))
+    _print_columns(names, tables)
+    tables, names = [], []
+    for prompts, group_size, length in ((2, 8, 1024), (8, 8, 1024), (16, 8, 1024), (16, 8, 4096)):
+        config = change(PAPER, lora_rank=64, prompts_per_step=prompts, group_size=group_size,
+                        max_new_tokens=length, rollout_tokens=65_536, micro_batch_tokens=4096)
+        names.append(f"{prompts} images x {group_size} captions, {length:,} tokens")
+        tables.append(estimate_memory(policy, verifier, config, 1, True, image_tokens + 30,
+                                      image_tokens, 500))
+    print("\nOne GPU, adapters of rank 64:\n")
+    _print_columns(names, tables)
+
+
+def _print_columns(names: list[str], tables: list[dict[str, int]]) -> None:
     print(f"| GiB on each rank | {' | '.join(names)} |\n| --- |" + " ---: |" * len(names))
     for part in tables[0]:
         print(f"| {part} | " + " | ".join(f"{table.get(part, 0) / 2**30:.1f}" for table in tables)
