@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.toy.world import make_scene, scene_questions, write_caption
 from grpo.config import RewardConfig
 from grpo.distributed import compute_dtype, local_device
+from reward.attention import share_heads_
 from reward.caprl import PromptWriter, ask, option_logits, run_rows_
 
 
@@ -41,7 +42,7 @@ class BenchConfig:
     layers: int = 8
     captions: int = 8
     sentences: int = 40
-    """Length of a caption; a sentence has 6 tokens."""
+    """Length of a caption in the mean, from half to one and a half; a sentence has 6 tokens."""
     repeats: int = 5
 
 
@@ -57,7 +58,7 @@ def packed(model, head, captions, questions, letter_ids) -> Tensor:
     device = model.device
     cache, seen = DynamicCache(config=model.config), torch.ones(1, 0, dtype=torch.long,
                                                                 device=device)
-    _, cache, _ = run_rows_(model, [head], [0], cache, seen)
+    _, cache, seen = run_rows_(model, [head], [0], cache, seen)
     cache.batch_repeat_interleave(len(captions))
     width = max(len(c) + sum(map(len, q)) for c, q in zip(captions, questions))
     ids, positions = torch.zeros(2, len(captions), width, dtype=torch.long, device=device)
@@ -75,7 +76,8 @@ def packed(model, head, captions, questions, letter_ids) -> Tensor:
                 ends.append((row, at - 1))
     sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
     sees &= torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    mask = torch.cat([sees.new_ones(len(captions), width, len(head)), sees], dim=2)[:, None]
+    of_head = seen.bool().expand(len(captions), width, -1)
+    mask = torch.cat([of_head, sees], dim=2)[:, None]
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
                            past_key_values=cache, use_cache=True)
     rows, places = zip(*ends)
@@ -109,14 +111,15 @@ def main(config: BenchConfig) -> None:
             num_key_value_heads=2, tie_word_embeddings=True,
         )
     ).eval().to(device, compute_dtype(device))
+    share_heads_(model)
     writer, ways = PromptWriter(tokenizer), {"separate": separate, "expanded": option_logits,
                                              "packed": packed}
     scenes = [make_scene("train", index) for index in range(config.captions)]
     captions = []
-    for scene in scenes:
+    for place, scene in enumerate(scenes):
+        number = config.sentences * (config.captions + 2 * place) // (2 * config.captions)
         sentences = write_caption(scene.family, scene.facts).split(". ")
-        captions.append(writer.caption_ids(". ".join((sentences
-                                                      * config.sentences)[: config.sentences])))
+        captions.append(writer.caption_ids(". ".join((sentences * number)[:number])))
     lengths = f"{min(map(len, captions))} to {max(map(len, captions))} tokens"
     print(f"{device}, width {config.width}, {config.layers} layers, {config.captions} captions of "
           f"{lengths}")

@@ -410,7 +410,8 @@ class Verifier:
     mode "logits": the likeliest of the offered letters. Nothing is sampled and nothing is parsed.
     mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, which
     `parse_choice` reads (the paper's way).
-    token_budget: most tokens in the cache at a time. One caption with its questions always runs.
+    token_budget: most tokens in the cache at a time, beside what `pad_left` and `make_room_` add.
+    One caption with its questions always runs.
     task: see `PromptWriter`. Questions without options are answered in words, in mode "sample".
     """
 
@@ -421,6 +422,9 @@ class Verifier:
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
         if not temperature > 0:
             raise ValueError(f"expected a verifier temperature above 0, got {temperature}")
+        from reward.attention import share_heads_  # here: what it does is transformers' own, faster
+
+        share_heads_(model)
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.token_budget = token_budget
@@ -514,7 +518,7 @@ class Verifier:
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips ids that the cache holds
         if past.shape[1]:
             cache.batch_select_indices(index)
-            make_room_(cache, ids.shape[1] + self.max_new_tokens)
+            make_room_(self.model, cache, ids.shape[1] + self.max_new_tokens)
         pad_id = self.tokenizer.pad_token_id
         config = GenerationConfig(
             do_sample=False,  # the sampler has drawn already
@@ -626,9 +630,18 @@ def run_rows_(model: PreTrainedModel, rows: list[list[int]], parents: list[int],
     return out.last_hidden_state, cache, seen
 
 
+def repeats_shapes(device: torch.device) -> bool:
+    """Whether rows are padded further, so that shapes repeat from batch to batch. A GPU's libraries
+    may plan anew for each shape. On a CPU padding is only more work."""
+    return device.type != "cpu"
+
+
 def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (B, L) int64 each; the padding's id is 0, and masked."""
+    """Token ids and mask, (B, L) int64 each; the padding's id is 0, and masked. Where shapes repeat
+    L is a multiple of 16, from 512 on of 64 and so on."""
     width = max(map(len, rows))
+    if repeats_shapes(device):
+        width += -width % max(16, 2 ** (width.bit_length() - 4))
     ids = [[0] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
@@ -639,19 +652,25 @@ def _empty_cache(model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
     return cache, torch.ones(1, 0, dtype=torch.long, device=model.device)
 
 
-def make_room_(cache: DynamicCache, num_tokens: int) -> None:
-    """Room for this many more tokens. Layer by layer, so that two whole caches are never held."""
+def make_room_(model: PreTrainedModel, cache: DynamicCache, num_tokens: int) -> None:
+    """Room for at least this many more tokens. Layer by layer, so that two whole caches are never
+    held. Where shapes repeat all of it is a multiple of 128."""
+    if repeats_shapes(model.device):
+        num_tokens += -(cache.get_seq_length() + num_tokens) % 128
+    is_whole = model.config._attn_implementation == "shared_heads"  # others may mask by themselves
     for number, layer in enumerate(cache.layers):
-        cache.layers[number] = RoomyLayer(layer, num_tokens)
+        cache.layers[number] = RoomyLayer(layer, num_tokens, is_whole)
 
 
 class RoomyLayer(DynamicLayer):
     """A cache layer with room for more tokens, which are written in place. DynamicLayer copies all
     that it holds for each new token. Its rows cannot be changed: it is for `generate` without
-    beams."""
+    beams. is_whole: keys and values are given out with the room that is left, zeros, which
+    transformers masks, so that their shape stays the same."""
 
-    def __init__(self, layer: DynamicLayer, room: int):
+    def __init__(self, layer: DynamicLayer, room: int, is_whole: bool = False):
         super().__init__()
+        self.is_whole = is_whole
         self.lazy_initialization(layer.keys, layer.values)
         # (B, heads, T + room, D) each
         self.roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]
@@ -665,7 +684,11 @@ class RoomyLayer(DynamicLayer):
         for part, new in zip(self.roomy, (key_states, value_states)):
             part[:, :, start:stop] = new
         self.keys, self.values = (part[:, :, :stop] for part in self.roomy)
-        return self.keys, self.values
+        return tuple(self.roomy) if self.is_whole else (self.keys, self.values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        filled, _ = super().get_mask_sizes(query_length)
+        return (self.roomy[0].shape[2] if self.is_whole else filled), 0
 
 
 class RowSampler(LogitsProcessor):
@@ -698,19 +721,20 @@ class RowSampler(LogitsProcessor):
 
 
 def token_batches(items: list[int], num_rows: list[int], lengths: list[int],
-            token_budget: int) -> Iterator[list[int]]:
-    """Splits `items`, in order, into batches. All rows of a batch are padded to its longest.
-    Together they take at most `token_budget` tokens, unless the batch is a single item."""
-    batch: list[int] = []
-    for item in items:
-        grown = [*batch, item]
-        tokens = sum(num_rows[i] for i in grown) * max(lengths[i] for i in grown)
-        if batch and tokens > token_budget:
-            yield batch
-            grown = [item]
-        batch = grown
-    if batch:
-        yield batch
+                  token_budget: int) -> Iterator[list[int]]:
+    """Splits `items`, in order, into batches. The rows of a batch, all padded to the longest, take
+    at most `token_budget` tokens, unless it is a single item. All but the last have 1, 2, 3, 4, 6,
+    8, 12, 16, 24, ... items: shapes that repeat."""
+    while items:
+        rows = longest = count = 0
+        for item in items:
+            rows, longest = rows + num_rows[item], max(longest, lengths[item])
+            if count and rows * longest > token_budget:
+                count -= count % 2 ** max(0, count.bit_length() - 2)
+                break
+            count += 1
+        yield items[:count]
+        items = items[count:]
 
 
 if __name__ == "__main__":

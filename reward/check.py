@@ -11,12 +11,13 @@ def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
     """Raises ValueError if two short rows end in other hidden states in a batch than each alone.
     They are run as `option_logits` runs them. The answers of such a model on one caption would
     depend on the captions beside it."""
-    head, text = writer.head_ids[-8:], model.config.get_text_config()
+    # Lengths that `pad_left` does not round up: the longest row must be without padding.
+    head, text = writer.head_ids[-16:], model.config.get_text_config()
     # Longer than the windows of local attention, which is 256 tokens in GPT-Neo.
-    num_tokens = min(800, getattr(text, "max_position_embeddings", None) or 800) // 2
-    long = writer.caption_ids("A red square. A blue star. " * 50)[:num_tokens]
-    captions = [writer.caption_ids("A red square."), long + writer.middle_ids]
-    questions = [[writer.tail_ids], [writer.middle_ids + writer.tail_ids]]
+    num_tokens = min(768, getattr(text, "max_position_embeddings", None) or 768) // 64 * 32
+    long = writer.caption_ids("A red square. A blue star. " * 100)[-num_tokens:]
+    captions = [writer.caption_ids("A red square."), long]
+    questions = [[writer.tail_ids], [(writer.middle_ids * 48 + writer.tail_ids)[-48:]]]
     name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
     try:
         hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions))

@@ -11,12 +11,15 @@ import pytest
 import torch
 import transformers as hf
 from conftest import widen
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from data.choices import LETTERS
 from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
 from grpo.config import RewardConfig
+from reward.attention import shared_heads
 from reward.caprl import (
     ABSTAIN,
     ABSTAIN_EXAMPLES,
@@ -637,6 +640,88 @@ def test_a_verifier_never_writes_an_id_without_a_token(verifier_model, tokenizer
     assert plain(CAPTIONS, asked, list("abcd")) == wanted and any(answer.reply for [answer, _] in wanted)
 
 
+@pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2), (6, 1)])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("kind", ["bool", "added", "none"])
+def test_shared_heads_attend_as_repeated_ones(heads, groups, length, kind):
+    """Against attention written out; values are of another width than keys, scores scaled by 0.3."""
+    torch.manual_seed(0)
+    query = torch.randn(3, length, heads, 8).transpose(1, 2)
+    key, value = torch.randn(3, groups, 7, 8), torch.randn(3, groups, 7, 4)
+    seen = torch.rand(3, 1, length, 7) > 0.3
+    seen[..., 0] = True
+    if kind == "none":  # to transformers: causal from the first token on, or all for one query
+        seen[:] = torch.ones(length, 7).tril() if length > 1 else 1
+    mask = {"bool": seen, "added": seen.log(), "none": None}[kind]
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // groups
+    found, _ = shared_heads(module, query, key, value, mask, scaling=0.3)
+    keys, values = (part.repeat_interleave(heads // groups, 1) for part in (key, value))
+    probs = (0.3 * query @ keys.transpose(2, 3) + seen.log()).softmax(-1)
+    assert torch.allclose(found, (probs @ values).transpose(1, 2), atol=1e-6)
+    assert found.shape == (3, length, heads, 4)
+    wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Shapes of queries and keys in calls of attention; how many numbers each copy has, masks apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.copied = set(), []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if "scaled_dot_product" in str(operator):
+            self.shapes.add((tuple(args[0].shape), tuple(args[1].shape)))
+        elif str(operator) == "aten.clone.default" and out.is_floating_point():
+            self.copied.append(out.numel())
+        return out
+
+
+def grouped_verifier(tokenizer, **settings) -> Verifier:
+    """8 query heads to 2 key heads."""
+    config = hf.Qwen2Config(**SMALL | dict(num_attention_heads=8), max_position_embeddings=4096)
+    torch.manual_seed(0)
+    model = widen(hf.Qwen2ForCausalLM(config))
+    return Verifier(model, tokenizer, mode="sample", max_new_tokens=4, **settings)
+
+
+def test_keys_are_not_copied_for_the_query_heads_that_share_them(tokenizer):
+    """A copy for each of 8 heads has 8 x 16 numbers for each of 200 tokens or more of 4 rows."""
+    verifier = grouped_verifier(tokenizer)
+    with AttentionCalls() as calls:
+        verifier(CAPTIONS, [draw(QUESTIONS, 2, f"{i}") for i in range(4)], list("abcd"))
+    assert len(calls.shapes) > 3 and 0 < max(calls.copied) < 4 * 8 * 16 * 200
+
+
+def test_shapes_of_attention_repeat_on_a_gpu(tokenizer, monkeypatch):
+    """Captions of unlike lengths: after the first step at most 2 new shapes a batch, where each
+    token had one. The answers are those without the padding."""
+    asking, words = draw([COLOR, COUNT], 2, "k"), ["red", "blue", "the bar", "is first"]
+    rng, seen, batches, new = random.Random(0), set(), [], []
+
+    def counted(*items):
+        for batch in token_batches(*items):
+            batches.append(batch)
+            yield batch
+
+    monkeypatch.setattr("reward.caprl.token_batches", counted)
+    verifier = grouped_verifier(tokenizer, token_budget=4000)
+    for step in range(3):
+        captions = [" ".join(rng.choices(words, k=rng.randrange(10, 200))) for _ in range(24)]
+        keys = [f"{step}:{i}" for i in range(24)]
+        plain = verifier(captions, [asking] * 24, keys)
+        with monkeypatch.context() as gpu, AttentionCalls() as calls:
+            gpu.setattr("reward.caprl.repeats_shapes", lambda device: True)
+            batches.clear()
+            assert verifier(captions, [asking] * 24, keys) == plain
+        new.append((len(calls.shapes - seen), len(batches)))
+        seen |= calls.shapes
+    assert all(shapes <= 2 * count for shapes, count in new[1:]) and new[0][0] > 6, new
+
+
 def test_a_layer_with_room_holds_what_a_growing_one_does():
     states = [torch.randn(2, 3, 2, length, 4) for length in (5, 3, 1, 1)]  # keys and values, 3 rows, 2 heads
     growing, roomy = DynamicLayer(), DynamicLayer()
@@ -649,6 +734,12 @@ def test_a_layer_with_room_holds_what_a_growing_one_does():
         assert roomy.get_seq_length() == growing.get_seq_length()
     with pytest.raises(AssertionError, match="expected at most 10 tokens, got 11"):
         roomy.update(keys, values)
+    whole = RoomyLayer(growing, 3, is_whole=True)
+    found = whole.update(keys, values)
+    assert whole.get_seq_length() == 11 and whole.get_mask_sizes(1) == (13, 0)
+    assert found[0].shape[2] == 13 and torch.equal(found[0][:, :, :10], growing.keys)
+    assert torch.equal(found[1][:, :, 10:11], values)
+    assert found[0][:, :, 11:].count_nonzero() == 0
 
 
 def test_bfloat16_letters_do_not_tie(verifier_model, tokenizer):
@@ -690,6 +781,8 @@ def test_batches_stay_within_the_budget():
         assert all(len(batch) == 1 or count <= budget for batch, count in zip(batches, tokens))
     # 3 x 40 tokens, 13 x 40, 11 x 100
     assert list(token_batches([0, 1, 2, 3, 4], rows, lengths, 120)) == [[0, 1, 2], [3], [4]]
+    sizes = [len(batch) for batch in token_batches(list(range(20)), [1] * 20, [10] * 20, 110)]
+    assert sizes == [8, 8, 4]  # of 11 that fit 8 are taken, then of 11 again
 
 
 def test_what_is_no_part_of_qwen_reaches_the_prompt_and_the_letters(verifier_model, tokenizer):
