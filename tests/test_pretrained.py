@@ -104,12 +104,15 @@ def test_weights_of_other_modules_may_be_there(copy_of, kind):
     LOAD[kind](str(copy_of(kind, new)), CPU)
 
 
-@pytest.mark.parametrize("kind", ["policy", "verifier"])
-def test_half_an_adapter_is_refused(copy_of, kind):
+@pytest.mark.parametrize(("kind", "message"), [
+    ("policy", r"expected an adapter's base_model_name_or_path in adapter_config.json, found none"),
+    ("verifier", r"expected a whole model, found an adapter \(adapter_config.json\): merge it"),
+])
+def test_half_an_adapter_is_refused(copy_of, kind, message):
     """The base's weights beside an adapter that would not be applied."""
     folder = copy_of(kind)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
-    with pytest.raises(ValueError, match=r"expected a whole model, found an adapter \(adapter_config.json\): merge it"):
+    with pytest.raises(ValueError, match=message):
         LOAD[kind](str(folder), CPU)
 
 
