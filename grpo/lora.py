@@ -157,7 +157,7 @@ def read_settings(folder: Path) -> dict:
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
              "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-    for name in ("base_model_name_or_path", "r", "lora_alpha"):
+    for name in ("r", "lora_alpha"):
         if not settings.get(name):
             raise ValueError(f"expected an adapter's {name} in adapter_config.json, found none")
     for name, value in plain.items():

@@ -64,7 +64,10 @@ def load_policy(path: str, device: torch.device,
         from grpo.lora import load_adapter_, read_settings  # here: for who has adapters
 
         with loading(path, "policy"):
-            base = read_settings(Path(adapter).parent)["base_model_name_or_path"]
+            base = read_settings(Path(adapter).parent).get("base_model_name_or_path")
+            if not base:
+                raise ValueError("expected an adapter's base_model_name_or_path in "
+                                 "adapter_config.json, found none")
             policy = load_policy(base, device, dtype, writes)
             load_adapter_(policy.model, Path(adapter).parent)
             return policy

@@ -111,7 +111,7 @@ def test_weights_of_other_modules_may_be_there(copy_of, kind):
 def test_half_an_adapter_is_refused(copy_of, kind, message):
     """The base's weights beside an adapter that would not be applied."""
     folder = copy_of(kind)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     with pytest.raises(ValueError, match=message):
         LOAD[kind](str(folder), CPU)
 
