@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench import gpu
 from bench.drafts import DraftConfig, count_steps
 from bench.drafts import main as drafts
 from bench.gpu import training_work
@@ -35,8 +36,55 @@ def test_gpu_runs_small_on_a_cpu():
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"decoding: \d+ tokens/s, \d+% of the \d+ that bandwidth allows", done.stdout)
     assert re.search(r"forward \+ backward: [\d.]+ TFLOP/s, \d+% of the product's", done.stdout)
+    stages = re.findall(r"^## (\w+): at most \d+ s$", done.stdout, re.MULTILINE)
+    assert stages == [function.__name__ for function in gpu.STAGES]
     refused = subprocess.run([sys.executable, "bench/gpu.py"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 1 and "expected a GPU, found none" in refused.stderr
+
+
+def test_a_stage_that_fails_costs_only_itself(monkeypatch, capsys):
+    """Stages in processes of their own: one ends with an error, one is stopped at its limit, and
+    what comes after the budget is named."""
+    def crash(config, device): ...
+    def slow(config, device): ...
+    def fine(config, device): ...
+    def late(config, device): ...
+
+    clock, limits = [0.0], {}
+
+    def run(command, check, timeout):
+        name = command[-1]
+        limits[name], clock[0] = timeout, clock[0] + 30
+        if name == "crash":
+            raise subprocess.CalledProcessError(-11, command)
+        if name == "slow":
+            raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu, "STAGES", {crash: 20, slow: 50, fine: 90, late: 40})
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="error: failed: crash, slow, late"):
+        gpu.main(gpu.GpuConfig(budget_s=90))
+    assert limits == {"crash": 20, "slow": 50, "fine": 30}  # 60 of 90 seconds are spent before it
+    assert "## late FAILED: TimeoutError: the budget of 90 s is spent" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected stages of .*, found .'other'."):
+        gpu.main(gpu.GpuConfig(stages=("other",)))
+
+
+def test_a_failure_within_one_process_costs_only_its_stage(monkeypatch, capsys):
+    def crash(config, device):
+        raise RuntimeError("CUDA error")
+
+    def fine(config, device):
+        print("went on with", config.heads, "heads for", config.key_heads)
+
+    monkeypatch.setattr(gpu, "STAGES", {crash: 20, fine: 20})
+    with pytest.raises(SystemExit, match="error: failed: crash"):
+        gpu.main(gpu.GpuConfig(smoke=True))
+    said = capsys.readouterr().out
+    assert "## crash FAILED: RuntimeError: CUDA error" in said
+    assert "went on with 4 heads for 2" in said  # heads share keys there too
 
 
 def test_work_of_a_pass_by_hand(policy, prompts):
