@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo.policy import send
+
 
 class Decoder:
     """Groups of G rows, added after the forward of their prompt and dropped when they are done.
@@ -66,11 +68,8 @@ class Decoder:
         return max(self.ages, default=0)
 
     def to_device(self, numbers: list) -> Tensor:
-        """int64. The host does not wait: it copies from pinned memory."""
-        tensor, device = torch.tensor(numbers, dtype=torch.long), self.embed.device
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
+        """int64."""
+        return send(torch.tensor(numbers, dtype=torch.long), self.embed.device)
 
     def room_for(self, length: int) -> int:
         """Tokens that the captions' cache has room for when the longest has this length. It doubles

@@ -173,14 +173,19 @@ def load_adapter_(model: PreTrainedModel, folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         keys = list(file.keys())
         names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in keys}
+        if not names:
+            raise ValueError("expected weights in adapter_model.safetensors, found none")
         for name in sorted(names):
             try:
                 down, up = (file.get_tensor(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
-                shape = (len(up), down.shape[1])
+                shape, ranks = (len(up), down.shape[1]), {len(down), up.shape[1]}
                 wanted = tuple(modules[name].weight.shape)
             except (KeyError, AttributeError, SafetensorError) as error:
                 raise ValueError(f"expected an adapter of this base, found {name} "
                                  f"({error})") from None
+            if ranks != {settings["r"]}:
+                raise ValueError(f"expected rank {settings['r']} as in adapter_config.json, found "
+                                 f"{name} with {sorted(ranks)}")
             if shape != wanted or type(modules[name]) is not nn.Linear:
                 raise ValueError(f"expected an adapter of this base, found {name} of {shape} for "
                                  f"{wanted}")

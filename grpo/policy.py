@@ -38,6 +38,14 @@ _FIXED_DATE = (
 """Put before a template, this macro replaces transformers' function of the same name."""
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. From pinned memory, where alone the host does not wait for the device's work
+    before it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """An image and the instruction: T tokens, the image's among them, and N patches of D values."""
@@ -56,10 +64,7 @@ class Prompt:
 
     def on(self, model: PreTrainedModel) -> "Prompt":
         """With its pixels on the model's device, in its dtype: sent once for all that read them."""
-        pixels = self.pixel_values.to(model.dtype)
-        if model.device.type == "cuda":
-            pixels = pixels.pin_memory().to(model.device, non_blocking=True)
-        return replace(self, pixel_values=pixels)
+        return replace(self, pixel_values=send(self.pixel_values.to(model.dtype), model.device))
 
 
 @dataclass(frozen=True)

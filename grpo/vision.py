@@ -26,6 +26,8 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from grpo.policy import send
+
 WINDOW_ATTENTION = "flash_windows"
 """An attention with "flash" in its name is handed all windows together by transformers."""
 
@@ -71,7 +73,7 @@ def _read_grid(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[t
                 tower.interpolation_align_corners, size,
             )
         )
-    places = {name: _send(part, args[0].device) for name, part in places.items()}
+    places = {name: send(part, args[0].device) for name, part in places.items()}
     return args, kwargs | {"grid_thw": grid} | bounds | places
 
 
@@ -121,12 +123,7 @@ def _varlen_attention() -> Callable[..., Tensor]:
 @lru_cache(maxsize=4)
 def _on_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     """int32. All layers of a pass have the same two."""
-    return _send(torch.tensor(bounds, dtype=torch.int32), device)
-
-
-def _send(part: Tensor, device: torch.device) -> Tensor:
-    """On the device. Only from pinned memory does it not wait for the device's work before it."""
-    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
+    return send(torch.tensor(bounds, dtype=torch.int32), device)
 
 
 AttentionInterface.register(WINDOW_ATTENTION, window_attention)

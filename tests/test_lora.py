@@ -200,6 +200,8 @@ def test_an_adapter_of_another_base_is_refused(policy, tmp_path):
     base = copy.deepcopy(policy.model)
     name = next(key for key in weights if key.endswith("q_proj.lora_A.weight"))
     for changed, message in (
+        ({}, "expected weights in adapter_model.safetensors, found none"),
+        (weights | {name: weights[name][:3]}, r"expected rank 4 as in adapter_config.json, found .*q_proj with \[3, 4\]"),
         (weights | {name: torch.zeros(4, 3)}, r"expected an adapter of this base, found .*q_proj of \(\d+, 3\) for"),
         ({key.replace("layers.1", "layers.9"): value for key, value in weights.items()}, r"found .*layers\.9"),
         ({key: value for key, value in weights.items() if key != name}, r"expected an adapter of this base, found .*q_proj"),
