@@ -481,8 +481,10 @@ def test_what_is_computed_ahead_keeps_its_order_and_its_errors():
 
     results = ahead(load, range(5), num_ahead=1)
     assert next(results) == 0
-    while begun != [0, 1]:  # it runs in a thread, while the first is worked on
+    deadline = time.monotonic() + 30
+    while begun != [0, 1] and time.monotonic() < deadline:  # it runs in a thread, while the first is worked on
         time.sleep(0.001)
+    assert begun == [0, 1]
     gate.set()
     assert next(results) == 10
     with pytest.raises(ValueError, match="picture 2"):

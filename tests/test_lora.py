@@ -103,6 +103,19 @@ def test_gradients_are_those_of_w_plus_b_a_written_out(policy, prompts):
             assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item(), rtol=1e-3), name
 
 
+def test_each_layer_has_a_draw_of_its_own_that_the_seed_names(policy):
+    drawn = {}
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(policy.model)
+        add_adapters_(model, LoraConfig(lora_rank=4), "none", seed)
+        drawn[seed, len(drawn)] = [layer.lora_a.detach().clone() for layer in adapters(model).values()]
+    first, again, other = drawn.values()
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
+    alike = [a for a in first if a.shape == first[0].shape]
+    assert len(alike) > 1 and len({tuple(a.flatten().tolist()) for a in alike}) == len(alike)
+    assert torch.stack(alike).std().item() == pytest.approx(first[0].shape[1] ** -0.5, rel=0.1)
+
+
 @pytest.mark.parametrize(("targets", "freeze", "count"), [
     (r"language_model\..*_proj", "none", 7), (r"[qv]_proj", "none", 2), (r"visual\..*", "vision", None),
 ])

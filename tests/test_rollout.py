@@ -261,6 +261,28 @@ def test_decoding_by_recordings_draws_the_same(policy, groups_at_a_time, monkeyp
         assert want.lengths.view(9, 2).amax(1).unique().numel() > 5  # more ends than recordings
 
 
+def test_the_cache_gives_room_back_and_its_prompts_are_a_multiple_of_8_long_for_recordings(policy, prompts):
+    """A group of 70 tokens needs room for 128. It leaves another of 5, which needs 64."""
+    decoder = Decoder(policy.model, 1, 200)
+    _, cache, mask = read_prompts(policy, prompts[:1])
+    decoder.add(cache, mask)
+    for number_of_groups, steps in ((1, 70), (2, 5)):
+        if number_of_groups == 2:
+            _, cache, mask = read_prompts(policy, prompts[1:2])
+            decoder.add(cache, mask)
+        for _ in range(steps):
+            rows = torch.arange(number_of_groups)
+            with torch.no_grad():
+                decoder.step(torch.full_like(rows, 40), rows + 100, rows)
+    assert decoder.ages == [75, 5] and decoder.suffix[0][0].shape[3] == 128
+    decoder.keep([1])
+    assert decoder.ages == decoder.device_ages.tolist() == [5] and decoder.suffix[0][0].shape[3] == 64
+    assert mask.shape[1] % 8 and RecordingDecoder(policy.model, 1, 200).prompt_room(mask.shape[1]) % 8 == 0
+    recording = RecordingDecoder(policy.model, 1, 200)
+    recording.add(cache, mask)
+    assert recording.prefix[0][0].shape[2] == recording.prefix_bias.shape[-1] == recording.prompt_room(mask.shape[1])
+
+
 def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, monkeypatch, recwarn):
     want = sample_rollouts(policy, prompts, keys(4, 2), 6)
 
