@@ -34,6 +34,7 @@ from reward.caprl import (
     caption_rewards,
     length_reward,
     load_verifier,
+    pad_left,
     repetition,
     shuffle_options,
     stream_names,
@@ -720,6 +721,18 @@ def test_shapes_of_attention_repeat_on_a_gpu(tokenizer, monkeypatch):
         new.append((len(calls.shapes - seen), len(batches)))
         seen |= calls.shapes
     assert all(shapes <= 2 * count for shapes, count in new[1:]) and new[0][0] > 6, new
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 16), (16, 16), (17, 32), (300, 320), (512, 512), (513, 576), (1030, 1152)])
+def test_rows_are_as_wide_as_their_longest_or_on_a_gpu_as_a_width_that_repeats(monkeypatch, longest, width):
+    """Multiples of 16, of 32 from 256 on, of 64 from 512 on, of 128 from 1024 on: at most an eighth more."""
+    rows, device = [[7] * longest, [8]], torch.device("cpu")
+    ids, mask = pad_left(rows, device)
+    assert ids.shape == mask.shape == (2, longest)
+    monkeypatch.setattr("reward.caprl.repeats_shapes", lambda device: True)
+    ids, mask = pad_left(rows, device)
+    assert ids.tolist() == [[0] * (width - len(row)) + row for row in rows]
+    assert mask.tolist() == [[0] * (width - len(row)) + [1] * len(row) for row in rows]
 
 
 def test_a_layer_with_room_holds_what_a_growing_one_does():
