@@ -44,10 +44,11 @@ class Run:
 
     device: torch.device
     sampler: Policy
-    """Writes the captions. It is an unsharded copy in the compute dtype. On a single CPU it is the
-    trained model itself."""
+    """Writes the captions. It is an unsharded copy in the compute dtype. On a single CPU, and with
+    adapters, it is the trained model itself."""
     scorer: CompletionScorer
-    """The trained model, float32, sharded."""
+    """The trained model, float32, sharded. With adapters it is whole and in the compute dtype; only
+    these are float32."""
     reference: Callable[..., tuple[Tensor, Tensor]] | None
     """Scores like `scorer`, by the initial policy: frozen, sharded, in the compute dtype. With
     adapters it is `scorer` without them. None without a KL term."""
@@ -90,15 +91,12 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
         return scorer
 
     reference = None
-    if has_adapters:
+    if has_adapters or has_one_model:
         prepare_training_(sampler.model, config)
         scorer = scorer_of(sampler.model)
-        if config.kl_coef > 0:
+        if has_adapters and config.kl_coef > 0:
             reference = adapters_off(sampler.model)(scorer)
-    elif has_one_model:
-        prepare_training_(sampler.model, config)
-        scorer = scorer_of(sampler.model)
-        if config.kl_coef > 0:
+        elif config.kl_coef > 0:
             model = load_policy(config.policy, device).model
             reference = scorer_of(model.requires_grad_(False))
     else:

@@ -1,7 +1,7 @@
 """The update: optimizer steps on a batch of rollouts. Micro-batches do not change the result."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -19,7 +19,7 @@ from grpo.rollout import Rollouts
 def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
     """Freezes what is not trained, and turns on gradient checkpointing. Raises ValueError if the
     policy has dropout, which checkpointing would draw in train mode."""
-    if config.freeze != "none" and not config.lora.lora_rank:  # adapters are where they are trained
+    if config.freeze != "none" and not config.lora.lora_rank:  # all but adapters is frozen then
         trained = ("merger.", "deepstack_merger_list.") if config.freeze == "vision" else ()
         for name, parameter in model.model.visual.named_parameters():
             parameter.requires_grad_(name.startswith(trained))
@@ -69,7 +69,8 @@ def split_evenly(items: Sequence[int], count: int) -> list[Sequence[int]]:
     return [items[start:stop] for start, stop in pairwise(ends)]
 
 
-def update_policy(scorer: CompletionScorer, reference: CompletionScorer | None,
+def update_policy(scorer: CompletionScorer,
+                  reference: Callable[..., tuple[Tensor, Tensor]] | None,
                   optimizer: torch.optim.Optimizer, rollouts: Rollouts, advantages: Tensor,
                   valid: Tensor, config: TrainConfig) -> dict[str, float]:
     """`inner_epochs` optimizer steps on one batch of rollouts; returns diagnostics over all ranks.
