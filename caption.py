@@ -48,7 +48,8 @@ class CaptionConfig(Captioning):
     out: str = ""
     """The folder of captions. A program that was stopped goes on when it is run again."""
     policy: str = "runs/caprl/final"
-    """The captioner, a local folder or a hub name."""
+    """The captioner, a local folder or a hub name. ADAPTER+BASE is an adapter on a base other than
+    its adapter_config.json names."""
     seed: int = 0
     """A caption is a function of the seed and the image's id."""
     shard_size: int = 1024

@@ -34,7 +34,7 @@ from data.benchmarks.benchmark import Benchmark, load_benchmarks
 from data.io import check_room, naming
 from data.program import check_range, run_program
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
-from grpo.pretrained import check_model_path, load_policy
+from grpo.pretrained import find_model, load_policy
 from reward.caprl import load_verifier
 from tools.caption_cache import CaptionsConfig, read_captions, write_captions
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
@@ -141,7 +141,7 @@ def prism_rows(config: PrismConfig,
     policies = [path for _, path in config.captioners[: len(config.policy)]]
     with all_or_none("models"):  # now, not when captions have been written
         for path in (*policies, config.verifier):
-            check_model_path(path)
+            find_model(path)
     if config.captioners and with_floors:
         for benchmark in benchmarks:  # now too: a set of one image has no other image
             others_captions([[]] * len(benchmark.pictures), config.seed)
@@ -167,7 +167,7 @@ def direct_rows(config: DirectConfig,
     device = init_distributed()
     with all_or_none("models"):
         for path in config.policy:
-            check_model_path(path)
+            find_model(path)
     for path in config.policy:
         with all_or_none("policy"):
             policy = load_policy(path, device, compute_dtype(device))

@@ -62,6 +62,16 @@ CASES = {
         {"verifier_mode": "sample", "verifier_max_new_tokens": 10}
     ),
     "vision frozen": (StepConfig(sizes=(896,), prompts=1), {"freeze": "vision"}),
+    "adapters": (StepConfig(), {"lora_rank": 16}),
+    "adapters, hidden 512, 8 layers": (
+        StepConfig(hidden=512, layers=8, verifier_hidden=512, verifier_layers=8), {"lora_rank": 64}
+    ),
+    "the same, checkpointed, large image": (
+        StepConfig(hidden=512, layers=8, verifier_hidden=512, verifier_layers=8, sizes=(896,),
+                   prompts=1),
+        {"lora_rank": 64, "gradient_checkpointing": True}
+    ),
+    "adapters, vocabulary 151,936": (StepConfig(vocab=151_936, tokens=64), {"lora_rank": 64}),
 }
 
 

@@ -78,7 +78,8 @@ class TrainConfig:
 
     # models and data
     policy: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    """The captioner to train, a local folder or a hub name. [P]"""
+    """The captioner to train, a local folder or a hub name. [P] An adapter on another base than its
+    adapter_config.json names is ADAPTER+BASE."""
     verifier: str = "Qwen/Qwen2.5-3B-Instruct"
     """The text-only model that answers from captions. [P]"""
     data: str = "caprl-qa.jsonl"

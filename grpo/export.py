@@ -4,7 +4,6 @@
     RUN/final/                      the policy after the last step
 """
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import GenerationConfig
 
 from data.io import free_at
 from grpo.checkpoint import last_line
-from grpo.lora import adapters, merge_adapters_, save_adapter
+from grpo.lora import adapters, save_adapter
 from grpo.policy import Policy
 
 
@@ -30,12 +29,7 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
     Its generation_config samples as training did, whatever the initial checkpoint's said. So a
     server that reads it writes the captions that were rewarded.
     """
-    model, has_adapters = policy.model, bool(adapters(policy.model))
-    if has_adapters:
-        model = copy.deepcopy(model)
-        merge_adapters_(model)
-    if model.dtype != dtype:
-        model = copy.deepcopy(model).to(dtype)
+    model, layers = policy.model, adapters(policy.model)
     before, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=True, temperature=temperature, top_p=1.0, top_k=0, repetition_penalty=1.0,
         max_new_tokens=max_new_tokens, eos_token_id=list(policy.eos_ids),
@@ -44,9 +38,16 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(unfinished, max_shard_size="5GB")
-        if has_adapters:
-            save_adapter(policy.model, unfinished / "adapter")
+        weights = {}  # in the host's memory: beside a run's models a GPU may have no room
+        for name, parameter in model.named_parameters():  # of two that are tied, the first
+            owner, _, kind = name.rpartition(".")
+            if kind not in ("lora_a", "lora_b"):
+                is_changed = owner in layers and kind == "weight"
+                value = layers[owner].merged() if is_changed else parameter
+                weights[name] = value.detach().to("cpu", dtype)
+        model.save_pretrained(unfinished, state_dict=weights, max_shard_size="5GB")
+        if layers:
+            save_adapter(model, unfinished / "adapter")
         if not policy.files:  # the policy was made in memory, not loaded from a checkpoint
             policy.tokenizer.save_pretrained(unfinished)
             policy.image_processor.save_pretrained(unfinished)

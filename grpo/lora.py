@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -43,6 +42,10 @@ class LoraLinear(nn.Linear):
         inner = F.linear(x, self.lora_a.to(x.dtype))  # (..., R)
         return out + self.scale * F.linear(inner, self.lora_b.to(x.dtype))
 
+    def merged(self) -> Tensor:
+        """W + s B A, (out, in) float32."""
+        return self.weight.float() + self.scale * (self.lora_b.float() @ self.lora_a.float())
+
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
     """The layers with an adapter, by name."""
@@ -67,12 +70,13 @@ def add_adapters_(model: PreTrainedModel, config: LoraConfig, freeze: str, seed:
                          f"({error})") from None
     layers = {
         name: module for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and pattern.fullmatch(name)
-        and not re.match(frozen[freeze], name)
+        if pattern.fullmatch(name) and not re.match(frozen[freeze], name)
+        and getattr(getattr(module, "weight", None), "ndim", 0) > 1  # a norm's has one dimension
     }
     if not layers:
         raise ValueError(f"lora_targets {config.lora_targets!r}: expected the names of linear "
-                         "layers that are trained, found none of this policy's")
+                         "layers that are trained, found none of this policy's (a regular "
+                         "expression, such as q_proj|v_proj)")
     for name, module in layers.items():
         if type(module) is not nn.Linear or module is model.get_output_embeddings():
             raise ValueError(f"lora_targets {config.lora_targets!r}: expected plain linear layers "
@@ -122,13 +126,29 @@ def stack_adapters(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
 def merge_adapters_(model: nn.Module) -> None:
     """Adds the adapters to the base's weights, in float32, and takes them off."""
     for layer in adapters(model).values():
-        change = layer.scale * (layer.lora_b.float() @ layer.lora_a.float())
-        layer.weight.data = (layer.weight.float() + change).to(layer.weight.dtype)
+        layer.weight.data = layer.merged().to(layer.weight.dtype)
         del layer.lora_a, layer.lora_b, layer.scale, layer.is_on
         layer.__class__ = nn.Linear
 
 
 # ------------------------------------------------------------------------------------- PEFT's files
+
+PREFIX = "base_model.model."
+"""Before the name of a module."""
+NO_MATTER = (
+    "peft_type r lora_alpha use_rslora base_model_name_or_path target_modules exclude_modules "
+    "layers_to_transform layers_pattern eva_config lora_dropout inference_mode task_type "
+    "auto_mapping peft_version runtime_config megatron_core qalora_group_size"
+)
+"""PEFT's settings that are read here, or change nothing once A and B are trained."""
+PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
+"""Others that may be on, with these values. Other ways to draw the first A and B change W too."""
+
+
+def sizes_of(model: PreTrainedModel) -> dict[str, int]:
+    """What an adapter's base must have, beside the layers of the adapter."""
+    text = model.config.get_text_config()
+    return {"num_hidden_layers": text.num_hidden_layers, "vocab_size": text.vocab_size}
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -141,6 +161,9 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
         "peft_type": "LORA", "base_model_name_or_path": model.name_or_path, "r": rank,
         "lora_alpha": first.scale * rank, "target_modules": sorted(layers), "bias": "none",
         "lora_dropout": 0.0, "fan_in_fan_out": False, "inference_mode": True, "task_type": None,
+        "auto_mapping": sizes_of(model) | {  # PEFT reads these two
+            "base_model_class": type(model).__name__, "parent_library": type(model).__module__,
+        },
     }
     folder.mkdir(parents=True)
     content = json.dumps(settings, indent=2) + "\n"
@@ -155,39 +178,61 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 def read_settings(folder: Path) -> dict:
     """Of the adapter in the folder. Raises ValueError if it is more than y = W x + s B A x."""
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False,
-             "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+    if settings.get("peft_type") != "LORA":
+        raise ValueError("expected an adapter with peft_type 'LORA', found "
+                         f"{settings.get('peft_type')!r}")
     for name in ("r", "lora_alpha"):
-        if not settings.get(name):
-            raise ValueError(f"expected an adapter's {name} in adapter_config.json, found none")
-    for name, value in plain.items():
-        if (settings.get(name) or value) != value:
-            raise ValueError(f"expected an adapter with {name} {value!r}, found {settings[name]!r}")
+        value = settings.get(name)
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"expected an adapter's {name}, more than 0, in adapter_config.json, "
+                             f"found {value!r}")
+    for name in sorted(settings.keys() - NO_MATTER.split()):
+        if settings[name] and settings[name] not in PLAIN.get(name, ()):
+            raise ValueError(f"expected an adapter without {name} {settings[name]!r}: only "
+                             "y = W x + s B A x is computed here")
     return settings
 
 
 def load_adapter_(model: PreTrainedModel, folder: Path) -> None:
-    """Merges an adapter into the model. Raises ValueError if it is of another base."""
+    """Merges an adapter into the model. Raises ValueError if it is of another base, or has more
+    than A and B of linear layers."""
     settings, modules = read_settings(folder), dict(model.named_modules())
-    root = settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        keys = list(file.keys())
-        names = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in keys}
-        if not names:
-            raise ValueError("expected weights in adapter_model.safetensors, found none")
-        for name in sorted(names):
-            try:
-                down, up = (file.get_tensor(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
-                shape, ranks = (len(up), down.shape[1]), {len(down), up.shape[1]}
-                wanted = tuple(modules[name].weight.shape)
-            except (KeyError, AttributeError, SafetensorError) as error:
-                raise ValueError(f"expected an adapter of this base, found {name} "
-                                 f"({error})") from None
-            if ranks != {settings["r"]}:
-                raise ValueError(f"expected rank {settings['r']} as in adapter_config.json, found "
-                                 f"{name} with {sorted(ranks)}")
-            if shape != wanted or type(modules[name]) is not nn.Linear:
-                raise ValueError(f"expected an adapter of this base, found {name} of {shape} for "
-                                 f"{wanted}")
-            attach_(modules[name], down, up, settings["lora_alpha"] / root)
+    rank = settings["r"]
+    scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    sizes = sizes_of(model)
+    said = {key: value for key, value in (settings.get("auto_mapping") or {}).items()
+            if key in sizes}
+    if said and said != sizes:
+        raise ValueError(f"expected an adapter of this base ({sizes}), found one of another "
+                         f"({said})")
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / "adapter_model.safetensors").items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if not match:
+            raise ValueError(f"expected an adapter of lora_A and lora_B only, found {key}")
+        # Their names in transformers before 4.52.
+        name = re.sub(r"^model\.(?!language_model|visual)", "model.language_model.", match[1])
+        pairs.setdefault(re.sub(r"^visual\.", "model.visual.", name), {})[match[2]] = value
+    for name in sorted(pairs.keys() | target_layers(modules, settings)):
+        layer, pair = modules.get(name), pairs.get(name, {})
+        if type(layer) is not nn.Linear or layer.weight is model.get_input_embeddings().weight:
+            raise ValueError(f"expected an adapter of this base, found {name}, which is no linear "
+                             "layer of it with weights of its own")
+        wanted = {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}
+        shapes = {part: tuple(value.shape) for part, value in sorted(pair.items())}
+        if shapes != wanted:
+            raise ValueError(f"expected an adapter of this base and rank {rank}, with {wanted} for "
+                             f"{name}, found {shapes or 'none'}")
+        attach_(layer, pair["A"], pair["B"], scale)
     merge_adapters_(model)
+
+
+def target_layers(modules: dict[str, nn.Module], settings: dict) -> set[str]:
+    """The linear layers that an adapter must have weights for, as far as its settings name them."""
+    targets = settings.get("target_modules")
+    is_part = settings.get("layers_to_transform") or settings.get("exclude_modules")
+    if isinstance(targets, str) or is_part:  # a regular expression may name any part of a model
+        return set()
+    ends = tuple(f".{target}" for target in targets or ())
+    return {name for name, module in modules.items()
+            if isinstance(module, nn.Linear) and f".{name}".endswith(ends)}

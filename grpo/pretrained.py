@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,49 +53,78 @@ def load_policy(path: str, device: torch.device,
     """A policy from a local folder or a hub name, in `dtype` or, with "auto", as it was saved.
     Raises ValueError if it cannot be used. `writes`: see `make_policy`.
 
-    A folder or a hub name may be an adapter's, as PEFT saves them. It is merged into its base.
+    An adapter, as PEFT saves them, is merged into its base: see `find_model`. Tokenizer, chat
+    template and image processor are the base's.
 
     The model stays in eval mode, also in training. Dropout would move a step's first ratio away
     from 1.
     """
-    is_there = Path(path).is_dir() or re.fullmatch(HUB_NAME, path)
-    adapter = find_adapter_config_file(path) if is_there else None
-    if adapter:
-        from grpo.lora import load_adapter_, read_settings  # here: for who has adapters
-
-        with loading(path, "policy"):
-            base = read_settings(Path(adapter).parent).get("base_model_name_or_path")
-            if not base:
-                raise ValueError("expected an adapter's base_model_name_or_path in "
-                                 "adapter_config.json, found none")
-            policy = load_policy(base, device, dtype, writes)
-            load_adapter_(policy.model, Path(adapter).parent)
-            return policy
-    with loading(path, "policy"):
-        tokenizer = load_tokenizer(path)
+    base, adapters = find_model(path)
+    with loading(base, "policy", adapters):
+        tokenizer = load_tokenizer(base)
         chat_text(tokenizer, [{"type": "image"}])
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-        model = load_model(AutoModelForImageTextToText, path, dtype)
+        image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+        model = load_model(AutoModelForImageTextToText, base, dtype)
         # The local folder, or this machine's copy of the hub's.
-        folder = Path(cached_file(path, "config.json")).parent
+        folder = Path(cached_file(base, "config.json")).parent
         names = [name for name in SOURCE_FILES if (folder / name).is_file()]
         files = {name: (folder / name).read_bytes() for name in names}
         policy = make_policy(model.to(device).eval(), tokenizer, image_processor, writes)
-        return replace(policy, files=files)
+    for adapter in reversed(adapters):
+        from grpo.lora import load_adapter_  # here: for who has adapters
+
+        with loading(adapter, "policy"):
+            load_adapter_(model, Path(cached_file(adapter, "adapter_model.safetensors")).parent)
+    model.name_or_path = path  # the base of an adapter that is trained next
+    return replace(policy, files=files)
+
+
+def find_model(path: str) -> tuple[str, list[str]]:
+    """The whole model that a path names and, the outermost first, the adapters that change it.
+
+    The path of an adapter is ADAPTER or ADAPTER+BASE. Without BASE, it is what adapter_config.json
+    names; a relative path is one from the working directory. A base may have adapters too. Raises
+    ValueError if one of them is no folder of a model and not like a hub name.
+    """
+    adapters: list[str] = []
+    while True:
+        parts = path.split("+")  # a folder's name may have it too: the longest that is there counts
+        names = ["+".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        name = next((name for name in names if Path(name).is_dir()), parts[0])
+        is_known = Path(name).is_dir() or re.fullmatch(HUB_NAME, name)
+        config = find_adapter_config_file(name) if is_known else None
+        with loading(name if config else path, "model", tuple(adapters)):
+            if not config:
+                return path, adapters
+            if name in adapters:
+                raise ValueError("expected a base that is a whole model, found this adapter again")
+            adapters.append(name)
+            from grpo.lora import read_settings  # here: for who has adapters
+
+            base = read_settings(Path(config).parent).get("base_model_name_or_path")
+            path = path[len(name) + 1 :] or base
+            if not path or not isinstance(path, str):
+                raise ValueError("expected an adapter's base_model_name_or_path in "
+                                 f"adapter_config.json, found {path}: {name}+BASE names it")
 
 
 @contextmanager
-def loading(path: str, what: str) -> Iterator[None]:
-    """Any error of loading a checkpoint inside becomes a ValueError of one sentence."""
-    if not Path(path, "adapter_config.json").is_file():
-        check_model_path(path)
+def loading(path: str, what: str, adapters: Sequence[str] = ()) -> Iterator[None]:
+    """Any error of loading a checkpoint inside becomes a ValueError of one sentence. adapters:
+    those whose base it is."""
     try:
+        if not Path(path, "adapter_config.json").is_file():
+            check_model_path(path)
         yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors, jinja and hub have their own classes
         reason = (str(error) or type(error).__name__).splitlines()[0][:400]
-        raise ValueError(f"{path}: expected a {what}'s folder or a hub name ({reason})") from None
+        if not reason.startswith(f"{path}: "):
+            reason = f"{path}: expected a {what}'s folder or a hub name ({reason})"
+        if adapters:
+            reason += f"; it is the base of {adapters[-1]}: {adapters[-1]}+BASE names another"
+        raise ValueError(reason) from None
 
 
 def check_model_path(path: str) -> None:

@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import keys
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_distributed import torchrun
 from torch import nn
 
@@ -17,6 +19,7 @@ from grpo.config import LoraConfig, toy_config
 from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
 from grpo.lora import (
+    PREFIX,
     LoraLinear,
     adapters,
     adapters_off,
@@ -26,10 +29,12 @@ from grpo.lora import (
     merge_adapters_,
     save_adapter,
 )
-from grpo.pretrained import load_policy
+from grpo.pretrained import find_model, load_policy
 from grpo.rollout import sample_rollouts
 from grpo.run import load_run
 from train import main
+
+CPU = torch.device("cpu")
 
 
 def with_adapters(policy, rank=4, **settings):
@@ -135,6 +140,9 @@ def test_targets_and_freeze_name_the_layers(policy, targets, freeze, count):
     ({"lora_targets": "query"}, "none", r"lora_targets 'query': expected the names of linear layers that are trained"),
     ({"lora_targets": r"visual\..*"}, "vision+merger", r"expected the names of linear layers that are trained, found none"),
     ({"lora_targets": "lm_head"}, "none", r"expected plain linear layers below the head, lm_head is a Linear"),
+    ({"lora_targets": "q_proj|embed_tokens"}, "none", r"expected plain linear layers below the head, .*embed_tokens is a"),
+    ({"lora_targets": r"visual\..*"}, "none", r"expected plain linear layers below the head, .*patch_embed.proj is a"),
+    ({"lora_targets": "q_proj,v_proj"}, "none", r"found none of this policy's .*, such as q_proj\|v_proj"),
     ({"lora_targets": "input_layernorm"}, "none", r"expected the names of linear layers that are trained"),
     ({"lora_targets": "(q"}, "none", r"lora_targets '\(q': expected a regular expression"),
 ])
@@ -153,7 +161,7 @@ def test_settings_of_adapters_are_checked(settings, message):
 
 
 def test_one_model_is_sampler_trainer_and_reference():
-    run = load_run(toy_config(lora_rank=2), torch.device("cpu"))
+    run = load_run(toy_config(lora_rank=2), CPU)
     assert run.scorer.model is run.sampler.model and run.is_tower_frozen
     assert run.reference.__wrapped__ is run.scorer
     trained = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -162,12 +170,13 @@ def test_one_model_is_sampler_trainer_and_reference():
 
 def test_exports_open_as_a_whole_model_and_as_an_adapter(policy, prompts, tmp_path):
     export_policy(policy, tmp_path / "base", torch.float32)
-    policy = with_adapters(load_policy(str(tmp_path / "base"), torch.device("cpu")))
+    policy = with_adapters(load_policy(str(tmp_path / "base"), CPU))
     export_policy(policy, tmp_path / "final", torch.float32)
     rollouts = sample_rollouts(policy, prompts, keys(4, 1), 8)
     want = score(policy, rollouts)[1]
     for folder in ("final", "final/adapter"):
-        opened = load_policy(str(tmp_path / folder), torch.device("cpu"))
+        find_model(str(tmp_path / folder))  # what evaluate.py asks first
+        opened = load_policy(str(tmp_path / folder), CPU)
         assert not adapters(opened.model) and torch.allclose(score(opened, rollouts)[1], want, atol=1e-4)
     settings = json.loads((tmp_path / "final/adapter/adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (4, 8.0, "LORA")
@@ -178,6 +187,20 @@ def test_exports_open_as_a_whole_model_and_as_an_adapter(policy, prompts, tmp_pa
     assert all(type(layer) is LoraLinear for layer in adapters(policy.model).values())  # the run's own model goes on
     mode = (tmp_path / "final/adapter").stat().st_mode
     assert mode & 0o111, "the folder can be entered"
+
+
+def test_a_float32_export_of_a_bfloat16_base_rounds_nothing_and_copies_no_model(policy, tmp_path, monkeypatch):
+    """On a GPU the base is bfloat16, and there is no room for a second one."""
+    policy = with_adapters(replace(policy, model=policy.model.bfloat16()))
+    copied = lambda *_: pytest.fail("the model was copied")  # noqa: E731
+    monkeypatch.setattr(type(policy.model), "__deepcopy__", copied, raising=False)
+    for save_dtype in (torch.float32, torch.bfloat16):
+        export_policy(policy, tmp_path / "final", save_dtype)
+        opened = load_policy(str(tmp_path / "final"), CPU).model
+        for name, layer in adapters(policy.model).items():
+            whole = layer.weight.float() + layer.scale * layer.lora_b @ layer.lora_a
+            assert torch.equal(opened.get_submodule(name).weight, whole.to(save_dtype).float()), name
+    assert policy.model.dtype == torch.bfloat16
 
 
 def test_peft_opens_the_adapter_to_the_same_logits(policy, prompts, tmp_path):
@@ -191,17 +214,64 @@ def test_peft_opens_the_adapter_to_the_same_logits(policy, prompts, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"bias": "all"}, "expected an adapter with bias 'none', found 'all'"),
-    ({"use_dora": True}, "expected an adapter with use_dora False, found True"),
+    ({"bias": "all"}, "expected an adapter without bias 'all'"),
+    ({"use_dora": True}, "expected an adapter without use_dora True"),
+    ({"rank_pattern": {"q_proj": 8}}, "expected an adapter without rank_pattern {'q_proj': 8}"),
+    ({"modules_to_save": ["lm_head"]}, r"expected an adapter without modules_to_save \['lm_head'\]"),
+    ({"init_lora_weights": "pissa_niter_4"}, "expected an adapter without init_lora_weights 'pissa_niter_4'"),
+    ({"something_new": {"a": 1}}, "expected an adapter without something_new {'a': 1}"),
     ({"peft_type": "IA3"}, "expected an adapter with peft_type 'LORA', found 'IA3'"),
-    ({"base_model_name_or_path": "runs/gone/base"}, "runs/gone/base: expected a model's folder or a hub name"),
+    ({"r": -4}, "expected an adapter's r, more than 0, in adapter_config.json, found -4"),
+    ({"r": "4"}, "expected an adapter's r, more than 0, in adapter_config.json, found '4'"),
+    ({"lora_alpha": None}, "expected an adapter's lora_alpha, more than 0, in adapter_config.json, found None"),
+    ({"base_model_name_or_path": 7}, "expected an adapter's base_model_name_or_path in .*, found 7: .*adapter.BASE"),
+    ({"base_model_name_or_path": "runs/gone/base"},
+     "^runs/gone/base: expected a model's folder or a hub name, found no such folder; it is the base of .*/adapter: "
+     r".*/adapter\+BASE names another$"),
+    ({"base_model_name_or_path": "some/model"}, r"^some/model: expected a policy's folder .*; it is the base of .*adapter"),
+    ({"base_model_name_or_path": "ADAPTER"}, r"adapter: .*expected a base that is a whole model, found this adapter again"),
 ])
 def test_an_adapter_that_is_more_or_whose_base_is_gone_is_refused(policy, tmp_path, change, message):
     save_adapter(with_adapters(policy).model, tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
+    change = {key: str(tmp_path / "adapter") if value == "ADAPTER" else value for key, value in change.items()}
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
-        load_policy(str(tmp_path / "adapter"), torch.device("cpu"))
+        load_policy(str(tmp_path / "adapter"), CPU)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, -1])
+def test_a_file_of_weights_that_is_cut_off_is_refused(policy, tmp_path, size):
+    export_policy(policy, tmp_path / "base", torch.float32)
+    policy.model.name_or_path = str(tmp_path / "base")
+    save_adapter(with_adapters(policy).model, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="adapter: expected a policy's folder or a hub name .*") as error:
+        load_policy(str(tmp_path / "adapter"), CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_base_is_what_the_adapter_names_or_the_path_says(policy, tmp_path, monkeypatch):
+    """An adapter on an adapter on a base, moved to where its own base is not; a folder's name has a "+"."""
+    monkeypatch.chdir(tmp_path)
+    export_policy(policy, Path("c++/base"), torch.float32)
+    for base, adapter in (("c++/base", "first"), ("first", "second+more")):
+        policy = with_adapters(load_policy(base, CPU))
+        assert policy.model.name_or_path == base
+        save_adapter(policy.model, Path(adapter))
+        merge_adapters_(policy.model)
+    want = policy.model.state_dict()
+    assert find_model("second+more") == ("c++/base", ["second+more", "first"])
+    Path("c++").rename("d+")
+    with pytest.raises(ValueError, match=r"^c\+\+/base: .*; it is the base of first: first\+BASE names another$"):
+        load_policy("second+more", CPU)
+    opened = load_policy("second+more+first+d+/base", CPU)
+    for name, value in opened.model.state_dict().items():
+        assert torch.equal(value, want[name]), name
+    assert opened.model.name_or_path == "second+more+first+d+/base"  # for the next adapter
+    with pytest.raises(ValueError, match=r"^d\+/base\+first: expected a model's folder or a hub name, found no such folder$"):
+        load_policy("d+/base+first", CPU)
 
 
 def test_an_adapter_of_another_base_is_refused(policy, tmp_path):
@@ -212,16 +282,64 @@ def test_an_adapter_of_another_base_is_refused(policy, tmp_path):
     merge_adapters_(policy.model)
     base = copy.deepcopy(policy.model)
     name = next(key for key in weights if key.endswith("q_proj.lora_A.weight"))
+    of_base = "expected an adapter of this base"
+    more = {name.replace("q_proj", "kv_proj"): weights[name].clone()}
     for changed, message in (
-        ({}, "expected weights in adapter_model.safetensors, found none"),
-        (weights | {name: weights[name][:3]}, r"expected rank 4 as in adapter_config.json, found .*q_proj with \[3, 4\]"),
-        (weights | {name: torch.zeros(4, 3)}, r"expected an adapter of this base, found .*q_proj of \(\d+, 3\) for"),
-        ({key.replace("layers.1", "layers.9"): value for key, value in weights.items()}, r"found .*layers\.9"),
-        ({key: value for key, value in weights.items() if key != name}, r"expected an adapter of this base, found .*q_proj"),
+        ({}, of_base + r" and rank 4, with .* for .*, found none"),
+        (weights | {name: weights[name][:3]}, of_base + r" and rank 4, with .* for .*q_proj, found {'A': \(3, "),
+        (weights | {name: torch.zeros(4, 3)}, of_base + r" and rank 4, with .* for .*q_proj, found {'A': \(4, 3\)"),
+        ({key.replace("layers.1", "layers.9"): value for key, value in weights.items()}, r"layers.1.*, found none"),
+        (weights | more, of_base + ", found .*kv_proj, which is no linear layer of it"),
+        ({key: value for key, value in weights.items() if key != name}, of_base + " .*q_proj, found {'B'"),
+        ({key: value for key, value in weights.items() if "q_proj" not in key}, of_base + " .*q_proj, found none"),
+        (weights | {name.replace("_A", "_magnitude_vector"): torch.ones(4)}, "lora_A and lora_B only, found .*magnitude"),
+        (weights | {name.replace("lora_A", "base_layer"): torch.ones(4)}, "lora_A and lora_B only, found .*base_layer"),
+        (weights | {name.replace("A.weight", "B.bias"): torch.ones(4)}, "lora_A and lora_B only, found .*lora_B.bias"),
+        (weights | {PREFIX + "lm_head.weight": torch.ones(4)}, "lora_A and lora_B only, found .*lm_head.weight"),
     ):
         save_file(changed, path)
         with pytest.raises(ValueError, match=message):
             load_adapter_(copy.deepcopy(base), tmp_path / "adapter")
+    save_file(weights, path)
+    for size, value in (("num_hidden_layers", 3), ("vocab_size", 750)):
+        settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        settings["auto_mapping"][size] = value
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match=f"this base .*, found one of another .*'{size}': {value}"):
+            load_adapter_(base, tmp_path / "adapter")
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_too_is_refused(policy, tmp_path):
+    """Merged, it would change the embedding."""
+    model, rank = policy.model, 2
+    head = model.get_output_embeddings()
+    assert head.weight is model.get_input_embeddings().weight
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 1, "target_modules": "lm_head"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    shapes = {"A": (rank, head.in_features), "B": (head.out_features, rank)}
+    save_file({f"{PREFIX}lm_head.lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()},
+              tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="found lm_head, which is no linear layer of it with weights of its own"):
+        load_adapter_(model, tmp_path)
+
+
+def test_adapters_of_older_transformers_and_of_short_floats_are_merged(policy, prompts, tmp_path):
+    """Before transformers 4.52 the text layers were model.layers, the vision tower was visual."""
+    base = copy.deepcopy(policy)
+    with_adapters(policy, lora_targets=r"q_proj|visual\.blocks\..*qkv")
+    save_adapter(policy.model, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = {key.replace("model.language_model.", "model.").replace("model.model.visual", "model.visual"): value.bfloat16()
+               for key, value in load_file(path).items()}
+    assert f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight" in weights
+    assert f"{PREFIX}visual.blocks.0.attn.qkv.lora_B.weight" in weights
+    save_file(weights, path)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "qkv"]}))
+    load_adapter_(base.model, tmp_path / "adapter")
+    merge_adapters_(policy.model)
+    for (name, value), other in zip(policy.model.named_parameters(), base.model.parameters(), strict=True):
+        assert torch.allclose(value, other, atol=0.02), name
 
 
 SETTINGS = [
@@ -248,8 +366,8 @@ def test_two_ranks_train_as_one(tmp_path):
     for one, two in zip(*rows, strict=True):
         for key in ("reward", "loss", "kl", "grad_norm", "entropy"):
             assert math.isclose(one[key], two[key], rel_tol=1e-3, abs_tol=1e-5), key
-    opened = [load_policy(str(tmp_path / f"{n}/final"), torch.device("cpu")).model.state_dict() for n in (1, 2)]
+    opened = [load_policy(str(tmp_path / f"{n}/final"), CPU).model.state_dict() for n in (1, 2)]
     for name, value in opened[0].items():
         assert torch.allclose(value, opened[1][name], atol=1e-5), name
-    base = load_policy("data/toy/policy", torch.device("cpu")).model.state_dict()
+    base = load_policy("data/toy/policy", CPU).model.state_dict()
     assert any(not torch.equal(value, base[name]) for name, value in opened[0].items())

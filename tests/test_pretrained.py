@@ -105,7 +105,7 @@ def test_weights_of_other_modules_may_be_there(copy_of, kind):
 
 
 @pytest.mark.parametrize(("kind", "message"), [
-    ("policy", r"expected an adapter's base_model_name_or_path in adapter_config.json, found none"),
+    ("policy", r"expected an adapter's base_model_name_or_path in adapter_config.json, found None"),
     ("verifier", r"expected a whole model, found an adapter \(adapter_config.json\): merge it"),
 ])
 def test_half_an_adapter_is_refused(copy_of, kind, message):

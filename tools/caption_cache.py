@@ -32,7 +32,8 @@ class CaptionsConfig(Captioning):
     """Whose captions an evaluation takes, and how they are written."""
 
     policy: tuple[str, ...] = ()
-    """Captioners, local folders or hub names; NAME=PATH gives one a name in the tables."""
+    """Captioners, local folders or hub names; NAME=PATH gives one a name in the tables. An
+    adapter on another base than its adapter_config.json names is ADAPTER+BASE."""
     captions: tuple[str, ...] = ()
     """Captions that are written already: a folder of caption.py, or JSONL with `id` and `caption`,
     one or more per image."""
