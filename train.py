@@ -24,7 +24,7 @@ tokens. docs/tour.md follows one caption, one picture and one question through t
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ from reward.step import Reward, check_examples, load_reward, reward_step, rollou
 def train(config: TrainConfig) -> Path:
     """The whole run. Returns the folder of the trained policy."""
     from grpo.run_dir import check_run_dir, only_writer  # here: files are no part of the algorithm
+    from tools.tracker import load_trackers, tracker_module
 
     device = init_distributed(config.timeout_minutes)
     run_dir = Path(config.run_dir)
@@ -70,15 +71,25 @@ def train(config: TrainConfig) -> Path:
             check_room(run_dir)
             if rank() == 0:
                 stack.enter_context(only_writer(run_dir))
+            tracker_module(config.tracker)
         with all_or_none("data"):
-            examples = merge_pictures(load_examples(config.data))
+            examples, held_out = merge_pictures(load_examples(config.data)), None
+            if config.held_out.eval_data:
+                from tools.held_out import set_aside  # here: for who asks for it
+
+                examples, held_out = set_aside(examples, config)
             check_examples(examples, config)
         with all_or_none("start"):
             reward = load_reward(config, device)
         run = load_run(config, device)
-        first_step = begin(run_dir, run, config, run_contents(examples, run.sampler, reward))
+        contents = run_contents(examples, run.sampler, reward)
+        if held_out:
+            contents |= held_out.contents()
+        first_step = begin(run_dir, run, config, contents)
         describe(run, examples, config)
-        take_steps(run_dir, run, reward, examples, first_step, config)
+        trackers = load_trackers(stack, run_dir, first_step, config)
+        take_steps(run_dir, run, reward, examples, held_out and held_out.watch, trackers,
+                   first_step, config)
         export(run, run_dir / "final", config)
         print0(f"trained policy: {run_dir / 'final'}")
         if rank() == 0:
@@ -89,17 +100,20 @@ def train(config: TrainConfig) -> Path:
 
 
 def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],
-               first_step: int, config: TrainConfig) -> None:
+               watch: Callable[..., Iterable[int]] | None, trackers: list, first_step: int,
+               config: TrainConfig) -> None:
     """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint. It then raises
-    SystemExit with the shell's code for that signal."""
-    trackers = load_trackers(run_dir, first_step, config)
+    SystemExit with the shell's code for that signal. watch: tools/held_out.py measures the policy
+    between steps."""
     phases = Phases(run.device, config.timeout_minutes)
     saved_at, num_skipped, step = time.monotonic(), 0, first_step
     steps = range(first_step, config.num_steps)
     opened = ahead(partial(open_step, run.sampler, examples, config), steps, num_ahead=1)
-    bar = tqdm(steps, desc="train", unit="step", disable=rank() != 0)
+    steps = bar = tqdm(steps, desc="train", unit="step", disable=rank() != 0)
+    if watch:
+        steps = watch(bar, first_step, run_dir, run, reward.verifier, phases, trackers)
     with catch_stop_signals(lambda: step) as signals:
-        for step in bar:
+        for step in steps:
             started = time.perf_counter()
             # 1. The policy writes G captions of each image. Images were opened in the step before.
             with phases("rollout"):
@@ -137,8 +151,9 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
                 if rank() == 0:
                     lines = log_step(run_dir, step, metrics, audit, timing, rows)
                     bar.write("\n    ".join([lines, *alarms(metrics)]))
+                    logs = {"metrics": metrics, "audit": audit, "timing": timing}
                     for tracker in trackers:
-                        tracker(step, metrics, audit, timing, rows)
+                        tracker(step, logs, rows)
             ids = [example.id for example in batch]
             num_skipped = count_skipped(metrics, num_skipped, step, ids, run_dir, config)
             saved_at = save_step(run_dir, run, step, saved_at, signals, config)
@@ -200,29 +215,17 @@ def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[E
     return rows, audit
 
 
-def load_trackers(run_dir: Path, first_step: int, config: TrainConfig) -> list:
-    """Functions of (step, metrics, audit, timing, rows) that rank 0 calls after each step."""
-    if not config.tensorboard or rank() > 0:
-        return []
-    from tools.tensorboard import TensorBoard  # here: most runs do not need it
-
-    return [TensorBoard(run_dir, first_step)]
-
-
 def describe(run: Run, examples: Sequence[Example], config: TrainConfig) -> None:
     """Prints the settings, the rows that are left out, and how captions are sampled."""
-    from data.rows import read_manifest  # here: how files are read is a page of its own
+    from data.rows import read_manifest  # here: pages of their own
+    from tools.check import check_sampling
 
-    sampler = run.sampler
     print0(f"{len(examples)} images, {world_size()} rank(s) on {run.device.type}, {config}")
     refused = read_manifest(config.data)
     if refused:
         print0(f"{len(refused)} rows and questions of {config.data} are left out, as its manifest "
                "lists")
-    print0(f"sampling: temperature {config.temperature}, no top-k or top-p, at most "
-           f"{config.max_new_tokens} tokens, EOS {sampler.names(sampler.eos_ids)}, never "
-           f"{sampler.names(sampler.forbidden_ids)}; the checkpoint's generation_config is not "
-           "used")
+    print0(f"sampling: {check_sampling(run.sampler, config).facts}")
 
 
 def main(arguments: list[str]) -> None:

@@ -73,6 +73,34 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class HeldOutConfig:
+    """How a run is measured on images that it is not trained on, by tools/held_out.py."""
+
+    eval_data: str = ""
+    """Images whose questions measure the policy now and then: a file or a benchmark, as evaluate.py
+    takes it, or a share of `data`, such as 0.02. None of its images is trained on. Ours: none."""
+    eval_every: int = 50
+    """Steps between two evaluations, beside those before the first step and after the last. The
+    policy of the best one is exported to run_dir/best. Ours."""
+    eval_images: int = 0
+    """Only the first so many images of eval_data; 0 for all. Ours."""
+    eval_samples: int = 4
+    """Captions of each image, sampled as in training; 0 for one of the likeliest tokens. [P]'s
+    evaluation has 4."""
+    patience: int = 0
+    """The run ends after this many evaluations without a better one; 0 for never. Ours."""
+    stop_at: float = 0.0
+    """The run ends at an evaluation of at least this accuracy; 0 for never. Ours."""
+
+    def __post_init__(self):
+        check_range(self, "eval_every", at_least=1)
+        check_range(self, "eval_images eval_samples patience", at_least=0)
+        check_range(self, "stop_at", at_least=0, at_most=1)
+        if (self.patience or self.stop_at) and not self.eval_data:
+            raise ValueError("patience and stop_at: expected eval_data too, they count evaluations")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Defaults are the paper's main run; where the paper is silent, the released scripts'."""
 
@@ -174,9 +202,13 @@ class TrainConfig:
     check: bool = False
     """Check models, data and machine, print the findings and stop. The exit code is 2 if something
     is wrong."""
+    held_out: Annotated[HeldOutConfig, tyro.conf.OmitArgPrefixes] = HeldOutConfig()
     tensorboard: bool = False
     """Also write for TensorBoard, to run_dir/tensorboard: the numbers, and some images with their
     captions."""
+    tracker: str = ""
+    """Also send numbers, settings and some captions to this module, which has `init`, `log` and
+    `finish`: wandb or trackio. Ours: none."""
 
     # checkpoints
     resume: bool = False
@@ -260,42 +292,11 @@ class TrainConfig:
                              "ranks")
         return self.prompts_per_step // num_ranks
 
-    def check_resumes(self, saved: dict, contents: dict[str, str]) -> None:
-        """Raises ValueError if a setting that changes the numbers differs from when the run began.
-        The contents of data and models count too.
-
-        saved: the run's config.json; older ones have no contents.
-        """
-        for name, value in self.flat().items():
-            if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
-                raise ValueError(f"{name} {value!r}: expected {saved[name]!r} as the run to resume "
-                                 "has it")
-        for name, value in contents.items():
-            begun = saved.get("contents", {}).get(name, value)
-            differs = [then != now for then, now in zip(begun.split(" "), value.split(" "))]
-            if any(differs):
-                what = "rows" if name == "data" else "weights" if differs[0] else AROUND[name]
-                raise ValueError(f"{name} {getattr(self, name)}: expected the {what} that the run "
-                                 f"to resume began with ({begun}), found others ({value})")
-
-
-_FILES = "configuration, tokenizer, chat template and image processor"
-AROUND = {"policy": _FILES, "judge": _FILES, "verifier": "tokenizer and chat template"}
-"""What the second hash of a model's contents is of; the first is of its weights."""
-
-FREE_ON_RESUME = {
-    "run_dir", "num_steps", "check", "resume", "save_every", "save_minutes", "keep_checkpoints",
-    "export_every", "max_skipped", "max_failed_share", "replicas", "offload_reference",
-    "timeout_minutes", "micro_batch_tokens", "rollout_tokens", "gradient_checkpointing",
-    "save_dtype", "tensorboard",
-}
-"""Settings that a resumed run may change: they do not change what is computed."""
-
 
 def change(config: TrainConfig, **changes) -> TrainConfig:
     """The settings with some changed, by their flags' names."""
     parts = {}
-    for part in ("reward_config", "lora"):
+    for part in ("reward_config", "lora", "held_out"):
         settings = getattr(config, part)
         names = {field.name for field in fields(settings)} & changes.keys()
         parts[part] = replace(settings, **{name: changes.pop(name) for name in names})

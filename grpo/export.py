@@ -1,6 +1,7 @@
 """The trained policy as a Hugging Face folder, which opens with from_pretrained.
 
     RUN/export/step_000100/         the policy after 100 steps
+    RUN/best/                       that of the best evaluation, whose line is its step.json
     RUN/final/                      the policy after the last step
 """
 
@@ -19,7 +20,7 @@ from grpo.policy import Policy
 
 
 def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature: float = 1.0,
-                  max_new_tokens: int = 4096) -> None:
+                  max_new_tokens: int = 4096, about: dict | None = None) -> None:
     """Writes weights in `dtype` (safetensors, 5 GB a file). Configuration, tokenizer and processor
     files are the source's own. With transformers 4.57 and 5 the folder opens as the same model,
     without our code. Raises ValueError, and leaves nothing, if the disk refuses it.
@@ -27,7 +28,7 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
     Adapters are merged. They are also written by themselves, to FOLDER/adapter, as PEFT reads them.
 
     Its generation_config samples as training did, whatever the initial checkpoint's said. So a
-    server that reads it writes the captions that were rewarded.
+    server that reads it writes the captions that were rewarded. about: goes to its step.json.
     """
     model, layers = policy.model, adapters(policy.model)
     before, model.generation_config = model.generation_config, GenerationConfig(
@@ -55,6 +56,8 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
             (unfinished / name).write_bytes(content)
         head = model.get_output_embeddings().weight
         _update_configs(unfinished, dtype, is_tied=head is model.get_input_embeddings().weight)
+        if about:
+            _write_json(unfinished / "step.json", about)
         for path in unfinished.rglob("*.*"):  # safetensors' files can be read by their owner only
             path.chmod(unfinished.stat().st_mode & 0o666)
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,9 @@ from grpo.distributed import print0, world_size
 LOGS = ("metrics.jsonl", "audit.jsonl", "timing.jsonl")
 """Files with a line per step; tools/report/metrics.py defines every key."""
 
+EVAL_LOG = "eval.jsonl"
+"""The file with a line per evaluation on held-out images, by tools/held_out.py."""
+
 CONSOLE = ("reward", "flat_groups", "length", "clip_share", "kl", "entropy", "seconds",
            "tokens_per_second")
 """Numbers of each step's line on the console."""

@@ -122,11 +122,17 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     contents: hashes of `data` and of the models on rank 0; empty on the others. Raises ValueError,
     on all ranks, if the run cannot go on or there is no room for a checkpoint.
     """
-    from grpo.run_dir import log_start, rewind, saved_config, start_run  # here: a page of its own
+    from grpo.run_dir import (  # here: a page of its own
+        check_resumes,
+        log_start,
+        rewind,
+        saved_config,
+        start_run,
+    )
 
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):
-        config.check_resumes(saved_config(run_dir), contents)
+        check_resumes(config, saved_config(run_dir), contents)
         checkpoint = latest_checkpoint(run_dir) if config.resume else None
         if config.resume and not checkpoint and (run_dir / "final").exists():
             raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found a finished "
@@ -173,11 +179,13 @@ def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list
     return saved_at
 
 
-def export(run: Run, folder: Path, config: TrainConfig) -> None:
-    """Rank 0 writes the policy as a Hugging Face folder; the others wait for it."""
+def export(run: Run, folder: Path, config: TrainConfig, about: dict | None = None) -> None:
+    """Rank 0 writes the policy as a Hugging Face folder; the others wait for it. about: see
+    `export_policy`."""
     from grpo.export import export_policy  # here: a reader of training need not meet it
 
     with all_or_none("export"):
         if rank() == 0:
             dtype = getattr(torch, config.save_dtype)
-            export_policy(run.sampler, folder, dtype, config.temperature, config.max_new_tokens)
+            export_policy(run.sampler, folder, dtype, config.temperature, config.max_new_tokens,
+                          about)

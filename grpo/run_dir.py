@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TextIO
 
 from data.io import heartbeat, read_json, to_json, write_whole
-from grpo.log import LOGS
+from grpo.config import TrainConfig
+from grpo.log import EVAL_LOG, LOGS
 
 
 def check_run_dir(run_dir: Path) -> None:
     """Raises ValueError if a run is in the folder already: nothing is overwritten."""
-    names = ("config.json", *LOGS, "rollouts", "checkpoints", "final")
+    names = ("config.json", *LOGS, EVAL_LOG, "rollouts", "checkpoints", "best", "final")
     if any((run_dir / name).exists() for name in names):
         raise ValueError(f"{run_dir}: expected a new or empty run folder, found a run in it "
                          "(--resume goes on with it)")
@@ -50,23 +51,60 @@ def saved_config(run_dir: Path) -> dict:
     return read_json(path, "the settings of a run") if path.exists() else {}
 
 
+_FILES = "configuration, tokenizer, chat template and image processor"
+AROUND = {"policy": _FILES, "judge": _FILES, "verifier": "tokenizer and chat template"}
+"""What the second hash of a model's contents is of; the first is of its weights."""
+
+FREE_ON_RESUME = {
+    "run_dir", "num_steps", "check", "resume", "save_every", "save_minutes", "keep_checkpoints",
+    "export_every", "max_skipped", "max_failed_share", "replicas", "offload_reference",
+    "timeout_minutes", "micro_batch_tokens", "rollout_tokens", "gradient_checkpointing",
+    "save_dtype", "tensorboard", "tracker", "patience", "stop_at",
+}
+"""Settings that a resumed run may change: they do not change what is computed."""
+
+
+def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) -> None:
+    """Raises ValueError if a setting that changes the numbers differs from when the run began.
+    The contents of data and models count too.
+
+    saved: the run's config.json; older ones have no contents.
+    """
+    settings = config.flat()
+    for name, value in settings.items():
+        if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
+            raise ValueError(f"{name} {value!r}: expected {saved[name]!r} as the run to resume "
+                             "has it")
+    for name, value in contents.items():
+        begun = saved.get("contents", {}).get(name, value)
+        differs = [then != now for then, now in zip(begun.split(" "), value.split(" "))]
+        if any(differs):
+            what = "rows" if "data" in name else "weights" if differs[0] else AROUND[name]
+            raise ValueError(f"{name} {settings[name]}: expected the {what} that the run to "
+                             f"resume began with ({begun}), found others ({value})")
+
+
 def rewind(run_dir: Path, num_steps: int) -> None:
     """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step
     before that is missing or there twice."""
-    for name in LOGS:
+    for name in (*LOGS, EVAL_LOG):
         path = run_dir / name
+        if name == EVAL_LOG and not path.exists():
+            continue
         content = path.read_bytes() if path.exists() else b""
         lines = content.splitlines(keepends=True)  # of bytes: an id may contain U+2028
         steps = [_step_of(line) for line in lines]
-        kept = [step for step in steps if step < num_steps]
-        if kept != list(range(num_steps)):
+        # An evaluation is of the policy after that many steps, and not all of them have one.
+        end = num_steps + (name == EVAL_LOG)
+        kept = [step for step in steps if step < end]
+        if kept != (list(range(num_steps)) if name in LOGS else sorted(set(kept))):
             doubled = sorted({step for step in kept if kept.count(step) > 1})
             message = f"{path}: expected a line for each of {num_steps} steps, found {len(kept)}"
             if doubled:
                 message += (f"; two processes have written steps {', '.join(map(str, doubled))}: "
                             f"keep the first line of each step in {', '.join(LOGS)}, then --resume")
             raise ValueError(message)
-        write_whole(path, b"".join(line for line, step in zip(lines, steps) if step < num_steps))
+        write_whole(path, b"".join(line for line, step in zip(lines, steps) if step < end))
     for path in (run_dir / "rollouts").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) >= num_steps:
             path.unlink()

@@ -60,24 +60,25 @@ class Reward:
 
     score: RewardFunction
     verifier: Verifier | None = None
-    """None where the reward is not CapRL's."""
+    """None where neither the reward nor an evaluation asks it."""
     judge: Policy | None = None
     """None where the reward is not the judge's."""
 
 
 def load_reward(config: TrainConfig, device: torch.device) -> Reward:
     """The reward that the settings name. Raises ValueError if its model cannot be used."""
-    dtype = compute_dtype(device)
+    dtype, verifier = compute_dtype(device), None
+    if config.reward == "caprl" or config.held_out.eval_data:
+        verifier = load_verifier(
+            config.verifier, device, dtype, mode=config.verifier_mode,
+            temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
+        )
     if config.reward == "judge":
         from grpo.pretrained import load_policy  # here: the baseline is for who asks for it
         from reward.judge import judge_rewards
 
         judge = load_policy(config.judge, device, dtype, writes=False)
-        return Reward(partial(judge_rewards, judge=judge), judge=judge)
-    verifier = load_verifier(
-        config.verifier, device, dtype, mode=config.verifier_mode,
-        temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
-    )
+        return Reward(partial(judge_rewards, judge=judge), verifier, judge)
     score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
     return Reward(score, verifier)
 
@@ -96,7 +97,7 @@ def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
 
 def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
     """Hashes of the data and of each model, which the settings only name. A model has two: of its
-    weights, and of what is around them (AROUND in grpo/config.py). On rank 0, before the first
+    weights, and of what is around them (AROUND in grpo/run_dir.py). On rank 0, before the first
     step; empty on other ranks."""
     from grpo.pretrained import weights_hash  # here: how checkpoints are read is a page of its own
 

@@ -36,7 +36,10 @@ from grpo.pretrained import weights_hash
 from grpo.run_dir import check_run_dir
 from train import train
 
-KILLS = 20
+KILLS = {"plain": 20, "held out": 10}
+"""Kills of a run without evaluations, and of one with them. There hardly a checkpoint is due: most
+are those of a best evaluation."""
+CHANGES = {"plain": {}, "held out": dict(eval_data="toy:heldout:3", eval_every=2, eval_samples=2, patience=3, save_every=4)}
 
 
 def settings(run_dir: Path, **changes) -> TrainConfig:
@@ -45,7 +48,7 @@ def settings(run_dir: Path, **changes) -> TrainConfig:
     return toy_config(run_dir=str(run_dir), **tiny | changes)
 
 
-def run_and_kill(folder: Path) -> None:
+def run_and_kill(folder: Path, name: str) -> None:
     """Runs in child processes, one after the other in the same run folder, each killed at a random
     moment or, every third, while it saves. A run that got through is followed by one in a new
     folder.
@@ -55,18 +58,20 @@ def run_and_kill(folder: Path) -> None:
     torch.set_num_threads(1)
     rng = random.Random("kills")
     kills, in_save, runs = 0, 0, 0
-    while kills < KILLS or runs == 0:
+    while kills < KILLS[name] or runs == 0:
         run_dir = folder / f"killed-{runs}"
         child = os.fork()
         if child == 0:
-            train(settings(run_dir))
+            train(settings(run_dir, **CHANGES[name]))
             os._exit(0)
         waits_for_save = kills % 3 == 0
-        limit = time.monotonic() + (60 if waits_for_save or kills >= KILLS else rng.uniform(0.2, 3))
+        limit = time.monotonic() + (60 if waits_for_save or kills >= KILLS[name] else rng.uniform(0.2, 3))
         has_ended = is_saving = False
         while time.monotonic() < limit and not is_saving and not has_ended:
             time.sleep(0.0002)
-            is_saving = waits_for_save and kills < KILLS and any((run_dir / "checkpoints").glob("*.unfinished"))
+            is_saving = waits_for_save and kills < KILLS[name] and any(
+                path for place in ("checkpoints/*", "best") for path in run_dir.glob(f"{place}.unfinished")
+            )
             has_ended = os.waitpid(child, os.WNOHANG)[0] != 0
         if has_ended:
             runs += 1
@@ -74,13 +79,14 @@ def run_and_kill(folder: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills, in_save = kills + 1, in_save + is_saving
-    train(settings(folder / f"killed-{runs}"))
+    train(settings(folder / f"killed-{runs}", **CHANGES[name]))
     (folder / "kills.json").write_text(json.dumps({"kills": kills, "in_save": in_save, "runs": runs + 1}))
 
 
 def everything(run_dir: Path) -> dict[str, bytes]:
     """What a run computed, the final weights included; what a clock told is left out."""
-    paths = [run_dir / "metrics.jsonl", run_dir / "audit.jsonl", *sorted(run_dir.glob("rollouts/*")), *run_dir.glob("final/*")]
+    paths = [run_dir / "metrics.jsonl", run_dir / "audit.jsonl", *sorted(run_dir.glob("rollouts/*")), *run_dir.glob("final/*"),
+             *run_dir.glob("best/*"), *run_dir.glob("eval.jsonl")]
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in paths}
 
 
@@ -92,14 +98,20 @@ def left_alone(tmp_path_factory) -> Path:
     return run_dir
 
 
-def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path):
-    result = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=600,
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path, name):
+    if name != "plain":
+        left_alone = tmp_path / "alone"
+        train(settings(left_alone, **CHANGES[name]))
+        steps = [json.loads(line)["step"] for line in (left_alone / "eval.jsonl").open()]
+        assert steps == [0, 2, 4, 6] and not any((left_alone / "best").glob("*.unfinished"))
+    result = subprocess.run([sys.executable, __file__, str(tmp_path), name], capture_output=True, text=True, timeout=600,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"})
     assert result.returncode == 0, result.stderr[-3000:]
     counted = json.loads((tmp_path / "kills.json").read_text())
-    assert counted["kills"] >= KILLS and counted["in_save"] >= 3  # one more where the last run was slow
+    assert counted["kills"] >= KILLS[name] and counted["in_save"] >= 3  # one more where the last run was slow
     want = everything(left_alone)
-    assert sorted(want)[:1] == ["audit.jsonl"] and len(want["metrics.jsonl"].splitlines()) == 6
+    assert "audit.jsonl" in want and len(want["metrics.jsonl"].splitlines()) == 6
     for number in range(counted["runs"]):
         assert everything(tmp_path / f"killed-{number}") == want
         steps = [
@@ -389,4 +401,4 @@ def test_the_exported_folder_samples_as_training_did(left_alone):
 
 
 if __name__ == "__main__":
-    run_and_kill(Path(sys.argv[1]))
+    run_and_kill(Path(sys.argv[1]), sys.argv[2])

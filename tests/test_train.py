@@ -79,8 +79,8 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     said = capsys.readouterr().out
     ids = load_policy("data/toy/policy", torch.device("cpu"))
     assert ids.names(ids.eos_ids) == "737 <|im_end|>, 738 <|endoftext|>"
-    sampling = f"no top-k or top-p, at most 96 tokens, EOS {ids.names(ids.eos_ids)}, never"
-    assert f"sampling: temperature 1.0, {sampling} {ids.names(ids.forbidden_ids)};" in said
+    sampling = f"no top-k or top-p, no penalties, at most 96 tokens; EOS {ids.names(ids.eos_ids)}, pad"
+    assert f"sampling: temperature 1.0, {sampling} " in said and f", never {ids.names(ids.forbidden_ids)};" in said
     records = []
     for name in ("one", "two"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -89,7 +89,8 @@ def write_captions(policy: Policy, pictures: Sequence[Picture], config: Captions
         images = ((key, partial(open_image, image)) for key, image in missing.items())
         batches = caption_batches(policy, images, config, seed, num)
         waiting, is_quiet = iter(missing), rank() != 0 or not missing
-        with tqdm(total=len(missing), desc="captions", unit="image", disable=is_quiet) as bar:
+        with tqdm(total=len(missing), desc="captions", unit="image", leave=None,
+                  disable=is_quiet) as bar:
             for batch in batches if missing else ():
                 new = {
                     (key, k): row for rows, key in zip(batch, waiting) for k, row in enumerate(rows)

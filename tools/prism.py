@@ -207,7 +207,7 @@ def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerif
     rows = []
     pairs = list(zip(benchmark.pictures, captions, strict=True))[rank() :: world_size()]
     starts = range(0, len(pairs), PICTURES_AT_A_TIME)
-    for start in tqdm(starts, desc="answers", unit="batch", disable=rank() != 0):
+    for start in tqdm(starts, desc="answers", unit="batch", leave=None, disable=rank() != 0):
         pictures, names, captioned, asked = [], [], [], []
         for picture, group in pairs[start : start + PICTURES_AT_A_TIME]:
             questions = [ask_item(item, benchmark.metric, seed) for item in picture.items]
@@ -238,7 +238,7 @@ def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: in
     ]
     answers: list[Answer] = []
     starts = range(0, len(asked), batch_size)
-    for start in tqdm(starts, desc="answers", unit="batch", disable=rank() != 0):
+    for start in tqdm(starts, desc="answers", unit="batch", leave=None, disable=rank() != 0):
         answers += _look(policy, asked[start : start + batch_size], seed, answer_tokens,
                          temperature)
     rows, questions, given = [], (question for _, _, question in asked), iter(answers)

@@ -1,6 +1,5 @@
 """The numbers of a run for TensorBoard."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from tools.thumbnails import thumbnail_file
+from tools.tracker import finite
 
 NUM_GROUPS = 2
 """Groups whose image and captions are written, whenever the audit looks at the probe set and at the
@@ -22,15 +22,12 @@ class TensorBoard:
         self.run_dir = run_dir
         self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step)
 
-    def __call__(self, step: int, metrics: dict[str, float], audit: dict, timing: dict[str, float],
-                 rollouts: list[dict]) -> None:
+    def __call__(self, step: int, logs: dict[str, dict], rollouts: list[dict]) -> None:
         """The step's numbers, and now and then a few groups: image, captions and rewards. What was
         not measured is left out."""
-        for group, row in (("metrics", metrics), ("audit", audit), ("timing", timing)):
-            for key, value in row.items():
-                if isinstance(value, int | float) and math.isfinite(value):
-                    self.writer.add_scalar(f"{group}/{key}", value, step)
-        if step == 0 or "probe_accuracy" in audit:
+        for key, value in finite(logs).items():
+            self.writer.add_scalar(key, value, step)
+        if step == 0 or "probe_accuracy" in logs.get("audit", ()):
             ids = list(dict.fromkeys(row["id"] for row in rollouts))[:NUM_GROUPS]
             for place, id in enumerate(ids):
                 group = [row for row in rollouts if row["id"] == id]

@@ -2,21 +2,24 @@
 
     load_benchmark("chartqa:ChartQA/data/test-*.parquet")
     load_benchmark("heldout.jsonl"), load_benchmark("toy:heldout:96")
+    load_benchmark("0.02:caprl-qa.jsonl")
 
 The first is KIND:PATH, with a file, a pattern or a folder of parquet files. The others are the
-project's own questions. The kind says what is asked and how it is scored. The path and the file's
+project's own questions; the last is the share of them that `train.py --eval-data 0.02` holds out.
+The kind says what is asked and how it is scored. The path and the file's
 columns never do. docs/formats.md tells where each file comes from. A row that cannot be asked or
 scored is refused with its reason, and counted. It is no zero, and no free point.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.benchmarks.files import file_rows
 from data.benchmarks.questions import KINDS, Item, Metric, row_items
 from data.examples import Example, load_examples, merge_pictures
-from data.images import ImageSource
+from data.images import ImageSource, picture_hash
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,12 @@ def load_benchmark(source: str) -> Benchmark:
     """Raises ValueError naming file, row, expected and found if there is nothing to ask, or if the
     file cannot be read."""
     kind, colon, path = source.partition(":")
+    if colon and is_share(kind):
+        return example_benchmark(source, held_out(merge_pictures(load_examples(path)), kind))
     if not (colon and kind in KINDS):
         if colon and kind != "toy" and not Path(source).exists():
-            raise ValueError(f"{source}: expected a JSONL file, toy:SPLIT:NUM or KIND:PATH with "
-                             f"KIND one of {', '.join(KINDS)}")
+            raise ValueError(f"{source}: expected a JSONL file, toy:SPLIT:NUM, SHARE:PATH or "
+                             f"KIND:PATH with KIND one of {', '.join(KINDS)}")
         examples = merge_pictures(load_examples(source))
         return example_benchmark(source if kind == "toy" else Path(source).stem, examples)
     refused: list[str] = []
@@ -93,6 +98,30 @@ def load_benchmarks(sources: Sequence[str], limit: int = 0) -> list[Benchmark]:
     if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
         return [replace(benchmark, name=source) for benchmark, source in zip(benchmarks, sources)]
     return benchmarks
+
+
+def is_share(text: str) -> bool:
+    """Whether it is a number."""
+    with suppress(ValueError):
+        return bool(f"{float(text)}")
+    return False
+
+
+def held_out(examples: Sequence[Example], share: str) -> list[Example]:
+    """About this share of the examples: those whose pictures have the lowest hashes, in that order.
+
+    Whether one is chosen depends on its picture alone, not on rows or seeds, and a larger share has
+    all of a smaller one. Raises ValueError for a share that is not between 0 and 1, or has none.
+    """
+    if not 0 < float(share) < 1:
+        raise ValueError(f"{share}: expected a share of the images between 0 and 1")
+    hashes = {example.id: picture_hash(example.image) for example in examples}
+    chosen = [id for id, digest in hashes.items() if int(digest[:16], 16) < float(share) * 2**64]
+    if not chosen:
+        raise ValueError(f"{share}: expected a share with at least one of the {len(examples)} "
+                         "images, found none")
+    by_id = {example.id: example for example in examples}
+    return [by_id[id] for id in sorted(chosen, key=hashes.get)]
 
 
 def example_benchmark(name: str, examples: Sequence[Example]) -> Benchmark:
