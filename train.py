@@ -31,13 +31,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.examples import Example, load_examples, merge_pictures
+from data.examples import Example, load_examples
 from data.images import image_size, open_image
 from data.io import ahead, check_room, naming
 from data.program import run_program
 from grpo.advantage import group_advantages
 from grpo.checkpoint import catch_stop_signals
-from grpo.config import TrainConfig, parse_train_config
+from grpo.config import TrainConfig, nearest_preset, parse_train_config
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -58,7 +58,8 @@ from reward.step import Reward, check_examples, load_reward, reward_step, rollou
 
 def train(config: TrainConfig) -> Path:
     """The whole run. Returns the folder of the trained policy."""
-    from grpo.run_dir import check_run_dir, only_writer  # here: files are no part of the algorithm
+    from data.pictures import merge_pictures  # here: files are no part of the algorithm
+    from grpo.run_dir import check_run_dir, only_writer
     from tools.tracker import load_trackers, tracker_module
 
     device = init_distributed(config.timeout_minutes)
@@ -220,7 +221,10 @@ def describe(run: Run, examples: Sequence[Example], config: TrainConfig) -> None
     from data.rows import read_manifest  # here: pages of their own
     from tools.check import check_sampling
 
-    print0(f"{len(examples)} images, {world_size()} rank(s) on {run.device.type}, {config}")
+    preset, changes = nearest_preset(config.flat())
+    changed = "".join(f", {name} {value!r}" for name, (value, _) in changes.items())
+    print0(f"{len(examples)} images, {world_size()} rank(s) on {run.device.type}, settings of "
+           f"{preset}{changed}")
     refused = read_manifest(config.data)
     if refused:
         print0(f"{len(refused)} rows and questions of {config.data} are left out, as its manifest "

@@ -21,16 +21,18 @@ def data_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{source}: expected a file or a folder of files with questions, "
-                         "found nothing")
+        from data.advice import nothing_there
+
+        raise ValueError(nothing_there(source, "a file or a folder of files with questions"))
     from data.folders import list_files  # here: a single file needs no search
 
-    files = [
-        file for file in list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"})
-        if file.suffix.lower() not in IMAGE_SUFFIXES and not file.name.endswith(MANIFEST_SUFFIX)
-    ]
+    listed = list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"})
+    listed = [file for file in listed if not file.name.endswith(MANIFEST_SUFFIX)]
+    files = [file for file in listed if file.suffix.lower() not in IMAGE_SUFFIXES]
     if not files:
-        raise ValueError(f"{source}: expected *.parquet or *.jsonl in the folder, found none")
+        from data.advice import no_files
+
+        raise ValueError(no_files(path, num_pictures=len(listed)))
     return files
 
 
@@ -67,10 +69,13 @@ def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageS
         id = next((name for name in ids if name is not None), where)
         entries = parse_questions(entries)
     else:
-        keys = ["id", *([] if {"images", "image_path"} & set(row) else ["image"]), form]
+        keys = [form, "id", *([] if {"images", "image_path"} & set(row) else ["image"])]
         missing = [key for key in keys if key not in row]
         if missing:
-            raise ValueError(f"expected the key {missing[0]!r}, got {sorted(row)}")
+            from data.advice import row_kind
+
+            keys = sorted(row) if form in row else row_kind(row, file)
+            raise ValueError(f"expected the key {missing[0]!r}, got {keys}")
         if not isinstance(id, str | int) or id == "":
             raise ValueError(f"expected a text in 'id', got {short(id)}")
         if form == "reward_model":

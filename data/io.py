@@ -14,10 +14,11 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -130,15 +131,22 @@ def read_json(path: Path, what: str) -> Any:
         raise ValueError(f"{path}: expected {what} ({error})") from None
 
 
-def agree_on(path: Path, settings: dict, free: tuple[str, ...] = ()) -> None:
+def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
+             called: Mapping[str, str] = MappingProxyType({})) -> None:
     """The first process writes the settings; later ones hold their own against them. Raises
-    ValueError, naming the setting, for one with another value, unless it is `free`."""
+    ValueError, naming the setting, for one with another value, unless it is `free`.
+
+    called: by setting, the free one that says what the setting's value is called.
+    """
     write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), keep=True)
     saved = read_json(path, "settings")
     for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and saved.get(name) != value:
-            raise ValueError(f"{path}: expected {name} {value!r} as now asked for, "
-                             f"found {saved.get(name)!r}; take another --out")
+            label = called.get(name, "")
+            now, then = (f"{values.get(label, '')} {values.get(name)!r}".strip()
+                         for values in (settings, saved))
+            raise ValueError(f"{path}: expected {name} {now} as now asked for, found {then}; "
+                             "take another --out")
 
 
 def json_lines(rows: Iterable[dict]) -> Iterator[bytes]:

@@ -52,7 +52,9 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
     if path.is_dir():
         raise ValueError(f"{path}: expected a JSONL file, found a folder")
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file, found nothing")
+        from data.advice import nothing_there
+
+        raise ValueError(nothing_there(path, "a file"))
     is_empty, offset = True, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

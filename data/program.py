@@ -2,14 +2,17 @@
 sentence and the right exit code."""
 
 import atexit
+import json
 import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -56,6 +59,7 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             reason = disk_sentence(error) if isinstance(error, OSError) else error
             print(f"error: {reason}", file=sys.stderr)
+            tell_torchrun(f"error: {reason}")
             sys.exit(2)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
@@ -67,6 +71,20 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None
         raise
     if dist.is_initialized():
         _leave_ranks(SystemExit(0))
+
+
+def tell_torchrun(text: str) -> None:
+    """Under torchrun, the text ends the report that it prints when a rank has failed. Otherwise
+    nothing.
+
+    That report quotes the file which it names to each rank, as torch's own `record` writes it:
+    https://pytorch.org/docs/stable/elastic/errors.html
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": text, "extraInfo": extra}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _leave_ranks(error: BaseException) -> None:

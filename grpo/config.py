@@ -338,10 +338,28 @@ PRESETS = {
 }
 
 
+def nearest_preset(settings: dict[str, Any]) -> tuple[str, dict[str, tuple]]:
+    """The preset that the settings differ least from, and setting -> (here, there) where they
+    do."""
+    changes = {}
+    for name, (_, preset) in PRESETS.items():
+        there = preset.flat()
+        changes[name] = {key: (value, there[key]) for key, value in settings.items()
+                         if key in there and there[key] != value}
+    name = min(changes, key=lambda name: len(changes[name]))
+    return name, changes[name]
+
+
 def parse_train_config(arguments: list[str]) -> TrainConfig:
     """`[PRESET] --flag value ...`; without a preset, the paper's."""
-    if not arguments or arguments[0] not in PRESETS:
-        arguments = ["paper", *arguments]
+    has_preset = bool(arguments) and arguments[0] in PRESETS
+    if not has_preset or PRESETS.keys() & arguments[1:]:
+        from data.advice import misplaced_word  # here: most runs name their preset first
+
+        switches = [name for name, value in PAPER.flat().items() if isinstance(value, bool)]
+        if sentence := misplaced_word(arguments, PRESETS, switches):
+            raise ValueError(sentence)
+    arguments = arguments if has_preset else ["paper", *arguments]
     return tyro.extras.overridable_config_cli(PRESETS, args=arguments)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 import threading
 import time
@@ -76,6 +77,13 @@ def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
     assert "this worker captioned 0 images" in capsys.readouterr().out and rows_of(tmp_path / "a") == rows
     with pytest.raises(ValueError, match="about.json: expected seed 1 as now asked for, found 0; take another --out"):
         caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, seed=1, **TOY))
+    shutil.copytree("data/toy/policy", tmp_path / "other")
+    settings = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
+    both = (rf"expected model {tmp_path}/other '\w+' as now asked for, found data/toy/policy '{model_hash(policy)}'; "
+            "take another --out")
+    with pytest.raises(ValueError, match=both):
+        caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, **TOY | {"policy": str(tmp_path / "other")}))
     with pytest.raises(ValueError, match="expected shards 3 as now asked for, found 2"):
         caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=2, **TOY))
 

@@ -175,6 +175,31 @@ def test_bad_flags_end_with_exit_code_2_and_no_traceback(arguments, message):
     assert result.returncode == 2 and message in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("papper", "papper: expected a flag, or as the first word one of the presets paper, caprl-3b, caprl-plus, toy; "
+                   "the nearest is paper"),
+        ("caprl3b --num-steps 3", "; the nearest is caprl-3b"),
+        ("--num-steps 3 caprl_plus", "; the nearest is caprl-plus"),
+        ("qa.jsonl", "qa.jsonl: expected a flag, or as the first word one of the presets paper"),
+        ("--num-steps 3 toy", "toy: expected a preset as the first word, before all flags"),
+        ("--no-check toy", "toy: expected a preset as the first word"),
+        ("--num-steps=3 toy", "toy: expected a preset as the first word"),
+        ("toy --resume paper", "paper: expected a preset as the first word"),
+    ],
+)
+def test_a_preset_that_is_misspelt_or_late_is_named(words, message):
+    with pytest.raises(ValueError) as error:
+        parse_train_config(words.split())
+    assert message in str(error.value)
+
+
+def test_a_value_that_is_called_like_a_preset_is_none():
+    assert parse_train_config(["--data", "toy", "--run-dir", "paper"]).run_dir == "paper"
+    assert parse_train_config(["toy", "--policy", "paper", "--resume"]).policy == "paper"
+
+
 def test_every_setting_of_the_reward_reaches_it():
     config = toy_config(
         num_questions=7, question_draw="independent", num_shuffles=3, abstain=True, soft=True, length_weight=0.5, length_full=9,

@@ -204,6 +204,15 @@ def test_what_one_rank_cannot_read_ends_all_of_them():
     assert all(f"rank {number} says: images: b.png: expected an image" in said for number in (0, 1))
 
 
+def test_torchruns_report_ends_with_the_sentence():
+    """It has thirty lines of its own, below what the ranks print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "train.py", "toy", "--data", "none.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    *_, last, rule = done.stderr.splitlines()
+    assert done.returncode == 1 and set(rule) == {"="}
+    assert last.startswith("  traceback : error: none.jsonl: expected a file or a folder of files with questions")
+
+
 def test_what_one_ranks_disk_refuses_ends_all_of_them():
     said = torchrun(2, __file__, "disk").stdout
     assert "rank 0 says: [Errno 28] No space left on device: 'runs/x'" in said

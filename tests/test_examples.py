@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from data import parquet
-from data.examples import Example, Question, load_examples, merge_pictures, picture_keys
+from data.examples import Example, Question, load_examples
 from data.export import example_row
 from data.folders import load_images
 from data.images import StoredImage, open_image, picture_hash
+from data.pictures import merge_pictures, picture_keys
 from data.rows import scan_examples
 from tools.inspect import InspectConfig, inspect
 
@@ -378,6 +379,68 @@ def test_what_is_broken_is_refused_with_file_row_and_reason_while_the_rest_goes_
     assert [example.id for example in load_examples(source)] == ["first", "last"]
 
 
+HUB = "; data sets are not downloaded here: `hf download internlm/CapRL-QA-75K --repo-type dataset --local-dir CapRL-QA-75K`"
+
+
+@pytest.mark.parametrize("source, message", [
+    ("internlm/CapRL-QA-75K", HUB), ("hf://datasets/internlm/CapRL-QA-75K", HUB), ("CapRL-QA-75K", HUB),
+    ("https://huggingface.co/datasets/internlm/CapRL-QA-75K/tree/main", HUB),
+    ("set/quesitons.jsonl", "/set has 'questions.jsonl'"), ("Set/photo.jsonl", "has 'set'"),
+    ("~/set", "the shell did not replace ~"), ("other/set/qa.jsonl", " has no 'other'"),
+    ("set/qa", "expected a file or a folder of files with questions, found nothing"),  # a folder's, not the hub's
+])
+def test_a_path_that_is_not_there_is_answered_with_the_next_step(source, message, tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/questions.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_examples(source)
+    assert str(error.value).startswith(f"{source}: expected a file") and message in str(error.value)
+    assert ("hf download" in str(error.value)) == (message == HUB)
+
+
+CHAT = {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Red."}]}
+OPENAI = {"messages": [{"role": "user", "content": "Describe."}, {"role": "assistant", "content": "Red."}]}
+CAPTION = {"id": "a", "image": "a.png", "caption": "Red."}
+OWN = {"id": "a", "image": "a.png", "questions": [{"question": "What?", "choices": ["x", "y"], "answer_index": 0}]}
+LIST = "in a list or over several lines"
+WRITE = "training needs multiple-choice questions on each image, docs/data.md says how they are written"
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("q.jsonl", json.dumps(CHAT), f"got a chat (LLaVA, ShareGPT) without questions, ['conversations', 'id', 'image']; {WRITE}"),
+    ("q.jsonl", json.dumps(OPENAI), f"got a chat (OpenAI) without questions, ['messages']; {WRITE}"),
+    ("q.jsonl", json.dumps(CAPTION), f"got a caption without questions, ['caption', 'id', 'image']; {WRITE}"),
+    ("q.json", json.dumps([CHAT]), f"found JSON of a chat (LLaVA, ShareGPT) {LIST}; {WRITE}"),
+    ("q.json", json.dumps([CHAT], indent=1), f"found JSON of a chat (LLaVA, ShareGPT) {LIST}; {WRITE}"),
+    ("set/q.json", json.dumps([CAPTION]), f"q.json: expected parquet or JSONL with questions, found JSON of a caption {LIST}"),
+    ("q.json", json.dumps(OWN, indent=1), f"found JSON {LIST}; one object a line: `jq -c '.[]'"),
+    ("set/a.JPG", "x", f"found 1 pictures and no questions; {WRITE}"),
+    ("set/a.mp4", "x", f"found 1 .mp4; {WRITE}"),
+    ("a.jpg", "x", f"found a picture; {WRITE}"),
+    ("q.tsv", "index\timage\n0\tx", "found a .tsv file; docs/formats.md says what is read"),
+])
+def test_a_set_without_questions_is_called_what_it_is(name, text, message, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_examples(str(tmp_path / name.split("/")[0]))
+    assert message in str(error.value) and "data.examples" not in str(error.value)
+
+
+def test_captions_in_parquet_are_named_though_only_some_columns_are_read(tmp_path):
+    pq.write_table(pa.table({"id": ["a"], "image": [b"x"], "caption": ["Red."]}), tmp_path / "q.parquet")
+    with pytest.raises(ValueError, match=r"row 0: .*got a caption without questions, \['caption', 'id', 'image'\]"):
+        load_examples(str(tmp_path / "q.parquet"))
+
+
+def test_a_manifest_is_advised_only_where_a_row_is_sound(tmp_path):
+    """Listing all rows leaves nothing to train on."""
+    source = write_set(tmp_path, [caprl("b", answer="E")])
+    with pytest.raises(ValueError, match=r"expected a letter .* \(1 of 2, and no row can be used\)$"):
+        load_examples(source)
+
+
 def test_a_run_leaves_out_only_what_is_written_down(tmp_path):
     source = write_set(tmp_path, [caprl("a"), caprl("b", answer="E"), caprl("c", answer="F")])
     with pytest.raises(ValueError, match=r"set row 1: id 'b', question 0: expected a letter .*1 of 4; `python -m data"):
@@ -482,7 +545,7 @@ def test_a_picture_is_its_bytes_and_only_what_may_be_equal_is_read(tmp_path, mon
     (tmp_path / "link").symlink_to("a")
     os.link(tmp_path / "long", tmp_path / "again")
     read = []
-    monkeypatch.setattr("data.examples.picture_hash", lambda image: read.append(image) or picture_hash(image))
+    monkeypatch.setattr("data.pictures.picture_hash", lambda image: read.append(image) or picture_hash(image))
 
     def groups(images) -> list[int]:
         keys = picture_keys(images)

@@ -18,7 +18,7 @@ from PIL import Image
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.benchmarks.questions import Item
 from data.examples import Question
-from grpo.config import toy_config
+from grpo.config import nearest_preset, toy_config
 from grpo.log import log_step
 from grpo.run_dir import start_run
 from reward.caprl import Answer
@@ -29,7 +29,6 @@ from tools.report.page import (
     browser_data,
     evaluation_table,
     main,
-    nearest_preset,
     pack_side,
     pages_of,
     question_table,

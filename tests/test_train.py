@@ -77,6 +77,7 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     """Same seed: the same metrics to the last bit and the same rollouts, whatever the batch sizes of the decoder."""
     finals = [train(toy_config(run_dir=str(tmp_path / name), **TINY)) for name in ("one", "two")]
     said = capsys.readouterr().out
+    assert "12 images, 1 rank(s) on cpu, settings of toy, data 'toy:train:12', run_dir" in said and "TrainConfig(" not in said
     ids = load_policy("data/toy/policy", torch.device("cpu"))
     assert ids.names(ids.eos_ids) == "737 <|im_end|>, 738 <|endoftext|>"
     sampling = f"no top-k or top-p, no penalties, at most 96 tokens; EOS {ids.names(ids.eos_ids)}, pad"

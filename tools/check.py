@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from data.examples import Example, merge_pictures
+from data.examples import Example
 from data.images import image_size, open_image
 from data.io import check_room, nearest
+from data.pictures import merge_pictures
+from data.program import tell_torchrun
 from data.rows import read_manifest, scan_examples
 from grpo.config import TrainConfig
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
@@ -336,4 +338,5 @@ def check(config: TrainConfig) -> None:
 
 def _end(findings: Sequence[Finding]) -> None:
     print0(format_findings(findings))
+    tell_torchrun(format_findings([finding for finding in findings if finding.problem]))
     raise SystemExit(2)

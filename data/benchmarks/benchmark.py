@@ -18,8 +18,9 @@ from pathlib import Path
 
 from data.benchmarks.files import file_rows
 from data.benchmarks.questions import KINDS, Item, Metric, row_items
-from data.examples import Example, load_examples, merge_pictures
+from data.examples import Example, load_examples
 from data.images import ImageSource, picture_hash
+from data.pictures import merge_pictures
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,9 @@ def file_rows(path: Path) -> Iterator[Row | str]:
         for file in files:
             yield from picture_rows(file)
     elif not path.is_file():
-        raise ValueError(f"{path}: expected a benchmark's file, found nothing")
+        from data.advice import nothing_there
+
+        raise ValueError(nothing_there(path, "a benchmark's file"))
     elif path.suffix == ".parquet":
         yield from picture_rows(path)
     elif path.suffix == ".tsv":

@@ -40,7 +40,9 @@ def plan_shards(source: Path, shard_size: int) -> list[Shard]:
     if name != str(source):  # rows, about.json and messages are UTF-8
         raise ValueError(f"{name}: expected a path in UTF-8")
     if not source.exists():
-        raise ValueError(f"{source}: expected a folder or a file of images, found nothing")
+        from data.advice import nothing_there
+
+        raise ValueError(nothing_there(source, "a folder or a file of images"))
     folder, files = source.parent, [source]
     if source.is_dir():
         folder, files = source, list_files(source, IMAGE_SUFFIXES | {".parquet", ".tar"})

@@ -15,9 +15,10 @@ from pathlib import Path
 from data.choices import fold_choice, words
 from data.curate.answers import answer_by_options
 from data.curate.work import A_WEEK, Inputs, count_table, finish, work_through
-from data.examples import Example, Question, load_examples, merge_pictures
+from data.examples import Example, Question, load_examples
 from data.export import question_row
 from data.io import text_hash
+from data.pictures import merge_pictures
 from data.program import check_range
 from grpo.distributed import all_or_none, compute_dtype, init_distributed
 from grpo.pretrained import load_policy

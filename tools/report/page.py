@@ -25,7 +25,7 @@ import tyro
 
 from data.io import naming, write_whole
 from data.program import check_range
-from grpo.config import PRESETS
+from grpo.config import nearest_preset
 from tools.report import curves
 from tools.report.sources import Source, evenly, known, load_sources
 from tools.stats import paired_difference, summarize
@@ -190,18 +190,6 @@ def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
 
 
 # --------------------------------------------------------------------------- cards and tables
-
-
-def nearest_preset(config: dict) -> tuple[str, dict[str, tuple]]:
-    """The recipe that the settings differ least from, and setting -> (here, there) where they
-    do."""
-    changes = {}
-    for name, (_, preset) in PRESETS.items():
-        there = preset.flat()
-        changes[name] = {key: (value, there[key]) for key, value in config.items()
-                         if key in there and there[key] != value}
-    name = min(changes, key=lambda name: len(changes[name]))
-    return name, changes[name]
 
 
 TILES = {"reward": "reward", "accuracy": "accuracy", "probe_accuracy": "probe accuracy", "kl": "KL"}
