@@ -2,6 +2,7 @@
 where one is installed."""
 
 import base64
+import csv
 import json
 import math
 import random
@@ -10,6 +11,7 @@ import shutil
 import zlib
 from contextlib import contextmanager
 from html import unescape
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -23,18 +25,21 @@ from grpo.log import log_step
 from grpo.run_dir import start_run
 from reward.caprl import Answer
 from tools.prism import prism
-from tools.report.curves import draw_panel, panels, ticks
+from tools.report.curves import draw_panel, hours, panels, ticks
 from tools.report.page import (
     PageConfig,
     browser_data,
     evaluation_table,
     main,
+    number_questions,
+    outcome,
     pack_side,
     pages_of,
     question_table,
+    side_index,
     write_page,
 )
-from tools.report.sources import Source, evenly, load_sources
+from tools.report.sources import HELD_OUT, Source, evenly, load_sources
 from tools.stats import paired_difference, summarize
 from tools.thumbnails import keep_thumbnail
 
@@ -103,12 +108,16 @@ def test_ticks_cover_whatever_comes():
 def test_a_curve_by_hand():
     """Steps 0 to 10 lie between x = 52 and 352, values 0 to 1 between y = 156 and 10; a gap where
     nothing was measured."""
-    lines = [{"label": "a", "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
-    panel = draw_panel("title", "share", [], lines, [{0: (0.0, 0.2), 10: (0.8, 1.0)}])
+    lines = [{"label": "a", "source": 0, "values": {0: 0.0, 5: 0.5, 6: None, 10: 1.0}}]
+    band = {0: (0.0, 0.2), 10: (0.8, 1.0)}
+    panel = draw_panel("title", "share", [], lines, [band], [[step / 5 for step in range(11)]])
     assert panel["lines"][0]["runs"] == ["52.0,156.0 202.0,83.0"]
     assert panel["lines"][0]["dots"] == [["52.0", "156.0"], ["202.0", "83.0"], ["352.0", "10.0"]]
-    assert panel["bands"] == ["52.0,126.8 352.0,10.0 352.0,39.2 52.0,156.0"]
-    assert panel["values"]["lines"] == [{"label": "a", "values": [0.0, 0.5, None, 1.0]}]
+    assert panel["bands"] == [(0, "52.0,126.8 352.0,10.0 352.0,39.2 52.0,156.0")]
+    assert panel["values"]["lines"] == [{"source": 0, "values": [0.0, 0.5, None, 1.0]}]
+    # 10 steps of 1/5 h: 2 h, a tick each half hour
+    assert panel["values"]["hours"] == [0, 2]
+    assert panel["hour_ticks"] == [(52.0, "0"), (127.0, "0.5"), (202.0, "1"), (277.0, "1.5"), (352.0, "2")]
     assert panel["x_ticks"] == [(52.0 + 60 * i, str(2 * i)) for i in range(6)] and panel["y_ticks"][1] == (126.8, "0.2")
     assert panel["summary"] == "a from 0 to 1"
 
@@ -120,7 +129,26 @@ def test_the_band_of_the_accuracy_is_over_images(tmp_path):
     [source] = load_sources(made_run(tmp_path / "run", [rows]))
     # image 1 has 3 of 4, image 2 has 2 of 4: a draw of the two is 0.75, 0.625 or 0.5, the outer
     # ones a quarter of the time
-    assert source.bands == {0: (0.5, 0.75)}
+    assert source.bands["accuracy"] == {0: (0.5, 0.75)}
+
+
+def test_hours_are_those_of_the_steps_before(tmp_path):
+    """Seconds 3600, unknown, 7200: the unknown one counts as the median, 5400 s or 1.5 h."""
+    seconds = {0: 3600.0, 1: None, 2: 7200.0}
+    assert hours(Source("a", tmp_path, [], 3, series={"seconds": seconds})) == [0, 1, 2.5, 4.5]
+    assert hours(Source("a", tmp_path, [], 3, series={"reward": {0: 1.0}})) == []
+
+
+def test_what_is_measured_on_held_out_images_is_drawn_with_its_interval(tmp_path):
+    run = made_run(tmp_path / "run", [[caption_row("1")]] * 3)
+    rows = [{"step": 0, "accuracy": 0.25, "low": 0.0, "high": 0.5, "words": 3}, {"step": 2, "accuracy": None},
+            {"step": 3, "accuracy": 0.75}]
+    evaluation(run / "eval.jsonl", rows)
+    [source] = load_sources(run)
+    assert source.series[HELD_OUT] == {0: 0.25, 3: 0.75} and source.bands[HELD_OUT] == {0: (0.0, 0.5)}
+    titles = [panel["title"] for panel in panels([source])]
+    assert titles[:3] == ["reward and its parts", "held-out accuracy", "accuracy"]
+    assert "held-out accuracy" not in [panel["title"] for panel in panels(load_sources(made_run(tmp_path / "b", [[]])))]
 
 
 def test_what_is_not_in_the_list_is_drawn_all_the_same(tmp_path):
@@ -150,11 +178,86 @@ def test_a_question_stands_once_for_all_captions_that_it_was_put_to():
         caption_row("1", questions=[asked(), asked("Other?", chosen=1)]),
         caption_row("1", questions=[asked(chosen=1)]),
     ]
-    side = pack_side(rows, 3)
-    assert [one[0] for one in side["asked"]] == ["What color?", "Other?"] and side["step"] == 3
+    numbers = number_questions([rows, None])
+    assert numbers == {(0, "What color?"): 0, (0, "Other?"): 1}
+    side = pack_side(rows, numbers)
+    assert [one[:2] for one in side["asked"]] == [[0, "What color?"], [1, "Other?"]]
     assert [[answer[:3] for answer in caption["answers"]] for caption in side["captions"]] == [
         [[0, 0, 1.0], [1, 1, 0.0]], [[0, 1, 0.0]]
     ]
+
+
+@pytest.mark.parametrize("changes, letter", [
+    ({"chosen": 0}, "r"), ({"chosen": 1}, "w"), ({"chosen": 1, "abstain": 1}, "a"), ({"chosen": 0, "abstain": 0}, "r"),
+    ({"chosen": None}, "u"), ({"chosen": None, "failure": "too long"}, "f"), ({"gold": None, "score": 0.5}, "s"),
+])
+def test_the_outcome_of_a_question(changes, letter):
+    assert outcome(asked(**changes)) == letter
+
+
+def test_what_filters_look_at_by_hand():
+    """Two questions, the second asked twice of the first caption and not of the second one."""
+    rows = [
+        caption_row("1", reward=0.5, advantage=1.23456, questions=[asked(), asked("B?", chosen=1), asked("B?")]),
+        {"id": "1", "caption": "c", "accuracy": math.nan, "tokens": 9, "finish_reason": "length", "questions": [asked()]},
+    ]
+    side = side_index(rows, 3, number_questions([rows]))
+    assert side == {"step": 3, "captions": [[0.5, 1.2346, 4, 0, "r wr"], [None, None, 9, 1, "r "]]}
+    assert side_index(None, 3, {}) is None
+
+
+def test_questions_have_one_number_on_both_sides(tmp_path):
+    """The second run asked in another order: a question is found by what it says, and where from."""
+    first = Source("a", tmp_path, [(0, [caption_row("x", questions=[asked("A?"), asked("B?")])])], config={})
+    other = Source("b", tmp_path, [(0, [caption_row("x", questions=[asked("B?", chosen=1), asked("C?")])])], config={})
+    data = browser_data([first, other], 1e9)
+    [group] = data["index"]["pages"][0]["groups"]
+    assert [data["index"]["questions"][place] for place in group["questions"]] == ["A?", "B?", "C?"]
+    assert [side["captions"][0][4] for side in group["sides"]] == ["r r ", " w r"]
+
+
+def test_more_than_two_runs_have_curves_and_the_first_two_captions(tmp_path):
+    runs = [made_run(tmp_path / name, [[caption_row("x", f"of {name}")]] * 2) for name in "abcdefg"]
+    page = write_page(*runs[:3])
+    assert page.name == "report_with_b_with_c.html"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<polyline points=\"0,4 26,4\"") == 3 * text.count("<figure")
+    [chunk] = [content for attributes, content in scripts(text) if 'id="page-0"' in attributes]
+    [sides] = json.loads(zlib.decompress(base64.b64decode(chunk)))
+    assert [side["captions"][0]["text"] for side in sides] == ["of a", "of b"]
+    with pytest.raises(ValueError, match=f"expected at most 6 runs, got 7: {runs[0]} and {runs[1]} and "):
+        write_page(*runs)
+    rows = evaluation(tmp_path / "rows.jsonl", [caption_row("x")])
+    with pytest.raises(ValueError, match="expected one or two evaluations, got 3: "):
+        write_page(rows, rows, rows)
+
+
+def test_pictures_at_full_size_are_kept_up_to_a_size(tmp_path, capsys):
+    """Of three pictures one is gone since; the others take 4/3 of their bytes each."""
+    questions = [{"question": "Color?", "choices": ["red", "blue"], "answer_index": 0}]
+    rows = [{"id": id, "image": f"{id}.png", "questions": questions} for id in "xyz"]
+    data = evaluation(tmp_path / "set.jsonl", rows)
+    for id in "xyz":
+        Image.effect_noise((640, 480), 60).convert("RGB").save(tmp_path / f"{id}.png")
+    run = made_run(tmp_path / "run", [[caption_row(id)] for id in "xyz"], data=str(data))
+    sources = load_sources(run)
+    assert browser_data(sources, 1e9)["full"] == []
+    whole = browser_data(sources, 1e9, 1e9)
+    assert whole["index"]["full"] == ["z", "y", "x"]  # the last step first
+    content = base64.b64decode(whole["full"][0].removeprefix("data:image/webp;base64,"))
+    assert Image.open(BytesIO(content)).size == (640, 480)
+    size = len(whole["full"][0])
+    assert browser_data(sources, 1e9, 1.5 * size)["index"]["full"] == ["z"]
+    (tmp_path / "z.png").write_bytes(b"no picture")
+    assert browser_data(sources, 1e9, 1e9)["index"]["full"] == ["y", "x"]
+    other = evaluation(tmp_path / "other.jsonl", [caption_row("x")])
+    main([str(other), "--full-mb", "1", "--data", str(data)])
+    assert "pictures at full size: 1 of 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="full_mb of an evaluation: expected --data, where its pictures are"):
+        PageConfig(other, full_mb=1)
+    data.unlink()
+    main([str(run), "--full-mb", "1"])
+    assert re.search(r"no pictures at full size: .*set.jsonl.*\nreport: ", capsys.readouterr().out)
 
 
 def test_the_second_runs_captions_are_those_of_the_nearest_step(tmp_path):
@@ -342,7 +445,7 @@ def test_hostile_texts_stay_texts(tmp_path):
     assert "<img" not in text and "49" not in unescape(text.split("<main>")[1].split("<section id=\"curves\"")[0])
     [chunk] = [content for attributes, content in scripts(text) if 'id="page-0"' in attributes]
     [[side]] = json.loads(zlib.decompress(base64.b64decode(chunk)))
-    assert side["captions"][0]["text"] == HOSTILE and side["asked"][0][1] == [HOSTILE, "b"]
+    assert side["captions"][0]["text"] == HOSTILE and side["asked"][0][1:3] == [HOSTILE, [HOSTILE, "b"]]
     # JSON can say it, UTF-8 cannot
     half = {"id": "\ud800", "caption": "half a surrogate pair \ud800", "accuracy": None}
     assert "half a" not in write_page(evaluation(tmp_path / "half.jsonl", [half])).read_text(encoding="utf-8")
@@ -439,6 +542,33 @@ def press(driver, selector: str, *keys: str) -> None:
     driver.find_element(By.CSS_SELECTOR, selector).send_keys(*keys)
 
 
+def choose_id(driver, id: str, value) -> None:
+    driver.execute_script("""const control = document.getElementById(arguments[0]);
+        control.value = arguments[1];""", id, value)
+
+
+def choose(driver, name: str, value) -> None:
+    """Sets a control, as a hand would, and waits for the page to be drawn again."""
+    drawn = driver.execute_script("return document.getElementById('captions').dataset.drawn")
+    driver.execute_script("""const control = document.getElementsByName(arguments[0])[0];
+        if (arguments[1] === true) control.checked = true; else control.value = arguments[1];
+        control.dispatchEvent(new Event('input', {bubbles: true}));""", name, value)
+    wait(driver, f"return document.getElementById('captions').dataset.drawn !== '{drawn}'")
+
+
+def type_(driver, name: str, text: str) -> None:
+    """For letters that the driver cannot press."""
+    driver.execute_script("document.getElementsByName(arguments[0])[0].focus()", name)
+    driver.execute_cdp_cmd("Input.insertText", {"text": text})
+
+
+def go_to(driver, address: str) -> None:
+    """Another address of the page that is open."""
+    drawn = driver.execute_script("return document.getElementById('captions').dataset.drawn")
+    driver.execute_script("location.hash = arguments[0]", address)
+    wait(driver, f"return document.getElementById('captions').dataset.drawn !== '{drawn}'")
+
+
 def screenshot(driver, path: Path, width: int) -> None:
     """The whole page, for a careful eye."""
     set_size(driver, width, min(driver.execute_script("return document.documentElement.scrollHeight"), 12_000))
@@ -485,7 +615,8 @@ def test_curves_tell_values_to_pointer_and_keys(driver, tiny_run):
     rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
     with opened(driver, write_page(tiny_run)):
         place = driver.execute_script(
-            "return [...document.querySelectorAll('.curve')].findIndex((one) => one.textContent.includes('entropy'))")
+            "document.getElementById('more-curves').open = true;"
+            "return [...document.querySelectorAll('.curve')].find((one) => one.textContent.includes('entropy')).dataset.place")
         svg, figure = f".curve[data-place='{place}'] > svg", f".curve[data-place='{place}']"
         press(driver, svg, "\ue014")  # right arrow: the first step
         assert text_of(driver, f"{figure} .at") == "step 0"
@@ -499,7 +630,7 @@ def test_curves_tell_values_to_pointer_and_keys(driver, tiny_run):
         """, svg)
         assert text_of(driver, f"{figure} .at") == "step 0"
         press(driver, svg, "\ue012", "\ue007")  # left arrow, Enter: the captions of step 0
-        wait(driver, "return document.getElementById('page').selectedOptions[0].textContent === 'step 0'")
+        wait(driver, "return document.querySelector('[name=step]').selectedOptions[0].textContent === 'step 0'")
 
 
 def test_steps_images_and_filters(driver, tmp_path):
@@ -509,27 +640,316 @@ def test_steps_images_and_filters(driver, tmp_path):
     run = made_run(tmp_path / "run", [[row for row in rows if row["id"][0] == str(step)] for step in range(3)])
 
     def expect(page, image, count):
-        wait(driver, f"""return document.getElementById('page').selectedOptions[0]?.textContent === "{page}"
+        wait(driver, f"""return document.querySelector('[name=step]').selectedOptions[0]?.textContent === "{page}"
             && document.querySelector('#detail dd')?.textContent === "{image}"
             && document.getElementById('count').textContent === "{count}" """)
 
     with opened(driver, write_page(run)):
-        expect("step 2", "2x", "6 of 6 groups")
+        expect("step 2", "2x", "6 of 6 groups, 12 captions")
         press(driver, "#previous", "\ue007")
-        expect("step 1", "1x", "6 of 6 groups")
+        expect("step 1", "1x", "6 of 6 groups, 12 captions")
         press(driver, "#strip button", "\ue014")  # right: the other image
-        expect("step 1", "1y", "6 of 6 groups")
+        expect("step 1", "1y", "6 of 6 groups, 12 captions")
         press(driver, "#strip button", "\ue008\ue012")  # shift left: the other step, the same place
-        expect("step 0", "0y", "6 of 6 groups")
-        press(driver, "#question", "how MANY")
-        expect("step 0 (1)", "0y", "3 of 6 groups")
-        driver.execute_script("""const spread = document.getElementById('spread');
-            spread.value = 1; spread.dispatchEvent(new Event('input', {bubbles: true}));""")
-        expect("step 1 (1)", "1y", "1 of 6 groups")
-        driver.execute_script("""const family = document.getElementById('family');
-            family.value = 'a'; family.dispatchEvent(new Event('input', {bubbles: true}));""")
+        expect("step 0", "0y", "6 of 6 groups, 12 captions")
+        press(driver, "[name=search]", "how MANY")
+        expect("step 0 (1)", "0y", "3 of 6 groups, 6 captions")
+        choose(driver, "spread", 1)
+        expect("step 1 (1)", "1y", "1 of 6 groups, 2 captions")
+        choose(driver, "family", "a")
         wait(driver, "return document.getElementById('detail').textContent === 'No group passes the filters.'")
-        assert text_of(driver, "#count") == "0 of 6 groups"
+        assert text_of(driver, "#count") == "0 of 6 groups, 0 captions"
+
+
+def searchable_run(run_dir: Path) -> Path:
+    """Two steps of two images of two captions. Rewards, advantages, lengths and what is cut off by
+    hand; 0:tree is flat."""
+    def row(id, text, reward, advantage, length, cut=False, **question):
+        return caption_row(id, text, reward, advantage=advantage, length=length, truncated=cut,
+                           questions=[asked("What color is it?", **question), asked("How many?", source=1)])
+
+    return made_run(run_dir, [
+        [row("0:tree", "A green tree.", 0.5, 0.0, 3, chosen=1), row("0:tree", "A tall tree, (all) green.", 0.5, 0.0, 5),
+         row("0:house", "A red house.", 0.25, -1.0, 8, chosen=1, abstain=1), row("0:house", "Bricks.", 1.0, 1.0, 2, True)],
+        [row("1:car", "A car, again and again", 0.75, 0.5, 9, True, chosen=1), row("1:car", "A RED car.", 0.0, -2.0, 4),
+         row("1:cup", "A cup.", None, None, 6), row("1:cup", "Çay, ✓ שלום 🦜", 0.5, 0.0, 7, chosen=None)],
+    ])
+
+
+def looked_at(driver) -> tuple[str, list[str]]:
+    """Id of the image and the numbers of the captions that pass, in their order."""
+    return driver.execute_script("""return [document.querySelector('#detail dd').textContent,
+        [...document.querySelectorAll('.caption')].filter((one) => one.querySelector('.passes')
+         || !document.querySelector('.passes')).map((one) => one.querySelector('b').textContent)]""")
+
+
+def shown_list(driver) -> list[str]:
+    return driver.execute_script("return [...document.querySelectorAll('#strip button')].map((one) => one.title)")
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("search, images, captions, marks", [
+    ("RED", ["0:house", "1:car"], 2, 1), ("how many", ["0:tree", "0:house", "1:car", "1:cup"], 8, 1),
+    ("0:h", ["0:house"], 2, 1), ("(all)", ["0:tree"], 1, 1), ("green", ["0:tree"], 2, 2), ("שלום 🦜", ["1:cup"], 1, 1),
+    ("çAY", ["1:cup"], 1, 1), ("</p>", [], 0, 0), ("  ", ["0:tree", "0:house", "1:car", "1:cup"], 8, 0),
+])
+def test_search_in_captions_questions_and_ids(driver, tmp_path, search, images, captions, marks, width):
+    with opened(driver, write_page(searchable_run(tmp_path / "run")), width):
+        choose(driver, "all", True)
+        type_(driver, "search", search)
+        count = f"{len(images)} of 4 groups, {captions} captions"
+        wait(driver, f"return document.getElementById('count').textContent === '{count}'")
+        assert shown_list(driver) == images
+        assert driver.execute_script("return CSS.highlights.get('search')?.size ?? 0") == marks
+        assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+
+
+@pytest.mark.parametrize("filters, want", [
+    ({"cut": True}, {"0:house": ["2"], "1:car": ["1"]}), ({"flat": True}, {"0:tree": ["1", "2"]}),
+    ({"wrong": True}, {"0:tree": ["1"], "1:car": ["1"]}), ({"abstained": True}, {"0:house": ["1"]}),
+    ({"cut": True, "wrong": True}, {"1:car": ["1"]}), ({"abstained": True, "cut": True}, {}),
+    ({"wrong": True, "search": "how many"}, {}), ({"wrong": True, "search": "color"}, {"0:tree": ["1"], "1:car": ["1"]}),
+    ({"wrong": True, "search": "again"}, {"1:car": ["1"]}), ({"spread": 0.75}, {"0:house": ["1", "2"], "1:car": ["1", "2"]}),
+])
+def test_filters_by_hand(driver, tmp_path, filters, want):
+    address = "&".join(f"{name}={'yes' if value is True else value}" for name, value in filters.items())
+    with opened(driver, write_page(searchable_run(tmp_path / "run"))):
+        go_to(driver, f"all=yes&{address}")
+        assert shown_list(driver) == list(want)
+        for place, (id, numbers) in enumerate(want.items()):
+            driver.execute_script(f"document.querySelectorAll('#strip button')[{place}].click()")
+            wait(driver, f"return document.querySelector('#detail dd').textContent === '{id}'")
+            assert looked_at(driver) == [id, numbers]
+
+
+@pytest.mark.parametrize("sort, images, captions", [
+    ("", ["0:tree", "0:house", "1:car", "1:cup"], ["1", "2"]),
+    ("reward-high", ["0:house", "1:car", "0:tree", "1:cup"], ["2", "1"]),
+    ("reward-low", ["1:car", "0:house", "0:tree", "1:cup"], ["2", "1"]),
+    ("advantage-high", ["0:house", "1:car", "0:tree", "1:cup"], ["2", "1"]),
+    ("advantage-low", ["1:car", "0:house", "0:tree", "1:cup"], ["2", "1"]),
+    ("length-high", ["1:car", "0:house", "1:cup", "0:tree"], ["1", "2"]),
+    ("length-low", ["0:house", "0:tree", "1:car", "1:cup"], ["2", "1"]),
+    ("disagreement-high", ["0:house", "1:car", "0:tree", "1:cup"], ["1", "2"]),
+    ("disagreement-low", ["0:tree", "1:cup", "0:house", "1:car"], ["1", "2"]),
+])
+def test_orders_by_hand(driver, tmp_path, sort, images, captions):
+    """Of images: the best (or least) caption decides; what has no value comes last. The first
+    image's captions follow."""
+    with opened(driver, write_page(searchable_run(tmp_path / "run"))):
+        choose(driver, "all", True)
+        choose(driver, "sort", sort)
+        assert shown_list(driver) == images
+        assert looked_at(driver) == [images[0], captions]
+        assert text_of(driver, ".matrix thead") == "question \\ caption" + "".join(captions)
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_address_is_a_link(driver, tmp_path, width):
+    page = write_page(searchable_run(tmp_path / "run"))
+    with opened(driver, page, width):
+        assert driver.execute_script("return location.hash") == ""
+        press(driver, "[name=step]", "step 0")
+        wait(driver, "return location.hash === '#step=0'")
+        press(driver, "body", "\ue014")
+        wait(driver, "return location.hash === '#step=0&image=0%3Ahouse'")
+        press(driver, "body", "qq")
+        wait(driver, "return location.hash === '#step=0&image=0%3Ahouse&question=2'")
+        address = driver.current_url
+        driver.execute_script("document.querySelector('nav a').click()")  # names a section: the state stays
+        assert looked_at(driver)[0] == "0:house"
+        press(driver, "body", "\ue00c")  # Escape
+        wait(driver, "return location.hash === '#step=0&image=0%3Ahouse'")
+        driver.get("about:blank")
+        driver.get(address)  # another one opens it
+        wait(driver, "return !!document.querySelector('.answer')")
+        assert looked_at(driver)[0] == "0:house"
+        assert driver.execute_script("return document.querySelector('[aria-expanded=true]').textContent") == "2  How many?"
+        wait(driver, """const top = document.getElementById('captions').getBoundingClientRect().top;
+            return top < 100 || Math.abs(scrollY + innerHeight - document.body.scrollHeight) < 30""")
+        for odd in ("step=99&image=none&question=77&sort=x&family=y&spread=z&smooth=z", "step=x&=&&%", "search=%ED%A0%80"):
+            go_to(driver, odd)
+        assert text_of(driver, "#detail") == "No group passes the filters."
+        go_to(driver, "step=99&image=none")
+        assert looked_at(driver)[0] == "1:car"
+
+
+def test_keys_work_before_anything_is_clicked(driver, tmp_path):
+    with opened(driver, write_page(searchable_run(tmp_path / "run"))):
+        press(driver, "body", "\ue014")
+        wait(driver, "return document.querySelector('#detail dd').textContent === '1:cup'")
+        press(driver, "body", "\ue008\ue012\ue008")
+        wait(driver, "return document.querySelector('#detail dd').textContent === '0:house'")
+        press(driver, "body", "/")
+        assert driver.execute_script("return document.activeElement.name") == "search"
+        press(driver, "[name=search]", "q/z\ue014")  # letters to search for, no commands
+        wait(driver, "return document.getElementById('detail').textContent === 'No group passes the filters.'")
+        assert not driver.execute_script("return document.getElementById('zoom').open")
+
+
+def test_all_steps_in_one_list(driver, tmp_path):
+    """130 images in parts of 60; the third part has 10."""
+    steps = [[caption_row(f"{step}-{place}", reward=(65 * step + place) / 130) for place in range(65)] for step in range(2)]
+    run = made_run(tmp_path / "run", [rows[:16] for rows in steps])
+    for step, rows in enumerate(steps):  # 16 groups of a step are shown
+        evaluation(run / f"rollouts/step_{step:06d}.jsonl", rows)
+    rows = evaluation(tmp_path / "rows.jsonl", steps[0] + steps[1])
+    with opened(driver, write_page(run)):
+        go_to(driver, "all=yes&sort=reward-high")
+        assert text_of(driver, "#position") == "image 1 of 32" and shown_list(driver)[:2] == ["1-15", "1-14"]
+    with opened(driver, write_page(rows)):
+        choose(driver, "sort", "accuracy-low")
+        wait(driver, "return document.querySelectorAll('#strip button').length === 60")
+        press(driver, "body", "\ue008\ue014\ue014\ue008")
+        wait(driver, "return document.getElementById('position').textContent === 'image 121 of 130'")
+        assert len(shown_list(driver)) == 10 and driver.execute_script("return document.getElementById('next').disabled")
+        press(driver, "body", "\ue012")
+        wait(driver, "return document.getElementById('position').textContent === 'image 120 of 130'")
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_question_shows_its_words_in_long_captions(driver, tmp_path, width):
+    """900 words, those that answer near the end; a second question overlaps the first one's."""
+    text = "one two three four " * 220 + "The big star is dark red. " + "five six " * 10
+    questions = [asked("What star?", options=["dark red", "blue"]), asked("What color?", options=["red", "blue"], source=1)]
+    run = made_run(tmp_path / "run", [[caption_row("1", text, questions=questions)] * 8])
+    in_sight = """const mark = document.querySelector('mark.active');
+        if (!mark) return false;
+        const [box, text] = [mark.getBoundingClientRect(), mark.closest('p').getBoundingClientRect()];
+        return box.top >= text.top && box.bottom <= text.bottom && box.top >= 40 && box.bottom <= innerHeight
+            && mark.textContent === arguments[0]"""
+
+    def wait_for(words):
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(driver, 30, poll_frequency=0.02).until(lambda _: driver.execute_script(in_sight, words))
+
+    with opened(driver, write_page(run), width):
+        driver.execute_script("document.querySelectorAll('.matrix button')[0].click()")
+        wait_for("dark red1")
+        assert len(driver.find_elements("css selector", "mark.active")) == 8
+        assert text_of(driver, ".answer") == "✓ dark red"
+        driver.execute_script("document.querySelectorAll('.matrix button')[1].click()")
+        wait_for("red2")
+        assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+        screenshot(driver, tmp_path / f"long-{width}.png", width)
+        choose(driver, "whole", True)
+        wait(driver, "return document.querySelector('.caption p').clientHeight > 1000")
+
+
+def test_captions_are_taken_along(driver, tmp_path):
+    """As JSONL that opens as a page again, and as CSV that reads back to the letter."""
+    texts = [HOSTILE, 'a "quoted", line\r\nand = another', "\u202e אב 🦜 " + "x" * 10_000]
+    rows = [caption_row(HOSTILE, text, 0.5, advantage=None, questions=[asked(), asked("B?", chosen=1)]) for text in texts]
+    run = made_run(tmp_path / "run", [rows, [caption_row("other", "cut", truncated=True)]])
+    (folder := tmp_path / "downloads").mkdir()
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+
+    def take(what, format, name):
+        choose_id(driver, "what", what)
+        choose_id(driver, "format", format)
+        press(driver, "#download", "\ue007")
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(driver, 30).until(lambda _: (folder / name).is_file())
+        return folder / name
+
+    with opened(driver, write_page(run)):
+        go_to(driver, "step=0")
+        taken = [json.loads(line) for line in take("image", "JSONL", "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [row["caption"] for row in taken] == texts and taken[0]["id"] == HOSTILE and taken[0]["step"] == 0
+        assert [question["correct"] for question in taken[0]["questions"]] == [True, False]
+        assert write_page(folder / "captions.jsonl").exists()
+        path = take("image", "CSV", "captions.csv")
+        with path.open(encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file))
+        assert [row["caption"] for row in table] == texts
+        assert (table[0]["reward"], table[0]["advantage"], table[0]["right"], table[0]["asked"]) == ("0.5", "", "1", "2")
+        path.unlink()
+        choose(driver, "cut", True)
+        wait(driver, "return document.getElementById('count').textContent.startsWith('1 of 2')")
+        with take("all", "CSV", "captions.csv").open(encoding="utf-8", newline="") as file:
+            assert [row["caption"] for row in csv.DictReader(file)] == ["cut"]
+        press(driver, "#copy", "\ue007")
+        wait(driver, "return document.getElementById('taken').textContent === '1 captions'")
+        read = "navigator.clipboard.readText().then(arguments[arguments.length - 1])"
+        assert driver.execute_async_script(read).splitlines()[1].endswith(",cut")
+        press(driver, "#link", "\ue007")
+        wait(driver, "return document.getElementById('taken').textContent === 'the link is copied'")
+        assert driver.execute_async_script(read).endswith("#step=1&image=other&cut=yes")
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_picture_is_shown_large(driver, tmp_path, width):
+    picture = Image.effect_noise((900, 600), 60).convert("RGB")
+    questions = [{"question": "Color?", "choices": ["red", "blue"], "answer_index": 0}]
+    data = evaluation(tmp_path / "set.jsonl", [{"id": "x", "image": "x.png", "questions": questions}])
+    picture.save(tmp_path / "x.png")
+    run = made_run(tmp_path / "run", [[caption_row("x"), caption_row("y")]], data=str(data))
+    keep_thumbnail(run, "x", picture.copy)
+    keep_thumbnail(run, "y", picture.copy)
+    with opened(driver, write_page(run, full_mb=5), width):
+        press(driver, "body", "z")
+        wait(driver, "return document.querySelector('#zoom img')?.naturalWidth === 900")
+        assert "900 \u00d7 600 pixels, full size" in text_of(driver, "#zoom output")
+        room, shown = driver.execute_script(
+            "return ['.frame', '#zoom img'].map((one) => document.querySelector(one).clientWidth)")
+        assert shown <= room
+        screenshot(driver, tmp_path / f"zoom-{width}.png", width)
+        driver.execute_script("document.querySelector('#zoom img').click()")
+        assert text_of(driver, "#zoom output").startswith("100 % of")
+        press(driver, "#zoom [data-zoom=in]", "\ue007")
+        assert driver.execute_script("return document.querySelector('#zoom img').clientWidth") == 1350
+        press(driver, "#zoom", "\ue00c")
+        assert not driver.execute_script("return document.getElementById('zoom').open")
+        press(driver, "body", "\ue014")
+        wait(driver, "return document.querySelector('#detail dd').textContent === 'y'")
+        driver.execute_script("document.querySelector('.picture').click()")
+        wait(driver, "return document.querySelector('#zoom img').naturalWidth === 256")
+        assert "a small copy; --full-mb keeps whole ones" in text_of(driver, "#zoom output")
+        driver.execute_script("document.getElementById('zoom').close()")
+
+
+def test_curves_are_smoothed_and_drawn_against_hours(driver, tmp_path):
+    """Rewards 0, 1, 0 after 0, 1 and 4 hours. Smoothed by 1/2 they are 0, (1/2 1) / (3/4) = 2/3 and
+    (1/4 1) / (7/8) = 2/7."""
+    run = made_run(tmp_path / "run", [[caption_row("1")]] * 3)
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward": {n % 2}}}\n' for n in range(3)))
+    (run / "timing.jsonl").write_text("".join(f'{{"step": {n}, "seconds": {s}}}\n' for n, s in enumerate((3600, 10800, 9))))
+    evaluation(run / "eval.jsonl", [{"step": step, "accuracy": 0.5, "low": 0.25, "high": 0.75} for step in (0, 2)])
+
+    def points(line):
+        script = "return document.querySelector(arguments[0]).getAttribute('points')"
+        text = driver.execute_script(script, f".curve[data-place='0'] {line}")
+        return [tuple(map(float, point.split(","))) for point in text.split(" ")]
+
+    with opened(driver, write_page(run)):
+        assert points(".line polyline") == [(52, 156), (202, 10), (352, 156)]
+        choose(driver, "smooth", 0.5)
+        assert points(".line polyline.measured") == [(52, 156), (202, 10), (352, 156)]
+        smooth = points(".line polyline.smoothed")
+        assert [y for _, y in smooth] == pytest.approx([156, 156 - 146 * 2 / 3, 156 - 146 * 2 / 7], abs=0.01)
+        choose(driver, "hours", True)  # an hour is a quarter of the way
+        assert [x for x, _ in points(".line polyline.smoothed")] == [52, 127, 352]
+        band = driver.execute_script("return document.querySelector('.band').getAttribute('points')")
+        assert [point.split(",")[0] for point in band.replace("\n", " ").split(" ")] == ["52", "352", "352", "52"]
+        assert text_of(driver, ".curve[data-place='0'] .axis:not([hidden])") == "01234"
+        press(driver, ".curve[data-place='0'] > svg", "\ue014\ue014")
+        assert text_of(driver, ".curve[data-place='0'] .at") == "step 1, 1.00 h"
+        assert text_of(driver, ".curve[data-place='0'] .value") == "1"
+        wait(driver, "return location.hash === '#smooth=0.5&hours=yes'")
+        go_to(driver, "")
+        assert points(".line polyline") == [(52, 156), (202, 10), (352, 156)]
+        assert not driver.find_elements("css selector", ".smoothed")
+
+
+def test_captions_come_after_a_row_of_curves(driver, tiny_run):
+    with opened(driver, write_page(tiny_run)):
+        visible = "return [...document.querySelectorAll('.curve')].filter((one) => one.checkVisibility()).length"
+        assert driver.execute_script(visible) == 4
+        assert driver.execute_script("return document.querySelector('#captions').getBoundingClientRect().top") < 900
+        assert driver.execute_script("return document.querySelectorAll('.curve').length") >= 14
 
 
 def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
@@ -637,7 +1057,7 @@ def test_the_page_of_a_long_run_opens(driver, large):
         assert driver.execute_script("return document.querySelectorAll('#strip button').length") == 16
         for _ in range(3):
             press(driver, "#previous", "\ue007")
-        wait(driver, "return document.getElementById('page').selectedOptions[0].textContent === 'step 196'")
+        wait(driver, "return document.querySelector('[name=step]').selectedOptions[0].textContent === 'step 196'")
         wait(driver, "return document.querySelectorAll('#detail .caption').length === 8")
         took = driver.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")
         print(f"a page of {large.stat().st_size / 1e6:.1f} MB opened in {took / 1000:.2f} s")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from data.benchmarks.benchmark import Benchmark
+from data.benchmarks.benchmark import Benchmark, Picture
 from data.images import open_image
 from data.io import check_room, json_lines, write_whole
 from tools.stats import markdown, paired_difference
@@ -74,12 +74,16 @@ def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict])
         file.writelines(json_lines(names | row for row in rows))
 
 
+def shown_id(benchmarks: Sequence[Benchmark], benchmark: Benchmark, picture: Picture) -> str:
+    """How the report page names a picture: its ids are unique in a benchmark."""
+    return picture.id if len(benchmarks) == 1 else f"{benchmark.name}:{picture.id}"
+
+
 def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
     """Keeps thumbnails of each benchmark's first pictures, beside the file of rows."""
     for benchmark in benchmarks:
         for picture in benchmark.pictures[:THUMBNAILS]:
-            # As the page names it.
-            id = picture.id if len(benchmarks) == 1 else f"{benchmark.name}:{picture.id}"
+            id = shown_id(benchmarks, benchmark, picture)
             with suppress(ValueError):  # one that cannot be opened has its sentence in the rows
                 keep_thumbnail(out, id, partial(open_image, picture.image))
 

@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
-from tools.report.metrics import LOG_KEYS
-from tools.report.sources import Source, known
+from tools.report.metrics import LOG_KEYS, LogKey
+from tools.report.sources import HELD_OUT, Source, known
 
 WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 156
 """The drawing area of a curve, in the units of its viewBox. The rest is for the numbers on the
 axes."""
+
+FIRST = ("reward", HELD_OUT, "accuracy", "probe_accuracy", "length", "kl")
+"""What is looked at first, in this order: the reward, and what keeps it honest."""
+
+HELD_OUT_KEY = LogKey(HELD_OUT, "", "mean score of the questions on images that are never trained "
+                      "on, before the step; its band is over images", "held-out accuracy")
 
 Band = dict[int, tuple[float, float]]
 """step -> the ends of an interval"""
@@ -36,6 +43,7 @@ def panels(sources: Sequence[Source]) -> list[dict]:
     """The curves, drawn. One run: numbers that belong together share one; two runs: each number has
     its own."""
     listed = {entry.key: entry for entries in LOG_KEYS.values() for entry in entries}
+    listed[HELD_OUT] = HELD_OUT_KEY
     measured = {key for source in sources for key, values in source.series.items()
                 if known(values.values())}
     others = sorted(measured - set(listed))
@@ -46,27 +54,44 @@ def panels(sources: Sequence[Source]) -> list[dict]:
     titles = {key: listed[key].curve if key in listed else "reward and its parts" for key in keys}
     titles |= {key: key for key in others if key not in parts}
     by_title: dict[str, list[str]] = {}
-    for key, title in titles.items():
-        by_title.setdefault(key if len(sources) > 1 else title, []).append(key)
+    for key in [key for key in FIRST if key in titles] + list(titles):
+        members = by_title.setdefault(key if len(sources) > 1 else titles[key], [])
+        if key not in members:
+            members.append(key)
     drawn = []
     for title, members in by_title.items():
         lines = [
-            {"label": source.name if len(sources) > 1 else key,
+            {"label": source.name if len(sources) > 1 else key, "source": place,
              "values": source.series.get(key, {})}
-            for key in members for source in sources
+            for key in members for place, source in enumerate(sources)
         ]
-        bands = [source.bands for source in sources] if "accuracy" in members else []
+        bands = [source.bands.get(members[0], {}) for source in sources]
         known_members = [listed[key] for key in members if key in listed]
         unit = listed[members[0]].unit if members[0] in listed else ""
         what = [f"{entry.key}: {entry.what}".replace("`", "") for entry in known_members]
-        drawn.append(draw_panel(title.replace("_", " "), unit, what, lines, bands))
+        drawn.append(draw_panel(title.replace("_", " "), unit, what, lines, bands,
+                                [hours(source) for source in sources]))
     return drawn
 
 
-def draw_panel(title: str, unit: str, what: list[str], lines: list[dict],
-               bands: list[Band]) -> dict:
+def hours(source: Source) -> list[float]:
+    """Before each step, and after the last: hours of the steps before it. A step whose seconds are
+    not known counts as their median. Empty if none are."""
+    series = source.series.get("seconds", {})
+    if not known(series.values()):
+        return []
+    middle, total, sums = median(known(series.values())), 0.0, []
+    for step in range(source.num_steps + 1):
+        sums.append(float(f"{total / 3600:.6g}"))
+        seconds = series.get(step)
+        total += middle if seconds is None else seconds
+    return sums
+
+
+def draw_panel(title: str, unit: str, what: list[str], lines: list[dict], bands: list[Band],
+               elapsed: list[list[float]]) -> dict:
     """Numbers to coordinates: what the template writes as SVG, and the values for the pointer to
-    show."""
+    show. elapsed: `hours` of each source."""
     steps = sorted({step for line in lines for step in line["values"]})
     values = known(value for line in lines for value in line["values"].values())
     values += [end for band in bands for pair in band.values() for end in pair]
@@ -75,7 +100,7 @@ def draw_panel(title: str, unit: str, what: list[str], lines: list[dict],
     width, height = max(steps[-1] - steps[0], 1), y_ticks[-1] - y_ticks[0]
 
     def x(step: int) -> float:
-        return round(LEFT + (RIGHT - LEFT) * (step - steps[0]) / width, 1)
+        return along(step, steps[0], width)
 
     def y(value: float) -> float:
         return round(BOTTOM - (BOTTOM - TOP) * (value - y_ticks[0]) / height, 1)
@@ -96,7 +121,8 @@ def draw_panel(title: str, unit: str, what: list[str], lines: list[dict],
         numbers = known(value for _, value in sorted(line["values"].items()))
         is_sparse = len(numbers) <= 12
         drawn.append({
-            "label": line["label"], "runs": [" ".join(run) for run in runs if len(run) > 1],
+            "label": line["label"], "source": line["source"],
+            "runs": [" ".join(run) for run in runs if len(run) > 1],
             "dots": [point.split(",") for run in runs for point in run
                      if is_sparse or len(run) == 1],
         })
@@ -104,19 +130,29 @@ def draw_panel(title: str, unit: str, what: list[str], lines: list[dict],
             summary.append(f"{line['label']} from {numbers[0]:.3g} to {numbers[-1]:.3g}")
     x_ticks = [(x(int(tick)), f"{tick:.0f}") for tick in ticks(steps[0], steps[-1])
                if tick == int(tick) and steps[0] <= tick <= steps[-1]]
+    ends = [elapsed[line["source"]][min(step, len(elapsed[line["source"]]) - 1)]
+            for line in lines for step in line["values"] if all(elapsed)]
+    first, last = min(ends, default=0), max(ends, default=0)
+    hour_ticks = [(along(tick, first, last - first), axis_number(tick))
+                  for tick in ticks(first, last) if first <= tick <= last] if last > first else []
     return {
         "title": title, "unit": unit, "what": what, "lines": drawn, "summary": "; ".join(summary),
-        "bands": [outline(band) for band in bands if band],
-        "x_ticks": x_ticks or [(x(steps[0]), str(steps[0]))],
+        "bands": [(place, outline(band)) for place, band in enumerate(bands) if band],
+        "x_ticks": x_ticks or [(x(steps[0]), str(steps[0]))], "hour_ticks": hour_ticks,
         "y_ticks": [(y(tick), axis_number(tick) if abs(tick) > 1e-9 * height else "0")
                     for tick in y_ticks],
         "values": {
-            "steps": steps, "x": [x(step) for step in steps],
-            "lines": [{"label": line["label"],
+            "steps": steps, "hours": [first, last],
+            "lines": [{"source": line["source"],
                        "values": [_four_digits(line["values"].get(step)) for step in steps]}
                       for line in lines],
         },
     }
+
+
+def along(value: float, low: float, width: float) -> float:
+    """Where a step or an hour lies on the axis."""
+    return round(LEFT + (RIGHT - LEFT) * (value - low) / width, 1)
 
 
 def _four_digits(value: float | None) -> float | None:

@@ -1,47 +1,166 @@
 "use strict";
-// What moves on the report page: values under the pointer, and the captions, unpacked a page (a step) at a time.
+// What moves on the report page. `state` says what is looked at. It is read from the address and
+// written to it, so that the address is a link. `render` draws the page as `state` says.
 (() => {
   const byId = (id) => document.getElementById(id);
   const parsed = (id) => JSON.parse(byId(id).textContent);
-  const show = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+  const isNumber = (value) => value !== null && value !== undefined;
+  const show = (value, digits = 2) => (isNumber(value) ? value.toFixed(digits) : "–");
   const signed = (value) => (value > 0 ? "+" : "") + show(value);
 
-  // An element with attributes and children. Texts are set as texts: nothing that a model wrote is read as markup.
+  // An element with attributes and children. Texts are set as texts: nothing that a model wrote is
+  // read as markup.
   function make(tag, attributes = {}, ...children) {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) {
       if (name === "click") element.addEventListener("click", value);
-      else if (value !== null && value !== undefined) element.setAttribute(name, value);
+      else if (isNumber(value)) element.setAttribute(name, value);
     }
     element.append(...children.filter((child) => child !== null));
     return element;
   }
 
-  // ------------------------------------------------------------------------------------------------------------- curves
+  // ------------------------------------------------------------------------------------- state
 
-  const curves = parsed("curves-data");
-  for (const figure of document.querySelectorAll(".curve")) {
-    const { steps, x, lines } = curves[figure.dataset.place];
+  const NOTHING = {
+    step: "", image: "", question: "", search: "", family: "", sort: "", spread: "0", cut: "",
+    flat: "", wrong: "", abstained: "", all: "", whole: "", smooth: "0", hours: "",
+  };
+  const PLACE = ["step", "image", "question", "search"]; // an address with one of these opens there
+  const state = { ...NOTHING };
+  const controls = [...document.querySelectorAll("[name]:not(meta)")]; // each named as its state is
+
+  function readAddress() {
+    const given = new URLSearchParams(location.hash.slice(1));
+    for (const name of Object.keys(NOTHING)) state[name] = given.get(name) ?? NOTHING[name];
+    for (const { name, options } of controls) { // what this page does not have to choose from
+      const isKnown = !options || [...options].some((option) => option.value === state[name]);
+      if (!isKnown && name !== "step") state[name] = NOTHING[name];
+    }
+    return PLACE.some((name) => state[name]);
+  }
+
+  function writeAddress() {
+    const told = Object.entries(state).filter(([name, value]) => value !== NOTHING[name]);
+    history.replaceState(null, "", `#${new URLSearchParams(told)}`);
+  }
+
+  let writing = 0;
+  function go(changes) {
+    Object.assign(state, changes);
+    clearTimeout(writing); // a browser refuses many in a second, as of a key that is held down
+    writing = setTimeout(writeAddress, 100);
+    return render();
+  }
+
+  controls.forEach((control) => control.addEventListener("input", () => {
+    const value = control.type === "checkbox" ? (control.checked ? "yes" : "") : control.value;
+    const leaves = control.name === "step" ? { image: "", question: "", all: "" } : {};
+    go({ [control.name]: value, ...leaves });
+  }));
+  document.querySelectorAll("form:not([method])").forEach((form) =>
+    form.addEventListener("submit", (event) => event.preventDefault()));
+
+  // ------------------------------------------------------------------------------------ curves
+
+  const { panels, hours, left, right } = parsed("curves-data");
+  const figures = [...document.querySelectorAll(".curve")];
+
+  // Where a step of a run lies: by steps as it was drawn, or by hours.
+  function along(panel, source, step) {
+    const [first, last] = [panel.steps[0], panel.steps.at(-1)];
+    if (!state.hours) return left + ((right - left) * (step - first)) / Math.max(last - first, 1);
+    const [from, to] = panel.hours;
+    return left + ((right - left) * (hoursAt(source, step) - from)) / (to - from || 1);
+  }
+
+  function hoursAt(source, step) {
+    const [before, after] = [Math.floor(step), Math.ceil(step)].map(
+      (at) => hours[source][Math.min(at, hours[source].length - 1)]);
+    return before + (after - before) * (step % 1);
+  }
+
+  function drawCurves() {
+    const weight = Number(state.smooth);
+    if (byId("smooth-value")) byId("smooth-value").textContent = weight ? show(weight) : "none";
+    for (const figure of figures) {
+      const panel = panels[figure.dataset.place];
+      const span = Math.max(panel.steps.at(-1) - panel.steps[0], 1);
+      const move = (source, x) =>
+        along(panel, source, panel.steps[0] + ((x - left) * span) / (right - left));
+      for (const name of ["steps", "hours"]) {
+        const isShown = (name === "hours") === Boolean(state.hours);
+        figure.querySelector(`.axis.${name}`).toggleAttribute("hidden", !isShown);
+      }
+      for (const line of figure.querySelectorAll("polyline[points], polygon")) {
+        const source = line.closest("[data-source]")?.dataset.source;
+        if (source === undefined || line.classList.contains("smoothed")) continue;
+        line.dataset.drawn ??= line.getAttribute("points");
+        const points = line.dataset.drawn.split(" ").map((point) => point.split(",").map(Number))
+          .map(([x, y]) => [move(source, x), y]);
+        line.setAttribute("points", points.join(" "));
+        if (line.tagName === "polygon") continue;
+        line.classList.toggle("measured", weight > 0);
+        if (line.nextSibling?.classList?.contains("smoothed")) line.nextSibling.remove();
+        if (weight) line.after(smoothed(line, points, weight));
+      }
+      for (const dot of figure.querySelectorAll("circle")) {
+        dot.dataset.drawn ??= dot.getAttribute("cx");
+        const source = dot.closest("[data-source]").dataset.source;
+        dot.setAttribute("cx", move(source, Number(dot.dataset.drawn)));
+      }
+    }
+  }
+
+  // The mean of the points so far, each one's weight `weight` times that of the next: Adam's
+  // first moment, its bias taken away.
+  function smoothed(line, points, weight) {
+    const copy = line.cloneNode();
+    let [sum, mass] = [0, 0];
+    const means = points.map(([x, y]) => {
+      sum = weight * sum + (1 - weight) * y;
+      mass = weight * mass + (1 - weight);
+      return [x, sum / mass];
+    });
+    copy.setAttribute("class", "smoothed");
+    copy.setAttribute("points", means.map(([x, y]) => `${x},${Number(y.toFixed(2))}`).join(" "));
+    return copy;
+  }
+
+  for (const figure of figures) {
+    const panel = panels[figure.dataset.place];
+    const { steps, lines } = panel;
     const svg = figure.querySelector("svg");
     const cursor = svg.querySelector(".cursor");
     const values = figure.querySelectorAll(".value");
-    let place = null;
+    let place = null; // among the steps
+
+    const sourceAt = (at) => (lines.find((line) => isNumber(line.values[at])) ?? lines[0]).source;
+    const closest = (x, source, places) => places.reduce((best, i) => {
+      const distance = (at) => Math.abs(along(panel, source ?? sourceAt(at), steps[at]) - x);
+      return best === null || distance(i) < distance(best) ? i : best;
+    }, null);
 
     function point(at) {
       place = at;
       cursor.style.visibility = at === null ? "hidden" : "visible";
-      if (at !== null) for (const end of ["x1", "x2"]) cursor.setAttribute(end, x[at]);
-      figure.querySelector(".at").textContent = at === null ? "" : `step ${steps[at]}`;
+      const x = at === null ? 0 : along(panel, sourceAt(at), steps[at]);
+      for (const end of ["x1", "x2"]) cursor.setAttribute(end, x);
+      const time = () => (state.hours ? `, ${show(hoursAt(sourceAt(at), steps[at]))} h` : "");
+      figure.querySelector(".at").textContent = at === null ? "" : `step ${steps[at]}${time()}`;
       lines.forEach((line, i) => {
-        const value = at === null ? null : line.values[at];
-        values[i].textContent = value === null ? "" : String(value);
+        const measured = steps.flatMap((_, j) => (isNumber(line.values[j]) ? [j] : []));
+        // By hours two runs are at different steps at one time.
+        const there = state.hours && at !== null ? closest(x, line.source, measured) : at;
+        const value = there === null ? null : line.values[there];
+        values[i].textContent = isNumber(value) ? String(value) : "";
       });
     }
 
     function nearest(event) {
       const box = svg.getBoundingClientRect();
-      const at = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-      return x.reduce((best, one, i) => (Math.abs(one - at) < Math.abs(x[best] - at) ? i : best), 0);
+      const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+      return closest(x, null, steps.map((_, i) => i));
     }
 
     svg.addEventListener("pointermove", (event) => point(nearest(event)));
@@ -50,299 +169,647 @@
     svg.addEventListener("click", (event) => goToStep(steps[nearest(event)]));
     svg.addEventListener("keydown", (event) => {
       const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (move) point(place === null ? (move > 0 ? 0 : x.length - 1) : Math.min(Math.max(place + move, 0), x.length - 1));
+      const end = steps.length - 1;
+      if (move && place === null) point(move > 0 ? 0 : end);
+      else if (move) point(Math.min(Math.max(place + move, 0), end));
       else if (event.key === "Home") point(0);
-      else if (event.key === "End") point(x.length - 1);
+      else if (event.key === "End") point(end);
       else if (event.key === "Enter" && place !== null) goToStep(steps[place]);
       else return;
       event.preventDefault();
     });
   }
 
-  // ----------------------------------------------------------------------------------------------------------- captions
+  // --------------------------------------------------------------------------- groups and filters
 
   const index = parsed("index-data");
-  const pages = index.pages;
-  if (!pages.length) return;
-  const texts = index.questions.map((text) => text.toLowerCase());
-  const families = [...new Set(pages.flatMap((page) => page.groups.map((group) => group.family)))].sort();
-  families.forEach((family) => byId("family").append(make("option", { value: family }, family)));
-  const largest = Math.max(...pages.flatMap((page) => page.groups.map((group) => group.spread)));
-  byId("spread").max = Math.max(0.05, Math.ceil(largest * 20) / 20);
+  const numPages = index.pages.length;
+  const isRun = numPages > 0 && index.pages[0].step !== null;
+  const lowered = index.questions.map((text) => text.toLowerCase());
+  const WINDOW = 60; // groups in the strip at a time
 
-  let shown = []; // places of the pages on which a group passes the filters
-  let page = 0;
-  let group = 0; // place among the page's groups that pass
-  let groups = [];
-  const unpacked = new Map();
-
-  async function unpack(place) {
-    if (!unpacked.has(place)) {
-      const bytes = Uint8Array.from(atob(byId(`page-${place}`).textContent), (character) => character.charCodeAt(0));
-      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-      if (unpacked.size > 20) unpacked.clear();
-      unpacked.set(place, new Response(stream).json());
-    }
-    return unpacked.get(place);
-  }
-
-  function passes(one, wanted) {
-    if (byId("family").value && one.family !== byId("family").value) return false;
-    if (one.spread < Number(byId("spread").value) - 1e-9) return false;
-    return wanted === null || one.questions.some((question) => wanted.has(question));
-  }
-
-  function filter() {
-    const words = byId("question").value.trim().toLowerCase();
-    const wanted = words ? new Set(texts.flatMap((text, i) => (text.includes(words) ? [i] : []))) : null;
-    const found = pages.map((one) => one.groups.flatMap((entry, i) => (passes(entry, wanted) ? [i] : [])));
-    byId("spread-value").textContent = show(Number(byId("spread").value));
-    shown = found.flatMap((places, i) => (places.length ? [i] : []));
-    const number = found.reduce((sum, places) => sum + places.length, 0);
-    const all = pages.reduce((sum, one) => sum + one.groups.length, 0);
-    byId("count").textContent = `${number} of ${all} groups`;
-    byId("page").replaceChildren(...shown.map((i) => {
-      const rest = found[i].length < pages[i].groups.length ? ` (${found[i].length})` : "";
-      return make("option", { value: i }, pages[i].title + rest);
+  // A group is an image with its captions of each side; `texts` are there once a search wants them.
+  const groups = index.pages.flatMap(({ step, groups: entries }, page) =>
+    entries.map((entry, place) => {
+      const sides = entry.sides.map((side) => side && side.captions.map(
+        ([reward, advantage, length, cut, outcomes], i) =>
+          ({ number: i + 1, reward, advantage, length, cut, outcomes: outcomes.split(" ") })));
+      const rewards = sides.map((side) => (side ?? []).map((one) => one.reward).filter(isNumber));
+      const means = rewards.map((values) =>
+        (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null));
+      const spreads = rewards.map((values) =>
+        (values.length ? Math.max(...values) - Math.min(...values) : null));
+      sides.forEach((side, s) => side?.forEach((one) => {
+        one.disagreement = isNumber(one.reward) ? Math.abs(one.reward - means[s]) : null;
+      }));
+      return {
+        ...entry, page, place, step, sides, means, texts: null,
+        sideSteps: entry.sides.map((side) => side && side.step),
+        spread: Math.max(0, ...spreads.filter(isNumber)),
+        isFlat: spreads.some((spread, s) => spread === 0 && rewards[s].length > 1),
+        difference: means[1] !== undefined && means.every(isNumber)
+          ? Math.abs(means[1] - means[0]) : null,
+      };
     }));
-    if (!shown.includes(page)) page = shown.find((i) => i > page) ?? shown.at(-1) ?? page;
-    return found;
+
+  async function unpack(page) {
+    const packed = byId(`page-${page}`).textContent;
+    const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")))
+      .json();
   }
 
-  async function render(keepGroup = false) {
-    const found = filter();
-    groups = shown.length ? found[page] : [];
-    group = keepGroup ? Math.max(0, Math.min(group, groups.length - 1)) : 0;
-    byId("page").value = page;
-    byId("previous").disabled = shown[0] === page || !shown.length;
-    byId("next").disabled = shown.at(-1) === page || !shown.length;
-    byId("strip").replaceChildren(...groups.map(stripButton));
-    await renderGroup();
+  const unpacked = new Map();
+  function packedSides(group) {
+    if (unpacked.size > 20) unpacked.clear();
+    if (!unpacked.has(group.page)) unpacked.set(group.page, unpack(group.page));
+    return unpacked.get(group.page).then((page) => page[group.place]);
   }
 
-  function picture(entry, attributes = {}) {
-    if (entry.picture === null) return make("div", { class: "blank", ...attributes });
-    return make("img", { src: byId(`picture-${entry.picture}`).textContent, alt: `image ${entry.id}`, ...attributes });
+  let reading = null;
+  async function readTexts() {
+    for (let page = 0; page < numPages; page += 1) {
+      if (page % 10 === 0) byId("count").textContent = `reading captions: ${page} of ${numPages}`;
+      const sides = await unpack(page);
+      for (const group of groups.filter((one) => one.page === page)) {
+        group.texts = sides[group.place].map((side) =>
+          side && side.captions.map((caption) => caption.text.toLowerCase()));
+      }
+    }
   }
 
-  function stripButton(place, i) {
-    const entry = pages[page].groups[place];
-    const means = entry.means.map((mean) => show(mean)).join(" | ");
-    return make("button", { type: "button", title: entry.id, click: () => choose(i) }, picture(entry),
-      make("span", { dir: "auto" }, entry.id), make("span", {}, `mean ${means}`), make("span", {}, `spread ${show(entry.spread)}`));
+  // Which captions of each side pass; null where none does.
+  function passing(group, words) {
+    if (state.family && group.family !== state.family) return null;
+    if (group.spread < Number(state.spread) - 1e-9 || (state.flat && !group.isFlat)) return null;
+    const named = group.questions.map((text) => Boolean(words) && lowered[text].includes(words));
+    const isNamed = named.some(Boolean);
+    const isWhole = !words || isNamed || group.id.toLowerCase().includes(words);
+    const passes = group.sides.map((side, s) => (side ?? []).map((caption, i) => {
+      const has = (letter) => caption.outcomes.some(
+        (outcome, number) => outcome.includes(letter) && (!isNamed || named[number]));
+      return (!state.cut || caption.cut === 1) && (!state.wrong || has("w"))
+        && (!state.abstained || has("a")) && (isWhole || group.texts[s][i].includes(words));
+    }));
+    return passes.flat().some(Boolean) ? passes : null;
   }
 
-  function choose(i) {
-    group = i;
-    renderGroup();
+  let filtered = "";
+  function filter() {
+    const { search, family, spread, cut, flat, wrong, abstained } = state;
+    const key = JSON.stringify([search, family, spread, cut, flat, wrong, abstained]);
+    if (key === filtered) return;
+    filtered = key;
+    const words = search.trim().toLowerCase();
+    for (const group of groups) group.passes = passing(group, words);
   }
 
-  async function renderGroup() {
-    [...byId("strip").children].forEach((button, i) => {
-      button.setAttribute("aria-pressed", String(i === group));
-      // Within the strip only: scrollIntoView would move the page too.
-      if (i === group) byId("strip").scrollLeft = button.offsetLeft - byId("strip").offsetLeft - byId("strip").clientWidth / 2 + 52;
-    });
-    if (!groups.length) {
+  // The items by a value, as `state.sort` says; those without it come last, equal ones stay.
+  function sorted(items, valueOf) {
+    const [key, way] = state.sort.split("-");
+    if (!way) return items;
+    const sign = way === "high" ? -1 : 1;
+    const keyed = items.map((item) => ({ item, value: valueOf(item, key, way) }));
+    return keyed.sort((a, b) => {
+      if (!isNumber(a.value) || !isNumber(b.value)) return isNumber(b.value) - isNumber(a.value);
+      return sign * (a.value - b.value);
+    }).map(({ item }) => item);
+  }
+
+  const captionValue = (caption, key) => caption[key === "accuracy" ? "reward" : key];
+  function groupValue(group, key, way) {
+    if (key === "disagreement") return group.spread;
+    if (key === "difference") return group.difference;
+    const values = group.sides.flatMap((side) => side ?? []).map((one) => captionValue(one, key))
+      .filter(isNumber);
+    if (!values.length) return null;
+    return way === "high" ? Math.max(...values) : Math.min(...values);
+  }
+
+  // What there is to look at: the groups that pass, those listed in the strip, and the one chosen.
+  function view() {
+    const passed = groups.filter((group) => group.passes);
+    const steps = [...new Set(passed.map((group) => group.step))];
+    const isList = !isRun || Boolean(state.all);
+    const wanted = state.step === "" ? Infinity : Number(state.step);
+    const step = isRun ? nearestStep(steps, wanted) : null;
+    const list = listed(passed, isList ? null : step);
+    const chosen = list.find((one) => one.id === state.image && one.step === step)
+      ?? list.find((one) => one.id === state.image) ?? list[0] ?? null;
+    return { passed, steps, isList, list, chosen, step: chosen && chosen.step };
+  }
+
+  const listed = (passed, step) =>
+    sorted(step === null ? passed : passed.filter((one) => one.step === step), groupValue);
+  const nearestStep = (steps, wanted) => steps.reduce((best, step) =>
+    (best === null || Math.abs(step - wanted) <= Math.abs(best - wanted) ? step : best), null);
+
+  // ------------------------------------------------------------------------------------ drawing
+
+  let at = null; // the view that is drawn, or about to be
+  let turn = 0;
+  async function render() {
+    turn += 1;
+    const mine = turn;
+    for (const control of controls) {
+      if (control.type === "checkbox") control.checked = state[control.name] === "yes";
+      else if (control.value !== state[control.name]) control.value = state[control.name];
+    }
+    drawCurves();
+    if (!numPages) return;
+    if (state.search.trim()) {
+      reading ??= readTexts();
+      await reading;
+      if (mine !== turn) return; // something else was asked for meanwhile
+    }
+    filter();
+    at = view(); // now: the next key goes on from here
+    const sides = at.chosen && await packedSides(at.chosen);
+    if (mine !== turn) return;
+    const focused = document.activeElement?.dataset.key;
+    drawPager();
+    drawStrip();
+    drawDetail(sides);
+    if (focused) document.querySelector(`[data-key="${focused}"]`)?.focus({ preventScroll: true });
+    markSearch();
+    byId("captions").dataset.drawn = mine; // for a test to wait for
+  }
+
+  function drawPager() {
+    const { passed, steps, isList, list, chosen, step } = at;
+    byId("spread-value").textContent = show(Number(state.spread));
+    const captions = passed.flatMap((group) => group.passes.flat()).filter(Boolean).length;
+    byId("count").textContent = `${passed.length} of ${groups.length} groups, ${captions} captions`;
+    const place = list.indexOf(chosen);
+    const [start, end] = span(place);
+    if (isRun) {
+      const select = document.querySelector("[name=step]");
+      const [some, every] = [tally(passed), tally(groups)];
+      select.replaceChildren(...steps.map((one) => make("option", { value: one },
+        `step ${one}${some.get(one) < every.get(one) ? ` (${some.get(one)})` : ""}`)));
+      select.value = step ?? "";
+    }
+    byId("previous").disabled = isList ? start === 0 : !list.length || step === steps[0];
+    byId("next").disabled = isList ? end >= list.length : !list.length || step === steps.at(-1);
+    byId("position").textContent = chosen ? `image ${place + 1} of ${list.length}` : "";
+  }
+
+  const tally = (list) => list.reduce(
+    (counts, { step }) => counts.set(step, (counts.get(step) ?? 0) + 1), new Map());
+
+  // Which part of the list the strip shows.
+  function span(place) {
+    const start = Math.floor(Math.max(place, 0) / WINDOW) * WINDOW;
+    return [start, start + WINDOW];
+  }
+
+  function drawStrip() {
+    const strip = byId("strip");
+    strip.replaceChildren(...at.list.slice(...span(at.list.indexOf(at.chosen))).map((group, i) =>
+      make("button", {
+        type: "button", title: group.id, "aria-pressed": String(group === at.chosen),
+        "data-key": `strip-${i}`, click: () => choose(group),
+      }, picture(group), make("span", { dir: "auto" }, group.id),
+      make("span", {}, `mean ${group.means.map((mean) => show(mean)).join(" | ")}`),
+      make("span", {}, `spread ${show(group.spread)}`),
+      at.isList && isRun ? make("span", {}, `step ${group.step}`) : null)));
+    const button = strip.querySelector("[aria-pressed=true]");
+    // Within the strip only: scrollIntoView would move the page too.
+    const middle = (element) => element.offsetLeft + element.offsetWidth / 2;
+    if (button) strip.scrollLeft = middle(button) - middle(strip);
+  }
+
+  function picture(group) {
+    if (group.picture === null) return make("div", { class: "blank" });
+    const source = byId(`picture-${group.picture}`).textContent;
+    return make("img", { src: source, alt: `image ${group.id}` });
+  }
+
+  function drawDetail(packed) {
+    const group = at.chosen;
+    if (!group) {
       byId("detail").replaceChildren(make("p", {}, "No group passes the filters."));
       return;
     }
-    const [atPage, place] = [page, groups[group]];
-    const packed = await unpack(atPage);
-    if (page !== atPage || groups[group] !== place) return; // another one was chosen meanwhile
-    const entry = pages[page].groups[place];
     const facts = make("dl", { class: "facts" });
-    const rows = [["image", entry.id], ["family", entry.family], [`${index.earned} spread`, show(entry.spread)]];
-    const mean = `mean ${index.earned}`;
-    index.names.forEach((name, i) => rows.push([index.names.length > 1 ? `${mean}, ${name}` : mean, show(entry.means[i], 3)]));
-    rows.forEach(([name, value]) => facts.append(make("dt", {}, name), make("dd", { dir: "auto" }, value)));
-    const sides = packed[place].map((side, i) => renderSide(side, i)).filter(Boolean);
-    byId("detail").replaceChildren(
-      make("div", { class: "head" }, entry.picture === null ? null : picture(entry), facts),
-      make("div", { class: "sides" }, ...sides),
-    );
+    const rows = [["image", group.id], ["family", group.family],
+      [`${index.earned} spread`, show(group.spread)]];
+    if (isRun) rows.push(["step", String(group.step)]);
+    index.names.slice(0, group.sides.length).forEach((name, s) => {
+      const mean = `mean ${index.earned}`;
+      rows.push([group.sides.length > 1 ? `${mean}, ${name}` : mean, show(group.means[s], 3)]);
+    });
+    rows.forEach(([name, value]) =>
+      facts.append(make("dt", {}, name), make("dd", { dir: "auto" }, value)));
+    const large = group.picture === null ? null : make("button", {
+      type: "button", class: "picture", title: "large", "data-key": "picture",
+      click: () => openPicture(),
+    }, picture(group));
+    const sides = packed.map((side, s) => drawSide(group, side, s));
+    byId("detail").replaceChildren(make("div", { class: "head" }, large, facts),
+      make("div", { class: sides.length > 1 ? "sides" : "sides single" }, ...sides));
+    byId("detail").classList.toggle("whole", Boolean(state.whole));
   }
 
-  function renderSide(side, place) {
-    const name = index.names.length > 1 ? index.names[place] : "";
-    if (side === null) return make("div", { class: "side" }, make("h3", {}, name), make("p", {}, "no captions of this image"));
-    const step = name && side.step !== null ? `, step ${side.step}` : "";
-    const numbers = questionNumbers(side.asked);
-    const element = make("div", { class: "side" }, name ? make("h3", {}, name + step) : null);
-    const bound = Math.max(1, ...side.captions.map((caption) => Math.abs(caption.advantage ?? 0)));
-    const cards = side.captions.map((caption, i) => renderCaption(caption, i, side.asked, numbers, bound));
+  function drawSide(group, packed, s) {
+    const isTwo = group.sides.length > 1;
+    const element = make("div", { class: "side" });
+    const step = packed && group.sideSteps[s] !== null ? `, step ${group.sideSteps[s]}` : "";
+    if (isTwo) element.append(make("h3", {}, index.names[s] + step));
+    if (!packed) {
+      element.append(make("p", {}, "no captions of this image"));
+      return element;
+    }
+    const captions = sorted(group.sides[s].map((caption, i) =>
+      ({ ...caption, ...packed.captions[i], passes: group.passes[s][i] })), captionValue);
+    const bound = Math.max(1, ...captions.map((caption) => Math.abs(caption.advantage ?? 0)));
+    const isPart = group.passes.flat().includes(false);
+    const cards = captions.map((caption) => drawCaption(caption, packed.asked, bound, isPart));
+    if (packed.asked.length) element.append(drawMatrix(captions, packed.asked));
     element.append(make("div", { class: "captions" }, ...cards));
-    if (side.asked.length) element.append(renderMatrix(side, numbers, element));
     return element;
   }
 
-  // Askings of one question, under several shuffles or by several captions, share a number and a row: its place in the image.
-  function questionNumbers(asked) {
-    const seen = new Map();
-    return asked.map(([text, , , , source]) => {
-      const key = `${source}:${text}`;
-      if (!seen.has(key)) seen.set(key, seen.size);
-      return seen.get(key);
-    });
+  const OUTCOMES = {
+    r: ["right", "✓"], w: ["wrong", "✗"], a: ["abstain", "–"], u: ["unparsed", "?"],
+    f: ["failed", "!"], s: ["rating", ""],
+  };
+  const isActive = (number) => state.question === String(number + 1);
+
+  // The verifier's answer to a question: its sign, and what it chose, in words.
+  function drawAnswer(caption, [place, chosen, score, , , , letter], asked) {
+    const [kind, sign] = OUTCOMES[letter];
+    const option = isNumber(chosen) ? asked[place][2][chosen] ?? "" : "";
+    const said = `caption ${caption.number}: ${kind}${option === "" ? "" : `, ${option}`}`;
+    return [make("span", { class: `cell ${kind}`, title: said, "aria-label": said, role: "img" },
+      sign || show(score)), option];
   }
 
-  function outcome(question, [, chosen, score, , failure]) {
-    const [, , gold, abstain] = question;
-    if (failure) return ["failed", "!"];
-    if (gold === null) return ["rating", show(score)];
-    if (chosen === null) return ["unparsed", "?"];
-    if (chosen === gold) return ["right", "✓"];
-    return chosen === abstain ? ["abstain", "–"] : ["wrong", "✗"];
-  }
-
-  function renderCaption(caption, i, asked, numbers, bound) {
-    const advantage = caption.advantage ?? null;
-    const parts = Object.entries(caption.parts).map(([name, value]) => `${name} ${show(value)}`).join(", ");
-    const header = make("header", {}, make("b", {}, String(i + 1)), make("span", { title: parts }, `${index.earned} ${show(caption.reward)}`),
-      advantage === null ? null : make("span", {}, `advantage ${signed(advantage)}`),
-      caption.length === null ? null : make("span", {}, `${caption.length} tokens`),
-      caption.truncated ? make("span", { class: "cut" }, "cut off") : null);
-    const card = make("article", { class: "caption" }, header);
-    if (advantage !== null) {
+  function drawCaption(caption, asked, bound, isPart) {
+    const { advantage, length } = caption;
+    const parts = Object.entries(caption.parts).map(([name, value]) => `${name} ${show(value)}`);
+    const card = make("article", { class: "caption" }, make("header", {},
+      make("b", {}, String(caption.number)),
+      make("span", { title: parts.join(", ") }, `${index.earned} ${show(caption.reward)}`),
+      isNumber(advantage) ? make("span", {}, `advantage ${signed(advantage)}`) : null,
+      isNumber(length) ? make("span", {}, `${length} tokens`) : null,
+      caption.cut ? make("span", { class: "cut" }, "cut off") : null,
+      isPart && caption.passes ? make("span", { class: "passes" }, "passes the filters") : null));
+    if (isNumber(advantage)) {
       const width = (50 * Math.abs(advantage)) / bound;
       const bar = make("i", { class: advantage < 0 ? "down" : "up" });
       bar.style.width = `${width}%`;
       bar.style.left = advantage < 0 ? `${50 - width}%` : "50%";
       card.append(make("div", { class: "bar", "aria-hidden": "true" }, bar));
     }
-    card.append(make("p", { dir: "auto" }, ...marked(caption, asked, numbers)));
+    for (const answer of caption.answers.filter(([place]) => isActive(asked[place][0]))) {
+      const [sign, option] = drawAnswer(caption, answer, asked);
+      const told = option || answer[4] || answer[3] || "no words";
+      card.append(make("div", { class: "answer" }, sign, " ", make("bdi", {}, told)));
+    }
+    card.append(make("p", { dir: "auto" }, ...marked(caption, asked)));
     return card;
   }
 
-  // The caption in pieces, option texts that answered a question marked.
-  function marked(caption, asked, numbers) {
+  // The caption in pieces, option texts that answered a question marked; where two overlap, that
+  // of the question that is looked at.
+  function marked(caption, asked) {
     const spans = [];
-    for (const answer of caption.answers) {
-      const question = asked[answer[0]];
-      const kind = outcome(question, answer)[0];
-      if (kind !== "right" && kind !== "wrong") continue;
-      const found = find(String(question[1][answer[1]] ?? ""), caption.text, question[0]);
-      if (found) spans.push({ ...found, kind, number: numbers[answer[0]], text: question[0] });
+    for (const [place, chosen, , , , , letter] of caption.answers) {
+      if (letter !== "r" && letter !== "w") continue;
+      const [number, text, options] = asked[place];
+      const words = find(String(options[chosen] ?? ""), caption.text, text);
+      if (words) spans.push({ ...words, letter, number, text });
     }
-    spans.sort((a, b) => a.start - b.start || b.stop - a.stop);
+    spans.sort((a, b) => isActive(b.number) - isActive(a.number) || a.start - b.start
+      || b.stop - a.stop);
+    const kept = [];
+    for (const one of spans) {
+      if (kept.every(({ start, stop }) => one.stop <= start || one.start >= stop)) kept.push(one);
+    }
     const pieces = [];
-    let at = 0;
-    for (const { start, stop, kind, number, text } of spans) {
-      if (start < at) continue;
-      const mark = make("mark", { class: kind, title: text, "data-number": number }, caption.text.slice(start, stop));
-      mark.append(make("sup", {}, String(number + 1)));
-      pieces.push(caption.text.slice(at, start), mark);
-      at = stop;
+    let end = 0;
+    for (const { start, stop, letter, number, text } of kept.sort((a, b) => a.start - b.start)) {
+      const kind = OUTCOMES[letter][0] + (isActive(number) ? " active" : "");
+      pieces.push(caption.text.slice(end, start),
+        make("mark", { class: kind, title: text, "data-number": number },
+          caption.text.slice(start, stop), make("sup", {}, String(number + 1))));
+      end = stop;
     }
-    return [...pieces, caption.text.slice(at)];
+    return [...pieces, caption.text.slice(end)];
   }
 
-  // Where the words of an option stand in a caption: in the sentence that has most words of the question.
+  const literal = (words) => words.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+
+  // Where the words of an option stand in a caption: in the sentence that has most words of the
+  // question.
   function find(words, text, question) {
     if (!words.trim()) return null;
-    const plain = words.trim().replace(/[.*+?^${}()|[\]\\]/g, "\\$&").replace(/\s+/g, "\\s+");
-    const edge = /[\u3040-\u30ff\u3400-\u9fff]/.test(words) ? ["", ""] : ["(?<![\\p{L}\\p{N}])", "(?![\\p{L}\\p{N}])"];
+    const isSpaced = !/[\u3040-\u30ff\u3400-\u9fff]/.test(words);
+    const edges = isSpaced ? ["(?<![\\p{L}\\p{N}])", "(?![\\p{L}\\p{N}])"] : ["", ""];
+    const plain = literal(words.trim()).replace(/\s+/g, "\\s+");
     const asked = new Set(question.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []);
     let best = null;
-    for (const match of text.matchAll(new RegExp(edge[0] + plain + edge[1], "giu"))) {
-      const start = Math.max(...[".", "!", "?", "\n", "。"].map((end) => text.lastIndexOf(end, match.index - 1))) + 1;
-      const rest = text.slice(match.index).search(/[.!?\n。]/);
-      const sentence = text.slice(start, rest < 0 ? text.length : match.index + rest);
-      const shared = (sentence.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []).filter((word) => asked.has(word)).length;
-      if (best === null || shared > best.shared) best = { start: match.index, stop: match.index + match[0].length, shared };
+    for (const match of text.matchAll(new RegExp(edges[0] + plain + edges[1], "giu"))) {
+      const [start, stop] = [match.index, match.index + match[0].length];
+      const ends = [".", "!", "?", "\n", "。"].map((end) => text.lastIndexOf(end, start - 1));
+      const rest = text.slice(start).search(/[.!?\n。]/);
+      const sentence = text.slice(Math.max(...ends) + 1, rest < 0 ? text.length : start + rest);
+      const shared = (sentence.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [])
+        .filter((word) => asked.has(word)).length;
+      if (best === null || shared > best.shared) best = { start, stop, shared };
     }
     return best;
   }
 
-  function renderMatrix(side, numbers, element) {
-    const rows = [...new Set(numbers)];
-    const columns = side.captions.map((_, i) => make("th", { scope: "col" }, String(i + 1)));
+  function drawMatrix(captions, asked) {
+    const columns = captions.map(({ number }) => make("th", { scope: "col" }, String(number)));
     const body = make("tbody");
-    for (const number of rows) {
-      const text = side.asked[numbers.indexOf(number)][0];
-      const cells = side.captions.map((caption, i) => {
-        const answers = caption.answers.filter((answer) => numbers[answer[0]] === number);
-        return make("td", {}, ...answers.map((answer) => {
-          const question = side.asked[answer[0]];
-          const [kind, symbol] = outcome(question, answer);
-          const said = `caption ${i + 1}: ${kind}${answer[1] === null ? "" : `, ${question[1][answer[1]]}`}`;
-          return make("span", { class: `cell ${kind}`, title: said, "aria-label": said, role: "img" }, symbol);
-        }));
-      });
-      const button = make("button", { type: "button", class: "text", "aria-expanded": "false", dir: "auto" }, `${number + 1}  ${text}`);
-      const row = make("tr", {}, make("th", { scope: "row" }, button), ...cells);
-      const options = make("tr", { class: "options", hidden: "" },
-        make("td", { colspan: columns.length + 1 }, ...renderOptions(side, numbers, number)));
-      button.addEventListener("click", () => {
-        options.hidden = !options.hidden;
-        button.setAttribute("aria-expanded", String(!options.hidden));
-        element.querySelectorAll("mark").forEach((mark) => {
-          if (Number(mark.dataset.number) === number) mark.classList.toggle("active", !options.hidden);
-        });
-      });
-      body.append(row, options);
+    for (const number of [...new Set(asked.map((question) => question[0]))]) {
+      const text = asked.find((question) => question[0] === number)[1];
+      const cells = captions.map((caption) => make("td", {}, ...caption.answers
+        .filter(([place]) => asked[place][0] === number)
+        .map((answer) => drawAnswer(caption, answer, asked)[0])));
+      const button = make("button", {
+        type: "button", class: "text", "aria-expanded": String(isActive(number)), dir: "auto",
+        "data-key": `question-${number}`, click: () => ask(isActive(number) ? null : number),
+      }, `${number + 1}  ${text}`);
+      body.append(make("tr", {}, make("th", { scope: "row" }, button), ...cells));
+      if (isActive(number)) {
+        body.append(make("tr", { class: "options" },
+          make("td", { colspan: columns.length + 1 }, ...drawOptions(captions, asked, number))));
+      }
     }
-    const head = make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "question \\ caption"), ...columns));
-    return make("table", { class: "matrix" }, head, body);
+    const head = make("tr", {}, make("th", { scope: "col" }, "question \\ caption"), ...columns);
+    return make("div", { class: "questions" },
+      make("table", { class: "matrix" }, make("thead", {}, head), body));
   }
 
-  // A question as it was asked, once for each order of its options: who chose what, and how sure the verifier was.
-  function renderOptions(side, numbers, number) {
-    return side.asked.flatMap((question, place) => {
-      if (numbers[place] !== number) return [];
-      const [, options, gold, abstain] = question;
-      const given = side.captions.flatMap((caption, i) =>
-        caption.answers.filter((answer) => answer[0] === place).map((answer) => ({ i: i + 1, answer })));
+  // A question as it was asked, once for each order of its options: who chose what, and how sure
+  // the verifier was.
+  function drawOptions(captions, asked, number) {
+    return asked.flatMap(([of, , options, gold, abstain], place) => {
+      if (of !== number) return [];
+      const given = captions.flatMap((caption) => caption.answers
+        .filter((answer) => answer[0] === place).map((answer) => ({ i: caption.number, answer })));
       const lines = options.map((text, option) => {
         const by = given.filter(({ answer }) => answer[1] === option).map(({ i }) => i).join(", ");
-        const probs = given.flatMap(({ answer }) => (answer[5].length ? [answer[5][option]] : []));
-        const mean = probs.length ? ` · mean probability ${show(probs.reduce((sum, p) => sum + p, 0) / probs.length)}` : "";
+        const probs = given.map(({ answer }) => answer[5][option]).filter(isNumber);
+        const mean = probs.reduce((sum, prob) => sum + prob, 0) / probs.length;
+        const sure = probs.length ? ` · mean probability ${show(mean)}` : "";
         const kind = option === gold ? " ✓" : option === abstain ? " (abstains)" : "";
-        return make("li", {}, make("span", { class: option === gold ? "gold" : "" }, `${"ABCDEFGHIJ"[option]}) `,
-          make("bdi", {}, text), kind), make("span", { class: "by" }, `${by ? ` · chosen by ${by}` : ""}${mean}`));
+        return make("li", {},
+          make("span", { class: option === gold ? "gold" : "" },
+            `${String.fromCharCode(65 + option)}) `, make("bdi", {}, text), kind),
+          make("span", { class: "by" }, `${by ? ` · chosen by ${by}` : ""}${sure}`));
       });
-      const rest = given.filter(({ answer }) => answer[1] === null || answer[3] || answer[4]).map(({ i, answer }) =>
-        make("li", { class: "by" }, `caption ${i}: `, make("bdi", {}, answer[4] || answer[3] || "rated")));
+      const rest = given.filter(({ answer }) => !isNumber(answer[1]) || answer[3] || answer[4])
+        .map(({ i, answer }) => make("li", { class: "by" }, `caption ${i}: `,
+          make("bdi", {}, answer[4] || answer[3] || "no words")));
       return [make("ol", {}, ...lines, ...rest)];
     });
   }
 
-  function turn(by) {
-    const at = shown.indexOf(page) + by;
-    if (at < 0 || at >= shown.length) return;
-    page = shown[at];
-    render(true);
+  // What the search found, marked over the captions without changing them.
+  function markSearch() {
+    if (!CSS.highlights) return;
+    CSS.highlights.delete("search");
+    const words = state.search.trim();
+    if (!words) return;
+    const ranges = [];
+    for (const text of document.querySelectorAll(".caption p, .matrix button, #detail dd")) {
+      const before = ranges.length;
+      const walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
+      while (walker.nextNode()) {
+        const node = walker.currentNode;
+        if (node.parentNode.tagName === "SUP") continue;
+        for (const match of node.data.matchAll(new RegExp(literal(words), "giu"))) {
+          const range = new Range();
+          range.setStart(node, match.index);
+          range.setEnd(node, match.index + match[0].length);
+          ranges.push(range);
+        }
+      }
+      const isFree = text.tagName === "P" && !state.question;
+      if (isFree && ranges.length > before) scrollWithin(text, ranges[before]);
+    }
+    CSS.highlights.set("search", new Highlight(...ranges));
   }
 
-  function goToStep(step) {
-    const number = (one) => Number(one.title.replace("step ", ""));
-    let best = shown[0] ?? 0;
-    shown.forEach((i) => { if (Math.abs(number(pages[i]) - step) < Math.abs(number(pages[best]) - step)) best = i; });
-    page = best;
-    render(true);
-    byId("captions").scrollIntoView();
+  function scrollWithin(text, words) {
+    const top = words.getBoundingClientRect().top - text.getBoundingClientRect().top;
+    text.scrollTop += top - text.clientHeight / 3;
+  }
+
+  // ---------------------------------------------------------------------------- moving about
+
+  const choose = (group) => go({ step: isRun ? String(group.step) : "", image: group.id,
+    question: "" });
+
+  // Opens a question, or none, and brings its words into sight: within each long caption, and then
+  // the first of them on the page.
+  async function ask(number) {
+    await go({ ...place(), question: number === null ? "" : String(number + 1) });
+    showWords();
+  }
+
+  const place = () => (at.chosen
+    ? { step: isRun ? String(at.chosen.step) : "", image: at.chosen.id } : {});
+
+  function showWords() {
+    const marks = [...document.querySelectorAll("mark.active")];
+    for (const mark of [...marks].reverse()) scrollWithin(mark.closest("p"), mark);
+    (marks[0] ?? document.querySelector(".answer"))?.scrollIntoView({ block: "nearest" });
+  }
+
+  function turnImage(by) {
+    const next = at.list[at.list.indexOf(at.chosen) + by];
+    if (next) choose(next);
+  }
+
+  // Another step, the same place in it; of a list over all steps, the next part of the list.
+  function turnPage(by) {
+    const { passed, steps, isList, list, chosen, step } = at;
+    if (!chosen) return;
+    const i = list.indexOf(chosen);
+    if (isList) {
+      const next = list[span(i)[0] + by * WINDOW];
+      if (next) choose(next);
+      return;
+    }
+    const other = steps[steps.indexOf(step) + by];
+    if (other === undefined) return;
+    const there = listed(passed, other);
+    choose(there[Math.min(i, there.length - 1)]);
+  }
+
+  function toCaptions() {
+    byId("captions").scrollIntoView({ behavior: "instant" }); // what follows may scroll on
     byId("detail").focus({ preventScroll: true });
   }
 
-  byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  for (const id of ["family", "question", "spread"]) byId(id).addEventListener("input", () => render());
-  byId("page").addEventListener("change", () => { page = Number(byId("page").value); render(true); });
-  byId("previous").addEventListener("click", () => turn(-1));
-  byId("next").addEventListener("click", () => turn(1));
-  byId("captions").addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!move || ["INPUT", "SELECT"].includes(event.target.tagName)) return;
+  async function goToStep(step) {
+    if (!numPages) return;
+    await go({ step: String(step), image: "", question: "", all: "" });
+    toCaptions();
+  }
+
+  function turnQuestion(by) {
+    const numbers = at.chosen ? at.chosen.questions.map((_, number) => number) : [];
+    const next = numbers.indexOf(Number(state.question) - 1) + by;
+    if (numbers.length) ask(numbers[(next + numbers.length) % numbers.length]);
+  }
+
+  const KEYS = {
+    ArrowLeft: (shift) => (shift ? turnPage(-1) : turnImage(-1)),
+    ArrowRight: (shift) => (shift ? turnPage(1) : turnImage(1)),
+    q: (shift) => turnQuestion(shift ? -1 : 1),
+    z: () => openPicture(),
+    "/": () => document.querySelector("[name=search]").focus(),
+    Escape: () => state.question && ask(null),
+  };
+
+  function onKey(event) {
+    const isTyping = ["INPUT", "SELECT"].includes(event.target.tagName)
+      && event.target.type !== "checkbox";
+    const act = KEYS[event.key.length > 1 ? event.key : event.key.toLowerCase()];
+    if (!act || isTyping || event.defaultPrevented || event.ctrlKey || event.altKey || event.metaKey
+      || !at || byId("zoom").open) return;
     event.preventDefault();
-    if (event.shiftKey) turn(move);
-    else if (groups[group + move] !== undefined) choose(group + move);
-  });
-  document.querySelectorAll(".ask").forEach((button) => button.addEventListener("click", () => {
-    byId("question").value = button.textContent;
-    render();
-    byId("captions").scrollIntoView();
-    byId("detail").focus({ preventScroll: true });
+    act(event.shiftKey);
+  }
+
+  // ------------------------------------------------------------------------- the picture, large
+
+  const zoom = byId("zoom");
+  const image = make("img", { click: () => zoomTo(size === null ? 1 : null) });
+  zoom.querySelector(".frame").append(image);
+  let size = null; // times the picture's own pixels, null: as the window has room for
+
+  function openPicture() {
+    const group = at.chosen;
+    if (!group || group.picture === null) return;
+    const full = index.full.indexOf(group.id);
+    image.alt = `image ${group.id}`;
+    image.onload = () => zoomTo(null);
+    image.src = byId(full < 0 ? `picture-${group.picture}` : `full-${full}`).textContent;
+    image.dataset.kept = full < 0 ? "a small copy; --full-mb keeps whole ones" : "full size";
+    zoom.showModal();
+  }
+
+  function zoomTo(next) {
+    const room = image.parentElement;
+    const fit = Math.min(room.clientWidth / image.naturalWidth,
+      room.clientHeight / image.naturalHeight);
+    size = next === null ? null : Math.min(Math.max(next, 0.1), 16);
+    image.style.width = `${Math.round(image.naturalWidth * (size ?? fit))}px`;
+    const pixels = `${image.naturalWidth} × ${image.naturalHeight} pixels`;
+    const percent = Math.round(100 * (size ?? fit));
+    zoom.querySelector("output").textContent = `${percent} % of ${pixels}, ${image.dataset.kept}`;
+    return size ?? fit;
+  }
+
+  const times = (factor) => zoomTo((size ?? zoomTo(null)) * factor);
+  zoom.querySelectorAll("[data-zoom]").forEach((button) => button.addEventListener("click", () => {
+    if (button.dataset.zoom === "fit") zoomTo(null);
+    else times(button.dataset.zoom === "in" ? 1.5 : 1 / 1.5);
   }));
-  page = pages.length - 1; // of a run: what the policy writes now
-  if (!pages[0].title.startsWith("step ")) page = 0;
-  render();
+  zoom.addEventListener("keydown", (event) => {
+    if (event.key === "+" || event.key === "=") times(1.5);
+    if (event.key === "-") times(1 / 1.5);
+  });
+
+  // ----------------------------------------------------------------------- copies and downloads
+
+  // Rows as the run's own files have them, of one image or of all captions that pass.
+  async function takenRows() {
+    const isImage = byId("what").value === "image";
+    const rows = [];
+    for (const group of isImage ? [at.chosen].filter(Boolean) : at.passed) {
+      const packed = await packedSides(group);
+      group.sides.forEach((side, s) => side?.forEach((caption, i) => {
+        if (!isImage && !group.passes[s][i]) return;
+        const { text, parts, answers } = packed[s].captions[i];
+        rows.push({
+          captioner: index.names[s], step: group.sideSteps[s], id: group.id, family: group.family,
+          number: caption.number, caption: text, length: caption.length,
+          truncated: caption.cut === 1, [index.earned]: caption.reward,
+          advantage: caption.advantage, parts,
+          questions: answers.map(([at, chosen, score, reply, failure, probs, letter]) => {
+            const [, question, options, gold, abstain] = packed[s].asked[at];
+            const correct = "rwau".includes(letter) ? letter === "r" : null;
+            return { question, options, gold, abstain, chosen, score, correct, reply, failure,
+              probs };
+          }),
+        });
+      }));
+    }
+    return rows;
+  }
+
+  function csv(rows) {
+    const names = ["captioner", "step", "id", "family", "number", index.earned, "advantage",
+      "length", "truncated", "right", "asked", "caption"];
+    const cell = (value) => {
+      const text = isNumber(value) ? String(value) : "";
+      return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    };
+    const lines = rows.map((row) => {
+      const asked = row.questions.filter((question) => question.correct !== null);
+      const right = asked.filter((question) => question.correct).length;
+      return names.map((name) => cell({ ...row, right, asked: asked.length }[name]));
+    });
+    return [names, ...lines].map((line) => `${line.join(",")}\r\n`).join("");
+  }
+
+  async function take(give) {
+    const format = byId("format").value;
+    const rows = await takenRows();
+    const jsonl = () => rows.map((row) => `${JSON.stringify(row)}\n`).join("");
+    const text = format === "CSV" ? csv(rows) : jsonl();
+    byId("taken").textContent = await give(text, `captions.${format.toLowerCase()}`)
+      ?? `${rows.length} captions`;
+  }
+
+  const toClipboard = (text) => navigator.clipboard.writeText(text).then(() => null,
+    () => "this browser does not let a file copy: download it");
+
+  function toFile(text, name) {
+    const address = URL.createObjectURL(new Blob([text], { type: "text/plain" }));
+    make("a", { href: address, download: name }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
+  }
+
+  // --------------------------------------------------------------------------------- beginning
+
+  if (numPages) {
+    const families = [...new Set(groups.map((group) => group.family))].sort();
+    document.querySelector("[name=family]").append(
+      ...families.map((family) => make("option", { value: family }, family)));
+    const largest = Math.max(...groups.map((group) => group.spread));
+    document.querySelector("[name=spread]").max = Math.max(0.05, Math.ceil(largest * 20) / 20);
+    byId("previous").addEventListener("click", () => turnPage(-1));
+    byId("next").addEventListener("click", () => turnPage(1));
+    byId("copy").addEventListener("click", () => take(toClipboard));
+    byId("download").addEventListener("click", () => take(toFile));
+    byId("link").addEventListener("click", async () => {
+      await go(place());
+      writeAddress();
+      byId("taken").textContent = await toClipboard(location.href) ?? "the link is copied";
+    });
+    document.addEventListener("keydown", onKey);
+    document.querySelectorAll(".ask").forEach((button) => button.addEventListener("click", () =>
+      go({ search: button.textContent, image: "", question: "" }).then(toCaptions)));
+  }
+
+  // An address that was opened, typed or gone back to. One without "=" names a section only.
+  async function open() {
+    if (location.hash && !location.hash.includes("=")) return render();
+    const isPlace = readAddress();
+    await render();
+    if (isPlace && numPages) toCaptions();
+    if (state.question) showWords();
+  }
+  window.addEventListener("hashchange", open);
+  open();
 })();

@@ -2,36 +2,49 @@
 one file.
 
     python -m tools.report runs/toy                  # a run: runs/toy/report.html
-    python -m tools.report runs/toy runs/other       # two runs side by side
+    python -m tools.report runs/toy runs/other       # two runs side by side; curves of up to six
     python -m tools.report runs/demo/before.jsonl runs/demo/after.jsonl   # of evaluate.py --out
 
 It reads the files of a run folder, or of an evaluation. It writes HTML that opens from disk without
 a network. Numbers, curves and tables are there without scripts. The captions are in the page too,
 packed by step and unpacked when a step is looked at. If all of them would make the page too large,
-evenly spaced steps are shown. The page says which.
+evenly spaced steps are shown. The page says which. Its address says what is looked at: it is a link
+to that.
 """
 
 import base64
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from statistics import fmean, median
 
 import jinja2
 import tyro
 
+from data.benchmarks.benchmark import load_benchmarks
+from data.images import open_image
 from data.io import naming, write_whole
 from data.program import check_range
 from grpo.config import nearest_preset
 from tools.report import curves
 from tools.report.sources import Source, evenly, known, load_sources
 from tools.stats import paired_difference, summarize
+from tools.tables import shown_id
 from tools.thumbnails import SHOWN_GROUPS, thumbnail_file
 
 SHOWN_QUESTIONS = 100
+SHOWN_PANELS = 4
+"""Curves that are seen at once; the others are folded away."""
+MAX_RUNS = 6
+"""As many as there are dashes and colours that are told apart."""
+MAX_SIDE = 16383
+"""Pixels of a WebP's side, at most."""
 HERE = Path(__file__).parent
 
 
@@ -41,8 +54,9 @@ class PageConfig:
 
     first: tyro.conf.Positional[Path]
     """A run folder, or a file that `evaluate.py --out` wrote."""
-    other: tyro.conf.Positional[Path | None] = None
-    """Another one of the same kind, to compare with the first."""
+    others: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Others of the same kind, to compare with the first: one evaluation, or up to five runs.
+    Captions are those of the first two, curves are those of all."""
     captioners: tuple[str, ...] = ()
     """The one or two captioners to show of an evaluation with more than two. Without it, the first
     two."""
@@ -51,9 +65,18 @@ class PageConfig:
     NAME.jsonl."""
     max_mb: float = 16.0
     """Captions and thumbnails of the page take at most so many megabytes."""
+    full_mb: float = 0.0
+    """Pictures at full size take at most so many megabytes more, the last steps' first. They are
+    read from the data set, where it is still there."""
+    data: tuple[str, ...] = ()
+    """Where pictures at full size are: `--data` of evaluate.py. Without it, the run's own data."""
 
     def __post_init__(self):
         check_range(self, "max_mb", above=0)
+        check_range(self, "full_mb", at_least=0)
+        if self.full_mb and not self.data and not self.first.is_dir():
+            raise ValueError("full_mb of an evaluation: expected --data, where its pictures are, "
+                             "got none")
 
 
 # ------------------------------------------------------------------------------------ captions
@@ -105,8 +128,54 @@ def earned(row: dict) -> float | None:
     return row.get("reward", row.get("accuracy"))
 
 
-def pack_side(rows: list[dict] | None, step: int | None) -> dict | None:
-    """What the browser needs of an image's captions. A question with its options is there once for
+def outcome(question: dict) -> str:
+    """A letter: the verifier's option is right, is wrong, or abstains; its reply is unreadable; the
+    asking failed; or a judge gave a score."""
+    chosen, gold = question.get("chosen"), question.get("gold")
+    if question.get("failure"):
+        return "f"
+    if gold is None:
+        return "s"
+    if chosen is None:
+        return "u"
+    if chosen == gold:
+        return "r"
+    return "a" if chosen == question.get("abstain") else "w"
+
+
+def number_questions(sides: Sequence[list[dict] | None]) -> dict[tuple, int]:
+    """(source, text) -> number. Askings of one question, under several shuffles or of several
+    captions, share it."""
+    numbers: dict[tuple, int] = {}
+    for question in (question for rows in sides for row in rows or []
+                     for question in row["questions"]):
+        numbers.setdefault((question.get("source"), question["question"]), len(numbers))
+    return numbers
+
+
+def side_index(rows: list[dict] | None, step: int | None, numbers: dict[tuple, int]) -> dict | None:
+    """What filters and orders look at. Of each caption: reward, advantage, length, whether it was
+    cut off, and the outcomes of each question, by number: "r ww  a"."""
+    if rows is None:
+        return None
+    captions = []
+    for row in rows:
+        outcomes = [""] * len(numbers)
+        for question in row["questions"]:
+            outcomes[numbers[question.get("source"), question["question"]]] += outcome(question)
+        is_cut = row.get("truncated") or row.get("finish_reason") == "length"
+        captions.append([short(earned(row)), short(row.get("advantage")),
+                         row.get("length", row.get("tokens")), int(bool(is_cut)),
+                         " ".join(outcomes)])
+    return {"step": step, "captions": captions}
+
+
+def short(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 4)
+
+
+def pack_side(rows: list[dict] | None, numbers: dict[tuple, int]) -> dict | None:
+    """What is shown of an image's captions besides. A question with its options is there once for
     all captions that it was asked on."""
     if rows is None:
         return None
@@ -115,18 +184,16 @@ def pack_side(rows: list[dict] | None, step: int | None) -> dict | None:
     for row in rows:
         answers = []
         for question in row["questions"]:
-            shown = [question["question"], question.get("options", []),
-                     *map(question.get, ("gold", "abstain", "source"))]
+            source, text = question.get("source"), question["question"]
+            shown = [numbers[source, text], text, question.get("options", []),
+                     *map(question.get, ("gold", "abstain"))]
             place = asked.setdefault(json.dumps(shown), len(asked))
             probs = [round(prob, 2) for prob in question.get("probs") or []]
             answers.append([place, question.get("chosen"), question.get("score"),
-                            question.get("reply") or "", question.get("failure") or "", probs])
-        captions.append({
-            "text": row["caption"], "reward": earned(row), "advantage": row.get("advantage"),
-            "parts": row.get("parts", {}), "length": row.get("length"),
-            "truncated": bool(row.get("truncated")), "answers": answers,
-        })
-    return {"step": step, "asked": list(map(json.loads, asked)), "captions": captions}
+                            question.get("reply") or "", question.get("failure") or "", probs,
+                            outcome(question)])
+        captions.append({"text": row["caption"], "parts": row.get("parts", {}), "answers": answers})
+    return {"asked": list(map(json.loads, asked)), "captions": captions}
 
 
 def pack(value) -> str:
@@ -135,13 +202,17 @@ def pack(value) -> str:
     return base64.b64encode(zlib.compress(text)).decode()
 
 
-def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
+def browser_data(sources: Sequence[Source], max_bytes: float, full_bytes: float = 0,
+                 data: Sequence[str] = ()) -> dict:
     """`index`: what filters look at, for all groups; `chunks`: a packed text for each page;
-    `pictures`: data URLs. Pages that do not fit are left out, evenly, and counted in
+    `pictures` and `full`: data URLs. Pages that do not fit are left out, evenly, and counted in
     `num_pages`."""
     pages = list(pages_of(sources).items())
-    chunks = [pack([list(map(pack_side, group.sides, group.steps)) for group in groups])
-              for _, groups in pages]
+    numbers = [[number_questions(group.sides) for group in groups] for _, groups in pages]
+    chunks = [
+        pack([[pack_side(rows, asked) for rows in group.sides] for group, asked in zip(groups, of)])
+        for (_, groups), of in zip(pages, numbers)
+    ]
     files = {}
     for id in {group.id for _, groups in pages for group in groups}:
         paths = [thumbnail_file(source.path, id) for source in sources]
@@ -160,33 +231,62 @@ def browser_data(sources: Sequence[Source], max_bytes: float) -> dict:
     texts: dict[str, int] = {}
     places: dict[str, int] = {}  # of each id's picture
     index = []
-    for title, groups in (pages[place] for place in kept):
+    for place in kept:
+        title, groups = pages[place]
         entries = []
-        for group in groups:
+        for group, asked in zip(groups, numbers[place]):
             if files[group.id]:
                 places.setdefault(group.id, len(places))
-            rewards = [known(map(earned, rows or [])) for rows in group.sides]
-            asked = dict.fromkeys(
-                question["question"] for rows in group.sides for row in rows or []
-                for question in row["questions"]
-            )
-            spreads = [max(values) - min(values) for values in rewards if values]
             entries.append({
                 "id": group.id, "family": group.family, "picture": places.get(group.id),
-                "spread": round(max(spreads, default=0.0), 4),
-                "means": [round(fmean(values), 4) if values else None for values in rewards],
-                "questions": [texts.setdefault(text, len(texts)) for text in asked],
+                "questions": [texts.setdefault(text, len(texts)) for _, text in asked],
+                "sides": [side_index(rows, step, asked)
+                          for rows, step in zip(group.sides, group.steps)],
             })
-        index.append({"title": title, "groups": entries})
-    pictures = [base64.b64encode(files[id].read_bytes()).decode() for id in places]
+        step = groups[0].steps[0] if sources[0].config is not None else None
+        index.append({"title": title, "step": step, "groups": entries})
+    # of a run the last steps' first: what the policy writes now
+    shown = [entry["id"] for page in index for entry in page["groups"]]
+    wanted = dict.fromkeys(shown if sources[0].config is None else reversed(shown))
+    full = full_pictures(sources[0], wanted, full_bytes, data) if full_bytes else {}
     return {
         "index": {
             "pages": index, "questions": list(texts), "names": [source.name for source in sources],
-            "earned": "accuracy" if sources[0].config is None else "reward",
+            "earned": "accuracy" if sources[0].config is None else "reward", "full": list(full),
         },
         "chunks": [chunks[place] for place in kept], "num_pages": len(pages),
-        "pictures": [f"data:image/webp;base64,{picture}" for picture in pictures],
+        "pictures": [data_url(files[id].read_bytes()) for id in places],
+        "full": list(map(data_url, full.values())),
     }
+
+
+def data_url(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def full_pictures(source: Source, ids: Sequence[str], max_bytes: float,
+                  data: Sequence[str]) -> dict[str, bytes]:
+    """id -> the whole picture as WebP, as many as fit, in the order of the ids. One that cannot be
+    read any more is left out; a data set that cannot be is named."""
+    try:
+        benchmarks = load_benchmarks(data or [source.config["data"]])
+    except ValueError as error:
+        print(f"no pictures at full size: {error}")
+        return {}
+    images = {shown_id(benchmarks, benchmark, picture): picture.image
+              for benchmark in benchmarks for picture in benchmark.pictures}
+    pictures: dict[str, bytes] = {}
+    for id in (id for id in ids if id in images):
+        with suppress(ValueError, OSError):
+            picture, file = open_image(images[id]), BytesIO()
+            picture.thumbnail((MAX_SIDE, MAX_SIDE))
+            picture.save(file, format="WEBP", quality=90)
+            max_bytes -= len(file.getvalue()) * 4 / 3
+            if max_bytes < 0:
+                break
+            pictures[id] = file.getvalue()
+    print(f"pictures at full size: {len(pictures)} of {len(ids)}")
+    return pictures
 
 
 # --------------------------------------------------------------------------- cards and tables
@@ -281,34 +381,40 @@ def question_table(sources: Sequence[Source]) -> list[dict]:
 
 def script_json(value) -> str:
     """JSON that may stand inside a script element, whatever is in it."""
-    text = json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e")
+    text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c").replace(">", "\\u003e")
     return text.replace("&", "\\u0026")
 
 
-def shown_sources(first: Path, other: Path | None, captioners: Sequence[str]) -> list[Source]:
-    """One or two: a page has two sides."""
-    loaded = [load_sources(path) for path in (first, other) if path is not None]
+def shown_sources(paths: Sequence[Path], captioners: Sequence[str]) -> list[Source]:
+    """Runs, up to MAX_RUNS, or one or two evaluations: a page has two sides."""
+    loaded = [load_sources(path) for path in paths]
     sources = [source for parts in loaded
-               for source in (parts[:1] if other and not captioners else parts)]
+               for source in (parts[:1] if paths[1:] and not captioners else parts)]
     if captioners:
         by_name = {source.name: source for source in sources}
         missing = [name for name in captioners if name not in by_name]
         if missing:
             raise ValueError(f"captioners: expected among {list(by_name)}, got {missing[0]!r}")
         sources = [by_name[name] for name in captioners]
-    sources = sources[:2]
-    if len({source.config is None for source in sources}) > 1:
-        raise ValueError(f"expected two runs or two evaluations, got {first} and {other}")
+    is_run = [source.config is not None for source in sources]
+    given = " and ".join(map(str, paths))
+    if len(set(is_run)) > 1:
+        raise ValueError(f"expected two runs or two evaluations, got {given}")
+    if is_run[0] and len(sources) > MAX_RUNS:
+        raise ValueError(f"expected at most {MAX_RUNS} runs, got {len(sources)}: {given}")
+    if not is_run[0] and len(paths) > 2:
+        raise ValueError(f"expected one or two evaluations, got {len(paths)}: {given}")
+    sources = sources if is_run[0] else sources[:2]
     if len(sources) > len({source.name for source in sources}):  # runs/a/final, runs/b/final
-        sources = [replace(source, name=str(path)) for source, path in zip(sources, (first, other))]
+        sources = [replace(source, name=str(path)) for source, path in zip(sources, paths)]
     return sources
 
 
-def write_page(first: Path, other: Path | None = None, captioners: Sequence[str] = (),
-               out: Path | None = None, max_mb: float = 16.0) -> Path:
+def write_page(first: Path, *others: Path, captioners: Sequence[str] = (), out: Path | None = None,
+               max_mb: float = 16.0, full_mb: float = 0.0, data: Sequence[str] = ()) -> Path:
     """Writes the page and returns where it lies. Raises ValueError for what is neither a run nor an
-    evaluation."""
-    sources = shown_sources(first, other, captioners)
+    evaluation. `full_mb` and `data` as in PageConfig."""
+    sources = shown_sources([first, *others], captioners)
     names, is_run = [source.name for source in sources], sources[0].config is not None
     style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     environment = jinja2.Environment(
@@ -317,6 +423,7 @@ def write_page(first: Path, other: Path | None = None, captioners: Sequence[str]
     )
     environment.filters["script_json"] = script_json
     drawn = curves.panels(sources) if is_run and sources[0].num_steps else []
+    hours = [curves.hours(source) for source in sources] if drawn else []
     text = environment.get_template("page.html.j2").render(
         title=" and ".join(names), is_run=is_run, names=names, style=style, script=script,
         # Only this very script runs, whatever a caption or an id might smuggle in, and nothing is
@@ -324,14 +431,17 @@ def write_page(first: Path, other: Path | None = None, captioners: Sequence[str]
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         cards=[run_card(source) for source in sources] if is_run else [],
         apart=settings_apart(sources) if is_run and len(sources) > 1 else {},
-        panels=drawn, curves=[panel["values"] for panel in drawn],
+        panels=drawn, num_panels=SHOWN_PANELS, has_hours=all(hours),
+        curves={"panels": [panel["values"] for panel in drawn], "hours": hours,
+                "left": curves.LEFT, "right": curves.RIGHT},
         table=evaluation_table(sources) if not is_run else [],
         questions=question_table(sources)[:SHOWN_QUESTIONS] if not is_run else [],
         width=curves.WIDTH, height=curves.HEIGHT, left=curves.LEFT, right=curves.RIGHT,
-        top=curves.TOP, bottom=curves.BOTTOM, browser=browser_data(sources, max_mb * 1e6),
+        top=curves.TOP, bottom=curves.BOTTOM,
+        browser=browser_data(sources[:2], max_mb * 1e6, full_mb * 1e6, data),
     )
     if out is None:
-        beside = f"_with_{other.resolve().stem}" if other is not None else ""
+        beside = "".join(f"_with_{other.resolve().stem}" for other in others)
         name = f"report{beside}" if is_run else f"{first.stem}{beside}"
         out = (first if is_run else first.parent) / f"{name}.html"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -342,4 +452,6 @@ def write_page(first: Path, other: Path | None = None, captioners: Sequence[str]
 
 
 def main(arguments: list[str]) -> None:
-    print(f"report: {write_page(**vars(tyro.cli(PageConfig, args=arguments)))}")
+    settings = vars(tyro.cli(PageConfig, args=arguments))
+    page = write_page(settings.pop("first"), *settings.pop("others"), **settings)
+    print(f"report: {page}")

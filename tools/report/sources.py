@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.jsonl import filled, read_log
-from grpo.log import LOGS
+from grpo.log import EVAL_LOG, LOGS
 from grpo.run_dir import saved_config
 from tools.stats import bootstrap_interval, by_image
 from tools.thumbnails import SHOWN_GROUPS
 
 MAX_STEPS = 200
 """Steps whose captions are read: more would take minutes and fit no page."""
+
+HELD_OUT = "held_out_accuracy"
+"""Our key for the accuracy of EVAL_LOG: metrics.jsonl has one of the step's own images."""
 
 Series = dict[int, float | None]
 """step -> value"""
@@ -33,8 +36,8 @@ class Source:
     starts: tuple[dict, ...] = ()
     series: dict[str, Series] | None = None
     """By key."""
-    bands: dict[int, tuple[float, float]] | None = None
-    """step -> 95% interval of the accuracy, over images"""
+    bands: dict[str, dict[int, tuple[float, float]]] | None = None
+    """By key of a series: step -> its 95% interval, over images"""
 
 
 def load_sources(path: Path) -> list[Source]:
@@ -82,16 +85,22 @@ def read_run(run_dir: Path) -> Source:
                 if key != "step" and (value is None or isinstance(value, int | float)):
                     series.setdefault(key, {})[row["step"]] = value
     num_steps = len(series.get("reward", {}))
+    held_out = [row for row in read_log(run_dir / EVAL_LOG)
+                if type(row.get("step")) is int and known([row.get("accuracy")])]
+    if held_out:
+        series[HELD_OUT] = {row["step"]: row["accuracy"] for row in held_out}
     files = [(int(path.stem.removeprefix("step_")), path)
              for path in sorted(run_dir.glob("rollouts/step_*.jsonl"))]
     files = [(step, path) for step, path in files if step < num_steps]
-    groups, bands = [], {}
+    groups, bands = [], {"accuracy": {}}
+    bands[HELD_OUT] = {row["step"]: (row["low"], row["high"]) for row in held_out
+                       if len(known(map(row.get, ("low", "high")))) == 2}
     for step, path in (files[place] for place in evenly(len(files), MAX_STEPS)):
         images = list(by_image(read_rows(path)).values())
         correct = [known(question.get("correct") for row in group for question in row["questions"])
                    for group in images]
         if any(correct):
-            bands[step] = bootstrap_interval(correct)
+            bands["accuracy"][step] = bootstrap_interval(correct)
         groups += [(step, group) for group in images[:SHOWN_GROUPS]]
     starts = tuple(read_log(run_dir / "starts.jsonl"))
     return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
