@@ -37,10 +37,10 @@ from tools.memory import status
 
 
 def test_the_toy_run_passes(tmp_path, capsys):
-    check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run")))
+    check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run"), eval_data="0.2", eval_images=2, eval_every=30))
     said = capsys.readouterr().out
     assert "WRONG" not in said and not (tmp_path / "run").exists()
-    for row in ("ranks", "data", "sampling", "templates", "tokens", "memory", "policy", "verifier", "disk"):
+    for row in ("ranks", "data", "sampling", "templates", "tokens", "memory", "policy", "verifier", "disk", "held out"):
         assert f"ok     {row}" in said
     assert "24 images with 7 to 14 questions" in said and "on-policy ratio 1.0000" in said
 

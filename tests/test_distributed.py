@@ -143,7 +143,8 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     """Every caption is drawn as its image's, whichever rank it is on: nothing shared, nothing lost.
 
     train.py under torchrun, on 7 images that do not divide: it ends, with the same captions, rewards and losses."""
-    settings = ["--data", "toy:train:7", "--num-steps", "2", "--prompts-per-step", "4", "--group-size", "3"]
+    settings = ["--data", "toy:train:7", "--num-steps", "2", "--prompts-per-step", "4", "--group-size", "3",
+                "--eval-data", "toy:heldout:5", "--eval-images", "3", "--eval-samples", "2"]
     for num_ranks in (1, 2):
         torchrun(num_ranks, "train.py", "toy", *settings, "--run-dir", str(tmp_path / str(num_ranks)))
     one, two = (
@@ -155,6 +156,10 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     first = [(tmp_path / n / "rollouts/step_000000.jsonl").read_text().splitlines() for n in ("1", "2")]
     rows = [[(row["id"], row["caption"], row["reward"]) for row in map(json.loads, lines)] for lines in first]
     assert rows[0] == rows[1]
+    evaluations = [(tmp_path / n / "eval.jsonl").read_text().splitlines() for n in ("1", "2")]
+    assert evaluations[0][0] == evaluations[1][0]  # of the same policy: to the last digit
+    last = [json.loads(lines[-1]) for lines in evaluations]
+    assert last[0]["step"] == 2 and last[1] == pytest.approx(last[0], abs=0.05)
     load_policy(str(tmp_path / "2/final"), torch.device("cpu"))
 
     # and what two ranks began one can end: the same images, and nearly the same numbers

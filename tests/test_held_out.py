@@ -149,8 +149,9 @@ def test_a_run_ends_when_patience_does_and_goes_on_only_if_told(tmp_path, capsys
 
 
 def test_the_best_policy_has_a_checkpoint_before_it_is_exported(tmp_path, monkeypatch):
-    """A kill in between: the resumed run exports it then, and measures nothing twice."""
-    config = toy_config(run_dir=str(tmp_path / "run"), save_every=0, **TINY | {"num_steps": 4}, **EVAL | {"eval_images": 1})
+    """A kill in between: the resumed run exports it then, adapters too, and measures nothing twice."""
+    config = toy_config(run_dir=str(tmp_path / "run"), save_every=0, lora_rank=2, **TINY | {"num_steps": 4},
+                        **EVAL | {"eval_images": 1})
     accuracies = iter([0.2, 0.4, 0.3])
 
     def measured(rows):
@@ -174,6 +175,8 @@ def test_the_best_policy_has_a_checkpoint_before_it_is_exported(tmp_path, monkey
     train(replace(config, resume=True))
     assert json.loads((tmp_path / "run/best/step.json").read_text())["step"] == 2
     assert [row["accuracy"] for row in read_log(tmp_path / "run/eval.jsonl")] == [0.2, 0.4, 0.3]
+    best, final = (load_file(tmp_path / f"run/{name}/adapter/adapter_model.safetensors") for name in ("best", "final"))
+    assert set(best) == set(final) and any(not torch.equal(best[name], final[name]) for name in best)
 
 
 def test_a_judge_as_reward_is_measured_by_the_verifier(tmp_path):

@@ -26,6 +26,7 @@ from grpo.run import Run, load_run
 from grpo.update import update_policy
 from reward.step import Reward, check_examples, load_reward
 from tools.audit import gold_probe
+from tools.held_out import HeldOut, set_aside
 from tools.memory import (
     available_memory,
     held,
@@ -35,6 +36,7 @@ from tools.memory import (
     rollout_bytes,
     weights_held,
 )
+from tools.tracker import tracker_module
 
 TRIAL_TOKENS = 256
 """Tokens per caption of the trial rollout."""
@@ -247,12 +249,28 @@ def check_verifier(scores: dict[str, float]) -> Finding:
     )
 
 
+def check_held_out(held_out: HeldOut, config: TrainConfig) -> Finding:
+    """What an evaluation costs, in captions and questions of a step."""
+    counts = [len(picture.items) for picture in held_out.benchmark.pictures]
+    samples = max(1, config.held_out.eval_samples)
+    captions, asked = samples * len(counts), samples * sum(counts)
+    per_step = config.num_captions
+    questions = per_step * config.reward_config.num_questions * config.reward_config.num_shuffles
+    number = 2 + (config.num_steps - 1) // config.held_out.eval_every
+    return Finding(
+        "held out",
+        f"{number} evaluations on {len(counts)} images; each has {captions} captions and {asked} "
+        f"answers, as {captions / per_step:.1f} and {asked / questions:.1f} steps have",
+    )
+
+
 def check_disk(folder: Path, parameters: int, config: TrainConfig) -> Finding:
     """A checkpoint has 12 bytes per parameter, an export 2 or 4. While one is written, the old ones
     are there too."""
     there = nearest(folder)
     free = shutil.disk_usage(there).free
-    exports = 1 + (config.num_steps // config.export_every if config.export_every else 0)
+    exports = 1 + bool(config.held_out.eval_data)  # final, best
+    exports += config.num_steps // config.export_every if config.export_every else 0
     width = 2 if config.save_dtype == "bfloat16" else 4
     needed = parameters * (12 * (config.keep_checkpoints + 1) + width * (exports + 1))
     return Finding("disk", f"{_gib(needed)} needed of {_gib(free)} free at {there}",
@@ -299,6 +317,10 @@ def check(config: TrainConfig) -> None:
     if data.problem and len(examples) < config.prompts_per_step:  # too few for a step are left
         _end(findings)
     with all_or_none("start"):
+        tracker_module(config.tracker)
+        if config.held_out.eval_data:
+            examples, held_out = set_aside(examples, config)
+            findings.append(check_held_out(held_out, config))
         check_examples(examples, config)
         reward = load_reward(config, device)
     run = load_run(config, device)
