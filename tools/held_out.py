@@ -32,9 +32,10 @@ from data.benchmarks.benchmark import (
     is_share,
     load_benchmark,
 )
-from data.examples import Example, picture_keys
+from data.examples import Example
 from data.io import json_lines, naming, read_json, text_hash, to_json
 from data.jsonl import read_log
+from data.pictures import picture_keys
 from grpo.checkpoint import latest_checkpoint, save_checkpoint, training_state
 from grpo.config import TrainConfig
 from grpo.distributed import Phases, all_or_none, gather_rows, print0, rank
