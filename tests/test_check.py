@@ -1,8 +1,10 @@
 """`train.py --check`: each thing that would go wrong later is wrong here."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def test_the_toy_run_passes(tmp_path, capsys):
     check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run"), eval_data="0.2", eval_images=2, eval_every=30))
     said = capsys.readouterr().out
     assert "WRONG" not in said and not (tmp_path / "run").exists()
-    for row in ("ranks", "data", "sampling", "templates", "tokens", "memory", "policy", "verifier", "disk", "held out"):
+    for row in ("ranks", "data", "sampling", "templates", "tokens", "memory", "time", "policy", "verifier", "disk", "held out"):
         assert f"ok     {row}" in said
     assert "24 images with 7 to 14 questions" in said and "on-policy ratio 1.0000" in said
 
@@ -180,10 +182,25 @@ def test_the_longest_step_is_measured_and_changes_no_weight(monkeypatch):
     monkeypatch.setattr(preflight, "weights_held", lambda run, others: run_of.append(run) or weights_held(run, others))
     monkeypatch.setattr(preflight, "update_policy", watched)
     (memory, seconds), run = longest(config)
-    assert seen == [(2, (8, 24), True)] and not memory.problem and "at the longest captions" in seconds.facts
+    # the longest captions, then those of the trial: this rank's three prompts
+    assert seen[0] == (2, (8, 24), True) and seen[1][0] == 3 and len(seen) == 2 and not memory.problem
+    assert re.match(r"[\d.]+ to [\d.]+ s a step \(rollout .*, reward .*, update .*\), 40 steps in", seconds.facts)
     assert all(map(torch.equal, begun, state_of(run)))
     size = 4 * sum(parameter.numel() for parameter in run.scorer.parameters()) / 2**30
     assert f"masters and moments {3 * size:.2f} GiB" in memory.facts and f"reference {size:.2f} GiB" in memory.facts
+
+
+def test_hours_of_a_run_by_hand(monkeypatch):
+    """36 to 72 s a step on the slower of two ranks, 100 steps: 1 to 2 hours."""
+    monkeypatch.setattr(preflight, "gather_rows", lambda rows: [*rows, 30.0])  # the other rank's sum
+    drawn = SimpleNamespace(lengths=torch.tensor([10, 30]), truncated=torch.tensor([False, True]))
+    finding = preflight.check_time(
+        {"rollout": 20.0, "reward": 6.0, "update": 10.0}, {"rollout": 40.0, "reward": 12.0, "update": 20.0}, drawn,
+        toy_config(num_steps=100, max_new_tokens=64))
+    assert finding.facts.startswith(
+        "36.0 to 72.0 s a step (rollout 20.0 to 40.0, reward 6.0 to 12.0, update 10.0 to 20.0), 100 steps in "
+        "1.00 to 2.00 hours: with captions of 20 tokens as in the trial, 50% of them cut off, and with 64 as allowed")
+    assert not finding.problem
 
 
 def test_a_step_that_does_not_fit_is_said_and_not_killed(monkeypatch):

@@ -2,6 +2,7 @@
 models, data and machine. No weight changes."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,12 +151,40 @@ def try_update(run: Run, rollouts: Rollouts, config: TrainConfig) -> None:
                   torch.ones(num_rows, dtype=torch.bool, device=run.device), config)
 
 
-def try_reward(reward: Reward, examples: Sequence[Example], config: TrainConfig) -> None:
-    """The reward of this rank's captions in a step, each of about `max_new_tokens` tokens."""
+def try_reward(reward: Reward, examples: Sequence[Example], captions: Sequence[str],
+               lengths: Sequence[int], config: TrainConfig) -> None:
+    """The reward of the G captions of each example, of so many tokens."""
     by_caption = [example for example in examples for _ in range(config.group_size)]
-    captions = [" red" * config.max_new_tokens] * len(by_caption)
     keys = [f"{config.seed}:check:{example.id}" for example in by_caption]
-    reward.score(captions, by_caption, keys, [config.max_new_tokens] * len(by_caption))
+    reward.score(captions, by_caption, keys, lengths)
+
+
+def try_rollout(sampler: Policy, prompts: Sequence[Prompt], examples: Sequence[Example],
+                config: TrainConfig) -> Rollouts:
+    """The G captions of each example, of at most TRIAL_TOKENS tokens."""
+    keys = [f"{config.seed}:check:{example.id}:caption:{g}"
+            for example in examples for g in range(config.group_size)]
+    length = min(config.max_new_tokens, TRIAL_TOKENS)
+    return sample_rollouts(sampler, prompts, keys, length, config.temperature,
+                           config.rollout_tokens)
+
+
+def try_step(run: Run, reward: Reward, examples: Sequence[Example],
+             config: TrainConfig) -> tuple[dict[str, float], Rollouts]:
+    """Seconds by phase of a step on these examples, with captions of at most TRIAL_TOKENS tokens,
+    and these captions. No weight changes. Every rank must call this."""
+    device, drawn = run.device, []
+    prompts = [run.sampler.prompt(open_image(example.image)).on(run.sampler.model)
+               for example in examples]
+    if run.is_tower_frozen:
+        prompts = encode_images(run.sampler, prompts)
+    rollout_s, _ = measure(
+        lambda: drawn.append(try_rollout(run.sampler, prompts, examples, config)), device)
+    (rollouts,) = drawn
+    reward_s, _ = measure(lambda: try_reward(reward, examples, rollouts.captions,
+                                             rollouts.lengths.tolist(), config), device)
+    update_s, _ = measure(lambda: try_update(run, rollouts, config), device)
+    return {"rollout": rollout_s, "reward": reward_s, "update": update_s}, rollouts
 
 
 def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], prompt: Prompt,
@@ -172,12 +201,15 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
     parts = weights_held(run, {name: model for name, model in models.items() if model})
     if config.freeze == "vision+merger":
         (prompt,) = encode_images(run.sampler, [prompt])
-    rollouts = longest_micro_batches(prompt, run, config)
+    rollouts, mine = longest_micro_batches(prompt, run, config), examples[:share]
+    num_rows, length = share * config.group_size, config.max_new_tokens
+    captions, lengths = [" red" * length] * num_rows, [length] * num_rows
     try:
         with limited(available if device.type == "cpu" else None):
             reward_s, reward_peak = measure(
-                lambda: try_reward(reward, examples[:share], config), device)
+                lambda: try_reward(reward, mine, captions, lengths, config), device)
             update_s, update_peak = measure(lambda: try_update(run, rollouts, config), device)
+            trial, drawn = try_step(run, reward, mine, config)
     except MemoryError as error:
         reason = str(error).splitlines()[0][:200]
         facts = f"the longest step does not fit into {_gib(available)} ({reason})"
@@ -189,9 +221,33 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
     parts |= {"phase rollout": sampling, "phase verifier": reward_peak - before,
               "phase update": update_peak - before,
               "peak": max(before + sampling, reward_peak, update_peak)}
-    update_s *= share / len(rollouts.prompts)
-    facts = f"reward {reward_s:.1f} s, update {update_s:.1f} s at the longest captions"
-    return [check_memory(parts, available), Finding("time", facts)]
+    group_tokens = len(prompt.input_ids) + config.group_size * length
+    rounds = math.ceil(share / max(1, config.rollout_tokens // group_tokens))
+    longest = {"rollout": trial["rollout"] * rounds * length / drawn.tokens.shape[1],
+               "reward": reward_s, "update": update_s * share / len(rollouts.prompts)}
+    return [check_memory(parts, available), check_time(trial, longest, drawn, config)]
+
+
+def check_time(trial: dict[str, float], longest: dict[str, float], drawn: Rollouts,
+               config: TrainConfig) -> Finding:
+    """Seconds of a step and hours of the run on the slowest rank, from captions as in the trial to
+    the longest. Every rank must call this.
+
+    trial, longest: seconds by phase. The longest rollout is the trial's times its tokens: each
+    takes as long. drawn: the captions of the trial.
+    """
+    slowest = (max(gather_rows([sum(phases.values())])) for phases in (trial, longest))
+    low, high = sorted(slowest)
+    hours = [seconds * config.num_steps / 3600 for seconds in (low, high)]
+    phases = ", ".join(f"{name} {seconds:.1f} to {max(seconds, longest[name]):.1f}"
+                       for name, seconds in trial.items())
+    mean = drawn.lengths.float().mean()
+    cut = f", {drawn.truncated.float().mean():.0%} of them cut off" if drawn.truncated.any() else ""
+    return Finding(
+        "time", f"{low:.1f} to {high:.1f} s a step ({phases}), {config.num_steps} steps in "
+        f"{hours[0]:.2f} to {hours[1]:.2f} hours: with captions of {mean:.0f} tokens as "
+        f"in the trial{cut}, and with {config.max_new_tokens} as allowed; audits, evaluations and "
+        "checkpoints come on top")
 
 
 def check_memory(parts: dict[str, int], available: int) -> Finding:
@@ -294,6 +350,10 @@ def check_data(config: TrainConfig) -> tuple[Finding, list[Example], dict[str, t
     unreadable, sizes = gather_rows(unreadable), dict(gather_rows(list(sizes.items())))
     counts = [len(example.questions) for example in examples]
     bad = [*refused, *unreadable]
+    if refused and not examples:
+        from data.advice import no_sound_row  # here: it is for wrong input
+
+        bad = [no_sound_row(config.data, refused)]
     finding = Finding(
         "data", f"{len(examples)} images with {min(counts, default=0)} to {max(counts, default=0)} "
         f"questions, {len(read_manifest(config.data))} rows and questions left out as the manifest "
@@ -341,11 +401,7 @@ def check(config: TrainConfig) -> None:
     room = verifier.context - verifier.prompt_tokens(examples) if verifier else None
     findings.append(check_lengths(sampler, list(of_image.values()), text_tokens, room, config))
 
-    keys = [f"{config.seed}:check:{example.id}:caption:{g}"
-            for example in examples[:2] for g in range(config.group_size)]
-    length = min(config.max_new_tokens, TRIAL_TOKENS)
-    rollouts = sample_rollouts(sampler, prompts[:2], keys, length, config.temperature,
-                               config.rollout_tokens)
+    rollouts = try_rollout(sampler, prompts[:2], examples[:2], config)
     findings.append(check_policy(rollouts, run.scorer, sampler.forbidden_ids))
     if verifier:
         probes = examples[: config.probe_images]
