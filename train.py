@@ -49,11 +49,18 @@ from grpo.distributed import (
     world_size,
 )
 from grpo.log import alarms, count_skipped, log_step, step_timing
-from grpo.policy import Policy, Prompt, encode_images
-from grpo.rollout import Rollouts, sample_rollouts
-from grpo.run import Run, begin, export, load_run, save_step
+from grpo.policy import Policy, Prompt
+from grpo.run import Run, begin, export, load_run, sample_step, save_step
 from grpo.update import update_policy, warm_up_
-from reward.step import Reward, check_examples, load_reward, reward_step, rollout_rows, run_contents
+from reward.step import (
+    Reward,
+    check_examples,
+    load_reward,
+    measure_step,
+    reward_step,
+    rollout_rows,
+    run_contents,
+)
 
 
 def train(config: TrainConfig) -> Path:
@@ -120,11 +127,20 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             with phases("rollout"):
                 with all_or_none("images"):
                     batch, mine, prompts = next(opened)
-                rollouts = sample_step(run, mine, prompts, step, config)
+                with all_or_none("rollout"):
+                    rollouts = sample_step(run, mine, prompts, step, config)
 
             # 2. The verifier answers questions from each caption, the same for all of an image.
             with phases("reward"):
-                result, measured = reward_step(reward, mine, rollouts, step, config)
+                result = reward_step(reward, mine, rollouts, step, config)
+            resampled = {}
+            if config.resample_flat:
+                from reward.resample import resample_flat  # here: the paper has none
+
+                with phases("resample"):
+                    batch, mine, rollouts, result, resampled = resample_flat(
+                        run, reward, examples, batch, mine, rollouts, result, step, config)
+            measured = measure_step(rollouts, result, config) | resampled
 
             # 3. Each caption's reward is compared with those of its group.
             rewards = result.rewards.to(run.device)  # (B,), NaN where it could not be measured
@@ -155,8 +171,7 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
                     logs = {"metrics": metrics, "audit": audit, "timing": timing}
                     for tracker in trackers:
                         tracker(step, logs, rows)
-            ids = [example.id for example in batch]
-            num_skipped = count_skipped(metrics, num_skipped, step, ids, run_dir, config)
+            num_skipped = count_skipped(metrics, num_skipped, step, batch, run_dir, config)
             saved_at = save_step(run_dir, run, step, saved_at, signals, config)
 
 
@@ -179,20 +194,6 @@ def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,
         sizes = [sampler.image_tokens(*image_size(example.image)) for example in batch]
         mine = [batch[place] for place in deal(sizes, world_size())[rank()]]
     return batch, mine, [sampler.prompt(open_image(example.image)) for example in mine]
-
-
-def sample_step(run: Run, batch: Sequence[Example], prompts: Sequence[Prompt], step: int,
-                config: TrainConfig) -> Rollouts:
-    """The policy's G captions of each image."""
-    sampler = run.sampler
-    prompts = [prompt.on(sampler.model) for prompt in prompts]
-    if run.is_tower_frozen:
-        prompts = encode_images(sampler, prompts)
-    names = [f"{config.seed}:{step}:{example.id}:caption" for example in batch]
-    keys = [f"{name}:{g}" for name in names for g in range(config.group_size)]
-    with all_or_none("rollout"):
-        return sample_rollouts(sampler, prompts, keys, config.max_new_tokens, config.temperature,
-                               config.rollout_tokens)
 
 
 def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],

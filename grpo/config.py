@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data.program import check_range
-from grpo.loss import Reduction
+from grpo.loss import RatioOf, Reduction
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,11 @@ class TrainConfig:
     temperature: float = 1.0
     """Temperature of sampling and of all log-probabilities. [C1]"""
 
+    resample_flat: int = 0
+    """Images whose captions all earn the same teach nothing: they are replaced by others, at most
+    this many times in a step. DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). Ours: off,
+    [P] has none."""
+
     # reward
     reward: Literal["caprl", "judge"] = "caprl"
     """caprl: the share of questions that are answered right from the caption. judge: the baseline.
@@ -165,6 +170,12 @@ class TrainConfig:
     value is [GRPO]'s."""
     reduction: Reduction = "sequence"
     """How token losses are averaged, see grpo/loss.py. [GRPO] equation 3."""
+    ratio: RatioOf = "token"
+    """What the clipped ratio is of: each token [GRPO], or the whole caption (GSPO, arXiv
+    2507.18071). GSPO's clip range is far smaller: --clip-low 3e-4 --clip-high 4e-4."""
+    mask_truncated: bool = False
+    """Captions that were cut off at max_new_tokens do not enter the loss; their rewards still count
+    in their group's mean (DAPO, section 3.4). Ours: off, [P] has none."""
     inner_epochs: int = 1
     """Optimizer steps on each batch of rollouts. Ours: 1, so that the ratio is 1 and nothing is
     clipped."""
@@ -225,7 +236,8 @@ class TrainConfig:
     """Steps between two exports of the policy as a Hugging Face folder; 0 for the last one only.
     Ours."""
     max_skipped: int = 3
-    """The run stops after this many consecutive steps with a non-finite gradient. Ours."""
+    """The run stops after this many consecutive steps with a non-finite gradient or, with
+    resample_flat, without a group that teaches. Ours."""
 
     # ranks
     replicas: int = 1
@@ -247,7 +259,7 @@ class TrainConfig:
                     "replicas", at_least=1)
         check_range(asked, "num_questions", at_least=1)
         check_range(self, "kl_coef learning_rate warmup_steps weight_decay clip_high audit_every "
-                    "save_every save_minutes export_every", at_least=0)
+                    "save_every save_minutes export_every resample_flat", at_least=0)
         check_range(self, "temperature verifier_temperature max_grad_norm timeout_minutes", above=0)
         if self.probe_images < 2:
             raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor "

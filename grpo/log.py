@@ -52,17 +52,23 @@ def step_timing(phases: dict[str, float], started: float, num_tokens: float) -> 
     return phases | {"seconds": seconds, "tokens_per_second": rate}
 
 
-def count_skipped(metrics: dict[str, float], num_skipped: int, step: int, ids: Sequence[str],
+def count_skipped(metrics: dict[str, float], num_skipped: int, step: int, batch: Sequence,
                   run_dir: Path, config: TrainConfig) -> int:
-    """Consecutive steps that were left out, up to this one. Raises ValueError for
+    """Consecutive steps that taught nothing, up to this one. Raises ValueError for
     `config.max_skipped` of them."""
-    if not metrics["skipped"]:
+    lack = ""
+    if metrics["skipped"]:
+        lack = "a finite gradient"
+    elif config.resample_flat and metrics["flat_groups"] == 1:
+        lack = "a group whose captions differ in reward"
+    if not lack:
         return 0
-    print0(f"    step {step} was left out, its gradient is not finite; images: {list(ids)}")
+    ids = [example.id for example in batch]
+    print0(f"    step {step} teaches nothing, it is without {lack}; images: {ids}")
     if num_skipped + 1 >= config.max_skipped:
         raise ValueError(
-            f"{num_skipped + 1} steps in a row without a finite gradient; the last images: "
-            f"{list(ids)}; the checkpoints in {run_dir / 'checkpoints'} are from before"
+            f"{num_skipped + 1} steps in a row without {lack}; the last images: {ids}; "
+            f"the checkpoints in {run_dir / 'checkpoints'} are from before"
         )
     return num_skipped + 1
 

@@ -13,6 +13,7 @@ MAX_LOG_RATIO = 20.0
 limit the gradient is 0."""
 
 Reduction = Literal["token", "sequence", "constant"]
+RatioOf = Literal["token", "sequence"]
 
 
 def token_weights(mask: Tensor, reduction: Reduction, num_tokens: float, num_sequences: float,
@@ -38,9 +39,13 @@ def token_weights(mask: Tensor, reduction: Reduction, num_tokens: float, num_seq
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor,
                 clip_low: float, clip_high: float, ref_logprobs: Tensor | None = None,
-                kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+                kl_coef: float = 0.0,
+                ratio_of: RatioOf = "token") -> tuple[Tensor, dict[str, Tensor]]:
     """-sum of weights * (min(ratio * A, clipped * A) - kl_coef * KL), where clipped is
-    clip(ratio, 1 - clip_low, 1 + clip_high).
+    clip(ratio, 1 - clip_low, 1 + clip_high). The ratio is policy / old policy
+        token      of each token (DeepSeekMath, equation 3)
+        sequence   of the caption, to the power 1 / length: the geometric mean of its tokens' ratios
+                   (GSPO, arXiv 2507.18071, equation 7)
 
     logprobs, old_logprobs, ref_logprobs: (B, L) float32, natural log. They are of the current
     policy, of the policy at the start of the step, and of the frozen reference. Only the first
@@ -52,6 +57,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     """
     counts = weights > 0
     log_ratio = torch.where(counts, logprobs - old_logprobs, 0.0)  # (B, L)
+    if ratio_of == "sequence":
+        mean = log_ratio.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+        log_ratio = mean.expand_as(log_ratio)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantage = advantages[:, None]  # (B, 1)
     unclipped = ratio * advantage

@@ -1,7 +1,7 @@
 """The models and the state of a training run: loaded, begun or resumed, exported."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from grpo.distributed import (
     world_size,
 )
 from grpo.logprobs import CompletionScorer
-from grpo.policy import TEMPLATE_DATE, Policy
+from grpo.policy import TEMPLATE_DATE, Policy, Prompt, encode_images
+from grpo.rollout import Rollouts, sample_rollouts
 from grpo.update import prepare_training_
 
 
@@ -152,6 +153,19 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
             rewind(run_dir, num_steps)
             log_start(run_dir, num_steps, world_size())
     return num_steps
+
+
+def sample_step(run: Run, examples: Sequence, prompts: Sequence[Prompt], step: int,
+                config: TrainConfig) -> Rollouts:
+    """The policy's G captions of each image. A caption's draws are a function of the seed, the
+    step, the image's `id` and the caption's place in its group."""
+    prompts = [prompt.on(run.sampler.model) for prompt in prompts]
+    if run.is_tower_frozen:
+        prompts = encode_images(run.sampler, prompts)
+    names = [f"{config.seed}:{step}:{example.id}:caption" for example in examples]
+    keys = [f"{name}:{g}" for name in names for g in range(config.group_size)]
+    return sample_rollouts(run.sampler, prompts, keys, config.max_new_tokens, config.temperature,
+                           config.rollout_tokens)
 
 
 def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list[int],

@@ -80,8 +80,10 @@ def update_policy(scorer: CompletionScorer,
     `clip_share` and `grad_norm` are of the last, where the policy has moved furthest.
 
     advantages: (B,) float32. valid: (B,) bool, False on captions without a reward, which count
-    nowhere.
+    nowhere. Nor do truncated captions with `config.mask_truncated`.
     """
+    if config.mask_truncated:
+        valid = valid & ~rollouts.truncated
     mask = rollouts.completion_mask & valid[:, None]  # (B, L)
     # The whole step has one denominator, counted first: no split into parts changes the gradient.
     count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()})
@@ -107,7 +109,7 @@ def update_policy(scorer: CompletionScorer,
                 old_logprobs[start] = part.logprobs if is_sampled else logprobs.detach()
             loss, stats = policy_loss(
                 logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low,
-                config.clip_high, ref_logprobs.get(start), config.kl_coef,
+                config.clip_high, ref_logprobs.get(start), config.kl_coef, config.ratio,
             )
             loss_sum += loss.item()
             # Gradients are averaged over ranks, but the weights' denominator is global already.

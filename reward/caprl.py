@@ -311,8 +311,11 @@ class Rewards:
     """(B,) float32 each: what the reward is the sum of, weights applied."""
     records: list[list[dict]]
     """For each caption, each question as asked with its answer."""
-    stats: dict[str, float]
-    """See `answer_stats`."""
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """See `answer_stats`."""
+        return answer_stats(self.records)
 
 
 def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str],
@@ -343,7 +346,7 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
     if config.repetition_weight:
         terms = [repetition(caption) for caption in captions]
         parts["repetition"] = -config.repetition_weight * torch.tensor(terms)
-    return Rewards(sum(parts.values()), parts, records, answer_stats(records))
+    return Rewards(sum(parts.values()), parts, records)
 
 
 def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
@@ -363,16 +366,18 @@ def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
 def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
     """Shares over all questions of all captions: `failed_share`. Over those that could be scored:
     `accuracy`, `unparsed_share` and `abstain_share`. The accuracy counts choices, also where the
-    reward is soft."""
+    reward is soft. Ratings, which have no right option, have the first share only."""
     rows = [row for record in records for row in record]
+    failed_share = {"failed_share": _mean([bool(row["failure"]) for row in rows])}
+    if rows and all(row["gold"] is None for row in rows):
+        return failed_share
     scored = [row for row in rows if not row["failure"]]
     abstained = [row["abstain"] is not None and row["chosen"] == row["abstain"] for row in scored]
     return {
         "accuracy": _mean([row["correct"] for row in scored]),
         "unparsed_share": _mean([row["chosen"] is None for row in scored]),
         "abstain_share": _mean(abstained),
-        "failed_share": _mean([bool(row["failure"]) for row in rows]),
-    }
+    } | failed_share
 
 
 def mean_score(record: Sequence[dict]) -> float:

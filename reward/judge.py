@@ -56,8 +56,7 @@ def judge_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Se
     probs = torch.cat(logits).softmax(-1)  # (B, 5)
     rewards = (probs @ torch.arange(5.0)) / 4  # (B,)
     records = [[rating_record(*row)] for row in zip(rewards.tolist(), probs.tolist())]
-    failed_share = rewards.isnan().sum().item() / len(captions)
-    return Rewards(rewards, {"judge": rewards}, records, {"failed_share": failed_share})
+    return Rewards(rewards, {"judge": rewards}, records)
 
 
 def rating_record(reward: float, probs: list[float]) -> dict:

@@ -116,27 +116,24 @@ def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) ->
 
 
 def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts, step: int,
-                config: TrainConfig) -> tuple[Rewards, dict[str, float]]:
-    """Rewards of this rank's captions, and means over all ranks'. `examples`: (P,).
-
-    Raises ValueError, on all ranks alike, where too many questions could not be scored.
-    """
+                config: TrainConfig) -> Rewards:
+    """Rewards of this rank's captions. `examples`: (P,)."""
     by_caption = [example for example in examples for _ in range(config.group_size)]  # (B,)
     keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
-    result = reward.score(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
-    measured = reward_metrics(rollouts, result)
-    check_rewards(result, measured.get("failed_share", 0.0), config)
-    return result, measured
+    return reward.score(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
 
 
-def check_rewards(result: Rewards, failed_share: float, config: TrainConfig) -> None:
-    """Raises ValueError, on all ranks alike, if too many of the step's questions could not be
-    scored."""
+def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:
+    """`reward_metrics`. Raises ValueError, on all ranks alike, if too many of the step's questions
+    could not be scored."""
+    metrics = reward_metrics(rollouts, result)
+    failed_share = metrics["failed_share"]
     if failed_share > config.max_failed_share:
         reasons = {row["failure"] for record in result.records for row in record if row["failure"]}
         reasons = sorted(set(gather_rows(sorted(reasons))))
         raise ValueError(f"{failed_share:.0%} of the step's questions could not be scored "
                          f"({'; '.join(reasons[:3])})")
+    return metrics
 
 
 def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Rewards,

@@ -44,7 +44,7 @@ CHANGES = {"plain": {}, "held out": dict(eval_data="toy:heldout:3", eval_every=2
 
 def settings(run_dir: Path, **changes) -> TrainConfig:
     tiny = dict(data="toy:train:12", num_steps=6, prompts_per_step=2, group_size=3, max_new_tokens=48, probe_images=2,
-                audit_every=4, save_every=1, inner_epochs=2, resume=True)
+                audit_every=4, save_every=1, inner_epochs=2, resample_flat=1, resume=True)
     return toy_config(run_dir=str(run_dir), **tiny | changes)
 
 

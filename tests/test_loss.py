@@ -40,6 +40,41 @@ def test_asymmetric_clip():
     assert loss.item() == pytest.approx(0.75) and stats["clip_share"] == 0
 
 
+def test_ratio_of_a_caption_hand_computed():
+    """GSPO: tokens with ratios 1.5 and 0.9 have the caption's sqrt(1.35); the third does not count."""
+    ratios, weights = torch.tensor([[1.5, 0.9, 7.0]]), torch.tensor([[0.5, 0.5, 0.0]])
+    want = math.sqrt(1.5 * 0.9)  # 1.1619
+    for advantage, loss, gradient in ((1.0, -1.1, 0.0), (-1.0, want, want / 2)):
+        logprobs = ratios.log().requires_grad_()
+        got, stats = policy_loss(logprobs, torch.zeros(1, 3), torch.tensor([advantage]), weights, 0.1, 0.1,
+                                 ratio_of="sequence")
+        got.backward()
+        assert got.item() == pytest.approx(loss) and stats["ratio"].item() == pytest.approx(want)
+        assert logprobs.grad.tolist() == [pytest.approx([gradient, gradient, 0.0])]
+        assert stats["clip_share"] == (advantage > 0)
+
+
+def test_ratio_of_a_caption_brute_force():
+    generator = torch.Generator().manual_seed(1)
+    logprobs, old = (-torch.rand(5, 7, generator=generator) for _ in range(2))
+    advantages, lengths = torch.randn(5, generator=generator), [7, 1, 4, 0, 3]
+    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
+    total = 0.0
+    for row, length in enumerate(lengths):
+        if length:
+            change = sum((logprobs[row, t] - old[row, t]).item() for t in range(length))
+            ratio = math.exp(change / length)
+            clipped = min(max(ratio, 1 - 0.03), 1 + 0.04)
+            total -= min(ratio * advantages[row].item(), clipped * advantages[row].item()) / 4
+    weights = token_weights(mask, "sequence", 15, 4, 7)
+    loss, _ = policy_loss(logprobs, old, advantages, weights, 0.03, 0.04, ratio_of="sequence")
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    # one token: the caption's ratio is the token's
+    one = [policy_loss(logprobs[:, :1], old[:, :1], advantages, weights[:, :1], 0.2, 0.2, ratio_of=of)[0]
+           for of in ("token", "sequence")]
+    assert one[0] == one[1]
+
+
 def test_reductions_hand_computed():
     # token losses [1, 1, 1, 1] and [3]: 7/5 per token, (1 + 3)/2 per sequence, 7/(2 * 10) with length 10
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)

@@ -8,14 +8,21 @@ import torch
 
 from grpo.config import toy_config
 from reward.caprl import Rewards
-from reward.step import check_rewards, reward_metrics
+from reward.step import measure_step, reward_metrics
+
+
+def record(correct: bool | None) -> list[dict]:
+    """A caption with one question; None: it could not be scored."""
+    failure = "too long" if correct is None else ""
+    return [{"failure": failure, "correct": correct, "chosen": 0, "gold": 0, "abstain": None}]
 
 
 def test_reward_metrics_hand_computed(policy, batch):
     rollouts = batch[0]
     rewards = torch.tensor([0.5, 0.5, 1.0, 0.0, math.nan, math.nan, 0.25, math.nan])
     parts = {"accuracy": rewards - 0.25, "length": torch.full((8,), 0.25)}
-    metrics = reward_metrics(rollouts, Rewards(rewards, parts, [], {"accuracy": 0.4}))
+    records = [record(right) for right in (True, True, False, False, False)]
+    metrics = reward_metrics(rollouts, Rewards(rewards, parts, records))
     assert metrics["reward_accuracy"] == pytest.approx(1 / 5) and metrics["reward_length"] == pytest.approx(0.25)
     assert metrics["reward"] == pytest.approx(2.25 / 5) and metrics["unscored_captions"] == 3
     assert metrics["flat_groups"] == 0.5  # [0.5, 0.5], and the group with one measured reward
@@ -27,20 +34,20 @@ def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, mo
     other = {"accuracy": 0.5 * 8, "captions of accuracy": 8}
     monkeypatch.setattr("reward.step.sum_across_ranks",
                         lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
-    metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [], {"accuracy": math.nan}))
+    metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [record(None)] * 8))
     assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
 
 
-def test_too_many_failures_stop_the_run(monkeypatch):
-    records = [[{"failure": "too long"}, {"failure": ""}], [{"failure": ""}] * 2]
-    result = Rewards(torch.zeros(2), {}, records, {})
-    check_rewards(result, 0.25, toy_config(max_failed_share=0.25))
+def test_too_many_failures_stop_the_run(policy, batch, monkeypatch):
+    records = [record(None), record(None), *[record(True)] * 6]
+    result = Rewards(torch.zeros(8), {}, records)
+    assert measure_step(batch[0], result, toy_config(max_failed_share=0.25))["failed_share"] == 0.25
     monkeypatch.setattr("reward.step.gather_rows", lambda rows: [*rows, "not finite"])  # another rank's reason
-    with pytest.raises(ValueError, match=r"26% of the step's questions could not be scored \(not finite; too long\)"):
-        check_rewards(result, 0.26, toy_config(max_failed_share=0.25))
+    with pytest.raises(ValueError, match=r"25% of the step's questions could not be scored \(not finite; too long\)"):
+        measure_step(batch[0], result, toy_config(max_failed_share=0.24))
 
 
 def test_a_truncated_caption_is_scored_and_counted(policy, batch):
     rollouts = replace(batch[0], truncated=torch.tensor([True, False] * 4))
-    metrics = reward_metrics(rollouts, Rewards(torch.ones(8), {}, [], {}))
+    metrics = reward_metrics(rollouts, Rewards(torch.ones(8), {}, []))
     assert metrics["truncated_share"] == 0.5 and metrics["reward"] == 1 and metrics["unscored_captions"] == 0

@@ -66,7 +66,7 @@ def test_steps_without_a_finite_gradient_are_named_and_then_stop_the_run(tmp_pat
         train(toy_config(run_dir=str(tmp_path / "run"), max_skipped=2, **TINY))
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [1, 1] and rows[0]["loss"] is None
-    assert "step 0 was left out, its gradient is not finite; images: ['train-0" in capsys.readouterr().out
+    assert "step 0 teaches nothing, it is without a finite gradient; images: ['train-0" in capsys.readouterr().out
 
 
 TINY = dict(data="toy:train:12", num_steps=3, prompts_per_step=4, group_size=4, micro_batch_tokens=600, probe_images=3,

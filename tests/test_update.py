@@ -226,6 +226,21 @@ def test_captions_without_a_reward_count_nowhere(policy, batch):
     assert all(value.isfinite().all() and (value == 0).all() for value in change.values())
 
 
+def test_truncated_captions_are_masked_from_the_loss_alone(policy, batch):
+    """DAPO's overlong mask: the step is that of captions without a reward in their place."""
+    rollouts, advantages, valid = batch
+    truncated = torch.tensor([False, True, False, False, True, False, False, False])
+    cut = replace(rollouts, truncated=truncated)
+    want, change = one_update(policy, (rollouts, advantages, valid & ~truncated))
+    metrics, masked = one_update(policy, (cut, advantages, valid), mask_truncated=True)
+    assert metrics == want and all(torch.equal(masked[name], change[name]) for name in change)
+    kept, _ = one_update(policy, (cut, advantages, valid))
+    assert kept["loss"] != want["loss"]
+    all_cut = replace(rollouts, truncated=torch.ones(8, dtype=torch.bool))
+    metrics, change = one_update(policy, (all_cut, advantages, valid), mask_truncated=True)
+    assert math.isnan(metrics["ratio"]) and all((value == 0).all() for value in change.values())
+
+
 def test_a_step_without_any_reward_logs_null_and_blames_nobody(policy, batch):
     """0.0 was logged of it, and the ratio of 0 raised the alarm that sampler and trainer disagree."""
     rollouts = batch[0]
@@ -233,9 +248,9 @@ def test_a_step_without_any_reward_logs_null_and_blames_nobody(policy, batch):
     nothing = {"loss", "ratio", "clip_share", "kl", "entropy", "sampler_gap"}
     assert {key for key, value in metrics.items() if math.isnan(value)} == nothing and metrics["skipped"] == 0
     rewards = torch.full((8,), math.nan)
-    metrics |= reward_metrics(rollouts, Rewards(rewards, {"accuracy": rewards}, [], {"accuracy": math.nan}))
+    metrics |= reward_metrics(rollouts, Rewards(rewards, {"accuracy": rewards}, []))
     assert {key for key in metrics if math.isnan(metrics[key])} == nothing | {
-        "reward", "reward_accuracy", "accuracy", "flat_groups"}
+        "reward", "reward_accuracy", "accuracy", "flat_groups", "failed_share", "unparsed_share", "abstain_share"}
     assert metrics["unscored_captions"] == 8 and alarms(metrics | {"truncated_share": 0.0}) == []
 
 
