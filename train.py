@@ -133,14 +133,14 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             # 2. The verifier answers questions from each caption, the same for all of an image.
             with phases("reward"):
                 result = reward_step(reward, mine, rollouts, step, config)
-            resampled = {}
+            measured = {}
             if config.resample_flat:
                 from reward.resample import resample_flat  # here: the paper has none
 
                 with phases("resample"):
-                    batch, mine, rollouts, result, resampled = resample_flat(
+                    batch, mine, rollouts, result, measured = resample_flat(
                         run, reward, examples, batch, mine, rollouts, result, step, config)
-            measured = measure_step(rollouts, result, config) | resampled
+            measured |= measure_step(rollouts, result, config)
 
             # 3. Each caption's reward is compared with those of its group.
             rewards = result.rewards.to(run.device)  # (B,), NaN where it could not be measured
@@ -150,8 +150,9 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             # 4. The clipped surrogate with the KL penalty, and the optimizer's step.
             with phases("update"):
                 warm_up_(run.optimizer, step, config)
-                metrics = update_policy(run.scorer, run.reference, run.optimizer, rollouts,
-                                        advantages, ~rewards.isnan(), config)
+                metrics = measured | update_policy(
+                    run.scorer, run.reference, run.optimizer, rollouts, advantages,
+                    ~rewards.isnan(), config)
 
             # 5. The sampler gets the new weights.
             with phases("weights"):
@@ -162,7 +163,6 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
                 rows = rollout_rows(mine, rollouts, result, advantages)
                 rows, audit = gather_records(run_dir, run, reward, examples, batch, rows, step,
                                              config)
-            metrics = measured | metrics
             timing = step_timing(phases.take(), started, metrics["length"] * config.num_captions)
             with all_or_none("log"), naming(run_dir):
                 if rank() == 0:
@@ -180,9 +180,9 @@ def step_examples(examples: Sequence[Example], step: int, prompts_per_step: int,
     """The P images of a step. Each pass over the data has a new order, and no image comes twice in
     it. The images at its end that do not fill a step are left out of that pass."""
     pass_number, place = divmod(step, len(examples) // prompts_per_step)
-    order = list(range(len(examples)))
+    order = list(examples)
     random.Random(f"{seed}:pass:{pass_number}").shuffle(order)
-    return [examples[i] for i in order[place * prompts_per_step : (place + 1) * prompts_per_step]]
+    return order[place * prompts_per_step : (place + 1) * prompts_per_step]
 
 
 def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,

@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +218,24 @@ def test_inputs_are_unchanged():
     before = [tensor.clone() for tensor in tensors]
     policy_loss(tensors[0], tensors[1], torch.ones(2), tensors[2], 0.2, 0.2, tensors[3], 0.1)
     assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+def test_the_lines_that_the_recipes_page_gives_for_other_losses():
+    """CISPO, the dual clip and the KL times the ratio, each on one token by hand."""
+    lines = re.findall(r"`((?:per_token|kl) = [^`]+)`", Path("docs/recipes.md").read_text())
+    assert len(lines) == 3
+    ratio, kl = torch.tensor([[4.0]]), torch.tensor([[0.5]])
+    logprobs = torch.tensor([[-2.0]], requires_grad=True)
+
+    def run(line: str, advantage: float) -> torch.Tensor:
+        names = dict(torch=torch, ratio=ratio, kl=kl, logprobs=logprobs, clip_high=0.2,
+                     advantage=torch.tensor([[advantage]]), per_token=-ratio * advantage)
+        exec(line, names)
+        return names[line.split()[0]]
+
+    cispo, dual_clip, kl_times_ratio = lines
+    loss = run(cispo, 0.5)
+    [gradient] = torch.autograd.grad(loss.sum(), logprobs)
+    assert loss.item() == pytest.approx(1.2 * 0.5 * 2) and gradient.item() == pytest.approx(-0.6)
+    assert run(dual_clip, -1.0).item() == 3.0 and run(dual_clip, 1.0).item() == -4.0
+    assert run(kl_times_ratio, 1.0).item() == 2.0

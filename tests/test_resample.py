@@ -59,7 +59,7 @@ def test_images_are_replaced_until_they_teach_or_none_is_left(policy, batch, mon
     again = []
     for _ in range(2):
         asked.clear()
-        got, mine, rollouts, rewards, log = resample.resample_flat(
+        got, mine, _, rewards, log = resample.resample_flat(
             None, None, EXAMPLES, images, images, batch[0], result, 5, config)
         assert [len(ids) for ids in asked] == want_asked and log == {"resampled": sum(want_asked)}
         assert mine == got and got[1] == images[1] and len({example.id for example in got}) == 4
