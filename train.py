@@ -37,7 +37,7 @@ from data.io import ahead, check_room, naming
 from data.program import run_program
 from grpo.advantage import group_advantages
 from grpo.checkpoint import catch_stop_signals
-from grpo.config import TrainConfig, nearest_preset, parse_train_config
+from grpo.config import TrainConfig, parse_train_config
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> Path:
     """The whole run. Returns the folder of the trained policy."""
     from data.pictures import merge_pictures  # here: files are no part of the algorithm
     from grpo.run_dir import check_run_dir, only_writer
+    from tools.settings import describe_run
     from tools.tracker import load_trackers, tracker_module
 
     device = init_distributed(config.timeout_minutes)
@@ -94,7 +95,7 @@ def train(config: TrainConfig) -> Path:
         if held_out:
             contents |= held_out.contents()
         first_step = begin(run_dir, run, config, contents)
-        describe(run, examples, config)
+        describe_run(run, len(examples), config)
         trackers = load_trackers(stack, run_dir, first_step, config)
         take_steps(run_dir, run, reward, examples, held_out and held_out.watch, trackers,
                    first_step, config)
@@ -215,22 +216,6 @@ def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[E
             for example in batch[:SHOWN_GROUPS]:
                 keep_thumbnail(run_dir, example.id, partial(open_image, example.image))
     return rows, audit
-
-
-def describe(run: Run, examples: Sequence[Example], config: TrainConfig) -> None:
-    """Prints the settings, the rows that are left out, and how captions are sampled."""
-    from data.rows import read_manifest  # here: pages of their own
-    from tools.check import check_sampling
-
-    preset, changes = nearest_preset(config.flat())
-    changed = "".join(f", {name} {value!r}" for name, (value, _) in changes.items())
-    print0(f"{len(examples)} images, {world_size()} rank(s) on {run.device.type}, settings of "
-           f"{preset}{changed}")
-    refused = read_manifest(config.data)
-    if refused:
-        print0(f"{len(refused)} rows and questions of {config.data} are left out, as its manifest "
-               "lists")
-    print0(f"sampling: {check_sampling(run.sampler, config).facts}")
 
 
 def main(arguments: list[str]) -> None:

@@ -350,18 +350,6 @@ PRESETS = {
 }
 
 
-def nearest_preset(settings: dict[str, Any]) -> tuple[str, dict[str, tuple]]:
-    """The preset that the settings differ least from, and setting -> (here, there) where they
-    do."""
-    changes = {}
-    for name, (_, preset) in PRESETS.items():
-        there = preset.flat()
-        changes[name] = {key: (value, there[key]) for key, value in settings.items()
-                         if key in there and there[key] != value}
-    name = min(changes, key=lambda name: len(changes[name]))
-    return name, changes[name]
-
-
 def parse_train_config(arguments: list[str]) -> TrainConfig:
     """`[PRESET] --flag value ...`; without a preset, the paper's."""
     has_preset = bool(arguments) and arguments[0] in PRESETS

@@ -20,7 +20,7 @@ from PIL import Image
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.benchmarks.questions import Item
 from data.examples import Question
-from grpo.config import nearest_preset, toy_config
+from grpo.config import toy_config
 from grpo.log import log_step
 from grpo.run_dir import start_run
 from reward.caprl import Answer
@@ -40,6 +40,7 @@ from tools.report.page import (
     write_page,
 )
 from tools.report.sources import HELD_OUT, Source, evenly, load_sources
+from tools.settings import nearest_preset
 from tools.stats import paired_difference, summarize
 from tools.thumbnails import keep_thumbnail
 

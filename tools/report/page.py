@@ -31,9 +31,9 @@ from data.benchmarks.benchmark import load_benchmarks
 from data.images import open_image
 from data.io import naming, write_whole
 from data.program import check_range
-from grpo.config import nearest_preset
 from tools.report import curves
 from tools.report.sources import Source, evenly, known, load_sources
+from tools.settings import nearest_preset
 from tools.stats import paired_difference, summarize
 from tools.tables import shown_id
 from tools.thumbnails import SHOWN_GROUPS, thumbnail_file
