@@ -7,8 +7,10 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.toy.world import draw, make_scene
+from grpo.config import LoraConfig
 from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer, HeadLogprobs, group_attention, pack_groups
+from grpo.lora import adapters, add_adapters_
 from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
 
@@ -226,7 +228,8 @@ def test_group_order_is_kept(policy, prompts):
         assert torch.allclose(entropies[2 * p : 2 * p + 2], part_entropies, atol=1e-4)
 
 
-def test_qwen3_vl_samples_and_scores_alike(tokenizer):
+@pytest.mark.parametrize("targets", ["", r"language_model\..*_proj|visual\.(merger|deepstack_merger_list).*linear_fc\d"])
+def test_qwen3_vl_samples_and_scores_alike(tokenizer, targets):
     """Another family behind the same calls: deepstack features, interleaved M-RoPE, patches of 16."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
     torch.manual_seed(0)
@@ -245,6 +248,11 @@ def test_qwen3_vl_samples_and_scores_alike(tokenizer):
     )
     processor = Qwen2VLImageProcessorPil(patch_size=16, size={"shortest_edge": 64 * 64, "longest_edge": 224 * 224})
     policy = make_policy(widen(Qwen3VLForConditionalGeneration(config)), tokenizer, processor)
+    if targets:
+        add_adapters_(policy.model, LoraConfig(lora_rank=4, lora_targets=targets), "vision", seed=0)
+        assert len(adapters(policy.model)) == 4 * 7 + 3 * 2
+        for layer in adapters(policy.model).values():
+            layer.lora_b.data.normal_(std=0.05)
     prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(3)]
     rollouts = sample_rollouts(policy, prompts, keys(3, 2), 12)
     logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)

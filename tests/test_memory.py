@@ -10,11 +10,14 @@ from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCau
 from bench.estimate import estimate_memory
 from grpo.config import toy_config
 from grpo.logprobs import CompletionScorer
+from grpo.lora import add_adapters_
 from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 
 
-@pytest.mark.parametrize("changes", [{}, {"freeze": "vision"}, {"max_new_tokens": 48, "group_size": 4}])
+@pytest.mark.parametrize("changes", [
+    {}, {"freeze": "vision"}, {"max_new_tokens": 48, "group_size": 4}, {"lora_rank": 8},
+])
 def test_what_autograd_keeps_is_what_is_estimated(changes):
     """The tensors that the forward pass of a micro-batch saves, added up, against the estimate
     without head and pixels."""
@@ -26,6 +29,8 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     endless = replace(policy, forbidden_ids=(*policy.forbidden_ids, *policy.eos_ids))
     prompts = [policy.prompt(draw(make_scene("train", 3)))] * 3
     rollouts = sample_rollouts(endless, prompts, keys(3, config.group_size), config.max_new_tokens)
+    if config.lora.lora_rank:
+        add_adapters_(policy.model, config.lora, config.freeze, seed=0)
     prepare_training_(policy.model, config)
     scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
     kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in policy.model.parameters()}
@@ -44,6 +49,7 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     tokens = 3 * (len(prompts[0].input_ids) + config.group_size * config.max_new_tokens)
     rows = min(512, 3 * config.group_size * config.max_new_tokens)
     head, logits = 4 * text.vocab_size * text.hidden_size, 4 * rows * text.vocab_size
+    head *= not config.lora.lora_rank  # it is not trained then
     pixels = 4 * 4 * 3 * 4 * image_tokens * 1176
     inside = tokens * 4 * (2 * text.intermediate_size + 4 * text.hidden_size)
     assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - max(logits, inside) - pixels, rel=0.1)

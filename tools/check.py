@@ -45,7 +45,7 @@ SPARE = 0.92
 """Share of the memory that a peak may fill: allocators leave gaps, and estimates may be a tenth too
 low."""
 LESS_MEMORY = ("--gradient-checkpointing, a smaller --micro-batch-tokens, --rollout-tokens or "
-               "--max-new-tokens, --offload-reference, more ranks")
+               "--max-new-tokens, --offload-reference, more ranks, adapters (--lora-rank 64)")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
     models = {"verifier's weights": reward.verifier and reward.verifier.model,
               "judge's weights": reward.judge and reward.judge.model}
     parts = weights_held(run, {name: model for name, model in models.items() if model})
-    if config.freeze == "vision+merger":
+    if run.is_tower_frozen:
         (prompt,) = encode_images(run.sampler, [prompt])
     rollouts, mine = longest_micro_batches(prompt, run, config), examples[:share]
     num_rows, length = share * config.group_size, config.max_new_tokens
@@ -320,15 +320,15 @@ def check_held_out(held_out: HeldOut, config: TrainConfig) -> Finding:
     )
 
 
-def check_disk(folder: Path, parameters: int, config: TrainConfig) -> Finding:
-    """A checkpoint has 12 bytes per parameter, an export 2 or 4. While one is written, the old ones
-    are there too."""
+def check_disk(folder: Path, parameters: int, trained: int, config: TrainConfig) -> Finding:
+    """A checkpoint has 12 bytes per trained parameter, an export 2 or 4 of all. While one is
+    written, the old ones are there too."""
     there = nearest(folder)
     free = shutil.disk_usage(there).free
     exports = 1 + bool(config.held_out.eval_data)  # final, best
     exports += config.num_steps // config.export_every if config.export_every else 0
     width = 2 if config.save_dtype == "bfloat16" else 4
-    needed = parameters * (12 * (config.keep_checkpoints + 1) + width * (exports + 1))
+    needed = 12 * trained * (config.keep_checkpoints + 1) + width * parameters * (exports + 1)
     return Finding("disk", f"{_gib(needed)} needed of {_gib(free)} free at {there}",
                    "" if needed < free else "too little: lower --keep-checkpoints, raise "
                    "--export-every, or take another --run-dir")
@@ -370,8 +370,9 @@ def check(config: TrainConfig) -> None:
     device = init_distributed(config.timeout_minutes)
     share = config.prompts_per_rank(world_size())
     check_room(Path(config.run_dir))
+    parts = 1 if config.lora.lora_rank else world_size() // config.replicas
     ranks = (f"{world_size()} on {device.type}, {share} of {config.prompts_per_step} prompts each, "
-             f"weights in {world_size() // config.replicas} parts")
+             + (f"weights in {parts} parts" if parts > 1 else "all weights on each"))
     data, examples, sizes = check_data(config)
     findings = [Finding("ranks", ranks), data]
     if data.problem and len(examples) < config.prompts_per_step:  # too few for a step are left
@@ -407,8 +408,10 @@ def check(config: TrainConfig) -> None:
         probes = examples[: config.probe_images]
         findings.append(check_verifier(gold_probe(probes, verifier, config.reward_config)))
     findings += check_longest_step(run, reward, examples, prompts[2], of_image[largest.id], config)
-    parameters = num_parameters(sampler.model)
-    findings.append(check_disk(Path(config.run_dir), parameters, config))
+    trained = sum(tensor.numel() for group in run.optimizer.param_groups
+                  for tensor in group["params"])
+    findings.append(check_disk(Path(config.run_dir), num_parameters(sampler.model), trained,
+                               config))
     if any(gather_rows([any(finding.problem for finding in findings)])):  # on any rank
         _end(findings)
     print0(format_findings(findings))
