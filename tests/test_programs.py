@@ -29,6 +29,10 @@ def test_the_demos_last_line(tmp_path, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     match = re.fullmatch(r"demo: before (\d\.\d{3}) after (\d\.\d{3}) rise (-?\d\.\d{3})", lines[-1])
     assert float(match[2]) - float(match[1]) == pytest.approx(float(match[3]), abs=0.0011)
+    page = tmp_path / "demo/before_after.html"
+    [said] = [line for line in lines if line.startswith(f"before and after, caption by caption: {page}")]
+    assert "after" in page.read_text(encoding="utf-8")
+    assert ("before_after.png" in said) == (tmp_path / "demo/before_after.png").exists()
     assert sum("before: " in line for line in lines) == 3 and any("| all |" in line for line in lines)
     demo(DemoConfig(num_images=3, num_steps=1, run_dir=tmp_path / "demo"))  # a second demo makes room for itself
 

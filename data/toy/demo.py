@@ -5,7 +5,9 @@ held-out images.
 """
 
 import shutil
+import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,8 +16,12 @@ import tyro
 from data.program import run_program
 from evaluate import PrismConfig, run
 from grpo.config import toy_config
+from tools.report.page import write_page
 from tools.stats import summarize
 from train import train
+
+WINDOW, SHOWN = "--window-size=1280,1500", "#captions"
+"""Of the picture: its size in pixels, and the place of the page."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,25 @@ def demo(config: DemoConfig) -> None:
     for old, new in zip(before_rows[:12:4], after_rows[:12:4]):
         print(f"\n{old['id']}\n  before: {old['caption']}\n  after:  {new['caption']}")
     old, new = (table["all"]["accuracy"] for table in tables)
-    print(f"\nrun folder: {config.run_dir} (report.html, metrics.jsonl, rollouts/, final/, "
-          "before.jsonl, after.jsonl)")
+    page = write_page(before, after, out=config.run_dir / "before_after.html")
+    print(f"\nrun folder: {config.run_dir} (metrics.jsonl, rollouts/, final/, before.jsonl, "
+          "after.jsonl)")
+    print(f"the training, step by step: {config.run_dir / 'report.html'}")
+    print(f"before and after, caption by caption: {page}{take_picture(page)}")
     print(f"demo: before {old:.3f} after {new:.3f} rise {new - old:.3f}")
+
+
+def take_picture(page: Path) -> str:
+    """A picture of the page beside it, for README, and its name; nothing where no Chromium is."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    picture = page.with_suffix(".png")
+    if not browser:
+        return ""
+    command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", WINDOW,
+               f"--screenshot={picture}", page.resolve().as_uri() + SHOWN]
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, capture_output=True, timeout=60)
+    return f" ({picture.name} shows it)" if picture.exists() else ""
 
 
 if __name__ == "__main__":
