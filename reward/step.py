@@ -67,7 +67,8 @@ class Reward:
 
 def load_reward(config: TrainConfig, device: torch.device) -> Reward:
     """The reward that the settings name. Raises ValueError if its model cannot be used."""
-    dtype, verifier = compute_dtype(device), None
+    dtype = compute_dtype(device)
+    verifier = None
     if config.reward == "caprl" or config.held_out.eval_data:
         verifier = load_verifier(
             config.verifier, device, dtype, mode=config.verifier_mode,

@@ -61,19 +61,22 @@ def set_aside(examples: Sequence[Example],
     picture is in both. Raises ValueError for data that cannot be read, or leave nothing."""
     source = config.held_out.eval_data
     if is_share(source):
-        benchmark = example_benchmark(f"{source}:{config.data}", held_out(examples, source))
+        chosen = held_out(examples, source)
+        benchmark = example_benchmark(f"{source}:{config.data}", chosen)
+        aside = {example.id for example in chosen}
     else:
         benchmark = load_benchmark(source)
-    images = [picture.image for picture in benchmark.pictures]
-    keys = picture_keys([example.image for example in examples] + images)
-    measured = set(keys[len(examples) :])
-    kept = [example for example, key in zip(examples, keys) if key not in measured]
-    print0(f"{len(images)} images of {benchmark.name} are held out; {len(examples) - len(kept)} of "
+        images = [example.image for example in examples]
+        keys = picture_keys(images + [picture.image for picture in benchmark.pictures])
+        shown = set(keys[len(images) :])
+        aside = {example.id for example, key in zip(examples, keys) if key in shown}
+    kept = [example for example in examples if example.id not in aside]
+    print0(f"{len(benchmark.pictures)} images of {benchmark.name} are held out; {len(aside)} of "
            f"them are in {config.data} and not trained on")
     if benchmark.refused:
         print0(f"{len(benchmark.refused)} rows or questions of {source} are refused, the first: "
                f"{benchmark.refused[0]}")
-    del benchmark.pictures[config.held_out.eval_images or len(images) :]
+    del benchmark.pictures[config.held_out.eval_images or len(benchmark.pictures) :]
     return kept, HeldOut(benchmark, config)
 
 

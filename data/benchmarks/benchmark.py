@@ -12,9 +12,10 @@ scored is refused with its reason, and counted. It is no zero, and no free point
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from data.benchmarks.files import file_rows
 from data.benchmarks.questions import KINDS, Item, Metric, row_items
@@ -103,9 +104,11 @@ def load_benchmarks(sources: Sequence[str], limit: int = 0) -> list[Benchmark]:
 
 def is_share(text: str) -> bool:
     """Whether it is a number."""
-    with suppress(ValueError):
-        return bool(f"{float(text)}")
-    return False
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def held_out(examples: Sequence[Example], share: str) -> list[Example]:
@@ -116,7 +119,8 @@ def held_out(examples: Sequence[Example], share: str) -> list[Example]:
     """
     if not 0 < float(share) < 1:
         raise ValueError(f"{share}: expected a share of the images between 0 and 1")
-    hashes = {example.id: picture_hash(example.image) for example in examples}
+    hashes = {example.id: picture_hash(example.image)
+              for example in tqdm(examples, "comparing", unit="picture", delay=2)}
     chosen = [id for id, digest in hashes.items() if int(digest[:16], 16) < float(share) * 2**64]
     if not chosen:
         raise ValueError(f"{share}: expected a share with at least one of the {len(examples)} "
