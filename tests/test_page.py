@@ -592,7 +592,8 @@ return bad.concat(document.documentElement.scrollWidth > width ? ['page wider th
 """
 OVERLAPS = """
 const bad = [];
-const parents = '.curves, .captions, .cards, #filters, #pager, .caption header, .head, .legend';
+const parents = '.curves, .captions, .cards, .bar-of-controls, .take, .turn, .checks, .caption header, .head, .legend, '
+  + '.matrix tr';
 for (const parent of document.querySelectorAll(parents)) {
   const boxes = [...parent.children].map((child) => child.getBoundingClientRect()).filter((box) => box.width);
   boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b) => {
@@ -608,6 +609,8 @@ return bad;
 def test_nothing_overlaps_or_is_cut_off(driver, tiny_run, tmp_path, width):
     with opened(driver, write_page(tiny_run), width):
         driver.execute_script("document.querySelectorAll('.matrix button, summary').forEach((one) => one.click())")
+        assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+        choose(driver, "hours", True)
         assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
         screenshot(driver, tmp_path / f"report-{width}.png", width)
 
@@ -935,7 +938,7 @@ def test_curves_are_smoothed_and_drawn_against_hours(driver, tmp_path):
         assert [x for x, _ in points(".line polyline.smoothed")] == [52, 127, 352]
         band = driver.execute_script("return document.querySelector('.band').getAttribute('points')")
         assert [point.split(",")[0] for point in band.replace("\n", " ").split(" ")] == ["52", "352", "352", "52"]
-        assert text_of(driver, ".curve[data-place='0'] .axis:not([hidden])") == "01234"
+        assert text_of(driver, ".curve[data-place='0'] .axis:not([hidden])").split() == list("01234")
         press(driver, ".curve[data-place='0'] > svg", "\ue014\ue014")
         assert text_of(driver, ".curve[data-place='0'] .at") == "step 1, 1.00 h"
         assert text_of(driver, ".curve[data-place='0'] .value") == "1"
@@ -981,20 +984,35 @@ def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
         assert driver.execute_script("return document.querySelector('mark.active').textContent") == "red1"
 
 
-def test_hostile_captions_in_a_browser(driver, tmp_path):
+@pytest.mark.parametrize("width", [400, 1400])
+def test_hostile_captions_in_a_browser(driver, tmp_path, width):
+    families = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
+    texts = [HOSTILE, "\u202eturned around אבג العربية", families * 30, "x" * 10_000, "", " \n\t"]
     rows = [
-        caption_row(
-            HOSTILE, HOSTILE, family=HOSTILE, questions=[asked(HOSTILE, options=[HOSTILE, "b"], reply=HOSTILE)]
-        )
+        caption_row(text or "none", text, family=text, questions=[asked(text or "?", options=[text or "?", "b"], reply=text)])
+        for text in texts
     ]
-    with opened(driver, write_page(made_run(tmp_path / "run", [rows], data=HOSTILE))):
-        shown = driver.execute_script("return [...document.querySelectorAll('.caption p')].map((one) => one.innerText)")
-        assert shown == [HOSTILE + "1"] and driver.title == "run"  # all of it is an option's text, marked
+    with opened(driver, write_page(made_run(tmp_path / "run", [rows], data=HOSTILE)), width):
+        for place, text in enumerate(texts):
+            driver.execute_script("document.querySelectorAll('#strip button')[arguments[0]].click()", place)
+            wait(driver, f"return document.getElementById('position').textContent === 'image {place + 1} of 6'")
+            marked = text + "1" if text.strip() else text  # all of it is an option's text
+            assert driver.execute_script("return document.querySelector('.caption p').textContent") == marked
+            press(driver, "body", "q")
+            wait(driver, "return !!document.querySelector('.answer')")
+            assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
+            wait(driver, """const address = new URLSearchParams(location.hash.slice(1));
+                return address.get('question') && address.get('image') === document.querySelector('#detail dd').textContent""")
+            address = driver.current_url
+            driver.get("about:blank")
+            driver.get(address)
+            wait(driver, "return !!document.querySelector('.answer')")
+            assert text_of(driver, "#detail dd") == (text or "none")
+        assert driver.title == "run"
         assert driver.execute_script("return document.querySelectorAll('main img, main script').length") == 0
-        assert (
-            driver.execute_script("return getComputedStyle(document.querySelector('.caption p')).unicodeBidi")
-            == "plaintext"
-        )
+        style = driver.execute_script("return getComputedStyle(document.querySelector('.caption p')).unicodeBidi")
+        assert style == "plaintext"
+        screenshot(driver, tmp_path / f"hostile-{width}.png", width)
 
 
 def test_two_runs_and_two_evaluations_side_by_side(driver, tiny_run, tmp_path):

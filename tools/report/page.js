@@ -213,8 +213,9 @@
     }));
 
   async function unpack(page) {
-    const packed = byId(`page-${page}`).textContent;
-    const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+    const packed = atob(byId(`page-${page}`).textContent);
+    const bytes = new Uint8Array(packed.length); // a loop: Uint8Array.from takes ten times as long
+    for (let i = 0; i < bytes.length; i += 1) bytes[i] = packed.charCodeAt(i);
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate")))
       .json();
   }
