@@ -47,8 +47,8 @@ class EvalConfig:
     """What all three evaluations share."""
 
     data: tuple[str, ...] = ("caprl-qa.jsonl",)
-    """Benchmarks: KIND:PATH (docs/formats.md), a JSONL file of images with questions, or
-    toy:SPLIT:NUM."""
+    """Benchmarks: KIND:PATH (docs/formats.md), a JSONL file of images with questions, SHARE:PATH
+    for what `train.py --eval-data SHARE` held out of it, or toy:SPLIT:NUM."""
     limit: int = 0
     """Only the first so many images of each benchmark; 0 for all."""
     answer_tokens: int = 32

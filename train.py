@@ -80,7 +80,7 @@ def train(config: TrainConfig) -> Path:
             check_room(run_dir)
             if rank() == 0:
                 stack.enter_context(only_writer(run_dir))
-            tracker_module(config.tracker)
+                tracker_module(config.tracker)
         with all_or_none("data"):
             examples, held_out = merge_pictures(load_examples(config.data)), None
             if config.held_out.eval_data:

@@ -336,6 +336,6 @@ def test_files_that_are_none(tmp_path):
                          ("x.csv", "expected a .tsv, .parquet or .jsonl file"), ("none.tsv", "found nothing")):
         with pytest.raises(ValueError, match=reason):
             load_benchmark(f"chartqa:{tmp_path / name}")
-    with pytest.raises(ValueError, match="toy:SPLIT:NUM or KIND:PATH with KIND one of chartqa, chartqapro"):
+    with pytest.raises(ValueError, match="toy:SPLIT:NUM, SHARE:PATH or KIND:PATH with KIND one of chartqa, chartqapro"):
         load_benchmark("chartq:x.parquet")
     assert set(KINDS.values()) == {"choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"}
