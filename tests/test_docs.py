@@ -19,6 +19,7 @@ import tyro
 from torch.distributed.run import parse_args
 
 from data.images import IMAGE_SUFFIXES
+from data.toy.export import ExportConfig, export
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -224,6 +225,39 @@ def test_commands_run_at_their_smallest_setting_in_the_order_of_the_pages(tmp_pa
     assert {"train.py", "data.toy.export", "caption.py", "evaluate.py"} <= set(done)
     assert (tmp_path / "runs/toy/report.html").exists() and (tmp_path / "runs/prism.html").exists()
     assert (tmp_path / "runs/captions/shard-000000.jsonl").read_text().count("\n") == 2
+
+
+def test_the_lines_of_python_in_the_readme_run(tiny_run, tmp_path, monkeypatch, capsys):
+    """Ten plain lines of transformers write the very caption that ours do, and a caption is scored."""
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(REPO / "data")
+    (tmp_path / "runs/toy/final").symlink_to(tiny_run / "final")
+    monkeypatch.chdir(tmp_path)
+    export(ExportConfig(Path("runs/images"), num=1, split="heldout"))
+    plain, *ours = (part.split("```")[0] for part in (REPO / "README.md").read_text("utf-8").split("```python\n")[1:])
+    assert plain.count("\n") == 10 and not re.search("^(from|import) (data|grpo|reward)", plain, re.MULTILINE)
+    assert len(ours) == 2 and all(block.count("\n") < 10 for block in ours)
+    names = {}
+    capsys.readouterr()
+    for block in (plain, *ours):
+        exec(block, names)
+    plain_caption, our_caption, reward = capsys.readouterr().out.splitlines()
+    assert plain_caption == our_caption and len(our_caption.split()) > 5 and reward == "tensor([1.])"
+
+
+def test_commands_of_the_hub_have_flags_that_it_knows():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    commands = set(re.findall(r"hf (download|upload) ([^`\n#]*)", text))
+    assert {name for name, _ in commands} == {"download", "upload"}
+    for name, words in commands:
+        said = subprocess.run([Path(sys.executable).with_name("hf"), name, "--help"], capture_output=True, text=True).stdout
+        assert set(re.findall(r"--[a-z-]+", words)) <= set(re.findall(r"--[a-z-]+", said))
+
+
+def test_every_file_has_a_phrase():
+    text = (REPO / "docs/files.md").read_text(encoding="utf-8")
+    files = [path for folder in ("grpo", "reward", "tools", "data") for path in sorted((REPO / folder).glob("*.py"))]
+    assert [path.name for path in files if path.name not in text] == []
 
 
 # -------------------------------------------------------------------------------------------- forks
