@@ -37,6 +37,7 @@ from grpo.config import RewardConfig, TrainConfig, toy_config
 from grpo.decode import Decoder
 from grpo.distributed import local_device
 from grpo.logprobs import CompletionScorer
+from grpo.lora import adapters_off, add_adapters_
 from grpo.policy import Policy, Prompt
 from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, read_prompts, sample_rollouts
@@ -423,15 +424,25 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
         mean_ratio=gaps.exp().mean().item(), worst=gaps.abs().max().item())
 
 
-def phases(config: GpuConfig, device: torch.device) -> Iterator[tuple[str, Callable, object]]:
+def phases(config: GpuConfig, device: torch.device,
+           lora_rank: int = 0) -> Iterator[tuple[str, Callable, object]]:
     """Each phase of a step as a function, and what limits it: policy and rollouts."""
     policy, reference, verifier = build_models(config, device)
     settings = toy_config(group_size=config.group_size, max_new_tokens=config.tokens,
                           prompts_per_step=config.prompts, gradient_checkpointing=True,
-                          micro_batch_tokens=config.micro_batch_tokens, kl_coef=0.04)
+                          micro_batch_tokens=config.micro_batch_tokens, kl_coef=0.04,
+                          lora_rank=lora_rank)
+    if lora_rank:
+        reference = policy  # one model is both
+        add_adapters_(policy.model, settings.lora, "none", seed=0)
     prepare_training_(policy.model, settings)
     scorer, frozen = make_scorer(policy), make_scorer(reference)
-    optimizer = torch.optim.SGD(scorer.parameters(), lr=1e-6)  # without state
+    if lora_rank:
+        frozen = adapters_off(policy.model)(frozen)
+        trained = [part for part in scorer.parameters() if part.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=device.type == "cuda")
+    else:
+        optimizer = torch.optim.SGD(scorer.parameters(), lr=1e-6)  # without state
     prompts, keys = make_prompts(config, policy)
     rollouts = sample_rollouts(policy, prompts, keys, config.tokens)
     # The verifier's captions have unlike lengths, as real ones have.
@@ -478,6 +489,16 @@ def step(config: GpuConfig, device: torch.device) -> None:
     print(f"forward + backward: {rate / 1e12:.2f} TFLOP/s, {rate / arithmetic:.0%} of the "
           "product's (aim 45%)", flush=True)
     say("whole step", seconds=sum(spent.values()) - spent["first token"])
+
+
+def adapters(config: GpuConfig, device: torch.device) -> None:
+    """A step with adapters of rank 64 by phase: seconds, and memory, which is to fit 24 GB."""
+    few = replace(config, prompts=min(2, config.prompts), tokens=2 * config.tokens,
+                  micro_batch_tokens=4096)
+    for name, function, _ in phases(few, device, lora_rank=64):
+        peak_gib()
+        spent = seconds(function, 1)
+        say(name, seconds=spent, peak_gib=peak_gib(), aim="below 22 GiB")
 
 
 def training(config: GpuConfig, device: torch.device) -> None:
@@ -529,7 +550,7 @@ def profile(config: GpuConfig, device: torch.device) -> None:
 
 
 STAGES = {environment: 40, toy: 150, patches: 40, attention: 60, products: 40, decoding: 90,
-          step: 180, training: 150, profile: 90}
+          step: 160, adapters: 60, training: 150, profile: 50}
 """In this order; each with the most seconds that it may take."""
 
 
