@@ -6,6 +6,7 @@ and Thinking Machines Lab, "LoRA Without Regret", 2025.
 A value without a source says "ours" and why. docs/recipes.md shows the presets side by side.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -70,6 +71,8 @@ class LoraConfig:
     def __post_init__(self):
         check_range(self, "lora_rank", at_least=0)
         check_range(self, "lora_alpha", above=0)
+        if math.isinf(self.lora_alpha):
+            raise ValueError("lora_alpha inf: expected a number")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and reference: the reference is the model with its adapters off. Files are PEFT'
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -80,7 +82,7 @@ def add_adapters_(model: PreTrainedModel, config: LoraConfig, freeze: str, seed:
     for name, module in layers.items():
         if type(module) is not nn.Linear or module is model.get_output_embeddings():
             raise ValueError(f"lora_targets {config.lora_targets!r}: expected plain linear layers "
-                             f"below the head, {name} is a {type(module).__name__}")
+                             f"below the head, found {name} ({type(module).__name__})")
         stream = random.Random(f"{seed}:{name}:lora").getrandbits(63)
         generator = torch.Generator().manual_seed(stream)
         down = torch.randn(config.lora_rank, module.in_features, generator=generator)
@@ -177,13 +179,17 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 def read_settings(folder: Path) -> dict:
     """Of the adapter in the folder. Raises ValueError if it is more than y = W x + s B A x."""
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    path = folder / "adapter_config.json"
+    try:
+        settings = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected an adapter's settings in {path.name} ({error})") from None
     if settings.get("peft_type") != "LORA":
         raise ValueError("expected an adapter with peft_type 'LORA', found "
                          f"{settings.get('peft_type')!r}")
     for name in ("r", "lora_alpha"):
         value = settings.get(name)
-        if not isinstance(value, int | float) or not value > 0:
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"expected an adapter's {name}, more than 0, in adapter_config.json, "
                              f"found {value!r}")
     for name in sorted(settings.keys() - NO_MATTER.split()):
@@ -205,8 +211,12 @@ def load_adapter_(model: PreTrainedModel, folder: Path) -> None:
     if said and said != sizes:
         raise ValueError(f"expected an adapter of this base ({sizes}), found one of another "
                          f"({said})")
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"expected weights in adapter_model.safetensors ({error})") from None
     pairs: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "adapter_model.safetensors").items():
+    for key, value in weights.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if not match:
             raise ValueError(f"expected an adapter of lora_A and lora_B only, found {key}")
