@@ -776,6 +776,7 @@ def test_the_address_is_a_link(driver, tmp_path, width):
         assert text_of(driver, "#detail") == "No group passes the filters."
         go_to(driver, "step=99&image=none")
         assert looked_at(driver)[0] == "1:car"
+        assert text_of(driver, "#position") == "image 1 of 2, the nearest to what was asked for"
 
 
 def test_keys_work_before_anything_is_clicked(driver, tmp_path):
@@ -954,6 +955,9 @@ def test_captions_come_after_a_row_of_curves(driver, tiny_run):
         assert driver.execute_script(visible) == 4
         assert driver.execute_script("return document.querySelector('#captions').getBoundingClientRect().top") < 900
         assert driver.execute_script("return document.querySelectorAll('.curve').length") >= 14
+        choose(driver, "smooth", 0.5)  # those folded away follow when they are unfolded
+        driver.execute_script("document.getElementById('more-curves').open = true")
+        wait(driver, "return !!document.querySelector('#more-curves .smoothed')")
 
 
 def test_captions_questions_and_answers_of_a_group(driver, tmp_path):

@@ -65,6 +65,7 @@
 
   const { panels, hours, left, right } = parsed("curves-data");
   const figures = [...document.querySelectorAll(".curve")];
+  byId("more-curves")?.addEventListener("toggle", drawCurves);
 
   // Where a step of a run lies: by steps as it was drawn, or by hours.
   function along(panel, source, step) {
@@ -80,14 +81,19 @@
     return before + (after - before) * (step % 1);
   }
 
+  const asDrawn = new WeakMap(); // the points of a line as the file has them: by steps
   function drawCurves() {
+    const wanted = `${state.smooth} ${state.hours}`;
     const weight = Number(state.smooth);
     if (byId("smooth-value")) byId("smooth-value").textContent = weight ? show(weight) : "none";
     for (const figure of figures) {
+      // Those that are folded away are drawn when they are unfolded.
+      if (figure.dataset.drawn === wanted || !figure.checkVisibility()) continue;
+      figure.dataset.drawn = wanted;
       const panel = panels[figure.dataset.place];
       const span = Math.max(panel.steps.at(-1) - panel.steps[0], 1);
-      const move = (source, x) =>
-        along(panel, source, panel.steps[0] + ((x - left) * span) / (right - left));
+      const move = (source, x) => (state.hours
+        ? along(panel, source, panel.steps[0] + ((x - left) * span) / (right - left)) : x);
       for (const name of ["steps", "hours"]) {
         const isShown = (name === "hours") === Boolean(state.hours);
         figure.querySelector(`.axis.${name}`).toggleAttribute("hidden", !isShown);
@@ -95,9 +101,11 @@
       for (const line of figure.querySelectorAll("polyline[points], polygon")) {
         const source = line.closest("[data-source]")?.dataset.source;
         if (source === undefined || line.classList.contains("smoothed")) continue;
-        line.dataset.drawn ??= line.getAttribute("points");
-        const points = line.dataset.drawn.split(" ").map((point) => point.split(",").map(Number))
-          .map(([x, y]) => [move(source, x), y]);
+        if (!asDrawn.has(line)) {
+          asDrawn.set(line, line.getAttribute("points").split(" ")
+            .map((point) => point.split(",").map(Number)));
+        }
+        const points = asDrawn.get(line).map(([x, y]) => [move(source, x), y]);
         line.setAttribute("points", points.join(" "));
         if (line.tagName === "polygon") continue;
         line.classList.toggle("measured", weight > 0);
@@ -123,7 +131,8 @@
       return [x, sum / mass];
     });
     copy.setAttribute("class", "smoothed");
-    copy.setAttribute("points", means.map(([x, y]) => `${x},${Number(y.toFixed(2))}`).join(" "));
+    const rounded = means.map(([x, y]) => `${x},${Math.round(100 * y) / 100}`);
+    copy.setAttribute("points", rounded.join(" "));
     return copy;
   }
 
@@ -352,7 +361,10 @@
     }
     byId("previous").disabled = isList ? start === 0 : !list.length || step === steps[0];
     byId("next").disabled = isList ? end >= list.length : !list.length || step === steps.at(-1);
-    byId("position").textContent = chosen ? `image ${place + 1} of ${list.length}` : "";
+    const isOther = chosen && ((state.image && chosen.id !== state.image)
+      || (state.step && !isList && state.step !== String(step)));
+    byId("position").textContent = chosen ? `image ${place + 1} of ${list.length}`
+      + (isOther ? ", the nearest to what was asked for" : "") : "";
   }
 
   const tally = (list) => list.reduce(
@@ -772,8 +784,13 @@
       ?? `${rows.length} captions`;
   }
 
-  const toClipboard = (text) => navigator.clipboard.writeText(text).then(() => null,
-    () => "this browser does not let a file copy: download it");
+  async function toClipboard(text) {
+    try {
+      return await navigator.clipboard.writeText(text) ?? null;
+    } catch {
+      return "this browser does not let the page copy";
+    }
+  }
 
   function toFile(text, name) {
     const address = URL.createObjectURL(new Blob([text], { type: "text/plain" }));

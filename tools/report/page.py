@@ -32,7 +32,7 @@ from data.images import open_image
 from data.io import naming, write_whole
 from data.program import check_range
 from tools.report import curves
-from tools.report.sources import Source, evenly, known, load_sources
+from tools.report.sources import HELD_OUT, Source, evenly, known, load_sources
 from tools.settings import nearest_preset
 from tools.stats import paired_difference, summarize
 from tools.tables import shown_id
@@ -292,7 +292,8 @@ def full_pictures(source: Source, ids: Sequence[str], max_bytes: float,
 # --------------------------------------------------------------------------- cards and tables
 
 
-TILES = {"reward": "reward", "accuracy": "accuracy", "probe_accuracy": "probe accuracy", "kl": "KL"}
+TILES = {"reward": "reward", "accuracy": "accuracy", HELD_OUT: "held-out accuracy",
+         "probe_accuracy": "probe accuracy", "kl": "KL"}
 
 
 def run_card(source: Source) -> dict:
