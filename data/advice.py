@@ -36,19 +36,22 @@ LINES = "one object a line: `jq -c '.[]' FILE.json > FILE.jsonl` makes lines of 
 def nothing_there(path: str | Path, expected: str) -> str:
     """The sentence on a path where nothing is: how a data set of the hub is downloaded, or the name
     that is nearest to it."""
-    path = str(path)
+    path, there = str(path), nearest(Path(path))
+    if there == Path(path):
+        return f"{path}: expected {expected}, found neither file nor folder"
     sentence = f"{path}: expected {expected}, found nothing"
-    there = nearest(Path(path))
     missing = Path(path).absolute().parts[len(there.absolute().parts)]
     names = {name.lower(): name for name in os.listdir(there)} if there.is_dir() else {}
     close = difflib.get_close_matches(missing.lower(), names, n=1, cutoff=0.8)
     hub_name = PUBLISHED.get(Path(path).name.lower(), "")
     match = HUB_SET.fullmatch(path)
-    if match and (match[1] or not match[3]) and not path.lower().endswith(FILE_ENDINGS):
-        is_below_folder = there.absolute() != Path.cwd()
-        hub_name = hub_name or ("" if is_below_folder else match[2])
-    if hub_name:
-        folder = hub_name.split("/")[1]
+    is_set = match and (match[1] or not match[3]) and not path.lower().endswith(FILE_ENDINGS)
+    if is_set and there.absolute() == Path.cwd():  # else it is below a folder that is there
+        hub_name = hub_name or match[2]
+    folder = hub_name.rpartition("/")[2]
+    if hub_name and Path(folder).is_dir():
+        sentence += f"; the folder {folder} is there: give that"
+    elif hub_name:
         sentence += (f"; data sets are not downloaded here: `hf download {hub_name} --repo-type "
                      f"dataset --local-dir {folder}` fetches one of the hub, then give {folder}")
     elif path.startswith("~"):

@@ -399,6 +399,19 @@ def test_a_path_that_is_not_there_is_answered_with_the_next_step(source, message
     assert ("hf download" in str(error.value)) == (message == HUB)
 
 
+def test_a_set_of_the_hub_that_is_there_already_is_pointed_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("CapRL-QA-75K").mkdir()
+    with pytest.raises(ValueError, match="found nothing; the folder CapRL-QA-75K is there: give that$"):
+        load_examples("internlm/CapRL-QA-75K")
+
+
+def test_what_is_neither_file_nor_folder_is_said():
+    """A pipe of the shell, `<(zcat q.jsonl.gz)`, is such a path."""
+    with pytest.raises(ValueError, match="^/dev/null: expected a file or a folder .*, found neither file nor folder$"):
+        load_examples("/dev/null")
+
+
 CHAT = {"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Red."}]}
 OPENAI = {"messages": [{"role": "user", "content": "Describe."}, {"role": "assistant", "content": "Red."}]}
 CAPTION = {"id": "a", "image": "a.png", "caption": "Red."}
