@@ -66,6 +66,8 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None
                 print("\nstopped by Ctrl-C", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == 2:  # tyro has printed what is wrong
+            tell_torchrun("error: expected other arguments, see above torchrun's own lines")
         if dist.is_initialized():
             _leave_ranks(error)
         raise
@@ -81,7 +83,7 @@ def tell_torchrun(text: str) -> None:
     https://pytorch.org/docs/stable/elastic/errors.html
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path and not Path(path).exists():  # the first text is the one that says why
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         message = {"message": text, "extraInfo": extra}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

@@ -2,6 +2,7 @@
 and caption.py have tests of their own."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -121,3 +122,21 @@ def test_a_reader_that_leaves_ends_a_program_in_a_sentence():
     program.stdout.read(1)
     program.stdout.close()
     assert program.stderr.read() == b"error: [Errno 32] Broken pipe\n" and program.wait() == 2
+
+
+@pytest.mark.parametrize("ending, text", [
+    (ValueError("x: expected y"), "error: x: expected y"),
+    (SystemExit(2), "error: expected other arguments, see above torchrun's own lines"),
+    (SystemExit(143), None), (SystemExit(0), None),  # a stop by a signal, and a good end
+])
+def test_torchrun_is_told_why_a_rank_ends(ending, text, tmp_path, monkeypatch):
+    """It quotes this file at the end of its report."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def main(arguments):
+        raise ending
+
+    with pytest.raises(SystemExit):
+        run_program(main, [])
+    said = json.loads((tmp_path / "error.json").read_text()) if (tmp_path / "error.json").exists() else None
+    assert (said and said["message"]["extraInfo"]["py_callstack"]) == text
