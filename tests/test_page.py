@@ -25,20 +25,16 @@ from grpo.log import log_step
 from grpo.run_dir import start_run
 from reward.caprl import Answer
 from tools.prism import prism
-from tools.report.curves import draw_panel, hours, panels, ticks
-from tools.report.page import (
-    PageConfig,
+from tools.report.captions import (
     browser_data,
-    evaluation_table,
-    main,
     number_questions,
     outcome,
     pack_side,
     pages_of,
-    question_table,
     side_index,
-    write_page,
 )
+from tools.report.curves import draw_panel, hours, panels, ticks
+from tools.report.page import PageConfig, evaluation_table, main, question_table, write_page
 from tools.report.sources import HELD_OUT, Source, evenly, load_sources
 from tools.settings import nearest_preset
 from tools.stats import paired_difference, summarize
