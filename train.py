@@ -35,7 +35,6 @@ from data.examples import Example, load_examples
 from data.images import image_size, open_image
 from data.io import ahead, check_room, naming
 from data.program import run_program
-from grpo.checkpoint import catch_stop_signals
 from grpo.config import TrainConfig, parse_train_config
 from grpo.distributed import (
     Phases,
@@ -50,6 +49,7 @@ from grpo.distributed import (
 from grpo.log import alarms, count_skipped, log_step, step_timing
 from grpo.policy import Policy, Prompt
 from grpo.run import Run, begin, export, load_run, sample_step, save_step
+from grpo.signals import catch_stop_signals
 from grpo.update import update_policy, warm_up_
 from reward.step import (
     Reward,
