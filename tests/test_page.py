@@ -758,8 +758,13 @@ def test_the_address_is_a_link(driver, tmp_path, width):
         address = driver.current_url
         driver.execute_script("document.querySelector('nav a').click()")  # names a section: the state stays
         assert looked_at(driver)[0] == "0:house"
+        assert driver.execute_script("return location.hash") == "#run"
         press(driver, "body", "\ue00c")  # Escape
         wait(driver, "return location.hash === '#step=0&image=0%3Ahouse'")
+        driver.get("about:blank")
+        driver.get(f"{page.resolve().as_uri()}#captions")
+        wait(driver, """return document.getElementById('captions').getBoundingClientRect().top < 100
+            || Math.abs(scrollY + innerHeight - document.body.scrollHeight) < 30""")
         driver.get("about:blank")
         driver.get(address)  # another one opens it
         wait(driver, "return !!document.querySelector('.answer')")
