@@ -24,6 +24,7 @@ Below: settings; captions; answers (tools/prism.py asks); tables and program.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +71,10 @@ class PrismConfig(CaptionsConfig, EvalConfig):
     """Settings of `evaluate.py prism`."""
 
     verifier: str = "Qwen/Qwen2.5-3B-Instruct"
-    """The text-only model that answers from captions."""
+    """The text-only model that answers from captions: a folder, a hub name, or the address of a
+    server with OpenAI's API, such as http://HOST:8000/v1."""
+    verifier_name: str = ""
+    """The model's name at that server; NAME=FOLDER says where its tokenizer is."""
     verifier_mode: Literal["sample", "logits"] = "logits"
     """Take the likeliest offered letter and the likeliest words, or sample replies (the
     release)."""
@@ -139,18 +143,22 @@ def prism_rows(config: PrismConfig,
     only_floors = isinstance(config, FloorConfig)
     with_floors = only_floors or config.floors
     policies = [path for _, path in config.captioners[: len(config.policy)]]
+    load = partial(
+        load_verifier, config.verifier, device, compute_dtype(device), config.verifier_name,
+        mode=config.verifier_mode, temperature=config.verifier_temperature,
+        max_new_tokens=config.verifier_max_new_tokens,
+    )
+    is_remote = "://" in config.verifier  # it takes no memory here
     with all_or_none("models"):  # now, not when captions have been written
-        for path in (*policies, config.verifier):
+        for path in policies if is_remote else (*policies, config.verifier):
             find_model(path)
+        verifier = load() if is_remote else None
     if config.captioners and with_floors:
         for benchmark in benchmarks:  # now too: a set of one image has no other image
             others_captions([[]] * len(benchmark.pictures), config.seed)
     captions = all_captions(config, benchmarks, device)
     with all_or_none("verifier"):
-        verifier = load_verifier(
-            config.verifier, device, compute_dtype(device), mode=config.verifier_mode,
-            temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
-        )
+        verifier = verifier or load()
     write = word_answerer(verifier, config.answer_tokens)
     for benchmark in benchmarks:
         own = {name: captions[benchmark.name, name] for name, _ in config.captioners}

@@ -35,6 +35,8 @@ from data.examples import Example, load_examples
 from data.images import image_size, open_image
 from data.io import ahead, check_room, naming
 from data.program import run_program
+from grpo.advantage import group_advantages
+from grpo.checkpoint import catch_stop_signals
 from grpo.config import TrainConfig, parse_train_config
 from grpo.distributed import (
     Phases,
@@ -49,17 +51,14 @@ from grpo.distributed import (
 from grpo.log import alarms, count_skipped, log_step, step_timing
 from grpo.policy import Policy, Prompt
 from grpo.run import Run, begin, export, load_run, sample_step, save_step
-from grpo.signals import catch_stop_signals
 from grpo.update import update_policy, warm_up_
 from reward.step import (
     Reward,
     check_examples,
-    compare_siblings,
     load_reward,
     measure_step,
     reward_step,
     rollout_rows,
-    run_contents,
 )
 
 
@@ -67,7 +66,7 @@ def train(config: TrainConfig) -> Path:
     """The whole run. Returns the folder of the trained policy."""
     from data.pictures import merge_pictures  # here: files are no part of the algorithm
     from grpo.run_dir import check_run_dir, only_writer
-    from tools.settings import describe_run
+    from tools.settings import describe_run, run_contents
     from tools.tracker import load_trackers, tracker_module
 
     device = init_distributed(config.timeout_minutes)
@@ -144,15 +143,16 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             measured |= measure_step(rollouts, result, config)
 
             # 3. Each caption's reward is compared with those of its group.
-            advantages = compare_siblings(result, config).to(run.device)  # (B,)
-            is_measured = ~result.rewards.isnan().to(run.device)  # (B,)
+            rewards = result.rewards.to(run.device)  # (B,), NaN where it could not be measured
+            advantages = group_advantages(rewards, config.group_size, config.leave_one_out,
+                                          config.scale_by_std)  # (B,)
 
             # 4. The clipped surrogate with the KL penalty, and the optimizer's step.
             with phases("update"):
                 warm_up_(run.optimizer, step, config)
                 metrics = measured | update_policy(
                     run.scorer, run.reference, run.optimizer, rollouts, advantages,
-                    is_measured, config)
+                    ~rewards.isnan(), config)
 
             # 5. The sampler gets the new weights.
             with phases("weights"):

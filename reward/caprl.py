@@ -2,8 +2,8 @@
 cannot see the image?
 
 A text-only verifier answers multiple-choice questions about the image from the caption alone. The
-reward is its accuracy: the share of questions that it answers rightly. Terms for how a caption is
-written (reward/style.py) are added only where asked for. The sections are in the order of the work:
+reward is its accuracy: the share of questions that it answers rightly. Terms for length and
+repetition are added only where asked for. The sections are in the order of the work:
 
     1. what is asked     stream_names, ask, shuffle_options
     2. the prompt        PromptWriter
@@ -28,7 +28,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from data.choices import LETTERS, means_letters, means_places
+from data.choices import LETTERS, means_letters, means_places, words
 from data.examples import Example, Question
 from grpo.config import RewardConfig
 from grpo.policy import chat_text, eos_ids, unnamed_ids
@@ -311,8 +311,6 @@ class Rewards:
     """(B,) float32 each: what the reward is the sum of, weights applied."""
     records: list[list[dict]]
     """For each caption, each question as asked with its answer."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """The weight of each part; 1 where none is named."""
 
     @property
     def stats(self) -> dict[str, float]:
@@ -324,7 +322,7 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
                     lengths: Sequence[int], verifier: AskVerifier,
                     config: RewardConfig) -> Rewards:
     """R(caption) = mean of [verifier's choice == gold] (paper, equation 2), in [0, 1], over N
-    questions, each under `num_shuffles` shuffles. The terms of reward/style.py are added where
+    questions, each under `num_shuffles` shuffles. Terms for length and repetition are added where
     `config` gives them a weight.
 
     Caption i has lengths[i] tokens of the policy and is of the image of examples[i]. Captions with
@@ -342,13 +340,13 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
         pairs = zip(group, given, strict=True)
         records.append([answer_record(question, answer, config.soft) for question, answer in pairs])
     parts = {"accuracy": torch.tensor([mean_score(record) for record in records])}
-    weights = {}
-    if config.has_style:
-        from reward.style import style_parts  # here: the paper's reward is the accuracy alone
-
-        others, weights = style_parts(captions, lengths, config)
-        parts |= others
-    return Rewards(sum(parts.values()), parts, records, weights)
+    if config.length_weight:
+        terms = [length_reward(n, config.length_full, config.length_zero) for n in lengths]
+        parts["length"] = config.length_weight * torch.tensor(terms)
+    if config.repetition_weight:
+        terms = [repetition(caption) for caption in captions]
+        parts["repetition"] = -config.repetition_weight * torch.tensor(terms)
+    return Rewards(sum(parts.values()), parts, records)
 
 
 def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
@@ -391,6 +389,22 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def length_reward(num_tokens: int, l1: int, l2: int) -> float:
+    """1 up to `l1` tokens, falling in a straight line to 0 at `l2`, 0 beyond (CapRL++, arXiv
+    2606.09393)."""
+    if l1 >= l2:
+        raise ValueError("expected the length reward to end later than it begins to fall, got "
+                         f"{l1} and {l2}")
+    return min(1.0, max(0.0, (l2 - num_tokens) / (l2 - l1)))
+
+
+def repetition(caption: str, n: int = 4) -> float:
+    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words)."""
+    spoken = words(caption)
+    grams = list(zip(*(spoken[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
 # ---------------------------------------------------------------------------- 5. the verifier
 
 
@@ -406,6 +420,8 @@ class Verifier:
     task: see `PromptWriter`. Questions without options are answered in words, in mode "sample".
     """
 
+    writer = PromptWriter
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  mode: str = "logits", temperature: float = 0.6, max_new_tokens: int = 10,
                  token_budget: int = 262_144, task: str = "", answer_start: str = ANSWER_START):
@@ -413,33 +429,30 @@ class Verifier:
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
         if not temperature > 0:
             raise ValueError(f"expected a verifier temperature above 0, got {temperature}")
-        from reward.attention import share_heads_  # here: what it does is transformers' own, faster
-
-        share_heads_(model)
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.token_budget = token_budget
-        self.writers = {
-            abstain: PromptWriter(tokenizer, abstain, task, answer_start)
-            for abstain in (False, True)
-        }
-        text = model.config.get_text_config()
+        self.writers = {abstain: self.writer(tokenizer, abstain, task, answer_start)
+                        for abstain in (False, True)}
+        self._prepare_()
+
+    def _prepare_(self) -> None:
+        from reward.attention import share_heads_  # here: what it does is transformers' own, faster
+
+        share_heads_(self.model)
+        text = self.model.config.get_text_config()
         self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
         rope = getattr(text, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("longrope", "dynamic"):
             # Beyond this length their angles depend on the longest row beside a row.
             original = getattr(text, "original_max_position_embeddings", None)
             self.context = rope.get("original_max_position_embeddings") or original or self.context
-        self.eos_ids = eos_ids(model, tokenizer)
-        self.forbidden_ids = unnamed_ids(model, tokenizer)
+        self.eos_ids = eos_ids(self.model, self.tokenizer)
+        self.forbidden_ids = unnamed_ids(self.model, self.tokenizer)
 
-    def prompt_tokens(self, examples: Sequence[Example]) -> int:
-        """Tokens of the longest prompt beside the caption: head, question and options."""
-        writer, rng, longest = self.writers[True], random.Random(0), 0
-        for question in (question for example in examples for question in example.questions):
-            asked = shuffle_options(question, 0, rng, abstain=len(question.choices) < len(LETTERS))
-            longest = max(longest, len(writer.question_ids(asked)))
-        return len(writer.head_ids) + len(writer.caption_ids("")) + longest
+    def under(self, **settings) -> "Verifier":
+        """The same model under other settings."""
+        return type(self)(self.model, self.tokenizer, **settings)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str], asked: Sequence[Sequence[Asked]],
@@ -473,29 +486,22 @@ class Verifier:
             ids = [caption_ids[i] for i in batch], [question_ids[i] for i in batch]
             places = [(i, place) for i in batch for place in range(len(asked[i]))]
             questions = [asked[i][place] for i, place in places]
-            if self.mode == "logits":
-                row_answers = self._choose(writer, *ids, questions)
-            else:
-                streams = [f"{names[i]}:{place}:reply" for i, place in places]
-                row_answers = self._reply(writer, *ids, questions, streams)
+            streams = [f"{names[i]}:{place}:reply" for i, place in places]
+            row_answers = self._answers(writer, *ids, questions, streams)
             for (i, place), answer in zip(places, row_answers, strict=True):
                 answers[i][place] = answer
         return answers
 
-    def _choose(self, writer: PromptWriter, caption_ids: list[list[int]],
-                question_ids: list[list[list[int]]], questions: list[Asked]) -> list[Answer]:
-        """One answer for each question of the batch, in mode "logits"."""
-        logits = option_logits(
-            self.model, writer.head_ids, caption_ids, question_ids, writer.letter_ids
-        ).cpu()
-        offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
-        return list(map(choose_letter, offered))
-
-    def _reply(self, writer: PromptWriter, caption_ids: list[list[int]],
-               question_ids: list[list[list[int]]], questions: list[Asked],
-               streams: list[str]) -> list[Answer]:
-        """One answer for each question of the batch, in mode "sample"."""
-        past = question_rows(self.model, writer.head_ids, caption_ids, question_ids)
+    def _answers(self, writer: PromptWriter, caption_ids: list[list[int]],
+                 question_ids: list[list[list[int]]], questions: list[Asked],
+                 streams: list[str]) -> list[Answer]:
+        """One answer for each question of the batch."""
+        ids = (self.model, writer.head_ids, caption_ids, question_ids)
+        if self.mode == "logits":
+            logits = option_logits(*ids, writer.letter_ids).cpu()
+            offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
+            return list(map(choose_letter, offered))
+        past = question_rows(*ids)
         sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids)
         replies = self._generate(*past, sampler)
         broken = sampler.is_broken.tolist()
@@ -532,9 +538,13 @@ class Verifier:
 
 
 def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.float32,
-                  **settings) -> Verifier:
-    """A frozen verifier from a local folder or a hub name; `settings` go to `Verifier`. Raises
-    ValueError if it cannot be used."""
+                  name: str = "", **settings) -> Verifier:
+    """A frozen verifier from a local folder or a hub name, or one called `name` at the address of a
+    server; `settings` go to `Verifier`. Raises ValueError if it cannot be used."""
+    if name or "://" in path:
+        from reward.remote import load_remote  # here: for who has a server
+
+        return load_remote(path, name, **settings)
     from grpo.pretrained import load_model, load_tokenizer, loading  # here: pages of their own
     from reward.check import check_rows
 

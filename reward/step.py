@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from data.choices import MAX_CHOICES
-from data.examples import Example, examples_hash
-from data.io import text_hash
-from grpo.advantage import group_advantages, part_advantages
+from data.examples import Example
 from grpo.config import TrainConfig
-from grpo.distributed import compute_dtype, gather_rows, rank, sum_across_ranks
+from grpo.distributed import compute_dtype, gather_rows, sum_across_ranks
 from grpo.policy import Policy
 from grpo.rollout import Rollouts
 from reward.caprl import Rewards, Verifier, caption_rewards, load_verifier
@@ -72,7 +70,7 @@ def load_reward(config: TrainConfig, device: torch.device) -> Reward:
     verifier = None
     if config.reward == "caprl" or config.held_out.eval_data:
         verifier = load_verifier(
-            config.verifier, device, dtype, mode=config.verifier_mode,
+            config.verifier, device, dtype, config.verifier_name, mode=config.verifier_mode,
             temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
         )
     if config.reward == "judge":
@@ -97,40 +95,12 @@ def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
                          f"{len(examples)} images there are")
 
 
-def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
-    """Hashes of the data and of each model, which the settings only name. A model has two: of its
-    weights, and of what is around them (AROUND in grpo/run_dir.py). On rank 0, before the first
-    step; empty on other ranks."""
-    from grpo.pretrained import weights_hash  # here: how checkpoints are read is a page of its own
-
-    if rank() > 0:
-        return {}
-    contents = {"data": f"{len(examples)} images, {examples_hash(examples)}"}
-    for name, model in (("policy", policy), ("judge", reward.judge)):
-        if model:
-            files = text_hash(str(sorted(model.files.items())))
-            contents[name] = f"{weights_hash(model.model)} {files}"
-    if reward.verifier:
-        tokenizer = reward.verifier.tokenizer
-        words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
-        contents["verifier"] = f"{weights_hash(reward.verifier.model)} {text_hash(words)}"
-    return contents
-
-
 def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts, step: int,
                 config: TrainConfig) -> Rewards:
     """Rewards of this rank's captions. `examples`: (P,)."""
     by_caption = [example for example in examples for _ in range(config.group_size)]  # (B,)
     keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
     return reward.score(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
-
-
-def compare_siblings(result: Rewards, config: TrainConfig) -> Tensor:
-    """(B,) advantages: each caption's reward, or each of its parts, relative to its own group."""
-    settings = (config.group_size, config.leave_one_out, config.scale_by_std)
-    if config.normalize_parts:
-        return part_advantages(result.parts, result.weights, result.rewards, *settings)
-    return group_advantages(result.rewards, *settings)
 
 
 def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:

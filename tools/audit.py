@@ -13,6 +13,7 @@ audits a whole run, and this asks another verifier about the same captions:
 """
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -38,8 +39,8 @@ from reward.caprl import (
     answer_stats,
     caption_rewards,
     load_verifier,
+    repetition,
 )
-from reward.style import empty_kinds, repetition
 from tools.stats import markdown, mean
 
 
@@ -57,9 +58,6 @@ def audit(rows: Sequence[dict]) -> dict:
     length_correlation             of reward and length in tokens, within groups: how the reward
                                    pays for length
     repetition                     mean share of repeated 4-grams
-    praise_share, hedge_share, repeat_share
-                                   mean shares of a caption's sentences that praise the caption,
-                                   leave open whether they hold, or were said before
     flat_groups                    share of groups whose measured rewards are all equal, which teach
                                    nothing
     """
@@ -71,7 +69,6 @@ def audit(rows: Sequence[dict]) -> dict:
     measured = _paired_by_group(groups, rewards, rewards)
     is_flat = [np.ptp(pairs[:, 0]) < 1e-6 for pairs in measured]
     questions = [question for record in records for question in record]
-    sentences = [empty_kinds(row["caption"]) for row in rows]
     stats = answer_stats(records)
     return {
         "gold_letters": _letter_shares([question["gold"] for question in questions]),
@@ -83,10 +80,6 @@ def audit(rows: Sequence[dict]) -> dict:
         "length_correlation": within_group_correlation(
             groups, rewards, [row["length"] for row in rows]),
         "repetition": mean([repetition(row["caption"]) for row in rows]),
-    } | {
-        f"{kind}_share": mean([kinds.count(kind) / max(len(kinds), 1) for kinds in sentences])
-        for kind in ("praise", "hedge", "repeat")
-    } | {
         "flat_groups": sum(is_flat) / len(set(groups)) if measured else math.nan,
     }
 
@@ -146,14 +139,16 @@ def gold_probe(examples: Sequence[Example], verifier: AskVerifier,
     told = [f"{question.question} {question.choices[question.answer_index]}."
             for question in questions]
     settings = RewardConfig(num_questions=0, abstain=config.abstain)
-    keys = [f"gold:{place}" for place in range(len(single))]
+    keys, started = [f"gold:{place}" for place in range(len(single))], time.perf_counter()
     gold, none = (
         answer_stats(_records(texts, single, keys, verifier, settings))
         for texts in (told, [""] * len(single))
     )
+    speed = 2 * len(single) / (time.perf_counter() - started)
     chance = mean([1 / (len(question.choices) + config.abstain) for question in questions])
     return {"gold_caption": gold["accuracy"], "no_caption": none["accuracy"], "chance": chance,
-            "failed_share": gold["failed_share"], "unparsed_share": gold["unparsed_share"]}
+            "failed_share": gold["failed_share"], "unparsed_share": gold["unparsed_share"],
+            "questions_per_second": speed}
 
 
 def _records(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str],
@@ -252,7 +247,9 @@ class ReplayConfig:
     records: tyro.conf.Positional[Path]
     """A rollouts/step_*.jsonl of a run, or what `evaluate.py prism --out` wrote."""
     verifier: str
-    """The other verifier, a local folder or a hub name."""
+    """The other verifier: a local folder, a hub name, or a server's address."""
+    verifier_name: str = ""
+    """The model's name at that server; NAME=FOLDER says where its tokenizer is."""
     mode: Literal["logits", "sample"] = "logits"
     temperature: float = 0.6
     """Temperature of the replies in mode "sample"."""
@@ -384,7 +381,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"{config.records}: expected answers of a verifier, found a judge's "
                          "ratings")
     device = local_device()
-    verifier = load_verifier(config.verifier, device, compute_dtype(device), mode=config.mode,
-                             temperature=config.temperature)
+    verifier = load_verifier(config.verifier, device, compute_dtype(device), config.verifier_name,
+                             mode=config.mode, temperature=config.temperature)
     for key, value in replay(rows, verifier).items():
         print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")

@@ -3,6 +3,7 @@ models, data and machine. No weight changes."""
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from data.choices import LETTERS
 from data.examples import Example
 from data.images import image_size, open_image
 from data.io import check_room, nearest
@@ -25,6 +27,7 @@ from grpo.policy import Policy, Prompt, encode_images
 from grpo.rollout import Rollouts, sample_rollouts
 from grpo.run import Run, load_run
 from grpo.update import update_policy
+from reward.caprl import Verifier, shuffle_options
 from reward.step import Reward, check_examples, load_reward
 from tools.audit import gold_probe
 from tools.held_out import HeldOut, set_aside
@@ -125,6 +128,15 @@ def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int
         f"{limit // pixels**2} at this processor's {limit} pixels; text {text_tokens}",
         problem,
     )
+
+
+def longest_prompt(verifier: Verifier, examples: Sequence[Example]) -> int:
+    """Tokens of the longest prompt beside the caption: head, question and options."""
+    writer, rng, longest = verifier.writers[True], random.Random(0), 0
+    for question in (question for example in examples for question in example.questions):
+        asked = shuffle_options(question, 0, rng, abstain=len(question.choices) < len(LETTERS))
+        longest = max(longest, len(writer.question_ids(asked)))
+    return len(writer.head_ids) + len(writer.caption_ids("")) + longest
 
 
 def longest_micro_batches(prompt: Prompt, run: Run, config: TrainConfig) -> Rollouts:
@@ -301,7 +313,8 @@ def check_verifier(scores: dict[str, float]) -> Finding:
         "verifier",
         f"told the answer {scores['gold_caption']:.2f}, without a caption "
         f"{scores['no_caption']:.2f}, chance {scores['chance']:.2f}; "
-        f"{scores['unparsed_share']:.0%} of the replies unreadable", problem,
+        f"{scores['unparsed_share']:.0%} of the replies unreadable; "
+        f"{scores['questions_per_second']:.0f} questions a second on a rank", problem,
     )
 
 
@@ -399,7 +412,7 @@ def check(config: TrainConfig) -> None:
         writer = verifier.writers[config.reward_config.abstain]
         ends["verifier"] = verifier.tokenizer.decode(writer.tail_ids)
     findings.append(check_templates(ends))
-    room = verifier.context - verifier.prompt_tokens(examples) if verifier else None
+    room = verifier.context - longest_prompt(verifier, examples) if verifier else None
     findings.append(check_lengths(sampler, list(of_image.values()), text_tokens, room, config))
 
     rollouts = try_rollout(sampler, prompts[:2], examples[:2], config)

@@ -117,7 +117,7 @@ class HeldOut:
         """The steps, with an evaluation before each that has one and after the last. They end
         early when it is enough."""
         self.run_dir, self.run, self.path = run_dir, run, run_dir / EVAL_LOG
-        self.verifier = Verifier(verifier.model, verifier.tokenizer)  # by the likeliest letter
+        self.verifier = verifier.under(mode="logits")
         self.phases, self.trackers = phases, trackers
         self.rows = gather_rows(read_log(self.path) if rank() == 0 else [])
         num_steps = first_step
@@ -140,9 +140,8 @@ class HeldOut:
             rows = [row for row in self.rows if row["step"] <= num_steps]
             best, reason = standing(rows, self.settings.patience, self.settings.stop_at)
             self._keep(best, rows[-1], bool(reason))
-        with all_or_none("log"), naming(self.run_dir):
-            for tracker in self.trackers:
-                tracker(num_steps, {"eval": rows[-1]}, [])
+        for tracker in self.trackers:
+            tracker(num_steps, {"eval": rows[-1]}, [])
         if reason:
             print0(f"the run ends after {num_steps} steps: {reason}; --resume goes on if "
                    "--patience or --stop-at say so")

@@ -120,8 +120,8 @@ def word_answerer(verifier: Verifier, answer_tokens: int) -> Verifier:
     """The same model, answering in words of at most so many tokens. They are the likeliest ones
     where the verifier takes the likeliest letter."""
     temperature = verifier.temperature if verifier.mode == "sample" else 1e-4
-    return Verifier(verifier.model, verifier.tokenizer, "sample", temperature, answer_tokens,
-                    task=WORDS_TASK, answer_start=WORDS_START)
+    return verifier.under(mode="sample", temperature=temperature, max_new_tokens=answer_tokens,
+                          task=WORDS_TASK, answer_start=WORDS_START)
 
 
 def ask_all(captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str],

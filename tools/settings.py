@@ -1,11 +1,20 @@
-"""The settings of a run in words: what differs from the nearest preset."""
+"""The settings of a run in words: what differs from the nearest preset. And hashes of the data and
+models that they only name."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
+from data.examples import Example, examples_hash
+from data.io import text_hash
 from data.rows import read_manifest
 from grpo.config import PRESETS, TrainConfig
-from grpo.distributed import print0, world_size
+from grpo.distributed import print0, rank, world_size
+from grpo.policy import Policy
+from grpo.pretrained import weights_hash
 from grpo.run import Run
+from reward.step import Reward
 from tools.check import check_sampling
 
 
@@ -32,3 +41,23 @@ def describe_run(run: Run, num_images: int, config: TrainConfig) -> None:
         print0(f"{len(refused)} rows and questions of {config.data} are left out, as its manifest "
                "lists")
     print0(f"sampling: {check_sampling(run.sampler, config).facts}")
+
+
+def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
+    """Hashes of the data and of each model, which the settings only name. A model has two: of its
+    weights, and of what is around them (AROUND in grpo/run_dir.py). On rank 0, before the first
+    step; empty on other ranks."""
+    if rank() > 0:
+        return {}
+    contents = {"data": f"{len(examples)} images, {examples_hash(examples)}"}
+    for name, model in (("policy", policy), ("judge", reward.judge)):
+        if model:
+            files = text_hash(str(sorted(model.files.items())))
+            contents[name] = f"{weights_hash(model.model)} {files}"
+    if reward.verifier:
+        model, tokenizer = reward.verifier.model, reward.verifier.tokenizer
+        words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
+        # Of a server's model no more than the name is known.
+        weights = weights_hash(model) if isinstance(model, nn.Module) else model.name
+        contents["verifier"] = f"{weights} {text_hash(words)}"
+    return contents
