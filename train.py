@@ -35,8 +35,6 @@ from data.examples import Example, load_examples
 from data.images import image_size, open_image
 from data.io import ahead, check_room, naming
 from data.program import run_program
-from grpo.advantage import group_advantages
-from grpo.checkpoint import catch_stop_signals
 from grpo.config import TrainConfig, parse_train_config
 from grpo.distributed import (
     Phases,
@@ -51,10 +49,12 @@ from grpo.distributed import (
 from grpo.log import alarms, count_skipped, log_step, step_timing
 from grpo.policy import Policy, Prompt
 from grpo.run import Run, begin, export, load_run, sample_step, save_step
+from grpo.signals import catch_stop_signals
 from grpo.update import update_policy, warm_up_
 from reward.step import (
     Reward,
     check_examples,
+    compare_siblings,
     load_reward,
     measure_step,
     reward_step,
@@ -143,16 +143,15 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             measured |= measure_step(rollouts, result, config)
 
             # 3. Each caption's reward is compared with those of its group.
-            rewards = result.rewards.to(run.device)  # (B,), NaN where it could not be measured
-            advantages = group_advantages(rewards, config.group_size, config.leave_one_out,
-                                          config.scale_by_std)  # (B,)
+            advantages = compare_siblings(result, config).to(run.device)  # (B,)
+            is_measured = ~result.rewards.isnan().to(run.device)  # (B,)
 
             # 4. The clipped surrogate with the KL penalty, and the optimizer's step.
             with phases("update"):
                 warm_up_(run.optimizer, step, config)
                 metrics = measured | update_policy(
                     run.scorer, run.reference, run.optimizer, rollouts, advantages,
-                    ~rewards.isnan(), config)
+                    is_measured, config)
 
             # 5. The sampler gets the new weights.
             with phases("weights"):

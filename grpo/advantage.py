@@ -1,5 +1,7 @@
 """Rewards to advantages, relative to the group: the part of GRPO that replaces a value function."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,19 @@ def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = Fal
     advantages = centered / (std + eps) if scale_by_std else centered
     # Float noise divided by eps would look like a signal.
     return torch.where(std < 1e-6, 0.0, advantages).flatten()
+
+
+def part_advantages(parts: Mapping[str, Tensor], weights: Mapping[str, float], rewards: Tensor,
+                    *settings) -> Tensor:
+    """The sum over parts of weight * `group_advantages` of the part without its weight: GDPO (arXiv
+    2601.05242), without its division by the deviation of the whole batch, one factor for all.
+
+    parts: (B,) each, weights applied; their sum is the reward. A part without a name in `weights`
+    has 1. rewards: (B,); where they are NaN, no part counts. settings: of `group_advantages`.
+    """
+    total = torch.zeros_like(rewards, dtype=torch.float32)
+    for key, part in parts.items():
+        weight = weights.get(key, 1.0)
+        measured = torch.where(rewards.isnan(), torch.nan, part / weight)
+        total += weight * group_advantages(measured, *settings)
+    return total

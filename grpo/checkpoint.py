@@ -1,18 +1,15 @@
-"""Checkpoints, from which a run goes on bit for bit, and the signals that ask for one.
+"""Checkpoints, from which a run goes on bit for bit.
 
     RUN/checkpoints/step_000050/    shards of weights and moments (torch.distributed.checkpoint);
                                     any number of ranks can read them
     RUN/checkpoints/latest          a link to the newest checkpoint, which is always whole
 """
 
-import math
 import os
 import shutil
-import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,21 +18,6 @@ from torch import Tensor, nn
 
 from data.io import check_room, free_at
 from grpo.distributed import all_or_none, control_group, rank
-
-SAME_SIGNAL_S = 5.0
-"""Seconds within which two signals count as one."""
-
-
-def init_moments_(optimizer: torch.optim.AdamW) -> None:
-    """Makes the state that AdamW would make at its first step. So a checkpoint has the same entries
-    before and after that step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            device = parameter.device if group["fused"] else "cpu"
-            optimizer.state[parameter] = {"step": torch.tensor(0.0, device=device)} | {
-                name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                for name in ("exp_avg", "exp_avg_sq")
-            }
 
 
 def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -130,45 +112,3 @@ def last_line(error: BaseException) -> str:
     """The error's last line. In torch's messages each rank's traceback comes before it."""
     lines = [line.strip()[:200] for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-@contextmanager
-def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int]]:
-    """Inside, the first SIGTERM or SIGINT only fills the list, for the loop to read after its
-    `step`. Rank 0 prints at once that it came. A later signal interrupts.
-
-    A second signal within `SAME_SIGNAL_S` counts as the first. A scheduler signals both the ranks
-    and torchrun, and torchrun passes its own on.
-    """
-    caught: list[int] = []
-    interrupts_from = math.inf
-    is_first_rank = rank() == 0
-
-    def say(sentence: str) -> None:
-        """Writes without `print`, which the signal may have interrupted and which cannot be entered
-        twice. On a terminal the progress bar's line is cleared; the bar comes again below."""
-        if is_first_rank:
-            with suppress(OSError):
-                clear = "\r\x1b[2K" if os.isatty(2) else "\n"
-                os.write(2, f"{clear}{sentence}\n".encode())
-
-    def note(number, frame):
-        nonlocal interrupts_from
-        if time.monotonic() > interrupts_from:
-            say("stopping without saving; --resume goes on from the last checkpoint")
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        if not caught:
-            caught.append(number)
-            interrupts_from = time.monotonic() + SAME_SIGNAL_S
-            say(f"finishing step {step()}, then saving; again after {SAME_SIGNAL_S:.0f} s stops "
-                "without saving")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    except SystemExit:
-        before = {}  # the process is leaving: a late copy of the signal must not kill it
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -37,21 +37,36 @@ class RewardConfig:
     """A question earns the right option's probability, not 1 or 0. Needs verifier_mode "logits".
     Ours: off."""
     length_weight: float = 0.0
-    """Weight of a length term that is added to the accuracy. The term is 1 up to length_full tokens
-    and falls to 0 at length_zero. [C++] 0.2"""
+    """Weight of a length term that is added to the accuracy. The term is 1 from length_low to
+    length_full tokens. Below it falls to 0 at no token, above to 0 at length_zero. [C++] 0.2"""
+    length_low: int = 0
+    """Tokens from which the length term is 1. [C++] has no such side. BalCapRL (arXiv 2605.07394)
+    keeps captions in a band around the length of a reference. Ours: 0, no lower side."""
     length_full: int = 2048
     """Tokens up to which the length term is 1. [C++]"""
     length_zero: int = 3072
     """Tokens from which the length term is 0. [C++]"""
     repetition_weight: float = 0.0
     """Weight of a penalty: the share of repeated 4-grams. Ours: off."""
+    praise_weight: float = 0.0
+    """Weight of a penalty: the share of sentences that praise the caption itself, leave open
+    whether they hold, or were said before (reward/style.py). Ours: off."""
 
     def __post_init__(self):
-        check_range(self, "num_questions length_weight repetition_weight", at_least=0)
+        check_range(self, "num_questions length_weight repetition_weight praise_weight length_low",
+                    at_least=0)
         check_range(self, "num_shuffles", at_least=1)
         if self.length_full >= self.length_zero:
             raise ValueError(f"length_zero {self.length_zero}: expected more than length_full "
                              f"{self.length_full}")
+        if self.length_low > self.length_full:
+            raise ValueError(f"length_low {self.length_low}: expected at most length_full "
+                             f"{self.length_full}")
+
+    @property
+    def has_style(self) -> bool:
+        """Whether anything beside the accuracy is rewarded."""
+        return bool(self.length_weight or self.repetition_weight or self.praise_weight)
 
 
 @dataclass(frozen=True)
@@ -164,6 +179,9 @@ class TrainConfig:
     """The baseline is the mean of the group's other rewards [C1], not of all its rewards [P]."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation. [P]"""
+    normalize_parts: bool = False
+    """Each part of the reward is compared within its group by itself, then weighted and added
+    (GDPO, arXiv 2601.05242). A part that varies more then does not drown the others. Ours: off."""
 
     # loss
     clip_low: float = 0.2
@@ -269,8 +287,7 @@ class TrainConfig:
         if self.probe_images < 2:
             raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor "
                              "takes another image's caption")
-        has_weights = asked.length_weight or asked.repetition_weight
-        if self.reward == "judge" and (asked.soft or asked.abstain or has_weights):
+        if self.reward == "judge" and (asked.soft or asked.abstain or asked.has_style):
             raise ValueError("reward judge: expected neither soft nor abstain nor weights, its "
                              "rating is the whole reward")
         check_range(self, "max_failed_share", at_least=0, at_most=1)

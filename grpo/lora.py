@@ -215,6 +215,8 @@ def load_adapter_(model: PreTrainedModel, folder: Path) -> None:
         weights = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"expected weights in adapter_model.safetensors ({error})") from None
+    if not weights:
+        raise ValueError("expected weights in adapter_model.safetensors, found none")
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)

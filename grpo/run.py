@@ -10,14 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data.io import naming
-from grpo.checkpoint import (
-    init_moments_,
-    latest_checkpoint,
-    load_checkpoint_,
-    make_room,
-    save_checkpoint,
-    training_state,
-)
 from grpo.config import TrainConfig
 from grpo.distributed import (
     all_or_none,
@@ -36,7 +28,7 @@ from grpo.distributed import (
 from grpo.logprobs import CompletionScorer
 from grpo.policy import TEMPLATE_DATE, Policy, Prompt, encode_images
 from grpo.rollout import Rollouts, sample_rollouts
-from grpo.update import prepare_training_
+from grpo.update import init_moments_, prepare_training_
 
 
 @dataclass(frozen=True)
@@ -123,7 +115,13 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     contents: hashes of `data` and of the models on rank 0; empty on the others. Raises ValueError,
     on all ranks, if the run cannot go on or there is no room for a checkpoint.
     """
-    from grpo.run_dir import (  # here: a page of its own
+    from grpo.checkpoint import (  # here: files are no part of the algorithm
+        latest_checkpoint,
+        load_checkpoint_,
+        make_room,
+        training_state,
+    )
+    from grpo.run_dir import (
         check_resumes,
         log_start,
         rewind,
@@ -175,6 +173,8 @@ def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list
     saved_at: `time.monotonic()` at the last checkpoint or, before it, at the start. Returns its new
     value. Raises SystemExit, with the shell's code for the signal, if a rank was told to stop.
     """
+    from grpo.checkpoint import save_checkpoint, training_state  # here: as in `begin`
+
     num_steps = step + 1
     is_last = num_steps == config.num_steps
     is_due = config.save_every and num_steps % config.save_every == 0

@@ -31,6 +31,18 @@ def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def init_moments_(optimizer: torch.optim.AdamW) -> None:
+    """Makes the state that AdamW would make at its first step. So a checkpoint has the same entries
+    before and after that step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.tensor(0.0, device=device)} | {
+                name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                for name in ("exp_avg", "exp_avg_sq")
+            }
+
+
 def warm_up_(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
     """Sets the step's learning rate: it rises linearly for `warmup_steps`, then it is constant."""
     rate = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))

@@ -2,8 +2,8 @@
 cannot see the image?
 
 A text-only verifier answers multiple-choice questions about the image from the caption alone. The
-reward is its accuracy: the share of questions that it answers rightly. Terms for length and
-repetition are added only where asked for. The sections are in the order of the work:
+reward is its accuracy: the share of questions that it answers rightly. Terms for how a caption is
+written (reward/style.py) are added only where asked for. The sections are in the order of the work:
 
     1. what is asked     stream_names, ask, shuffle_options
     2. the prompt        PromptWriter
@@ -28,7 +28,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
 import torch
@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from data.choices import LETTERS, means_letters, means_places, words
+from data.choices import LETTERS, means_letters, means_places
 from data.examples import Example, Question
 from grpo.config import RewardConfig
 from grpo.policy import chat_text, eos_ids, unnamed_ids
@@ -311,6 +311,8 @@ class Rewards:
     """(B,) float32 each: what the reward is the sum of, weights applied."""
     records: list[list[dict]]
     """For each caption, each question as asked with its answer."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """The weight of each part; 1 where none is named."""
 
     @property
     def stats(self) -> dict[str, float]:
@@ -322,7 +324,7 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
                     lengths: Sequence[int], verifier: AskVerifier,
                     config: RewardConfig) -> Rewards:
     """R(caption) = mean of [verifier's choice == gold] (paper, equation 2), in [0, 1], over N
-    questions, each under `num_shuffles` shuffles. Terms for length and repetition are added where
+    questions, each under `num_shuffles` shuffles. The terms of reward/style.py are added where
     `config` gives them a weight.
 
     Caption i has lengths[i] tokens of the policy and is of the image of examples[i]. Captions with
@@ -340,13 +342,13 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
         pairs = zip(group, given, strict=True)
         records.append([answer_record(question, answer, config.soft) for question, answer in pairs])
     parts = {"accuracy": torch.tensor([mean_score(record) for record in records])}
-    if config.length_weight:
-        terms = [length_reward(n, config.length_full, config.length_zero) for n in lengths]
-        parts["length"] = config.length_weight * torch.tensor(terms)
-    if config.repetition_weight:
-        terms = [repetition(caption) for caption in captions]
-        parts["repetition"] = -config.repetition_weight * torch.tensor(terms)
-    return Rewards(sum(parts.values()), parts, records)
+    weights = {}
+    if config.has_style:
+        from reward.style import style_parts  # here: the paper's reward is the accuracy alone
+
+        others, weights = style_parts(captions, lengths, config)
+        parts |= others
+    return Rewards(sum(parts.values()), parts, records, weights)
 
 
 def answer_record(asked: Asked, answer: Answer, soft: bool) -> dict:
@@ -387,22 +389,6 @@ def mean_score(record: Sequence[dict]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def length_reward(num_tokens: int, l1: int, l2: int) -> float:
-    """1 up to `l1` tokens, falling in a straight line to 0 at `l2`, 0 beyond (CapRL++, arXiv
-    2606.09393)."""
-    if l1 >= l2:
-        raise ValueError("expected the length reward to end later than it begins to fall, got "
-                         f"{l1} and {l2}")
-    return min(1.0, max(0.0, (l2 - num_tokens) / (l2 - l1)))
-
-
-def repetition(caption: str, n: int = 4) -> float:
-    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words)."""
-    spoken = words(caption)
-    grams = list(zip(*(spoken[i:] for i in range(n))))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 # ---------------------------------------------------------------------------- 5. the verifier

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from data.examples import Example
 from data.images import open_image
-from grpo.advantage import group_advantages
 from grpo.config import TrainConfig
 from grpo.distributed import all_or_none, gather_rows
 from grpo.rollout import Rollouts
 from grpo.run import Run, sample_step
 from reward.caprl import Rewards
-from reward.step import Reward, reward_step
+from reward.step import Reward, compare_siblings, reward_step
 
 
 def resample_flat(run: Run, reward: Reward, examples: Sequence[Example],
@@ -64,9 +63,7 @@ def draw_groups(run: Run, reward: Reward, examples: Sequence[Example], step: int
 
 def flat_ids(mine: Sequence[Example], result: Rewards, config: TrainConfig) -> list[str]:
     """The images whose captions all have the advantage 0."""
-    advantages = group_advantages(result.rewards, config.group_size, config.leave_one_out,
-                                  config.scale_by_std)
-    teaches = advantages.view(-1, config.group_size).any(1).tolist()  # (P,)
+    teaches = compare_siblings(result, config).view(-1, config.group_size).any(1).tolist()  # (P,)
     return [example.id for example, is_kept in zip(mine, teaches, strict=True) if not is_kept]
 
 
@@ -98,4 +95,5 @@ def put_groups(rollouts: Rollouts, result: Rewards, new_rollouts: Rollouts, new_
     )
     parts = {key: put(part, new_result.parts[key]) for key, part in result.parts.items()}
     rewards = put(result.rewards, new_result.rewards)
-    return merged, Rewards(rewards, parts, put_items(result.records, new_result.records, rows))
+    records = put_items(result.records, new_result.records, rows)
+    return merged, Rewards(rewards, parts, records, result.weights)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data.choices import MAX_CHOICES
 from data.examples import Example
+from grpo.advantage import group_advantages, part_advantages
 from grpo.config import TrainConfig
 from grpo.distributed import compute_dtype, gather_rows, sum_across_ranks
 from grpo.policy import Policy
@@ -101,6 +102,14 @@ def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts,
     by_caption = [example for example in examples for _ in range(config.group_size)]  # (B,)
     keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
     return reward.score(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
+
+
+def compare_siblings(result: Rewards, config: TrainConfig) -> Tensor:
+    """(B,) advantages: each caption's reward, or each of its parts, relative to its own group."""
+    settings = (config.group_size, config.leave_one_out, config.scale_by_std)
+    if config.normalize_parts:
+        return part_advantages(result.parts, result.weights, result.rewards, *settings)
+    return group_advantages(result.rewards, *settings)
 
 
 def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:

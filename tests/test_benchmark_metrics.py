@@ -13,7 +13,7 @@ from data.benchmarks.metrics import (
     exact_match,
     relaxed_accuracy,
 )
-from reward.caprl import length_reward
+from reward.style import length_reward
 
 KNOWN = json.loads((Path(__file__).parent / "data" / "known_answers.json").read_text())
 
@@ -40,7 +40,7 @@ def test_captionqa_credit_known(num_choices, expected):
 
 @pytest.mark.parametrize(("tokens", "expected"), KNOWN["length_reward"])
 def test_length_reward_known(tokens, expected):
-    assert length_reward(tokens, 2048, 3072) == expected
+    assert length_reward(tokens, 0, 2048, 3072) == expected
 
 
 def test_tolerance_is_relative_to_the_target():

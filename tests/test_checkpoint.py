@@ -21,10 +21,8 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from data import io
 from data.toy.export import ExportConfig, export
-from grpo import checkpoint
+from grpo import signals
 from grpo.checkpoint import (
-    catch_stop_signals,
-    init_moments_,
     latest_checkpoint,
     load_checkpoint_,
     make_room,
@@ -34,6 +32,8 @@ from grpo.checkpoint import (
 from grpo.config import TrainConfig, toy_config
 from grpo.pretrained import weights_hash
 from grpo.run_dir import check_run_dir
+from grpo.signals import catch_stop_signals
+from grpo.update import init_moments_
 from train import train
 
 KILLS = {"plain": 20, "held out": 10}
@@ -231,7 +231,7 @@ def test_the_hash_of_weights_is_of_their_values(policy):
 
 def test_signals_close_together_are_one(monkeypatch, capfd):
     """The answer needs no stream of Python's, which the signal may have come in the middle of."""
-    monkeypatch.setattr(checkpoint, "SAME_SIGNAL_S", 0.2)
+    monkeypatch.setattr(signals, "SAME_SIGNAL_S", 0.2)
     before = signal.getsignal(signal.SIGTERM)
     with catch_stop_signals(lambda: 3) as caught:
         with monkeypatch.context() as broken:
@@ -251,7 +251,7 @@ def test_signals_close_together_are_one(monkeypatch, capfd):
             time.sleep(0.1)
         assert capfd.readouterr().err.count("stopping without saving; --resume goes on") == 2
     assert signal.getsignal(signal.SIGTERM) is before
-    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    monkeypatch.setattr(signals, "rank", lambda: 1)
     with catch_stop_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == ""

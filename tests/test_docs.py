@@ -27,7 +27,8 @@ NO_PROGRAMS = {".venv", "tests", "runs"}
 PROGRAMS = [path for path in sorted(REPO.rglob("*.py")) if not NO_PROGRAMS & set(path.relative_to(REPO).parts)]
 
 SMALLEST = {
-    "train.py": "--num-steps 1 --data toy:train:4 --prompts-per-step 2 --group-size 2 --probe-images 2 --max-new-tokens 40",
+    "train.py": "--num-steps 1 --data toy:train:4 --prompts-per-step 2 --group-size 2 --probe-images 2 --max-new-tokens 40 "
+                "--eval-images 1",
     "caption.py": "--max-new-tokens 20",
     "evaluate.py prism": "--data toy:heldout:2 --num-captions 1 --max-new-tokens 40",
     "data.toy.export": "--num 2",

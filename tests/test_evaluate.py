@@ -17,7 +17,7 @@ from data.export import question_row
 from data.toy.world import draw, make_scene, scene_questions, write_caption
 from evaluate import DirectConfig, FloorConfig, PrismConfig, main, run
 from tools.caption_cache import read_captions
-from tools.report.page import browser_data
+from tools.report.captions import browser_data
 from tools.report.sources import load_sources
 from tools.stats import summarize
 from tools.tables import report

@@ -24,7 +24,7 @@ programs ended, by data.io and data.program alone."""
 PROGRAMS = re.compile(r"data/(curate|toy/(build|captioner|demo|fit|tokenizer|verifier|writer))")
 """Builders and programs, in data/ because of their subject. They import anything, and nobody but
 programs and tests imports them."""
-MOST_LINES = 4100
+MOST_LINES = 4050
 """The aim is 3,400."""
 
 

@@ -25,20 +25,16 @@ from grpo.log import log_step
 from grpo.run_dir import start_run
 from reward.caprl import Answer
 from tools.prism import prism
-from tools.report.curves import draw_panel, hours, panels, ticks
-from tools.report.page import (
-    PageConfig,
+from tools.report.captions import (
     browser_data,
-    evaluation_table,
-    main,
     number_questions,
     outcome,
     pack_side,
     pages_of,
-    question_table,
     side_index,
-    write_page,
 )
+from tools.report.curves import draw_panel, hours, panels, ticks
+from tools.report.page import PageConfig, evaluation_table, main, question_table, write_page
 from tools.report.sources import HELD_OUT, Source, evenly, load_sources
 from tools.settings import nearest_preset
 from tools.stats import paired_difference, summarize
@@ -762,8 +758,13 @@ def test_the_address_is_a_link(driver, tmp_path, width):
         address = driver.current_url
         driver.execute_script("document.querySelector('nav a').click()")  # names a section: the state stays
         assert looked_at(driver)[0] == "0:house"
+        assert driver.execute_script("return location.hash") == "#run"
         press(driver, "body", "\ue00c")  # Escape
         wait(driver, "return location.hash === '#step=0&image=0%3Ahouse'")
+        driver.get("about:blank")
+        driver.get(f"{page.resolve().as_uri()}#captions")
+        wait(driver, """return document.getElementById('captions').getBoundingClientRect().top < 100
+            || Math.abs(scrollY + innerHeight - document.body.scrollHeight) < 30""")
         driver.get("about:blank")
         driver.get(address)  # another one opens it
         wait(driver, "return !!document.querySelector('.answer')")

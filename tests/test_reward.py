@@ -32,10 +32,8 @@ from reward.caprl import (
     Verifier,
     ask,
     caption_rewards,
-    length_reward,
     load_verifier,
     pad_left,
-    repetition,
     shuffle_options,
     stream_names,
     token_batches,
@@ -261,19 +259,6 @@ def test_shuffles_are_averaged():
     result = reward(["x"], [[COLOR]], ["k"], always_a, 1, num_shuffles=40)
     first = sum(row["gold"] == 0 for row in result.records[0])
     assert len(result.records[0]) == 40 and 0 < first < 40 and result.rewards.item() == pytest.approx(first / 40)
-
-
-def test_length_reward_hand_computed():
-    assert [length_reward(n, 2048, 3072) for n in (0, 2048, 2560, 3072, 9999)] == [1, 1, 0.5, 0, 0]
-    with pytest.raises(ValueError, match="expected the length reward to end later than it begins to fall, got 5 and 5"):
-        length_reward(1, 5, 5)
-
-
-def test_repetition_hand_computed():
-    assert repetition("") == repetition("a b c") == repetition("a b c d e f") == 0
-    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
-    assert repetition("the " * 103) == pytest.approx(99 / 100)
-    assert repetition("Red car. red CAR, red car") == pytest.approx(1 / 3) and repetition("图图图图图") == 0.5
 
 
 def test_the_parts_add_up_to_the_reward():

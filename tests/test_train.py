@@ -61,7 +61,7 @@ def test_a_pass_shows_a_picture_once_however_many_rows_it_has(tmp_path, monkeypa
 
 
 def test_steps_without_a_finite_gradient_are_named_and_then_stop_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.group_advantages", lambda rewards, *_: torch.full_like(rewards, math.nan))
+    monkeypatch.setattr("reward.step.group_advantages", lambda rewards, *_: torch.full_like(rewards, math.nan))
     with pytest.raises(ValueError, match=r"2 steps in a row without a finite gradient; the last images: \['train-0"):
         train(toy_config(run_dir=str(tmp_path / "run"), max_skipped=2, **TINY))
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

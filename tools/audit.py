@@ -39,8 +39,8 @@ from reward.caprl import (
     answer_stats,
     caption_rewards,
     load_verifier,
-    repetition,
 )
+from reward.style import empty_kinds, repetition
 from tools.stats import markdown, mean
 
 
@@ -58,6 +58,9 @@ def audit(rows: Sequence[dict]) -> dict:
     length_correlation             of reward and length in tokens, within groups: how the reward
                                    pays for length
     repetition                     mean share of repeated 4-grams
+    praise_share, hedge_share, repeat_share
+                                   mean shares of a caption's sentences that praise the caption,
+                                   leave open whether they hold, or were said before
     flat_groups                    share of groups whose measured rewards are all equal, which teach
                                    nothing
     """
@@ -69,6 +72,7 @@ def audit(rows: Sequence[dict]) -> dict:
     measured = _paired_by_group(groups, rewards, rewards)
     is_flat = [np.ptp(pairs[:, 0]) < 1e-6 for pairs in measured]
     questions = [question for record in records for question in record]
+    sentences = [empty_kinds(row["caption"]) for row in rows]
     stats = answer_stats(records)
     return {
         "gold_letters": _letter_shares([question["gold"] for question in questions]),
@@ -80,6 +84,10 @@ def audit(rows: Sequence[dict]) -> dict:
         "length_correlation": within_group_correlation(
             groups, rewards, [row["length"] for row in rows]),
         "repetition": mean([repetition(row["caption"]) for row in rows]),
+    } | {
+        f"{kind}_share": mean([kinds.count(kind) / max(len(kinds), 1) for kinds in sentences])
+        for kind in ("praise", "hedge", "repeat")
+    } | {
         "flat_groups": sum(is_flat) / len(set(groups)) if measured else math.nan,
     }
 

@@ -140,8 +140,9 @@ class HeldOut:
             rows = [row for row in self.rows if row["step"] <= num_steps]
             best, reason = standing(rows, self.settings.patience, self.settings.stop_at)
             self._keep(best, rows[-1], bool(reason))
-        for tracker in self.trackers:
-            tracker(num_steps, {"eval": rows[-1]}, [])
+        with all_or_none("log"), naming(self.run_dir):
+            for tracker in self.trackers:
+                tracker(num_steps, {"eval": rows[-1]}, [])
         if reason:
             print0(f"the run ends after {num_steps} steps: {reason}; --resume goes on if "
                    "--patience or --stop-at say so")

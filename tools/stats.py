@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from reward.style import empty_share
+
 NUM_RESAMPLES = 2000
 """Draws of a bootstrap. With so many the ends of the interval vary by a fiftieth of its width."""
 
@@ -72,6 +74,8 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     cut                          share of the captions that were cut off
     failed                       questions that could not be scored; they count nowhere else
     words, tokens                per caption
+    empty                        mean share of a caption's sentences that say nothing of the
+                                 picture: praise of itself, hedges, repeats (reward/style.py)
     """
     families = sorted({question["family"] for row in rows for question in row["questions"]})
     return {family: _summary(rows, family) for family in dict.fromkeys([*families, "all"])}
@@ -102,6 +106,7 @@ def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
                       - {question["id"] for question in answered}),
         "words": mean([len(row["caption"].split()) for row in told]),
         "tokens": mean([row.get("tokens", math.nan) for row in told]),
+        "empty": mean([empty_share(row["caption"]) for row in told]),
         "cut": mean([row.get("finish_reason") == "length" for row in told]),
     }
 

@@ -821,8 +821,13 @@
   }
 
   // An address that was opened, typed or gone back to. One without "=" names a section only.
-  async function open() {
-    if (location.hash && !location.hash.includes("=")) return render();
+  async function open(event) {
+    if (location.hash && !location.hash.includes("=")) {
+      if (event) return; // the browser moves there
+      await render(); // only now the page is as long as it will be
+      byId(location.hash.slice(1))?.scrollIntoView({ behavior: "instant" });
+      return;
+    }
     const isPlace = readAddress();
     await render();
     if (isPlace && numPages) toCaptions();

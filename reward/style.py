@@ -1,0 +1,135 @@
+"""Terms beside the accuracy, for who gives them a weight: how long a caption is, how much of it
+repeats, and which of its sentences say nothing of the picture."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from data.choices import words
+from grpo.config import RewardConfig
+
+
+def style_parts(captions: Sequence[str], lengths: Sequence[int],
+                config: RewardConfig) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The parts of the reward that have a weight, (B,) float32 each with its weight applied, and
+    these weights. Caption i has lengths[i] tokens."""
+    terms, weights = {}, {}
+    if config.length_weight:
+        weights["length"] = config.length_weight
+        terms["length"] = [length_reward(n, config.length_low, config.length_full,
+                                         config.length_zero) for n in lengths]
+    if config.repetition_weight:
+        weights["repetition"] = config.repetition_weight
+        terms["repetition"] = [-repetition(caption) for caption in captions]
+    if config.praise_weight:
+        weights["praise"] = config.praise_weight
+        terms["praise"] = [-empty_share(caption) for caption in captions]
+    return {key: weights[key] * torch.tensor(values) for key, values in terms.items()}, weights
+
+
+def length_reward(num_tokens: int, low: int, full: int, zero: int) -> float:
+    """1 from `low` to `full` tokens. Below it falls in a straight line to 0 at no token, above to 0
+    at `zero` (above: CapRL++, arXiv 2606.09393)."""
+    if full >= zero or low > full:
+        raise ValueError("expected a length reward that rises, is 1 and falls, got "
+                         f"{low}, {full} and {zero}")
+    rise = num_tokens / low if low else 1.0
+    return min(1.0, rise, max(0.0, (zero - num_tokens) / (zero - full)))
+
+
+def repetition(caption: str, n: int = 4) -> float:
+    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words)."""
+    spoken = words(caption)
+    grams = list(zip(*(spoken[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+# ---------------------------------------------------------------------------------- sentences
+
+_NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|e\.g|i\.e|vs|cf|approx|fig|(?-i:[A-Z]))\.$", re.I)
+_NUMBER = re.compile(r"\bnos?\.$", re.I)
+_MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")  # noqa: RUF001
+"""Of a heading, a quotation or an item of a list."""
+_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]+[」』”’]*")  # noqa: RUF001
+
+
+def sentences(caption: str) -> list[str]:
+    """The caption's sentences, without the marks of lists and headings.
+
+    A line's end ends a sentence. So does a full stop, question or exclamation mark before a space,
+    unless a small letter follows, or the stop is that of an abbreviation or an initial.
+    """
+    parts = []
+    for line in caption.splitlines():
+        line = _MARKER.sub("", line.replace("**", "").replace("__", "")).strip()
+        start = 0
+        for end in _END.finditer(line):
+            rest = line[end.end() :].lstrip()
+            before = line[start : end.start() + 1]
+            is_number = rest[:1].isdigit() and _NUMBER.search(before)
+            if not (rest[:1].islower() or is_number or _NO_END.search(before)):
+                parts.append(line[start : end.end()].strip())
+                start = end.end()
+        parts.append(line[start:].strip())
+    return [sentence for sentence in parts if words(sentence)]
+
+
+_TEXT = r"(?:description|caption|summary|account|overview|breakdown|depiction|analysis|rendering)"
+_OF_PICTURE = r"(?: of the (?:image|picture|photo(?:graph)?|scene|chart|figure|screenshot))?"
+_GOOD = (r"(?:comprehensive|detailed|thorough|complete|accurate|precise|exhaustive|faithful|full|"
+         r"vivid|clear|rich|in-depth)")
+_DOES = (r"(?:provides?|offers?|gives?|presents?|captures?|covers?|conveys?|encapsulates?|ensures?|"
+         r"includes?|delivers?|encompasses|reflects?|highlights?|aims?|serves?|allows?|enables?|"
+         r"leaves?|is|has|should|would|will|can)")
+EMPTY = {
+    "praise": re.compile("|".join((
+        rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_TEXT}s?{_OF_PICTURE},? (?:\w+ly )?{_DOES}\b",
+        rf"\bthe (?:above|following|foregoing|preceding|provided) (?:\w+ )?{_TEXT}\b",
+        rf"\b{_TEXT}{_OF_PICTURE} (?:\w+ly )?{_DOES} (?:an? |the |all )?(?:\w+ and )?{_GOOD}\b",
+        rf"^(?:here is|here's|below is|the following is) (?:an? |the |my )?(?:\w+[, ]+)*?{_TEXT}\b",
+        r"^(?:certainly|sure|of course|absolutely)[,!.]",
+        r"\b(?:i hope (?:this|that|it) helps|let me know if|feel free to)\b",
+        r"\b(?:every|all|no) (?:\w+ )?details? (?:\w+ ){0,2}"
+        r"(?:captured|described|covered|missed|overlooked|left out|omitted)\b",
+    )), re.IGNORECASE),
+    "hedge": re.compile("|".join((
+        r"\b(?:possibly|perhaps|presumably|probably|seemingly|apparently|likely)\b",
+        r"\b(?:may|might|could) (?:\w+ly )?(?:be|have|indicate|suggest|represent|imply|depict)\b",
+        r"\b(?:seems?|appears?) (?:to|as if|as though|like)\b",
+        r"\b(?:suggest|indicat|imply|hint)ing (?:that|at|an?)\b",
+        r"\b(?:it is|it's|is|are) (?:\w+ )?(?:unclear|uncertain|hard to tell|not clear)\b",
+    )), re.IGNORECASE),
+}
+"""Sentences that earn nothing: "praise" is of the caption itself or to its reader, "hedge" leaves
+open whether it holds. Hedges are the modal verbs, verbs and adverbs of Hyland, "Hedging in
+Scientific Research Articles", 1998, that captions use. Praise: ours, what is held against
+captioners that were trained for reward. "repeat" is said before in the caption."""
+_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|'[^']{2,}'(?!\w)|‘[^’]*’")  # noqa: RUF001
+
+
+def empty_kinds(caption: str) -> list[str]:
+    """Of each sentence: a key of `EMPTY`, "repeat", or "" if it says something of the picture.
+
+    What is in quotation marks is written in the picture: it is neither praise nor a hedge. A
+    sentence repeats if all its runs of 4 words, or all its words if there are fewer, were said in
+    this order.
+    """
+    said: set[tuple[str, ...]] = set()
+    kinds = []
+    for sentence in sentences(caption):
+        spoken = words(sentence)
+        size = min(4, len(spoken))
+        grams = {tuple(spoken[i : i + size]) for i in range(len(spoken) - size + 1)}
+        plain = _QUOTED.sub(" ", sentence).strip()
+        kind = next((kind for kind, rule in EMPTY.items() if rule.search(plain)), "")
+        kinds.append(kind or ("repeat" if grams <= said else ""))
+        said |= grams
+    return kinds
+
+
+def empty_share(caption: str) -> float:
+    """Share of the caption's sentences that say nothing of the picture; 0 without a sentence."""
+    kinds = empty_kinds(caption)
+    return sum(map(bool, kinds)) / len(kinds) if kinds else 0.0

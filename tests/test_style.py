@@ -1,0 +1,181 @@
+"""Length, repetition, and sentences that say nothing of the picture."""
+
+import pytest
+import torch
+
+from grpo.advantage import group_advantages, part_advantages
+from grpo.config import RewardConfig, toy_config
+from reward.caprl import Rewards
+from reward.step import compare_siblings
+from reward.style import empty_kinds, empty_share, length_reward, repetition, sentences, style_parts
+
+PRAISE = """\
+This description provides a comprehensive account of the chart.
+This detailed description captures every element of the scene.
+The description is comprehensive and leaves nothing out.
+This caption accurately conveys the mood of the photograph.
+The above description covers all visible elements.
+The following caption describes the image in detail.
+Here is a detailed description of the image:
+Here's a comprehensive summary of the chart:
+Below is a thorough breakdown of the infographic.
+Certainly! The picture shows a cat.
+Sure, here is what the chart shows.
+I hope this helps!
+Let me know if you need more information.
+This summary of the image offers a complete overview of its contents.
+Overall, this detailed overview ensures that no aspect is missed.
+Every detail is captured with precision.
+No details have been omitted.
+This comprehensive, precise description allows the reader to picture the scene.
+The caption provides a clear and complete picture of the data."""
+HEDGE = """\
+The man is possibly a teacher.
+The building may be a church.
+The sign might indicate a shop.
+The woman appears to be smiling.
+The dog seems to be asleep.
+It is unclear what the text says.
+Perhaps the photograph was taken in winter.
+The bars likely stand for sales.
+The vehicle could be a delivery van.
+The cloudy sky is bright, suggesting that it is noon.
+He is presumably the owner."""
+SOBER = """\
+The chart was published in May 2020.
+The caption below the figure says that sales rose by 5%.
+A description on the label reads "contains nuts".
+The headline reads "This description provides a comprehensive account".
+The sign says "You may be next" in red letters.
+A banner with the word "Perhaps" hangs above the door.
+The account balance is $5,300.
+The table gives a summary of each year's revenue.
+The sun appears in the upper left corner.
+The might of the army is shown by forty tanks.
+The blue bar is the highest, at 72.
+There are three people, two of them in coats.
+The line rises from 10 in 1990 to 45 in 2000.
+A red circle is left of the green square.
+The text at the bottom names the source as Eurostat.
+The figure compares five countries by area.
+A summary box at the right lists four causes.
+The analysis covers the years 2001 to 2009.
+A can of soup stands on the shelf.
+The menu has a full breakfast for $9.
+The clear bottle is half full.
+The title of the book is "A Complete History of Rome".
+The overview map is in the corner.
+The will of the deceased lies on the desk.
+The description panel is left of the painting.
+The person in the middle holds a sign with an arrow.
+The letter is signed by J. R. Smith.
+The price is approx. 40 dollars.
+The rich red of the curtain fills the left half.
+Two details of the painting are enlarged in circles."""
+
+
+@pytest.mark.parametrize(("kind", "text"), [("praise", PRAISE), ("hedge", HEDGE), ("", SOBER)])
+def test_sixty_sentences(kind, text):
+    lines = text.splitlines()
+    got = {line: empty_kinds(line) for line in lines}
+    if kind == "praise":  # what follows the greeting is sober
+        assert got.pop("Certainly! The picture shows a cat.") == ["praise", ""]
+    assert got == {line: [kind] for line in got}
+    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 30
+
+
+def test_sentences_of_lists_headings_and_abbreviations():
+    caption = """# A street
+**Left:** Mr. Smith, e.g. as in Fig. 3, holds 2.5 kg of apples. He smiles!
+- a red car (No. 7)
+- 3 trees
+1. A "STOP." sign, seen at 5 p.m. by J. Doe. Is it lit? Yes...
+
+图中有两只猫。左边的是黑色的！"""  # noqa: RUF001
+    assert sentences(caption) == [
+        "A street", "Left: Mr. Smith, e.g. as in Fig. 3, holds 2.5 kg of apples.", "He smiles!",
+        "a red car (No. 7)", "3 trees", 'A "STOP." sign, seen at 5 p.m. by J. Doe.', "Is it lit?",
+        "Yes...", "图中有两只猫。", "左边的是黑色的！"]  # noqa: RUF001
+    assert sentences("") == sentences(" \n--\n. ") == [] and sentences("no stop") == ["no stop"]
+
+
+def test_what_was_said_before_is_a_repeat():
+    caption = "A red car stands here. There is a tree. A red car stands here. A red car stands. "
+    caption += "A red car stands there. There is."
+    assert empty_kinds(caption) == ["", "", "repeat", "repeat", "", ""]  # two words were never said alone
+    assert empty_kinds("Red.\nBlue.\nRed.") == ["", "", "repeat"]
+    assert empty_share(caption) == pytest.approx(2 / 6) and empty_share("") == 0
+
+
+def test_length_reward_hand_computed():
+    assert [length_reward(n, 0, 2048, 3072) for n in (0, 2048, 2560, 3072, 9999)] == [1, 1, 0.5, 0, 0]
+    assert [length_reward(n, 100, 200, 300) for n in (0, 25, 100, 200, 250, 300)] == [0, 0.25, 1, 1, 0.5, 0]
+    for wrong in ((0, 5, 5), (6, 5, 9)):
+        with pytest.raises(ValueError, match="expected a length reward that rises, is 1 and falls"):
+            length_reward(1, *wrong)
+    with pytest.raises(ValueError, match="length_low 3000: expected at most length_full 2048"):
+        RewardConfig(length_low=3000)
+
+
+def test_repetition_hand_computed():
+    assert repetition("") == repetition("a b c") == repetition("a b c d e f") == 0
+    assert repetition("a b c d a b c d") == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
+    assert repetition("the " * 103) == pytest.approx(99 / 100)
+    assert repetition("Red car. red CAR, red car") == pytest.approx(1 / 3) and repetition("图图图图图") == 0.5
+
+
+def test_only_what_has_a_weight_is_a_part():
+    captions, lengths = ["A cat. Perhaps a dog.", "a a a a a"], [50, 250]
+    assert style_parts(captions, lengths, RewardConfig()) == ({}, {})
+    config = RewardConfig(length_weight=0.5, length_low=100, length_full=200, length_zero=300,
+                          repetition_weight=2.0, praise_weight=0.1)
+    parts, weights = style_parts(captions, lengths, config)
+    assert weights == {"length": 0.5, "repetition": 2.0, "praise": 0.1}
+    assert {key: part.tolist() for key, part in parts.items()} == {
+        "length": [0.25, 0.25], "repetition": [0, -1.0], "praise": [pytest.approx(-0.05), 0]}
+
+
+# ------------------------------------------------------------------------- parts compared apart
+
+ACCURACY, LENGTH = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.2, 0.0, 0.2, 0.0])
+
+
+def test_equal_sums_of_unlike_parts_hand_computed():
+    """Two captions earn 1 and 1 in two ways: the sum is flat, the parts are not."""
+    result = Rewards(torch.ones(2), {"accuracy": torch.tensor([0.0, 1.0]), "length": torch.tensor([1.0, 0.0])}, [],
+                     {"length": 0.5})
+    config = toy_config(group_size=2)
+    assert compare_siblings(result, config).tolist() == [0, 0]
+    apart = compare_siblings(result, toy_config(group_size=2, normalize_parts=True))
+    # accuracy: -+0.5 / sqrt(0.5) = -+0.7071; length without its weight: 2 and 0, +-1 / sqrt(2), times 0.5
+    assert apart.tolist() == pytest.approx([-0.7071 + 0.3536, 0.7071 - 0.3536], abs=2e-4)
+
+
+def test_parts_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    parts = {name: torch.randn(12, generator=generator) for name in ("accuracy", "length", "praise")}
+    weights, rewards = {"length": 0.2, "praise": 3.0}, sum(parts.values())
+    rewards[5] = torch.nan
+    got = part_advantages(parts, weights, rewards, 4, True, True)
+    for start in range(0, 12, 4):
+        rows = [row for row in range(start, start + 4) if row != 5]
+        for row in range(start, start + 4):
+            want = 0.0
+            for name, part in parts.items():
+                weight = weights.get(name, 1.0)
+                values = [part[i].item() / weight for i in rows]
+                mean = sum(values) / len(values)
+                std = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+                if row != 5:
+                    others = (sum(values) - part[row].item() / weight) / (len(values) - 1)
+                    want += weight * (part[row].item() / weight - others) / (std + 1e-4)
+            assert got[row].item() == pytest.approx(want, abs=1e-5)
+
+
+def test_one_part_and_no_division_are_the_sum():
+    rewards = torch.tensor([0.0, 0.25, 0.5, 0.0])
+    assert torch.equal(part_advantages({"accuracy": rewards}, {}, rewards, 2), group_advantages(rewards, 2))
+    parts = {"accuracy": rewards, "length": torch.tensor([0.1, 0.0, 0.0, 0.3])}
+    total = sum(parts.values())
+    apart = part_advantages(parts, {"length": 0.5}, total, 2, False, False)
+    assert torch.allclose(apart, group_advantages(total, 2, False, False))
