@@ -52,7 +52,9 @@ _NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|e\.g|i\.e|vs|cf|approx|fig|(?-i
 _NUMBER = re.compile(r"\bnos?\.$", re.I)
 _MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")  # noqa: RUF001
 """Of a heading, a quotation or an item of a list."""
-_END = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]+[」』”’]*")  # noqa: RUF001
+_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]+[」』”’]*")  # noqa: RUF001
+_LONGEST = 10
+"""Signs of the longest abbreviation, its stop and the space before: no more is looked at."""
 
 
 def sentences(caption: str) -> list[str]:
@@ -67,7 +69,7 @@ def sentences(caption: str) -> list[str]:
         start = 0
         for end in _END.finditer(line):
             rest = line[end.end() :].lstrip()
-            before = line[start : end.start() + 1]
+            before = line[max(start, end.start() - _LONGEST) : end.start() + 1]
             is_number = rest[:1].isdigit() and _NUMBER.search(before)
             if not (rest[:1].islower() or is_number or _NO_END.search(before)):
                 parts.append(line[start : end.end()].strip())
@@ -76,22 +78,29 @@ def sentences(caption: str) -> list[str]:
     return [sentence for sentence in parts if words(sentence)]
 
 
-_TEXT = r"(?:description|caption|summary|account|overview|breakdown|depiction|analysis|rendering)"
+_OWN = r"(?:description|caption)"
+_TEXT = rf"(?:{_OWN}|summary|account|overview|breakdown|depiction|analysis|rendering|response)"
 _OF_PICTURE = r"(?: of the (?:image|picture|photo(?:graph)?|scene|chart|figure|screenshot))?"
 _GOOD = (r"(?:comprehensive|detailed|thorough|complete|accurate|precise|exhaustive|faithful|full|"
-         r"vivid|clear|rich|in-depth)")
-_DOES = (r"(?:provides?|offers?|gives?|presents?|captures?|covers?|conveys?|encapsulates?|ensures?|"
-         r"includes?|delivers?|encompasses|reflects?|highlights?|aims?|serves?|allows?|enables?|"
-         r"leaves?|is|has|should|would|will|can)")
+         r"vivid|clear|rich|in-depth|everything|every)")
+_DOES = (r"(?:\w+ly (?:and )?){0,2}(?:provides?|offers?|gives?|presents?|captures?|covers?|"
+         r"conveys?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|highlights?|"
+         r"aims?|serves?|allows?|enables?|leaves?|describes?|is|has|should|would|will|can)")
 EMPTY = {
     "praise": re.compile("|".join((
-        rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_TEXT}s?{_OF_PICTURE},? (?:\w+ly )?{_DOES}\b",
+        rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_OWN}s?{_OF_PICTURE},? {_DOES}\b",
+        # these words may also be of what the picture shows
+        rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_TEXT}s?{_OF_PICTURE},? {_DOES}(?: \S+){{0,8}}? "
+        rf"(?:{_GOOD}|no (?:\w+ )?(?:aspect|detail|element)s?|image|picture|scene|reader)\b",
+        rf"\bthis is an? (?:\w+,? ){{0,4}}{_OWN}\b",
         rf"\bthe (?:above|following|foregoing|preceding|provided) (?:\w+ )?{_TEXT}\b",
-        rf"\b{_TEXT}{_OF_PICTURE} (?:\w+ly )?{_DOES} (?:an? |the |all )?(?:\w+ and )?{_GOOD}\b",
+        rf"\b{_TEXT}{_OF_PICTURE}(?: above)? {_DOES} (?:an? |the |all |both )?(?:\w+ and )?"
+        rf"{_GOOD}\b",
         rf"^(?:here is|here's|below is|the following is) (?:an? |the |my )?(?:\w+[, ]+)*?{_TEXT}\b",
+        r"^(?:\w+, )?i(?: have|'ve) (?:\w+ly )?(?:described|provided|included|captured|covered)\b",
         r"^(?:certainly|sure|of course|absolutely)[,!.]",
-        r"\b(?:i hope (?:this|that|it) helps|let me know if|feel free to)\b",
-        r"\b(?:every|all|no) (?:\w+ )?details? (?:\w+ ){0,2}"
+        r"^(?:please |if you [^,]+, )?(?:i hope (?:this|that|it) helps|let me know|feel free)\b",
+        r"\b(?:(?:every|all|no) (?:\w+ )?details?|nothing) (?:\w+ ){0,2}"
         r"(?:captured|described|covered|missed|overlooked|left out|omitted)\b",
     )), re.IGNORECASE),
     "hedge": re.compile("|".join((
@@ -106,15 +115,16 @@ EMPTY = {
 open whether it holds. Hedges are the modal verbs, verbs and adverbs of Hyland, "Hedging in
 Scientific Research Articles", 1998, that captions use. Praise: ours, what is held against
 captioners that were trained for reward. "repeat" is said before in the caption."""
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|'[^']{2,}'(?!\w)|‘[^’]*’")  # noqa: RUF001
+_QUOTED = re.compile(r"\"[^\"]*\"|“[^“”]*”|(?<!\w)'[^']{2,}'(?!\w)|‘[^‘’]*’|"  # noqa: RUF001
+                     r"\b(?:says|reads|states|asks|warns|reply)(?: that\b|:).*")
 
 
 def empty_kinds(caption: str) -> list[str]:
     """Of each sentence: a key of `EMPTY`, "repeat", or "" if it says something of the picture.
 
-    What is in quotation marks is written in the picture: it is neither praise nor a hedge. A
-    sentence repeats if all its runs of 4 words, or all its words if there are fewer, were said in
-    this order.
+    What is in quotation marks, or after "reads:" or "says that", is written in the picture. It is
+    neither praise nor a hedge. A sentence repeats if all its runs of 4 words, or all its words if
+    there are fewer, were said in this order.
     """
     said: set[tuple[str, ...]] = set()
     kinds = []

@@ -1,5 +1,7 @@
 """Length, repetition, and sentences that say nothing of the picture."""
 
+import signal
+
 import pytest
 import torch
 
@@ -28,7 +30,18 @@ Overall, this detailed overview ensures that no aspect is missed.
 Every detail is captured with precision.
 No details have been omitted.
 This comprehensive, precise description allows the reader to picture the scene.
-The caption provides a clear and complete picture of the data."""
+The caption provides a clear and complete picture of the data.
+In summary, the description above covers everything in the image.
+This is a comprehensive and detailed description of the image.
+The description above is thorough.
+This caption is both comprehensive and accurate.
+This caption thoroughly and accurately describes the image.
+This response provides a thorough description of the image.
+This detailed analysis ensures a complete understanding of the chart.
+I've provided a detailed description of the image above.
+I have included all relevant details.
+Nothing has been left out.
+If you have any questions, feel free to ask."""
 HEDGE = """\
 The man is possibly a teacher.
 The building may be a church.
@@ -38,6 +51,7 @@ The dog seems to be asleep.
 It is unclear what the text says.
 Perhaps the photograph was taken in winter.
 The bars likely stand for sales.
+The dogs' owner may be one of the boys' friends.
 The vehicle could be a delivery van.
 The cloudy sky is bright, suggesting that it is noon.
 He is presumably the owner."""
@@ -71,17 +85,29 @@ The person in the middle holds a sign with an arrow.
 The letter is signed by J. R. Smith.
 The price is approx. 40 dollars.
 The rich red of the curtain fills the left half.
+This account has 1,204 followers and 310 posts.
+This summary is followed by a list of references.
+This overview covers five regions, each with its own colour.
+The text bubble says: I hope this helps!
+The chat window shows a reply: Let me know if you need anything.
+The form asks that you feel free to leave the field blank.
+The table's footnote says that figures may be rounded.
+The chart is titled "Comprehensive Income" and spans 2018 to 2022.
+The dashboard has a sidebar with the items Overview, Account and Settings.
+The page has a full description of the ingredients under the heading.
+The painting depicts a full moon over a calm sea.
+Every detail of the armour is engraved in silver.
 Two details of the painting are enlarged in circles."""
 
 
 @pytest.mark.parametrize(("kind", "text"), [("praise", PRAISE), ("hedge", HEDGE), ("", SOBER)])
-def test_sixty_sentences(kind, text):
+def test_84_sentences(kind, text):
     lines = text.splitlines()
     got = {line: empty_kinds(line) for line in lines}
     if kind == "praise":  # what follows the greeting is sober
         assert got.pop("Certainly! The picture shows a cat.") == ["praise", ""]
     assert got == {line: [kind] for line in got}
-    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 30
+    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 42
 
 
 def test_sentences_of_lists_headings_and_abbreviations():
@@ -105,6 +131,18 @@ def test_what_was_said_before_is_a_repeat():
     assert empty_kinds(caption) == ["", "", "repeat", "repeat", "", ""]  # two words were never said alone
     assert empty_kinds("Red.\nBlue.\nRed.") == ["", "", "repeat"]
     assert empty_share(caption) == pytest.approx(2 / 6) and empty_share("") == 0
+
+
+@pytest.mark.parametrize("text", ["." * 100_000, "?!" * 100_000, "Mr. " * 50_000, "A. B " * 50_000, "“a " * 50_000])
+def test_work_grows_with_the_length_of_a_caption_only(text):
+    """It grew with the square: minutes for each of these. The alarm ends the test there."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(60)
+    try:
+        assert empty_share(f"It is {text}.") == 0
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_length_reward_hand_computed():
