@@ -178,10 +178,9 @@ def test_a_question_stands_once_for_all_captions_that_it_was_put_to():
     numbers = number_questions([rows, None])
     assert numbers == {(0, "What color?"): 0, (0, "Other?"): 1}
     side = pack_side(rows, numbers)
-    assert [one[:2] for one in side["asked"]] == [[0, "What color?"], [1, "Other?"]]
-    assert [[answer[:3] for answer in caption["answers"]] for caption in side["captions"]] == [
-        [[0, 0, 1.0], [1, 1, 0.0]], [[0, 1, 0.0]]
-    ]
+    assert [(question["number"], question["question"]) for question in side["asked"]] == [(0, "What color?"), (1, "Other?")]
+    assert [[(answer["place"], answer["chosen"], answer["score"]) for answer in caption["answers"]]
+            for caption in side["captions"]] == [[(0, 0, 1.0), (1, 1, 0.0)], [(0, 1, 0.0)]]
 
 
 @pytest.mark.parametrize("changes, letter", [
@@ -442,7 +441,9 @@ def test_hostile_texts_stay_texts(tmp_path):
     assert "<img" not in text and "49" not in unescape(text.split("<main>")[1].split("<section id=\"curves\"")[0])
     [chunk] = [content for attributes, content in scripts(text) if 'id="page-0"' in attributes]
     [[side]] = json.loads(zlib.decompress(base64.b64decode(chunk)))
-    assert side["captions"][0]["text"] == HOSTILE and side["asked"][0][1:3] == [HOSTILE, [HOSTILE, "b"]]
+    [question] = side["asked"]
+    assert side["captions"][0]["text"] == HOSTILE
+    assert (question["question"], question["options"]) == (HOSTILE, [HOSTILE, "b"])
     # JSON can say it, UTF-8 cannot
     half = {"id": "\ud800", "caption": "half a surrogate pair \ud800", "accuracy": None}
     assert "half a" not in write_page(evaluation(tmp_path / "half.jsonl", [half])).read_text(encoding="utf-8")

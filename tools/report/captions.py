@@ -123,13 +123,16 @@ def pack_side(rows: list[dict] | None, numbers: dict[tuple, int]) -> dict | None
         answers = []
         for question in row["questions"]:
             source, text = question.get("source"), question["question"]
-            shown = [numbers[source, text], text, question.get("options", []),
-                     *map(question.get, ("gold", "abstain"))]
-            place = asked.setdefault(json.dumps(shown), len(asked))
-            probs = [round(prob, 2) for prob in question.get("probs") or []]
-            answers.append([place, question.get("chosen"), question.get("score"),
-                            question.get("reply") or "", question.get("failure") or "", probs,
-                            outcome(question)])
+            shown = {"number": numbers[source, text], "question": text,
+                     "options": question.get("options", []), "gold": question.get("gold"),
+                     "abstain": question.get("abstain")}
+            answers.append({
+                "place": asked.setdefault(json.dumps(shown), len(asked)),
+                "chosen": question.get("chosen"), "score": question.get("score"),
+                "reply": question.get("reply") or "", "failure": question.get("failure") or "",
+                "probs": [round(prob, 2) for prob in question.get("probs") or []],
+                "outcome": outcome(question),
+            })
         captions.append({"text": row["caption"], "parts": row.get("parts", {}), "answers": answers})
     return {"asked": list(map(json.loads, asked)), "captions": captions}
 

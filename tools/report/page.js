@@ -196,6 +196,9 @@
   const isRun = numPages > 0 && index.pages[0].step !== null;
   const lowered = index.questions.map((text) => text.toLowerCase());
   const WINDOW = 60; // groups in the strip at a time
+  const known = (items, key) => items.map((item) => item[key]).filter(isNumber);
+  const mean = (values) =>
+    (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
 
   // A group is an image with its captions of each side; `texts` are there once a search wants them.
   const groups = index.pages.flatMap(({ step, groups: entries }, page) =>
@@ -203,18 +206,17 @@
       const sides = entry.sides.map((side) => side && side.captions.map(
         ([reward, advantage, length, cut, outcomes], i) =>
           ({ number: i + 1, reward, advantage, length, cut, outcomes: outcomes.split(" ") })));
-      const rewards = sides.map((side) => (side ?? []).map((one) => one.reward).filter(isNumber));
-      const means = rewards.map((values) =>
-        (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null));
-      const spreads = rewards.map((values) =>
-        (values.length ? Math.max(...values) - Math.min(...values) : null));
-      sides.forEach((side, s) => side?.forEach((one) => {
-        one.disagreement = isNumber(one.reward) ? Math.abs(one.reward - means[s]) : null;
+      const rewards = sides.map((side) => known(side ?? [], "reward"));
+      const means = rewards.map(mean);
+      const spreads = rewards.map((values) => Math.max(...values) - Math.min(...values));
+      sides.forEach((side, s) => side?.forEach((caption) => {
+        const { reward } = caption;
+        caption.disagreement = isNumber(reward) ? Math.abs(reward - means[s]) : null;
       }));
       return {
         ...entry, page, place, step, sides, means, texts: null,
         sideSteps: entry.sides.map((side) => side && side.step),
-        spread: Math.max(0, ...spreads.filter(isNumber)),
+        spread: Math.max(0, ...spreads),
         isFlat: spreads.some((spread, s) => spread === 0 && rewards[s].length > 1),
         difference: means[1] !== undefined && means.every(isNumber)
           ? Math.abs(means[1] - means[0]) : null,
@@ -241,7 +243,7 @@
     for (let page = 0; page < numPages; page += 1) {
       if (page % 10 === 0) byId("count").textContent = `reading captions: ${page} of ${numPages}`;
       const sides = await unpack(page);
-      for (const group of groups.filter((one) => one.page === page)) {
+      for (const group of groups.filter((entry) => entry.page === page)) {
         group.texts = sides[group.place].map((side) =>
           side && side.captions.map((caption) => caption.text.toLowerCase()));
       }
@@ -264,35 +266,30 @@
     return passes.flat().some(Boolean) ? passes : null;
   }
 
-  let filtered = "";
+  const FILTERS = ["search", "family", "spread", "cut", "flat", "wrong", "abstained"];
+  let filtered = ""; // what the groups were filtered by last
   function filter() {
-    const { search, family, spread, cut, flat, wrong, abstained } = state;
-    const key = JSON.stringify([search, family, spread, cut, flat, wrong, abstained]);
-    if (key === filtered) return;
-    filtered = key;
-    const words = search.trim().toLowerCase();
+    const wanted = JSON.stringify(FILTERS.map((name) => state[name]));
+    if (wanted === filtered) return;
+    filtered = wanted;
+    const words = state.search.trim().toLowerCase();
     for (const group of groups) group.passes = passing(group, words);
   }
 
   // The items by a value, as `state.sort` says; those without it come last, equal ones stay.
   function sorted(items, valueOf) {
-    const [key, way] = state.sort.split("-");
+    const [key, way] = state.sort.replace("accuracy", "reward").split("-");
     if (!way) return items;
     const sign = way === "high" ? -1 : 1;
-    const keyed = items.map((item) => ({ item, value: valueOf(item, key, way) }));
-    return keyed.sort((a, b) => {
-      if (!isNumber(a.value) || !isNumber(b.value)) return isNumber(b.value) - isNumber(a.value);
-      return sign * (a.value - b.value);
-    }).map(({ item }) => item);
+    const value = new Map(
+      items.map((item) => [item, valueOf(item, key, way) ?? sign * Infinity]));
+    return [...items].sort((a, b) => sign * (value.get(a) - value.get(b)) || 0);
   }
 
-  const captionValue = (caption, key) => caption[key === "accuracy" ? "reward" : key];
   function groupValue(group, key, way) {
     if (key === "disagreement") return group.spread;
     if (key === "difference") return group.difference;
-    const values = group.sides.flatMap((side) => side ?? []).map((one) => captionValue(one, key))
-      .filter(isNumber);
-    if (!values.length) return null;
+    const values = known(group.sides.flatMap((side) => side ?? []), key);
     return way === "high" ? Math.max(...values) : Math.min(...values);
   }
 
@@ -304,19 +301,19 @@
     const wanted = state.step === "" ? Infinity : Number(state.step);
     const step = isRun ? nearestStep(steps, wanted) : null;
     const list = listed(passed, isList ? null : step);
-    const chosen = list.find((one) => one.id === state.image && one.step === step)
-      ?? list.find((one) => one.id === state.image) ?? list[0] ?? null;
+    const named = list.filter((group) => group.id === state.image);
+    const chosen = named.find((group) => group.step === step) ?? named[0] ?? list[0] ?? null;
     return { passed, steps, isList, list, chosen, step: chosen && chosen.step };
   }
 
   const listed = (passed, step) =>
-    sorted(step === null ? passed : passed.filter((one) => one.step === step), groupValue);
+    sorted(step === null ? passed : passed.filter((group) => group.step === step), groupValue);
   const nearestStep = (steps, wanted) => steps.reduce((best, step) =>
     (best === null || Math.abs(step - wanted) <= Math.abs(best - wanted) ? step : best), null);
 
   // ------------------------------------------------------------------------------------ drawing
 
-  let at = null; // the view that is drawn, or about to be
+  let current = null; // the view that is drawn, or about to be
   let turn = 0;
   async function render() {
     turn += 1;
@@ -333,8 +330,8 @@
       if (mine !== turn) return; // something else was asked for meanwhile
     }
     filter();
-    at = view(); // now: the next key goes on from here
-    const sides = at.chosen && await packedSides(at.chosen);
+    current = view(); // now: the next key goes on from here
+    const sides = current.chosen && await packedSides(current.chosen);
     if (mine !== turn) return;
     const focused = document.activeElement?.dataset.key;
     drawPager();
@@ -346,7 +343,7 @@
   }
 
   function drawPager() {
-    const { passed, steps, isList, list, chosen, step } = at;
+    const { passed, steps, isList, list, chosen, step } = current;
     byId("spread-value").textContent = show(Number(state.spread));
     const captions = passed.flatMap((group) => group.passes.flat()).filter(Boolean).length;
     byId("count").textContent = `${passed.length} of ${groups.length} groups, ${captions} captions`;
@@ -355,8 +352,8 @@
     if (isRun) {
       const select = document.querySelector("[name=step]");
       const [some, every] = [tally(passed), tally(groups)];
-      select.replaceChildren(...steps.map((one) => make("option", { value: one },
-        `step ${one}${some.get(one) < every.get(one) ? ` (${some.get(one)})` : ""}`)));
+      select.replaceChildren(...steps.map((value) => make("option", { value },
+        `step ${value}${some.get(value) < every.get(value) ? ` (${some.get(value)})` : ""}`)));
       select.value = step ?? "";
     }
     byId("previous").disabled = isList ? start === 0 : !list.length || step === steps[0];
@@ -378,14 +375,15 @@
 
   function drawStrip() {
     const strip = byId("strip");
-    strip.replaceChildren(...at.list.slice(...span(at.list.indexOf(at.chosen))).map((group, i) =>
+    const { list, chosen } = current;
+    strip.replaceChildren(...list.slice(...span(list.indexOf(chosen))).map((group, i) =>
       make("button", {
-        type: "button", title: group.id, "aria-pressed": String(group === at.chosen),
+        type: "button", title: group.id, "aria-pressed": String(group === chosen),
         "data-key": `strip-${i}`, click: () => choose(group),
       }, picture(group), make("span", { dir: "auto" }, group.id),
       make("span", {}, `mean ${group.means.map((mean) => show(mean)).join(" | ")}`),
       make("span", {}, `spread ${show(group.spread)}`),
-      at.isList && isRun ? make("span", {}, `step ${group.step}`) : null)));
+      current.isList && isRun ? make("span", {}, `step ${group.step}`) : null)));
     const button = strip.querySelector("[aria-pressed=true]");
     // Within the strip only: scrollIntoView would move the page too.
     const middle = (element) => element.offsetLeft + element.offsetWidth / 2;
@@ -399,7 +397,7 @@
   }
 
   function drawDetail(packed) {
-    const group = at.chosen;
+    const group = current.chosen;
     if (!group) {
       byId("detail").replaceChildren(make("p", {}, "No group passes the filters."));
       return;
@@ -433,8 +431,9 @@
       element.append(make("p", {}, "no captions of this image"));
       return element;
     }
-    const captions = sorted(group.sides[s].map((caption, i) =>
-      ({ ...caption, ...packed.captions[i], passes: group.passes[s][i] })), captionValue);
+    const given = group.sides[s].map((caption, i) =>
+      ({ ...caption, ...packed.captions[i], passes: group.passes[s][i] }));
+    const captions = sorted(given, (caption, key) => caption[key]);
     const bound = Math.max(1, ...captions.map((caption) => Math.abs(caption.advantage ?? 0)));
     const isPart = group.passes.flat().includes(false);
     const cards = captions.map((caption) => drawCaption(caption, packed.asked, bound, isPart));
@@ -450,9 +449,9 @@
   const isActive = (number) => state.question === String(number + 1);
 
   // The verifier's answer to a question: its sign, and what it chose, in words.
-  function drawAnswer(caption, [place, chosen, score, , , , letter], asked) {
-    const [kind, sign] = OUTCOMES[letter];
-    const option = isNumber(chosen) ? asked[place][2][chosen] ?? "" : "";
+  function drawAnswer(caption, { place, chosen, score, outcome }, asked) {
+    const [kind, sign] = OUTCOMES[outcome];
+    const option = isNumber(chosen) ? asked[place].options[chosen] ?? "" : "";
     const said = `caption ${caption.number}: ${kind}${option === "" ? "" : `, ${option}`}`;
     return [make("span", { class: `cell ${kind}`, title: said, "aria-label": said, role: "img" },
       sign || show(score)), option];
@@ -475,10 +474,10 @@
       bar.style.left = advantage < 0 ? `${50 - width}%` : "50%";
       card.append(make("div", { class: "bar", "aria-hidden": "true" }, bar));
     }
-    for (const answer of caption.answers.filter(([place]) => isActive(asked[place][0]))) {
+    for (const answer of caption.answers.filter(({ place }) => isActive(asked[place].number))) {
       const [sign, option] = drawAnswer(caption, answer, asked);
-      const told = option || answer[4] || answer[3] || "no words";
-      card.append(make("div", { class: "answer" }, sign, " ", make("bdi", {}, told)));
+      const words = option || answer.failure || answer.reply || "no words";
+      card.append(make("div", { class: "answer" }, sign, " ", make("bdi", {}, words)));
     }
     card.append(make("p", { dir: "auto" }, ...marked(caption, asked)));
     return card;
@@ -488,25 +487,26 @@
   // of the question that is looked at.
   function marked(caption, asked) {
     const spans = [];
-    for (const [place, chosen, , , , , letter] of caption.answers) {
-      if (letter !== "r" && letter !== "w") continue;
-      const [number, text, options] = asked[place];
-      const words = find(String(options[chosen] ?? ""), caption.text, text);
-      if (words) spans.push({ ...words, letter, number, text });
+    for (const { place, chosen, outcome } of caption.answers) {
+      if (outcome !== "r" && outcome !== "w") continue;
+      const { number, question, options } = asked[place];
+      const words = wordsOf(String(options[chosen] ?? ""), caption.text, question);
+      if (words) spans.push({ ...words, outcome, number, question });
     }
     spans.sort((a, b) => isActive(b.number) - isActive(a.number) || a.start - b.start
       || b.stop - a.stop);
     const kept = [];
-    for (const one of spans) {
-      if (kept.every(({ start, stop }) => one.stop <= start || one.start >= stop)) kept.push(one);
+    for (const span of spans) {
+      const isFree = kept.every(({ start, stop }) => span.stop <= start || span.start >= stop);
+      if (isFree) kept.push(span);
     }
     const pieces = [];
     let end = 0;
-    for (const { start, stop, letter, number, text } of kept.sort((a, b) => a.start - b.start)) {
-      const kind = OUTCOMES[letter][0] + (isActive(number) ? " active" : "");
+    for (const { start, stop, ...span } of kept.sort((a, b) => a.start - b.start)) {
+      const kind = OUTCOMES[span.outcome][0] + (isActive(span.number) ? " active" : "");
       pieces.push(caption.text.slice(end, start),
-        make("mark", { class: kind, title: text, "data-number": number },
-          caption.text.slice(start, stop), make("sup", {}, String(number + 1))));
+        make("mark", { class: kind, title: span.question, "data-number": span.number },
+          caption.text.slice(start, stop), make("sup", {}, String(span.number + 1))));
       end = stop;
     }
     return [...pieces, caption.text.slice(end)];
@@ -516,20 +516,20 @@
 
   // Where the words of an option stand in a caption: in the sentence that has most words of the
   // question.
-  function find(words, text, question) {
-    if (!words.trim()) return null;
-    const isSpaced = !/[\u3040-\u30ff\u3400-\u9fff]/.test(words);
+  function wordsOf(option, text, question) {
+    if (!option.trim()) return null;
+    const isSpaced = !/[\u3040-\u30ff\u3400-\u9fff]/.test(option);
     const edges = isSpaced ? ["(?<![\\p{L}\\p{N}])", "(?![\\p{L}\\p{N}])"] : ["", ""];
-    const plain = literal(words.trim()).replace(/\s+/g, "\\s+");
-    const asked = new Set(question.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? []);
+    const plain = literal(option.trim()).replace(/\s+/g, "\\s+");
+    const split = (words) => words.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [];
+    const asked = new Set(split(question));
     let best = null;
     for (const match of text.matchAll(new RegExp(edges[0] + plain + edges[1], "giu"))) {
       const [start, stop] = [match.index, match.index + match[0].length];
       const ends = [".", "!", "?", "\n", "。"].map((end) => text.lastIndexOf(end, start - 1));
       const rest = text.slice(start).search(/[.!?\n。]/);
       const sentence = text.slice(Math.max(...ends) + 1, rest < 0 ? text.length : start + rest);
-      const shared = (sentence.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [])
-        .filter((word) => asked.has(word)).length;
+      const shared = split(sentence).filter((word) => asked.has(word)).length;
       if (best === null || shared > best.shared) best = { start, stop, shared };
     }
     return best;
@@ -538,15 +538,14 @@
   function drawMatrix(captions, asked) {
     const columns = captions.map(({ number }) => make("th", { scope: "col" }, String(number)));
     const body = make("tbody");
-    for (const number of [...new Set(asked.map((question) => question[0]))]) {
-      const text = asked.find((question) => question[0] === number)[1];
+    for (const [number, question] of new Map(asked.map((item) => [item.number, item.question]))) {
       const cells = captions.map((caption) => make("td", {}, ...caption.answers
-        .filter(([place]) => asked[place][0] === number)
+        .filter(({ place }) => asked[place].number === number)
         .map((answer) => drawAnswer(caption, answer, asked)[0])));
       const button = make("button", {
         type: "button", class: "text", "aria-expanded": String(isActive(number)), dir: "auto",
         "data-key": `question-${number}`, click: () => ask(isActive(number) ? null : number),
-      }, `${number + 1}  ${text}`);
+      }, `${number + 1}  ${question}`);
       body.append(make("tr", {}, make("th", { scope: "row" }, button), ...cells));
       if (isActive(number)) {
         body.append(make("tr", { class: "options" },
@@ -561,24 +560,25 @@
   // A question as it was asked, once for each order of its options: who chose what, and how sure
   // the verifier was.
   function drawOptions(captions, asked, number) {
-    return asked.flatMap(([of, , options, gold, abstain], place) => {
+    return asked.flatMap(({ number: of, options, gold, abstain }, place) => {
       if (of !== number) return [];
       const given = captions.flatMap((caption) => caption.answers
-        .filter((answer) => answer[0] === place).map((answer) => ({ i: caption.number, answer })));
+        .filter((answer) => answer.place === place)
+        .map((answer) => ({ ...answer, by: caption.number })));
       const lines = options.map((text, option) => {
-        const by = given.filter(({ answer }) => answer[1] === option).map(({ i }) => i).join(", ");
-        const probs = given.map(({ answer }) => answer[5][option]).filter(isNumber);
-        const mean = probs.reduce((sum, prob) => sum + prob, 0) / probs.length;
-        const sure = probs.length ? ` · mean probability ${show(mean)}` : "";
+        const by = known(given.filter(({ chosen }) => chosen === option), "by").join(", ");
+        const probs = known(given.map((answer) => answer.probs), option);
+        const sure = probs.length ? ` · mean probability ${show(mean(probs))}` : "";
         const kind = option === gold ? " ✓" : option === abstain ? " (abstains)" : "";
         return make("li", {},
           make("span", { class: option === gold ? "gold" : "" },
             `${String.fromCharCode(65 + option)}) `, make("bdi", {}, text), kind),
           make("span", { class: "by" }, `${by ? ` · chosen by ${by}` : ""}${sure}`));
       });
-      const rest = given.filter(({ answer }) => !isNumber(answer[1]) || answer[3] || answer[4])
-        .map(({ i, answer }) => make("li", { class: "by" }, `caption ${i}: `,
-          make("bdi", {}, answer[4] || answer[3] || "no words")));
+      const rest = given
+        .filter(({ chosen, reply, failure }) => !isNumber(chosen) || reply || failure)
+        .map(({ by, reply, failure }) => make("li", { class: "by" }, `caption ${by}: `,
+          make("bdi", {}, failure || reply || "no words")));
       return [make("ol", {}, ...lines, ...rest)];
     });
   }
@@ -622,12 +622,12 @@
   // Opens a question, or none, and brings its words into sight: within each long caption, and then
   // the first of them on the page.
   async function ask(number) {
-    await go({ ...place(), question: number === null ? "" : String(number + 1) });
+    await go({ ...here(), question: number === null ? "" : String(number + 1) });
     showWords();
   }
 
-  const place = () => (at.chosen
-    ? { step: isRun ? String(at.chosen.step) : "", image: at.chosen.id } : {});
+  const here = () => (current.chosen
+    ? { step: isRun ? String(current.chosen.step) : "", image: current.chosen.id } : {});
 
   function showWords() {
     const marks = [...document.querySelectorAll("mark.active")];
@@ -636,13 +636,13 @@
   }
 
   function turnImage(by) {
-    const next = at.list[at.list.indexOf(at.chosen) + by];
+    const next = current.list[current.list.indexOf(current.chosen) + by];
     if (next) choose(next);
   }
 
   // Another step, the same place in it; of a list over all steps, the next part of the list.
   function turnPage(by) {
-    const { passed, steps, isList, list, chosen, step } = at;
+    const { passed, steps, isList, list, chosen, step } = current;
     if (!chosen) return;
     const i = list.indexOf(chosen);
     if (isList) {
@@ -668,7 +668,7 @@
   }
 
   function turnQuestion(by) {
-    const numbers = at.chosen ? at.chosen.questions.map((_, number) => number) : [];
+    const numbers = current.chosen ? current.chosen.questions.map((_, number) => number) : [];
     const next = numbers.indexOf(Number(state.question) - 1) + by;
     if (numbers.length) ask(numbers[(next + numbers.length) % numbers.length]);
   }
@@ -687,7 +687,7 @@
       && event.target.type !== "checkbox";
     const act = KEYS[event.key.length > 1 ? event.key : event.key.toLowerCase()];
     if (!act || isTyping || event.defaultPrevented || event.ctrlKey || event.altKey || event.metaKey
-      || !at || byId("zoom").open) return;
+      || !current || byId("zoom").open) return;
     event.preventDefault();
     act(event.shiftKey);
   }
@@ -700,7 +700,7 @@
   let size = null; // times the picture's own pixels, null: as the window has room for
 
   function openPicture() {
-    const group = at.chosen;
+    const group = current.chosen;
     if (!group || group.picture === null) return;
     const full = index.full.indexOf(group.id);
     image.alt = `image ${group.id}`;
@@ -738,7 +738,7 @@
   async function takenRows() {
     const isImage = byId("what").value === "image";
     const rows = [];
-    for (const group of isImage ? [at.chosen].filter(Boolean) : at.passed) {
+    for (const group of isImage ? [current.chosen].filter(Boolean) : current.passed) {
       const packed = await packedSides(group);
       group.sides.forEach((side, s) => side?.forEach((caption, i) => {
         if (!isImage && !group.passes[s][i]) return;
@@ -748,11 +748,10 @@
           number: caption.number, caption: text, length: caption.length,
           truncated: caption.cut === 1, [index.earned]: caption.reward,
           advantage: caption.advantage, parts,
-          questions: answers.map(([at, chosen, score, reply, failure, probs, letter]) => {
-            const [, question, options, gold, abstain] = packed[s].asked[at];
-            const correct = "rwau".includes(letter) ? letter === "r" : null;
-            return { question, options, gold, abstain, chosen, score, correct, reply, failure,
-              probs };
+          questions: answers.map(({ place, outcome, ...answer }) => {
+            const { number, ...question } = packed[s].asked[place];
+            const correct = "rwau".includes(outcome) ? outcome === "r" : null;
+            return { ...question, ...answer, correct };
           }),
         });
       }));
@@ -811,7 +810,7 @@
     byId("copy").addEventListener("click", () => take(toClipboard));
     byId("download").addEventListener("click", () => take(toFile));
     byId("link").addEventListener("click", async () => {
-      await go(place());
+      await go(here());
       writeAddress();
       byId("taken").textContent = await toClipboard(location.href) ?? "the link is copied";
     });
