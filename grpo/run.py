@@ -153,10 +153,10 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     return num_steps
 
 
-def sample_step(run: Run, examples: Sequence, prompts: Sequence[Prompt], step: int,
+def sample_step(run: Run, examples: Sequence, prompts: Sequence[Prompt], step: int | str,
                 config: TrainConfig) -> Rollouts:
     """The policy's G captions of each image. A caption's draws are a function of the seed, the
-    step, the image's `id` and the caption's place in its group."""
+    step or its name, the image's `id` and the caption's place in its group."""
     prompts = [prompt.on(run.sampler.model) for prompt in prompts]
     if run.is_tower_frozen:
         prompts = encode_images(run.sampler, prompts)

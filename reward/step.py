@@ -96,7 +96,7 @@ def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
                          f"{len(examples)} images there are")
 
 
-def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts, step: int,
+def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts, step: int | str,
                 config: TrainConfig) -> Rewards:
     """Rewards of this rank's captions. `examples`: (P,)."""
     by_caption = [example for example in examples for _ in range(config.group_size)]  # (B,)

@@ -6,7 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +24,11 @@ from grpo.config import TrainConfig
 from grpo.distributed import all_or_none, gather_rows, init_distributed, print0, rank, world_size
 from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy, Prompt, encode_images
-from grpo.rollout import Rollouts, sample_rollouts
-from grpo.run import Run, load_run
+from grpo.rollout import Rollouts
+from grpo.run import Run, load_run, sample_step
 from grpo.update import update_policy
 from reward.caprl import Verifier, shuffle_options
-from reward.step import Reward, check_examples, load_reward
+from reward.step import Reward, check_examples, load_reward, reward_step
 from tools.audit import gold_probe
 from tools.held_out import HeldOut, set_aside
 from tools.memory import (
@@ -163,22 +163,11 @@ def try_update(run: Run, rollouts: Rollouts, config: TrainConfig) -> None:
                   torch.ones(num_rows, dtype=torch.bool, device=run.device), config)
 
 
-def try_reward(reward: Reward, examples: Sequence[Example], captions: Sequence[str],
-               lengths: Sequence[int], config: TrainConfig) -> None:
-    """The reward of the G captions of each example, of so many tokens."""
-    by_caption = [example for example in examples for _ in range(config.group_size)]
-    keys = [f"{config.seed}:check:{example.id}" for example in by_caption]
-    reward.score(captions, by_caption, keys, lengths)
-
-
-def try_rollout(sampler: Policy, prompts: Sequence[Prompt], examples: Sequence[Example],
+def try_rollout(run: Run, prompts: Sequence[Prompt], examples: Sequence[Example],
                 config: TrainConfig) -> Rollouts:
     """The G captions of each example, of at most TRIAL_TOKENS tokens."""
-    keys = [f"{config.seed}:check:{example.id}:caption:{g}"
-            for example in examples for g in range(config.group_size)]
-    length = min(config.max_new_tokens, TRIAL_TOKENS)
-    return sample_rollouts(sampler, prompts, keys, length, config.temperature,
-                           config.rollout_tokens)
+    short = replace(config, max_new_tokens=min(config.max_new_tokens, TRIAL_TOKENS))
+    return sample_step(run, examples, prompts, "check", short)
 
 
 def try_step(run: Run, reward: Reward, examples: Sequence[Example],
@@ -186,15 +175,11 @@ def try_step(run: Run, reward: Reward, examples: Sequence[Example],
     """Seconds by phase of a step on these examples, with captions of at most TRIAL_TOKENS tokens,
     and these captions. No weight changes. Every rank must call this."""
     device, drawn = run.device, []
-    prompts = [run.sampler.prompt(open_image(example.image)).on(run.sampler.model)
-               for example in examples]
-    if run.is_tower_frozen:
-        prompts = encode_images(run.sampler, prompts)
-    rollout_s, _ = measure(
-        lambda: drawn.append(try_rollout(run.sampler, prompts, examples, config)), device)
+    prompts = [run.sampler.prompt(open_image(example.image)) for example in examples]
+    rollout_s, _ = measure(lambda: drawn.append(try_rollout(run, prompts, examples, config)),
+                           device)
     (rollouts,) = drawn
-    reward_s, _ = measure(lambda: try_reward(reward, examples, rollouts.captions,
-                                             rollouts.lengths.tolist(), config), device)
+    reward_s, _ = measure(lambda: reward_step(reward, examples, rollouts, "check", config), device)
     update_s, _ = measure(lambda: try_update(run, rollouts, config), device)
     return {"rollout": rollout_s, "reward": reward_s, "update": update_s}, rollouts
 
@@ -215,11 +200,12 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
         (prompt,) = encode_images(run.sampler, [prompt])
     rollouts, mine = longest_micro_batches(prompt, run, config), examples[:share]
     num_rows, length = share * config.group_size, config.max_new_tokens
-    captions, lengths = [" red" * length] * num_rows, [length] * num_rows
+    written = SimpleNamespace(captions=[" red" * length] * num_rows,
+                              lengths=torch.full((num_rows,), length))
     try:
         with limited(available if device.type == "cpu" else None):
             reward_s, reward_peak = measure(
-                lambda: try_reward(reward, mine, captions, lengths, config), device)
+                lambda: reward_step(reward, mine, written, "check", config), device)
             update_s, update_peak = measure(lambda: try_update(run, rollouts, config), device)
             trial, drawn = try_step(run, reward, mine, config)
     except MemoryError as error:
@@ -415,7 +401,7 @@ def check(config: TrainConfig) -> None:
     room = verifier.context - longest_prompt(verifier, examples) if verifier else None
     findings.append(check_lengths(sampler, list(of_image.values()), text_tokens, room, config))
 
-    rollouts = try_rollout(sampler, prompts[:2], examples[:2], config)
+    rollouts = try_rollout(run, prompts[:2], examples[:2], config)
     findings.append(check_policy(rollouts, run.scorer, sampler.forbidden_ids))
     if verifier:
         probes = examples[: config.probe_images]
