@@ -4,7 +4,7 @@ and `finish`."""
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,20 +21,20 @@ NUM_CAPTIONS = 16
 
 
 def load_trackers(stack: ExitStack, run_dir: Path, first_step: int, config: TrainConfig) -> list:
-    """Functions of (step, {log: numbers}, rollouts) that rank 0 calls after each step."""
+    """Functions of (step, {log: numbers}, rollouts) to call after each step. Rank 0 has them."""
     trackers = []
     if config.tensorboard and rank() == 0:
         from tools.tensorboard import TensorBoard  # here: most runs do not need it
 
         trackers.append(TensorBoard(run_dir, first_step))
-    if config.tracker and rank() == 0:
-        tracker = Tracker(tracker_module(config.tracker), run_dir, config.flat())
-        trackers.append(stack.enter_context(tracker))
+    module = tracker_module(config.tracker) if rank() == 0 else None
+    if module:
+        trackers.append(stack.enter_context(Tracker(module, run_dir, config.flat())))
     return trackers
 
 
 def tracker_module(name: str) -> ModuleType | None:
-    """Raises ValueError for a module that is missing, or is none of a tracker. None for no name."""
+    """None for no name. Raises ValueError for a module that is missing or is no tracker."""
     if not name:
         return None
     try:
@@ -55,10 +55,10 @@ def finite(logs: dict[str, dict]) -> dict[str, float]:
             if isinstance(value, int | float) and math.isfinite(value)}
 
 
-class Tracker:
-    """The run's settings, its numbers and some captions. A resumed run goes on as the same one
-    where the module has ids, or runs of one name. What the module raises, as without a network,
-    is told once and ends no run."""
+class Tracker(AbstractContextManager):
+    """The run's settings, its numbers and some captions. A resumed run goes on as the same run
+    where the module knows runs by id or by name. What the module raises, as without a network, is
+    told once and ends no run."""
 
     def __init__(self, module: ModuleType, run_dir: Path, settings: dict):
         self.module, self.has_failed = module, False
@@ -67,16 +67,12 @@ class Tracker:
                    id=id, resume="allow", config=settings)
 
     def __call__(self, step: int, logs: dict[str, dict], rollouts: list[dict]) -> None:
-        numbers = finite(logs)
-        if rollouts and (step == 0 or "probe_accuracy" in logs["audit"]):
-            columns, rows = ["id", "reward", "caption"], rollouts[:NUM_CAPTIONS]
-            data = [[row[key] for key in columns] for row in rows]
-            if hasattr(self.module, "Table"):
-                numbers["captions"] = self.module.Table(columns=columns, data=data)
+        numbers, columns = finite(logs), ["id", "reward", "caption"]
+        is_shown = rollouts and (step == 0 or "probe_accuracy" in logs["audit"])
+        if is_shown and hasattr(self.module, "Table"):
+            data = [list(map(row.get, columns)) for row in rollouts[:NUM_CAPTIONS]]
+            numbers["captions"] = self.module.Table(columns=columns, data=data)
         self._call(self.module.log, numbers, step=step)
-
-    def __enter__(self) -> "Tracker":
-        return self
 
     def __exit__(self, kind: type | None, *error) -> None:
         self._call(self.module.finish, exit_code=int(kind is not None))
