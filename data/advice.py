@@ -2,7 +2,6 @@
 where something is wrong."""
 
 import difflib
-import json
 import os
 import re
 from collections import Counter
@@ -108,7 +107,8 @@ def _no_lines(file: Path) -> str:
     if ending in IMAGE_SUFFIXES:
         return f"{sentence} a picture; {QUESTIONS}"
     text = head.decode("utf-8-sig", errors="replace").lstrip()
-    if text.startswith("[") or (text.startswith("{") and not _is_json(text.splitlines()[0])):
+    first, is_ended, _ = text.partition("\n")
+    if first.startswith("[") or (first.startswith("{") and is_ended and first.rstrip()[-1] != "}"):
         keys = re.findall(r'"(\w+)"\s*:', text[:4096])
         kind = next((f" of {kind}" for kind, names in KINDS.items() if names & set(keys)), "")
         is_set = "questions" in keys or "choices" in keys
@@ -117,14 +117,6 @@ def _no_lines(file: Path) -> str:
     if not text.startswith("{") and (b"\0" in head or ending in FILE_ENDINGS[3:] + (".txt", ".md")):
         return f"{sentence} a {ending or 'binary'} file; docs/formats.md says what is read"
     return ""
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def misplaced_word(arguments: list[str], presets: Collection[str], switches: Iterable[str]) -> str:
