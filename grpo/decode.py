@@ -97,7 +97,8 @@ class Decoder:
         bias = F.pad(bias, (padding, 0), value=-torch.inf)[:, None, None, None]
         new = [(layer.keys, layer.values) for layer in cache.layers]
         if padding:
-            new = [tuple(F.pad(part, (0, 0, padding, 0)) for part in pair) for pair in new]
+            room = (0, 0, padding, 0)
+            new = [(F.pad(keys, room), F.pad(values, room)) for keys, values in new]
         self.ages, old_ages = self.ages + [0] * len(mask), self.ages
         self.device_ages = self.to_device(self.ages)
         if not old_ages:

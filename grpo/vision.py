@@ -101,7 +101,7 @@ def window_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     windows = [part.split(lengths) for part in states]
     out: dict[int, Tensor] = {}
     for same in places.values():
-        batch = (torch.stack([part[place] for place in same]).transpose(1, 2) for part in windows)
+        batch = (torch.stack([*map(part.__getitem__, same)]).transpose(1, 2) for part in windows)
         attended = F.scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2)
         out |= zip(same, attended)
     return torch.cat([out[place] for place in range(len(lengths))])[None], None

@@ -50,7 +50,8 @@ def repetition(caption: str, n: int = 4) -> float:
 
 _NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|e\.g|i\.e|vs|cf|approx|fig|(?-i:[A-Z]))\.$", re.I)
 _NUMBER = re.compile(r"\bnos?\.$", re.I)
-_MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")  # noqa: RUF001
+_MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|"  # noqa: RUF001
+                     r"\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")
 """Of a heading, a quotation or an item of a list."""
 _END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]+[」』”’]*")  # noqa: RUF001
 _LONGEST = 10
