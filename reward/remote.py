@@ -89,8 +89,10 @@ class Server:
         try:
             models = self.send("/models", None, _models)
         except NoAnswer as error:
-            raise ValueError(f"{error}; expected a server with OpenAI's API, whose address usually "
-                             "ends in /v1") from None
+            wanted = "a server with OpenAI's API, whose address usually ends in /v1"
+            if re.search(": 40[13] ", str(error)):
+                wanted = "a key that it takes in the variable CAPRL_VERIFIER_KEY"
+            raise ValueError(f"{error}; expected {wanted}") from None
         self.name, _, self.folder = name.partition("=")
         if not self.name and len(models) == 1:
             self.name = models[0]["id"]
@@ -323,6 +325,8 @@ class RemoteVerifier(Verifier):
         return self._content(reply["choices"][0], reply["choices"][0]["text"])
 
     def _content(self, choice: dict, text: object) -> str | dict[str, float]:
+        if choice.get("finish_reason") in ("abort", "error"):  # vLLM and SGLang, as they stop
+            raise ValueError(f"the answer was cut off: {choice['finish_reason']}")
         if self.mode == "logits":
             return first_token(choice["logprobs"])
         if not isinstance(text, str):

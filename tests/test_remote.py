@@ -328,6 +328,8 @@ def test_the_key_is_sent_and_written_nowhere(monkeypatch, capsys):
     refusal = 401, {"error": {"message": "Incorrect key: sk-secret"}}, {}
     with stub(lambda path, body: refusal) as server, pytest.raises(ValueError, match=r"401 Incorrect key: \*\*\*"):
         load_verifier(server.address, CPU)
+    with stub(None, (403, b"", {})) as locked, pytest.raises(ValueError, match="expected a key .* CAPRL_VERIFIER_KEY"):
+        load_verifier(locked.address, CPU)
     assert all(headers["Authorization"] == "Bearer sk-secret" for _, _, headers in server.seen)
     with stub(lambda path, body: letters(A=0.7, B=0.2, C=0.1)) as server:
         verifier = load_verifier(server.address, CPU)
@@ -345,6 +347,8 @@ def test_the_key_is_sent_and_written_nowhere(monkeypatch, capsys):
     None, (429, b"slow down", {"Retry-After": 0}), (500, b"oops", {}), (502, b"<html>", {}), (503, b"", {}),
     (504, b"", {"Retry-After": "soon"}), (408, b"", {}), b"{", b"[]", {"choices": []}, {"error": "x"},
     {"choices": [{"logprobs": {"top_logprobs": [{" A": "high"}]}}]},
+    {"choices": [letters(A=0.9, B=0.1)["choices"][0] | {"finish_reason": "abort"}]},
+    (200, b'{"choices": [', {"Content-Encoding": "gzip"}), b"\xff\xfe",
 ])
 def test_what_may_pass_is_asked_again(fault):
     """Two faults, then the answer: one answer, and nothing of the faults in it."""
