@@ -247,7 +247,13 @@ def test_a_verifier_is_asked_what_it_is_told():
     # a caption makes no difference
     assert "told" in check_verifier(gold_probe(examples, knows, RewardConfig())).problem
     fails = {"gold_caption": 0.9, "no_caption": 0.3, "chance": 0.25, "failed_share": 0.1, "unparsed_share": 0,
-             "questions_per_second": 5}
-    assert "could not be scored" in check_verifier(fails).problem
+             "questions_per_second": 5, "failure": "503 busy"}
+    assert "10% could not be scored, as: 503 busy" in check_verifier(fails).problem
     assert "; 5 questions a second" in check_verifier(fails).facts and scores["questions_per_second"] > 0
-    assert "keep those that need the image" in check_verifier(fails | {"no_caption": 0.45}).problem
+    assert "keep those that need the image" in check_verifier(fails | {"no_caption": 0.45, "failed_share": 0}).problem
+
+    def busy(captions, asked, names):
+        return [[Answer(None, failure="503 busy")] * len(group) for group in asked]
+
+    # what was not measured is not called a verifier that cannot read
+    assert check_verifier(gold_probe(examples, busy, RewardConfig())).problem == "100% could not be scored, as: 503 busy"

@@ -137,10 +137,10 @@ def probe(captions: Sequence[str], examples: Sequence[Example], verifier: AskVer
 
 
 def gold_probe(examples: Sequence[Example], verifier: AskVerifier,
-               config: RewardConfig) -> dict[str, float]:
+               config: RewardConfig) -> dict:
     """Can the verifier do its work at all? What it answers rightly when the caption is the question
     with its right answer, and when there is no caption. "chance" is what guessing gives among the
-    options."""
+    options, "failure" why the first question that failed could not be scored, or empty."""
     questions = [question for example in examples for question in example.questions]
     single = [replace(example, questions=(question,))
               for example in examples for question in example.questions]
@@ -148,15 +148,16 @@ def gold_probe(examples: Sequence[Example], verifier: AskVerifier,
             for question in questions]
     settings = RewardConfig(num_questions=0, abstain=config.abstain)
     keys, started = [f"gold:{place}" for place in range(len(single))], time.perf_counter()
-    gold, none = (
-        answer_stats(_records(texts, single, keys, verifier, settings))
-        for texts in (told, [""] * len(single))
-    )
+    records = [_records(texts, single, keys, verifier, settings)
+               for texts in (told, [""] * len(single))]
     speed = 2 * len(single) / (time.perf_counter() - started)
+    gold, none = map(answer_stats, records)
+    failures = (row["failure"] for record in records[0] + records[1] for row in record)
     chance = mean([1 / (len(question.choices) + config.abstain) for question in questions])
     return {"gold_caption": gold["accuracy"], "no_caption": none["accuracy"], "chance": chance,
-            "failed_share": gold["failed_share"], "unparsed_share": gold["unparsed_share"],
-            "questions_per_second": speed}
+            "failed_share": (gold["failed_share"] + none["failed_share"]) / 2,
+            "unparsed_share": gold["unparsed_share"], "questions_per_second": speed,
+            "failure": next(filter(None, failures), "")}
 
 
 def _records(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str],

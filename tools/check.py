@@ -285,16 +285,16 @@ def check_policy(rollouts: Rollouts, scorer: CompletionScorer,
     )
 
 
-def check_verifier(scores: dict[str, float]) -> Finding:
+def check_verifier(scores: dict) -> Finding:
     """scores: of `tools.audit.gold_probe`."""
     problem = ""
-    if not scores["gold_caption"] > max(0.7, scores["no_caption"] + 0.2):
+    if scores["failed_share"]:
+        problem = f"{scores['failed_share']:.0%} could not be scored, as: {scores['failure']}"
+    elif not scores["gold_caption"] > max(0.7, scores["no_caption"] + 0.2):
         problem = ("it does not find an answer that it is told: take another verifier, or look at "
                    "its chat template")
     elif scores["no_caption"] > scores["chance"] + 0.15:
         problem = "questions are answered without a caption: keep those that need the image"
-    elif scores["failed_share"]:
-        problem = "some questions could not be scored"
     return Finding(
         "verifier",
         f"told the answer {scores['gold_caption']:.2f}, without a caption "
