@@ -260,7 +260,7 @@ class TrainConfig:
     Ours."""
     max_skipped: int = 3
     """The run stops after this many consecutive steps with a non-finite gradient or, with
-    resample_flat, without a group that teaches. Ours."""
+    resample_flat or mask_truncated, without a caption that teaches. Ours."""
 
     # ranks
     replicas: int = 1

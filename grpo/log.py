@@ -59,8 +59,9 @@ def count_skipped(metrics: dict[str, float], num_skipped: int, step: int, batch:
     lack = ""
     if metrics["skipped"]:
         lack = "a finite gradient"
-    elif config.resample_flat and metrics["flat_groups"] == 1:
+    elif (config.resample_flat or config.mask_truncated) and not metrics["teaching_captions"]:
         lack = "a group whose captions differ in reward"
+        lack += ", one of them not cut off" if config.mask_truncated else ""
     if not lack:
         return 0
     ids = [example.id for example in batch]

@@ -98,7 +98,10 @@ def update_policy(scorer: CompletionScorer,
         valid = valid & ~rollouts.truncated
     mask = rollouts.completion_mask & valid[:, None]  # (B, L)
     # The whole step has one denominator, counted first: no split into parts changes the gradient.
-    count = sum_across_ranks({"tokens": mask.sum().item(), "sequences": valid.sum().item()})
+    count = sum_across_ranks({
+        "tokens": mask.sum().item(), "sequences": valid.sum().item(),
+        "teaching": (valid & (advantages != 0)).sum().item(),
+    })
     weights = token_weights(mask, config.reduction, count["tokens"], count["sequences"],
                             config.max_new_tokens)  # (B, L)
     parts = micro_batches(rollouts, config.micro_batch_tokens)
@@ -156,4 +159,5 @@ def update_policy(scorer: CompletionScorer,
     weight = totals.pop("weight") or math.nan
     means = {key: value / weight for key, value in totals.items()}
     means["loss"] *= weight  # the loss is a sum, not a mean
-    return means | {"grad_norm": norm.item(), "skipped": num_skipped}
+    return means | {"grad_norm": norm.item(), "skipped": num_skipped,
+                    "teaching_captions": count["teaching"]}

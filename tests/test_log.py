@@ -3,7 +3,10 @@
 import math
 import re
 
-from grpo.log import alarms, log_step
+import pytest
+
+from grpo.config import toy_config
+from grpo.log import alarms, count_skipped, log_step
 
 
 def test_the_console_line_shows_the_few_that_matter(tmp_path):
@@ -17,6 +20,24 @@ def test_the_console_line_shows_the_few_that_matter(tmp_path):
         tmp_path, 8, metrics, {"probe_accuracy": 0.5, "split_half": 0.1, "repetition": 0.0}, {}, rows
     ).splitlines()
     assert said[1:] == ["    audit  probe_accuracy 0.500  split_half 0.100", "    reward nan  a: 'two\\nlines'"]
+
+
+@pytest.mark.parametrize("changes, metrics, lack", [
+    ({}, {"teaching_captions": 0}, None),  # the KL still moves the policy
+    ({}, {"skipped": 1, "teaching_captions": 4}, "a finite gradient"),
+    ({"resample_flat": 1}, {"teaching_captions": 0, "flat_groups": 0.5}, "a group whose captions differ in reward"),
+    # rewards may be equal where their parts, compared apart, are not
+    ({"resample_flat": 1, "normalize_parts": True}, {"teaching_captions": 2, "flat_groups": 1.0}, None),
+    ({"mask_truncated": True}, {"teaching_captions": 0, "flat_groups": 0.0},
+     "a group whose captions differ in reward, one of them not cut off"),
+])
+def test_steps_that_teach_nothing_end_the_run(tmp_path, changes, metrics, lack):
+    config = toy_config(max_skipped=3, **changes)
+    metrics = {"skipped": 0, "flat_groups": 0.0} | metrics
+    assert count_skipped(metrics, 1, 5, [], tmp_path, config) == (2 if lack else 0)
+    if lack:
+        with pytest.raises(ValueError, match=f"3 steps in a row without {lack}; the last images"):
+            count_skipped(metrics, 2, 5, [], tmp_path, config)
 
 
 def test_alarms_name_the_number_and_the_way_out():

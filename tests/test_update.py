@@ -241,6 +241,17 @@ def test_truncated_captions_are_masked_from_the_loss_alone(policy, batch):
     assert math.isnan(metrics["ratio"]) and all((value == 0).all() for value in change.values())
 
 
+def test_captions_that_teach_are_counted(policy, batch):
+    """By hand, of eight: three have the advantage 0, of the others one has no reward and two are cut off."""
+    rollouts, advantages, _ = batch
+    advantages = torch.tensor([0.0, 1, 0, -1, 1, 0, 1, -1])
+    valid = torch.tensor([True, True, True, True, True, True, True, False])
+    cut = replace(rollouts, truncated=torch.tensor([True, True, False, False, True, False, False, False]))
+    for mask_truncated, want in ((False, 4), (True, 2)):
+        metrics, _ = one_update(policy, (cut, advantages, valid), mask_truncated=mask_truncated)
+        assert metrics["teaching_captions"] == want
+
+
 def test_a_step_without_any_reward_logs_null_and_blames_nobody(policy, batch):
     """0.0 was logged of it, and the ratio of 0 raised the alarm that sampler and trainer disagree."""
     rollouts = batch[0]
