@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.io import heartbeat, read_json, to_json, write_whole
-from grpo.config import TrainConfig
+from grpo.config import PAPER, TrainConfig
 from grpo.log import EVAL_LOG, LOGS
 
 
@@ -68,15 +68,17 @@ def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) ->
     """Raises ValueError if a setting that changes the numbers differs from when the run began.
     The contents of data and models count too.
 
-    saved: the run's config.json; older ones have no contents.
+    saved: the run's config.json, empty for a new run. Older ones have no contents, and for a
+    setting that came later its default: a new feature is off.
     """
     settings = config.flat()
+    begun_with = PAPER.flat() | saved if saved else settings
     for name, value in settings.items():
-        if name == "verifier" and "://" in value and "://" in str(saved.get(name)):
+        if name == "verifier" and "://" in value and "://" in str(begun_with[name]):
             continue  # a server may move; the model's name there is in the contents
-        if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
-            raise ValueError(f"{name} {value!r}: expected {saved[name]!r} as the run to resume "
-                             "has it")
+        if name not in FREE_ON_RESUME and begun_with[name] != value:
+            raise ValueError(f"{name} {value!r}: expected {begun_with[name]!r} as the run to "
+                             "resume has it")
     for name, value in contents.items():
         begun = saved.get("contents", {}).get(name, value)
         differs = [then != now for then, now in zip(begun.split(" "), value.split(" "))]

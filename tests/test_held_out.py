@@ -258,7 +258,7 @@ def test_no_held_out_picture_is_trained_on(tmp_path, capsys):
     _, changed = set_aside(rows, change(config, eval_data=str(other), eval_images=0))
     assert changed.contents() != held.contents()
     with pytest.raises(ValueError, match="eval_data .*eval.jsonl: expected the rows that the run to resume began with"):
-        check_resumes(held.config, {"contents": held.contents()}, changed.contents())
+        check_resumes(held.config, held.config.flat() | {"contents": held.contents()}, changed.contents())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 
 from data.io import heartbeat
 from data.jsonl import read_log
+from grpo.config import toy_config
 from grpo.log import LOGS, log_step
-from grpo.run_dir import check_writer, log_start, only_writer, rewind, saved_config, start_run
+from grpo.run_dir import check_resumes, check_writer, log_start, only_writer, rewind, saved_config, start_run
 
 
 def test_starts_say_what_ran_where(tiny_run, tmp_path):
@@ -58,6 +59,19 @@ def test_steps_that_two_processes_wrote_are_named_with_the_repair(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     rewind(tmp_path, 1)  # to before it happened
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_a_run_from_before_a_setting_goes_on_without_it():
+    """It went on with it in the middle, without a word: what older runs did not save was not compared."""
+    saved = {name: value for name, value in toy_config().flat().items()
+             if name not in ("resample_flat", "ratio", "mask_truncated", "praise_weight", "eval_data", "lora_rank")}
+    check_resumes(toy_config(max_skipped=9), saved, {})
+    check_resumes(toy_config(ratio="sequence"), {}, {})  # of a new run
+    for setting, message in (({"ratio": "sequence"}, "ratio 'sequence': expected 'token' as the run to resume has it"),
+                             ({"resample_flat": 2}, "resample_flat 2: expected 0 as"), ({"praise_weight": 0.1}, "expected 0.0"),
+                             ({"eval_data": "0.1"}, "eval_data '0.1': expected '' as"), ({"lora_rank": 4}, "expected 0 as")):
+        with pytest.raises(ValueError, match=message):
+            check_resumes(toy_config(**setting), saved, {})
 
 
 def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
