@@ -424,6 +424,7 @@ WRITE = "training needs multiple-choice questions on each image, docs/data.md sa
     ("q.jsonl", json.dumps(CHAT), f"got a chat (LLaVA, ShareGPT) without questions, ['conversations', 'id', 'image']; {WRITE}"),
     ("q.jsonl", json.dumps(OPENAI), f"got a chat (OpenAI) without questions, ['messages']; {WRITE}"),
     ("q.jsonl", json.dumps(CAPTION), f"got a caption without questions, ['caption', 'id', 'image']; {WRITE}"),
+    ("q.jsonl", json.dumps(CAPTION | {"image": "x" * 70_000}) + "\n", "line 1: expected the key 'questions', got a caption"),
     ("q.json", json.dumps([CHAT]), f"found JSON of a chat (LLaVA, ShareGPT) {LIST}; {WRITE}"),
     ("q.json", json.dumps([CHAT], indent=1), f"found JSON of a chat (LLaVA, ShareGPT) {LIST}; {WRITE}"),
     ("set/q.json", json.dumps([CAPTION]), f"q.json: expected parquet or JSONL with questions, found JSON of a caption {LIST}"),
