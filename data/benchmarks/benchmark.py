@@ -119,14 +119,14 @@ def held_out(examples: Sequence[Example], share: str) -> list[Example]:
     """
     if not 0 < float(share) < 1:
         raise ValueError(f"{share}: expected a share of the images between 0 and 1")
-    hashes = {example.id: picture_hash(example.image)
-              for example in tqdm(examples, "comparing", unit="picture", delay=2)}
-    chosen = [id for id, digest in hashes.items() if int(digest[:16], 16) < float(share) * 2**64]
+    hashes = [picture_hash(example.image)
+              for example in tqdm(examples, "comparing", unit="picture", delay=2)]
+    chosen = [(digest, place) for place, digest in enumerate(hashes)
+              if int(digest[:16], 16) < float(share) * 2**64]
     if not chosen:
         raise ValueError(f"{share}: expected a share with at least one of the {len(examples)} "
                          "images, found none")
-    by_id = {example.id: example for example in examples}
-    return [by_id[id] for id in sorted(chosen, key=hashes.get)]
+    return [examples[place] for _, place in sorted(chosen)]
 
 
 def example_benchmark(name: str, examples: Sequence[Example]) -> Benchmark:
