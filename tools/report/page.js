@@ -81,7 +81,7 @@
     return before + (after - before) * (step % 1);
   }
 
-  const asDrawn = new WeakMap(); // the points of a line as the file has them: by steps
+  const asDrawn = new WeakMap(); // the points of a shape as the file has them: by steps
   function drawCurves() {
     const wanted = `${state.smooth} ${state.hours}`;
     const weight = Number(state.smooth);
@@ -98,24 +98,19 @@
         const isShown = (name === "hours") === Boolean(state.hours);
         figure.querySelector(`.axis.${name}`).toggleAttribute("hidden", !isShown);
       }
-      for (const line of figure.querySelectorAll("polyline[points], polygon")) {
-        const source = line.closest("[data-source]")?.dataset.source;
-        if (source === undefined || line.classList.contains("smoothed")) continue;
-        if (!asDrawn.has(line)) {
-          asDrawn.set(line, line.getAttribute("points").split(" ")
+      figure.querySelectorAll(".smoothed").forEach((line) => line.remove());
+      for (const shape of figure.querySelectorAll(":scope > svg :is(polyline, polygon, circle)")) {
+        const { source } = shape.closest("[data-source]").dataset;
+        const name = shape.tagName === "circle" ? "cx" : "points";
+        if (!asDrawn.has(shape)) {
+          asDrawn.set(shape, shape.getAttribute(name).split(" ")
             .map((point) => point.split(",").map(Number)));
         }
-        const points = asDrawn.get(line).map(([x, y]) => [move(source, x), y]);
-        line.setAttribute("points", points.join(" "));
-        if (line.tagName === "polygon") continue;
-        line.classList.toggle("measured", weight > 0);
-        if (line.nextSibling?.classList?.contains("smoothed")) line.nextSibling.remove();
-        if (weight) line.after(smoothed(line, points, weight));
-      }
-      for (const dot of figure.querySelectorAll("circle")) {
-        dot.dataset.drawn ??= dot.getAttribute("cx");
-        const source = dot.closest("[data-source]").dataset.source;
-        dot.setAttribute("cx", move(source, Number(dot.dataset.drawn)));
+        const points = asDrawn.get(shape).map(([x, ...y]) => [move(source, x), ...y]);
+        shape.setAttribute(name, points.join(" "));
+        if (shape.tagName !== "polyline") continue;
+        shape.classList.toggle("measured", weight > 0);
+        if (weight) shape.after(smoothed(shape, points, weight));
       }
     }
   }
@@ -128,11 +123,10 @@
     const means = points.map(([x, y]) => {
       sum = weight * sum + (1 - weight) * y;
       mass = weight * mass + (1 - weight);
-      return [x, sum / mass];
+      return `${x},${Math.round(100 * (sum / mass)) / 100}`;
     });
     copy.setAttribute("class", "smoothed");
-    const rounded = means.map(([x, y]) => `${x},${Math.round(100 * y) / 100}`);
-    copy.setAttribute("points", rounded.join(" "));
+    copy.setAttribute("points", means.join(" "));
     return copy;
   }
 
@@ -777,8 +771,8 @@
   async function take(give) {
     const format = byId("format").value;
     const rows = await takenRows();
-    const jsonl = () => rows.map((row) => `${JSON.stringify(row)}\n`).join("");
-    const text = format === "CSV" ? csv(rows) : jsonl();
+    const text = format === "CSV" ? csv(rows)
+      : rows.map((row) => `${JSON.stringify(row)}\n`).join("");
     byId("taken").textContent = await give(text, `captions.${format.toLowerCase()}`)
       ?? `${rows.length} captions`;
   }
