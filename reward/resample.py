@@ -62,9 +62,12 @@ def draw_groups(run: Run, reward: Reward, examples: Sequence[Example], step: int
 
 
 def flat_ids(mine: Sequence[Example], result: Rewards, config: TrainConfig) -> list[str]:
-    """The images whose captions all have the advantage 0."""
-    teaches = compare_siblings(result, config).view(-1, config.group_size).any(1).tolist()  # (P,)
-    return [example.id for example, is_kept in zip(mine, teaches, strict=True) if not is_kept]
+    """The images whose captions all have the advantage 0. Where none has a reward, the verifier has
+    failed: such an image stays, and counts for `max_failed_share`."""
+    shape = -1, config.group_size
+    is_kept = compare_siblings(result, config).view(shape).any(1)  # (P,)
+    is_kept |= result.rewards.isnan().view(shape).all(1)
+    return [example.id for example, kept in zip(mine, is_kept.tolist(), strict=True) if not kept]
 
 
 def put_groups(rollouts: Rollouts, result: Rewards, new_rollouts: Rollouts, new_result: Rewards,

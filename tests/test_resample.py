@@ -71,6 +71,14 @@ def test_images_are_replaced_until_they_teach_or_none_is_left(policy, batch, mon
         assert resample.flat_ids(got, rewards, config) == []
 
 
+def test_a_group_that_the_verifier_failed_on_is_not_replaced():
+    """It was, and what failed left the step's failed_share. By hand: flat, failed, one reward of two, teaches."""
+    result = rewards_of([1.0, 1, torch.nan, torch.nan, torch.nan, 1, 0, 1])
+    assert resample.flat_ids(EXAMPLES[:4], result, toy_config(group_size=2)) == ["0", "2"]
+    apart = toy_config(group_size=2, normalize_parts=True)
+    assert resample.flat_ids(EXAMPLES[:4], result, apart) == ["0", "2"]
+
+
 SETTINGS = dict(data="toy:train:10", num_steps=3, prompts_per_step=4, group_size=3, num_questions=2, probe_images=2,
                 resample_flat=2)
 
