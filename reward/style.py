@@ -53,7 +53,8 @@ _NUMBER = re.compile(r"\bnos?\.$", re.I)
 _MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|"  # noqa: RUF001
                      r"\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")
 """Of a heading, a quotation or an item of a list."""
-_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]+[」』”’]*")  # noqa: RUF001
+_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|"  # noqa: RUF001
+                  r"[。！？\u0964\u06d4\u061f]+[」』”’]*")  # noqa: RUF001
 _LONGEST = 10
 """Signs of the longest abbreviation, its stop and the space before: no more is looked at."""
 
@@ -61,8 +62,9 @@ _LONGEST = 10
 def sentences(caption: str) -> list[str]:
     """The caption's sentences, without the marks of lists and headings.
 
-    A line's end ends a sentence. So does a full stop, question or exclamation mark before a space,
-    unless a small letter follows, or the stop is that of an abbreviation or an initial.
+    A line's end ends a sentence, and so does a stop of Chinese, Hindi, Urdu or Arabic. So does a
+    full stop, question or exclamation mark before a space, unless a small letter follows, or the
+    stop is that of an abbreviation or an initial.
     """
     parts = []
     for line in caption.splitlines():

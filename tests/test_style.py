@@ -118,6 +118,7 @@ def test_sentences_of_lists_headings_and_abbreviations():
 1. A "STOP." sign, seen at 5 p.m. by J. Doe. Is it lit? Yes...
 
 图中有两只猫。左边的是黑色的！"""  # noqa: RUF001
+    assert sentences("\u090f\u0915\u0964 \u0926\u094b\u0964") == ["\u090f\u0915\u0964", "\u0926\u094b\u0964"]  # Hindi
     assert sentences(caption) == [
         "A street", "Left: Mr. Smith, e.g. as in Fig. 3, holds 2.5 kg of apples.", "He smiles!",
         "a red car (No. 7)", "3 trees", 'A "STOP." sign, seen at 5 p.m. by J. Doe.', "Is it lit?",
