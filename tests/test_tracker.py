@@ -60,7 +60,7 @@ def test_errors_of_a_tracker_end_no_run_and_are_told_once(module, tmp_path, caps
     def fail(*_, **__):
         raise ConnectionError("no route to host")
 
-    module.init = module.log = module.finish = fail
+    module.init = module.log = module.finish = module.Table = fail
     train(toy_config(run_dir=str(tmp_path / "run"), tracker="standin", **TINY | {"num_steps": 1}))
     assert capsys.readouterr().out.count("tracker standin: ConnectionError: no route to host; the run goes on") == 1
 

@@ -71,19 +71,20 @@ class Tracker(AbstractContextManager):
         is_shown = rollouts and (step == 0 or "probe_accuracy" in logs["audit"])
         if is_shown and hasattr(self.module, "Table"):
             data = [list(map(row.get, columns)) for row in rollouts[:NUM_CAPTIONS]]
-            numbers["captions"] = self.module.Table(columns=columns, data=data)
+            table = self._call(self.module.Table, columns=columns, data=data)
+            numbers |= {} if table is None else {"captions": table}
         self._call(self.module.log, numbers, step=step)
 
     def __exit__(self, kind: type | None, *error) -> None:
         self._call(self.module.finish, exit_code=int(kind is not None))
 
-    def _call(self, function: Callable, *values, **options) -> None:
-        """With those of the options that the function takes."""
+    def _call(self, function: Callable, *values, **options) -> object:
+        """With those of the options that the function takes. None where it raises."""
         try:
             taken = inspect.signature(function).parameters
             if not any(option.kind is option.VAR_KEYWORD for option in taken.values()):
                 options = {name: value for name, value in options.items() if name in taken}
-            function(*values, **options)
+            return function(*values, **options)
         except Exception as error:  # of whatever kind: the run is worth more
             if not self.has_failed:
                 tqdm.write(f"tracker {self.module.__name__}: {type(error).__name__}: {error}; the "
