@@ -17,8 +17,6 @@ itself.
 Benchmarks and their metrics are those of data/benchmarks/. Every question counts once, with its
 mean over the captions (the paper's Table 3 is that mean over 4). Intervals are bootstrap 95%
 intervals over images; differences are taken on the same questions.
-
-Below: settings; captions; answers (tools/prism.py asks); tables and program.
 """
 
 import sys
@@ -36,7 +34,7 @@ from data.io import check_room, naming
 from data.program import check_range, run_program
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
 from grpo.pretrained import find_model, load_policy
-from reward.caprl import load_verifier
+from reward.step import verifier_of
 from tools.caption_cache import CaptionsConfig, read_captions, write_captions
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
 from tools.stats import summarize
@@ -71,13 +69,11 @@ class PrismConfig(CaptionsConfig, EvalConfig):
     """Settings of `evaluate.py prism`."""
 
     verifier: str = "Qwen/Qwen2.5-3B-Instruct"
-    """The text-only model that answers from captions: a folder, a hub name, or the address of a
-    server with OpenAI's API, such as http://HOST:8000/v1."""
+    """The text-only model that answers from captions; http://HOST:8000/v1 asks a server."""
     verifier_name: str = ""
     """The model's name at that server; NAME=FOLDER says where its tokenizer is."""
     verifier_mode: Literal["sample", "logits"] = "logits"
-    """Take the likeliest offered letter and the likeliest words, or sample replies (the
-    release)."""
+    """Take the likeliest letter and the likeliest words, or sample replies (the release)."""
     verifier_temperature: float = 1.0
     """Temperature of the replies in mode "sample". The release's evaluation has 1."""
     verifier_max_new_tokens: int = 10
@@ -143,14 +139,10 @@ def prism_rows(config: PrismConfig,
     only_floors = isinstance(config, FloorConfig)
     with_floors = only_floors or config.floors
     policies = [path for _, path in config.captioners[: len(config.policy)]]
-    load = partial(
-        load_verifier, config.verifier, device, compute_dtype(device), config.verifier_name,
-        mode=config.verifier_mode, temperature=config.verifier_temperature,
-        max_new_tokens=config.verifier_max_new_tokens,
-    )
+    load = partial(verifier_of, config, device)
     is_remote = "://" in config.verifier  # it takes no memory here
     with all_or_none("models"):  # now, not when captions have been written
-        for path in policies if is_remote else (*policies, config.verifier):
+        for path in policies + [config.verifier] * (not is_remote):
             find_model(path)
         verifier = load() if is_remote else None
     if config.captioners and with_floors:

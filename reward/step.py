@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,20 +66,25 @@ class Reward:
     """None where the reward is not the judge's."""
 
 
+def verifier_of(config: Any, device: torch.device) -> Verifier:
+    """The verifier that the settings `verifier...` name, of a training run or an evaluation."""
+    return load_verifier(
+        config.verifier, device, compute_dtype(device), config.verifier_name,
+        mode=config.verifier_mode, temperature=config.verifier_temperature,
+        max_new_tokens=config.verifier_max_new_tokens,
+    )
+
+
 def load_reward(config: TrainConfig, device: torch.device) -> Reward:
     """The reward that the settings name. Raises ValueError if its model cannot be used."""
-    dtype = compute_dtype(device)
     verifier = None
     if config.reward == "caprl" or config.held_out.eval_data:
-        verifier = load_verifier(
-            config.verifier, device, dtype, config.verifier_name, mode=config.verifier_mode,
-            temperature=config.verifier_temperature, max_new_tokens=config.verifier_max_new_tokens,
-        )
+        verifier = verifier_of(config, device)
     if config.reward == "judge":
         from grpo.pretrained import load_policy  # here: the baseline is for who asks for it
         from reward.judge import judge_rewards
 
-        judge = load_policy(config.judge, device, dtype, writes=False)
+        judge = load_policy(config.judge, device, compute_dtype(device), writes=False)
         return Reward(partial(judge_rewards, judge=judge), verifier, judge)
     score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
     return Reward(score, verifier)

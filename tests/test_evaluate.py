@@ -128,7 +128,7 @@ def test_captions_from_a_file_must_cover_the_data(tmp_path):
     DirectConfig(data=("toy:heldout:2",), policy=("data/toy/policy", "a/typo/here")),
 ])
 def test_a_mistyped_model_is_named_before_any_model_runs(monkeypatch, config):
-    for name in ("load_policy", "load_verifier"):
+    for name in ("load_policy", "verifier_of"):
         monkeypatch.setattr(evaluate, name, lambda *args, **settings: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="a/typo/here: expected a model's folder or a hub name, found no such folder"):
         run(config)
