@@ -36,7 +36,7 @@ from grpo.signals import catch_stop_signals
 from grpo.update import init_moments_
 from train import train
 
-KILLS = {"plain": 20, "held out": 10}
+KILLS = {"plain": 10, "held out": 10}
 """Kills of a run without evaluations, and of one with them. There hardly a checkpoint is due: most
 are those of a best evaluation."""
 CHANGES = {"plain": {}, "held out": dict(eval_data="toy:heldout:3", eval_every=2, eval_samples=2, patience=3, save_every=4)}
