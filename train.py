@@ -96,8 +96,8 @@ def train(config: TrainConfig) -> Path:
         first_step = begin(run_dir, run, config, contents)
         describe_run(run, len(examples), config)
         trackers = load_trackers(stack, run_dir, first_step, config)
-        take_steps(run_dir, run, reward, examples, held_out and held_out.watch, trackers,
-                   first_step, config)
+        take_steps(run_dir, run, reward, examples, held_out.watch if held_out else None,
+                   trackers, first_step, config)
         export(run, run_dir / "final", config)
         print0(f"trained policy: {run_dir / 'final'}")
         if rank() == 0:

@@ -24,7 +24,7 @@ def check_range(settings: Any, names: str, at_least: float = -math.inf, above: f
                 at_most: float = math.inf) -> None:
     """Raises ValueError, with name, value and what was expected, for a setting out of range.
 
-    names: of the fields of `settings`, with spaces between. A number that is NaN is in no range.
+    names: of the fields of `settings`, with spaces between. NaN and infinity are in no range.
     """
     for name in names.split():
         value = getattr(settings, name)
@@ -33,7 +33,9 @@ def check_range(settings: Any, names: str, at_least: float = -math.inf, above: f
             expected = f"{at_least} to {at_most}"
         elif above > -math.inf:
             expected = f"more than {above}"
-        if not (at_least <= value <= at_most and value > above):
+        if math.isinf(value):
+            expected += ", not infinity"
+        if not (math.isfinite(value) and at_least <= value <= at_most and value > above):
             raise ValueError(f"{name} {value}: expected {expected}")
 
 

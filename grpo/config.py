@@ -6,7 +6,6 @@ and Thinking Machines Lab, "LoRA Without Regret", 2025.
 A value without a source says "ours" and why. docs/recipes.md shows the presets side by side.
 """
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
@@ -41,7 +40,7 @@ class RewardConfig:
     length_full tokens. Below it falls to 0 at no token, above to 0 at length_zero. [C++] 0.2"""
     length_low: int = 0
     """Tokens from which the length term is 1. [C++] has no such side. BalCapRL (arXiv 2605.07394)
-    keeps captions in a band around the length of a reference. Ours: 0, no lower side."""
+    masks a reward outside a band around a reference's length. Ours: 0, no lower side."""
     length_full: int = 2048
     """Tokens up to which the length term is 1. [C++]"""
     length_zero: int = 3072
@@ -86,8 +85,6 @@ class LoraConfig:
     def __post_init__(self):
         check_range(self, "lora_rank", at_least=0)
         check_range(self, "lora_alpha", above=0)
-        if math.isinf(self.lora_alpha):
-            raise ValueError("lora_alpha inf: expected a number")
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,6 @@ class TrainConfig:
     """The longest caption, in tokens. [C1]"""
     temperature: float = 1.0
     """Temperature of sampling and of all log-probabilities. [C1]"""
-
     resample_flat: int = 0
     """Images whose captions all earn the same teach nothing: they are replaced by others, at most
     this many times in a step. DAPO's dynamic sampling (arXiv 2503.14476, section 3.2). Ours: off,

@@ -24,9 +24,6 @@ from transformers import PreTrainedModel
 
 from grpo.config import LoraConfig
 
-PREFIX = "base_model.model."
-"""PEFT's, before the name of a module."""
-
 
 class LoraLinear(nn.Linear):
     """A linear layer with an adapter. Loaded layers become one in place: neither the names nor the

@@ -45,7 +45,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     clip(ratio, 1 - clip_low, 1 + clip_high). The ratio is policy / old policy
         token      of each token (DeepSeekMath, equation 3)
         sequence   of the caption, to the power 1 / length: the geometric mean of its tokens' ratios
-                   (GSPO, arXiv 2507.18071, equation 7)
+                   (GSPO, arXiv 2507.18071, section 4.1)
 
     logprobs, old_logprobs, ref_logprobs: (B, L) float32, natural log. They are of the current
     policy, of the policy at the start of the step, and of the frozen reference. Only the first

@@ -9,7 +9,7 @@ S patches of all images in a row, W windows, D head size.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -101,10 +101,15 @@ def window_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     windows = [part.split(lengths) for part in states]
     out: dict[int, Tensor] = {}
     for same in places.values():
-        batch = (torch.stack([*map(part.__getitem__, same)]).transpose(1, 2) for part in windows)
+        batch = (_stack(part, same) for part in windows)
         attended = F.scaled_dot_product_attention(*batch, scale=scaling).transpose(1, 2)
         out |= zip(same, attended)
     return torch.cat([out[place] for place in range(len(lengths))])[None], None
+
+
+def _stack(windows: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """Those of the windows (length, heads, D) as one batch (n, heads, length, D)."""
+    return torch.stack([windows[place] for place in places]).transpose(1, 2)
 
 
 @cache

@@ -68,6 +68,8 @@ def test_the_table_of_recipes_is_that_of_the_presets():
         ({"max_grad_norm": 0.0}, "max_grad_norm 0.0: expected more than 0"),
         ({"kl_coef": -0.1}, "kl_coef -0.1: expected 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate nan: expected 0 or more"),
+        ({"learning_rate": float("inf")}, "learning_rate inf: expected 0 or more, not infinity"),
+        ({"temperature": float("inf")}, "temperature inf: expected more than 0, not infinity"),
         ({"clip_low": 1.5}, "clip_low 1.5: expected 0 to 1"),
         ({"soft": True}, "soft: expected verifier_mode logits, a sampled reply has no probabilities"),
         ({"num_shuffles": 0}, "num_shuffles 0: expected at least 1"),
