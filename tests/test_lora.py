@@ -375,3 +375,18 @@ def test_two_ranks_train_as_one(tmp_path):
         assert torch.allclose(value, opened[1][name], atol=1e-5), name
     base = load_policy("data/toy/policy", CPU).model.state_dict()
     assert any(not torch.equal(value, base[name]) for name, value in opened[0].items())
+
+
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 2 / 4), (True, 2 / 2)])
+def test_the_scale_of_an_adapter_hand_computed(policy, tmp_path, use_rslora, scale):
+    """alpha 2, rank 4: alpha / R, or alpha / sqrt(R) of rank-stabilized adapters (arXiv 2312.03732)."""
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    layer = policy.model.get_submodule(name)
+    before = layer.weight.detach().clone()
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "use_rslora": use_rslora, "target_modules": [name]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    up, down = torch.ones(layer.out_features, 4), torch.full((4, layer.in_features), 0.25)
+    save_file({f"{PREFIX}{name}.lora_A.weight": down, f"{PREFIX}{name}.lora_B.weight": up},
+              tmp_path / "adapter_model.safetensors")
+    load_adapter_(policy.model, tmp_path)
+    assert torch.allclose(layer.weight, before + scale)  # each number of B A is 4 * 0.25
