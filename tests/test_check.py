@@ -191,15 +191,16 @@ def test_the_longest_step_is_measured_and_changes_no_weight(monkeypatch):
 
 
 def test_hours_of_a_run_by_hand(monkeypatch):
-    """36 to 72 s a step on the slower of two ranks, 100 steps: 1 to 2 hours."""
-    monkeypatch.setattr(preflight, "gather_rows", lambda rows: [*rows, 30.0])  # the other rank's sum
+    """36 to 72 s a step here, 54 to 108 on the slower rank, 100 steps: 1.5 to 3 hours."""
+    others = iter([54.0, 108.0])  # the sums of the other rank
+    monkeypatch.setattr(preflight, "gather_rows", lambda rows: [*rows, next(others)])
     drawn = SimpleNamespace(lengths=torch.tensor([10, 30]), truncated=torch.tensor([False, True]))
     finding = preflight.check_time(
         {"rollout": 20.0, "reward": 6.0, "update": 10.0}, {"rollout": 40.0, "reward": 12.0, "update": 20.0}, drawn,
         toy_config(num_steps=100, max_new_tokens=64))
     assert finding.facts.startswith(
-        "36.0 to 72.0 s a step (rollout 20.0 to 40.0, reward 6.0 to 12.0, update 10.0 to 20.0), 100 steps in "
-        "1.00 to 2.00 hours: with captions of 20 tokens as in the trial, 50% of them cut off, and with 64 as allowed")
+        "54.0 to 108.0 s a step (rollout 20.0 to 40.0, reward 6.0 to 12.0, update 10.0 to 20.0), 100 steps in "
+        "1.50 to 3.00 hours: with captions of 20 tokens as in the trial, 50% of them cut off, and with 64 as allowed")
     assert not finding.problem
 
 
