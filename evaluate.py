@@ -26,7 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from data.benchmarks.benchmark import Benchmark, load_benchmarks
@@ -35,7 +34,8 @@ from data.program import check_range, run_program
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
 from grpo.pretrained import find_model, load_policy
 from reward.step import verifier_of
-from tools.caption_cache import CaptionsConfig, read_captions, write_captions
+from tools.budgets import with_budgets
+from tools.caption_cache import CaptionsConfig, all_captions
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
 from tools.stats import summarize
 from tools.tables import Rows, append_rows, check_out, keep_thumbnails, report, write_tables
@@ -115,23 +115,6 @@ class DirectConfig(EvalConfig):
             raise ValueError("expected at least one policy")
 
 
-def all_captions(config: PrismConfig, benchmarks: Sequence[Benchmark],
-                 device: torch.device) -> dict[tuple[str, str], list[list[dict]]]:
-    """(benchmark, captioner) -> captions of each picture; one captioner is loaded at a time."""
-    captions = {}
-    for number, (name, path) in enumerate(config.captioners):
-        is_policy = number < len(config.policy)
-        with all_or_none("captions"):
-            policy = load_policy(path, device, compute_dtype(device)) if is_policy else None
-        for benchmark in benchmarks:
-            captions[benchmark.name, name] = (
-                write_captions(policy, benchmark.pictures, config, config.seed) if policy
-                else read_captions(path, benchmark.pictures)
-            )
-        del policy  # before the next captioner is loaded
-    return captions
-
-
 def prism_rows(config: PrismConfig,
                benchmarks: Sequence[Benchmark]) -> Iterator[tuple[str, str, list[dict]]]:
     """(benchmark, captioner, rows) of each pair; every rank gets all rows."""
@@ -148,12 +131,13 @@ def prism_rows(config: PrismConfig,
     if config.captioners and with_floors:
         for benchmark in benchmarks:  # now too: a set of one image has no other image
             others_captions([[]] * len(benchmark.pictures), config.seed)
-    captions = all_captions(config, benchmarks, device)
+    captions = all_captions(config, benchmarks, config.seed, device)
     with all_or_none("verifier"):
         verifier = verifier or load()
     write = word_answerer(verifier, config.answer_tokens)
     for benchmark in benchmarks:
         own = {name: captions[benchmark.name, name] for name, _ in config.captioners}
+        own = with_budgets(own, config.max_words)
         told = {} if only_floors else own
         if with_floors:
             told = told | floor_captions(own, len(benchmark.pictures), config.seed)
@@ -210,7 +194,7 @@ def main(arguments: list[str]) -> None:
     benchmarks, rows = run(config)
     if rank() == 0:
         tables = {key: summarize(group) for key, group in rows.items()}
-        text = report(benchmarks, rows, tables)
+        text = report(benchmarks, rows, tables, getattr(config, "max_words", ()))
         print0(text)
         if config.out:
             write_tables(Path(config.out), text, benchmarks, tables)

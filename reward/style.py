@@ -53,8 +53,9 @@ _NUMBER = re.compile(r"\bnos?\.$", re.I)
 _MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|"  # noqa: RUF001
                      r"\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")
 """Of a heading, a quotation or an item of a list."""
-_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|"  # noqa: RUF001
-                  r"[。！？\u0964\u06d4\u061f]+[」』”’]*")  # noqa: RUF001
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|"  # noqa: RUF001
+                          r"[。！？\u0964\u06d4\u061f]+[」』”’]*")  # noqa: RUF001
+"""Where one may end; `sentences` says which of these do."""
 _LONGEST = 10
 """Signs of the longest abbreviation, its stop and the space before: no more is looked at."""
 
@@ -70,7 +71,7 @@ def sentences(caption: str) -> list[str]:
     for line in caption.splitlines():
         line = _MARKER.sub("", line.replace("**", "").replace("__", "")).strip()
         start = 0
-        for end in _END.finditer(line):
+        for end in SENTENCE_END.finditer(line):
             rest = line[end.end() :].lstrip()
             before = line[max(start, end.start() - _LONGEST) : end.start() + 1]
             is_number = rest[:1].isdigit() and _NUMBER.search(before)

@@ -90,6 +90,28 @@ def test_several_captioners_and_floors_in_one_call(tmp_path, capsys):
     assert list(floors) == [("toy:heldout:2", "no caption")]
 
 
+def test_scores_by_budget_of_words(tmp_path, capsys):
+    """A caption of two facts a sentence loses what is behind the cut, at any budget less than a longer one leaves."""
+    scenes = [make_scene("heldout", n) for n in range(4)]
+    lines = [json.dumps({"id": s.id, "caption": write_caption(s.family, s.facts), "tokens": 9, "finish_reason": "stop"})
+             for s in scenes]
+    (tmp_path / "dense.jsonl").write_text("\n".join(lines) + "\n")
+    main(["prism", "--captions", f"dense={tmp_path}/dense.jsonl", "--max-words", "8", "20", "400", "--verifier",
+          "data/toy/verifier", "--data", "toy:heldout:4", "--floors", "--out", str(tmp_path / "t.jsonl")])
+    tables = {t["captioner"]: t["families"]["all"] for t in json.loads((tmp_path / "t.json").read_text())["tables"]}
+    names = ["dense", "dense, 8 words", "dense, 20 words", "dense, 400 words"]
+    assert list(tables) == [*names, *(f"{name}, another image's" for name in names), "no caption"]
+    assert tables["dense"] == tables["dense, 400 words"]
+    scores = [tables[name]["accuracy"] for name in names]
+    assert scores[1] < scores[2] < scores[0]
+    assert tables["dense, 8 words"]["words"] <= 8 < tables["dense, 20 words"]["words"] <= 20
+    cells = [f"{tables[name]['accuracy']:.3f} ({tables[name]['words']:.1f})" for name in (*names[1:], names[0])]
+    printed = capsys.readouterr().out
+    assert f"| toy:heldout:4 | dense | {' | '.join(cells)} |" in printed and "all |\n" in printed
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert "tokens" in rows[0] and "tokens" not in rows[4] and rows[0]["caption"].startswith(rows[4]["caption"])
+
+
 def test_free_answers_and_the_model_that_looks(tmp_path, capsys):
     """Words are generated, read and scored through the whole program; toy models know none of it
     and earn about nothing."""
@@ -128,8 +150,8 @@ def test_captions_from_a_file_must_cover_the_data(tmp_path):
     DirectConfig(data=("toy:heldout:2",), policy=("data/toy/policy", "a/typo/here")),
 ])
 def test_a_mistyped_model_is_named_before_any_model_runs(monkeypatch, config):
-    for name in ("load_policy", "verifier_of"):
-        monkeypatch.setattr(evaluate, name, lambda *args, **settings: pytest.fail("a model was loaded"))
+    for module, name in ((evaluate, "load_policy"), (tools.caption_cache, "load_policy"), (evaluate, "verifier_of")):
+        monkeypatch.setattr(module, name, lambda *args, **settings: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match="a/typo/here: expected a model's folder or a hub name, found no such folder"):
         run(config)
 
@@ -223,6 +245,8 @@ def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):
     (dict(policy=("a", "a")), "expected captioners of different names"),
     (dict(policy=("a",), data=()), "expected at least one benchmark"),
     (dict(policy=("a",), num_captions=0), "num_captions 0: expected at least 1"),
+    (dict(policy=("a",), max_words=(0, 100)), "max_words .*: expected different numbers of words, each at least 1"),
+    (dict(policy=("a",), max_words=(100, 100)), "max_words .*: expected different numbers of words, each at least 1"),
     (dict(policy=("a",), verifier_temperature=0.0), "verifier_temperature 0.0: expected more than 0"),
 ])
 def test_settings_that_do_not_fit(settings, reason):

@@ -1,5 +1,6 @@
 """Length, repetition, and sentences that say nothing of the picture."""
 
+import random
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from grpo.config import RewardConfig, toy_config
 from reward.caprl import Rewards
 from reward.step import compare_siblings
 from reward.style import empty_kinds, empty_share, length_reward, repetition, sentences, style_parts
+from tools.budgets import count_words, cut_caption
 
 PRAISE = """\
 This description provides a comprehensive account of the chart.
@@ -218,3 +220,41 @@ def test_one_part_and_no_division_are_the_sum():
     total = sum(parts.values())
     apart = part_advantages(parts, {"length": 0.5}, total, 2, False, False)
     assert torch.allclose(apart, group_advantages(total, 2, False, False))
+
+
+# ------------------------------------------------------------------------------------------ budgets
+
+
+@pytest.mark.parametrize(("caption", "num_words", "cut"), [
+    ("A red car. It stands.", 5, "A red car. It stands."),
+    ("A red car. It stands.", 4, "A red car."),
+    ("A red car. It stands.", 3, "A red car."),
+    ("A red car. It stands.", 2, "A red"),  # the first sentence is longer: its first words
+    ("**Top.** Seen by Dr. Who at 3.5 m. End", 5, "**Top.**"),
+    ("**Top.** Seen by Dr. Who at 3.5 m. End", 8, "**Top.** Seen by Dr. Who at 3.5 m."),
+    ("# Parts\n\n1. a cup\n2. a pot", 5, "# Parts\n\n1. a cup"),
+    ("# Parts\n\n1. a cup\n2. a pot", 6, "# Parts\n\n1. a cup"),
+    ("一只猫。两只狗、站着。", 8, "一只猫。两只狗、站着。"),
+    ("一只猫。两只狗、站着。", 7, "一只猫。"),
+    ("一只猫 sits。Two dogs.", 4, "一只猫 sits。"),
+    ("", 1, ""), ("Word", 1, "Word"),
+])
+def test_a_caption_is_cut_after_a_sentence(caption, num_words, cut):
+    assert cut_caption(caption, num_words) == cut
+
+
+def test_a_cut_caption_is_the_longest_beginning_of_whole_sentences():
+    """Among all its beginnings, tried one by one, on texts of random pieces."""
+    rng = random.Random(0)
+    pieces = ("A dog", " runs", ".", ". ", "! ", "\n", "\n- ", " Dr. ", "e.g. ", "**", "3. ", " No. 5", "猫。", '"Hi." ')
+    for _ in range(150):
+        caption = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 16)))
+        whole, num_words = sentences(caption), rng.randint(1, 12)
+        cut = cut_caption(caption, num_words)
+        assert caption.startswith(cut) and count_words(cut) <= num_words
+        if count_words(caption) <= num_words:
+            assert cut == caption
+            continue
+        told = [sentences(caption[:end]) for end in range(len(caption)) if count_words(caption[:end]) <= num_words]
+        best = max((len(part) for part in told if part == whole[: len(part)]), default=0)
+        assert sentences(cut) == whole[:best] if best else count_words(cut) == num_words

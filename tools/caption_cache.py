@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from data.benchmarks.benchmark import Picture
+from data.benchmarks.benchmark import Benchmark, Picture
 from data.captions.exports import caption_rows
 from data.images import ImageSource, image_name, open_image, picture_hash
 from data.io import json_lines, naming, text_hash, write_whole
 from data.jsonl import read_log
 from data.program import check_range
 from grpo.captioning import Captioning, caption_batches
-from grpo.distributed import all_or_none, gather_rows, rank, world_size
+from grpo.distributed import all_or_none, compute_dtype, gather_rows, rank, world_size
 from grpo.policy import Policy
-from grpo.pretrained import model_hash
+from grpo.pretrained import load_policy, model_hash
 
 CaptionRow = dict
 """`caption`, `tokens` and `finish_reason`, or the `error` that kept the image from being opened."""
@@ -41,6 +42,8 @@ class CaptionsConfig(Captioning):
     """K, captions per image; at temperature 0 there is one."""
     batch_size: int = 64
     """Images captioned at a time; any value gives the same captions."""
+    max_words: tuple[int, ...] = ()
+    """Budgets: also score each caption cut, after a sentence, to at most so many words."""
     cache: str = "runs/cache"
     """Captions are kept here by model, image, instruction and settings, and never written twice;
     empty for nowhere."""
@@ -48,6 +51,9 @@ class CaptionsConfig(Captioning):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "num_captions", at_least=1)
+        if len(set(self.max_words)) < len(self.max_words) or min(self.max_words, default=1) < 1:
+            expected = "expected different numbers of words, each at least 1"
+            raise ValueError(f"max_words {self.max_words}: {expected}")
         names = [name for name, _ in self.captioners]
         if len(names) > len(set(names)):
             raise ValueError(f"expected captioners of different names (NAME=PATH), got {names}")
@@ -61,6 +67,23 @@ class CaptionsConfig(Captioning):
             has_name = "=" in text and not Path(text).exists()
             captioners.append((name, path) if has_name else (text, text))
         return captioners
+
+
+def all_captions(config: CaptionsConfig, benchmarks: Sequence[Benchmark], seed: int,
+                 device: torch.device) -> dict[tuple[str, str], list[list[CaptionRow]]]:
+    """(benchmark, captioner) -> captions of each picture; one captioner is loaded at a time."""
+    captions = {}
+    for number, (name, path) in enumerate(config.captioners):
+        is_policy = number < len(config.policy)
+        with all_or_none("captions"):
+            policy = load_policy(path, device, compute_dtype(device)) if is_policy else None
+        for benchmark in benchmarks:
+            captions[benchmark.name, name] = (
+                write_captions(policy, benchmark.pictures, config, seed) if policy
+                else read_captions(path, benchmark.pictures)
+            )
+        del policy  # before the next captioner is loaded
+    return captions
 
 
 def write_captions(policy: Policy, pictures: Sequence[Picture], config: CaptionsConfig,

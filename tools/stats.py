@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from reward.style import empty_share
+from tools.budgets import count_words
 
 NUM_RESAMPLES = 2000
 """Draws of a bootstrap. With so many the ends of the interval vary by a fiftieth of its width."""
@@ -104,7 +105,7 @@ def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
         "right": mean([bool(question["correct"]) for question in answered]),
         "failed": len({question["id"] for question in asked}
                       - {question["id"] for question in answered}),
-        "words": mean([len(row["caption"].split()) for row in told]),
+        "words": mean([count_words(row["caption"]) for row in told]),
         "tokens": mean([row.get("tokens", math.nan) for row in told]),
         "empty": mean([empty_share(row["caption"]) for row in told]),
         "cut": mean([row.get("finish_reason") == "length" for row in told]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.images import open_image
 from data.io import check_room, json_lines, write_whole
+from tools.budgets import budget_name
 from tools.stats import markdown, paired_difference
 from tools.thumbnails import keep_thumbnail
 
@@ -33,14 +34,19 @@ PAPER_TABLE = {  # arXiv 2509.22647, Table 3, in percent
 }
 
 
-def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables) -> str:
-    """All tables as Markdown: scores, differences to the first captioner, CaptionQA's shares, the
-    paper's rows."""
+def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
+           budgets: Sequence[int] = ()) -> str:
+    """All tables as Markdown: scores, differences to the first captioner, scores by budget of
+    words, CaptionQA's shares, the paper's rows."""
     parts = [format_table(tables)]
     differences = _difference_rows(rows)
     if differences:
         header = "benchmark | captioner | less | questions: | difference: | 95% interval"
         parts.append("Paired, on the same questions:\n\n" + markdown(header, differences))
+    if budgets:
+        header = " | ".join(["benchmark | captioner", *(f"{n} words:" for n in budgets), "all:"])
+        parts.append("Score by budget of words, in brackets the words per caption:\n\n"
+                     + markdown(header, _budget_rows(tables, budgets)))
     captionqa = {benchmark.name for benchmark in benchmarks if benchmark.kind == "captionqa"}
     if captionqa:
         shares = [[captioner, *(_number(table["all"][key]) for key in CAPTIONQA_SHARES)]
@@ -129,6 +135,17 @@ def _difference_rows(rows: Rows) -> list[list]:
             row = paired_difference(rows[benchmark, base], group)
             lines.append([benchmark, captioner, base, row["questions"], f"{row['difference']:+.3f}",
                           f"{row['low']:+.3f} to {row['high']:+.3f}"])
+    return lines
+
+
+def _budget_rows(tables: Tables, budgets: Sequence[int]) -> list[list]:
+    lines = []
+    for benchmark, captioner in tables:
+        names = [budget_name(captioner, budget) for budget in budgets]
+        if (benchmark, names[0]) in tables:
+            scored = [tables[benchmark, name]["all"] for name in (*names, captioner)]
+            cells = [f"{_number(row['accuracy'])} ({_number(row['words'], 1)})" for row in scored]
+            lines.append([benchmark, captioner, *cells])
     return lines
 
 
