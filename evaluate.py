@@ -28,7 +28,7 @@ from typing import Literal
 
 import tyro
 
-from data.benchmarks.benchmark import Benchmark, load_benchmarks
+from data.benchmarks.benchmark import Benchmark, judge_of, load_benchmarks
 from data.io import check_room, naming
 from data.program import check_range, run_program
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
@@ -68,8 +68,10 @@ class EvalConfig:
 class PrismConfig(CaptionsConfig, EvalConfig):
     """Settings of `evaluate.py prism`."""
 
-    verifier: str = "Qwen/Qwen2.5-3B-Instruct"
-    """The text-only model that answers from captions; http://HOST:8000/v1 asks a server."""
+    verifier: str = ""
+    """The text-only model that answers from captions; http://HOST:8000/v1 asks a server. Empty:
+    Qwen/Qwen2.5-3B-Instruct, the paper's. For data of the kinds captionqa and capeval alone it is
+    their published judge, Qwen/Qwen2.5-72B-Instruct."""
     verifier_name: str = ""
     """The model's name at that server; NAME=FOLDER says where its tokenizer is."""
     verifier_mode: Literal["sample", "logits"] = "logits"
@@ -84,6 +86,7 @@ class PrismConfig(CaptionsConfig, EvalConfig):
     def __post_init__(self):
         EvalConfig.__post_init__(self)
         CaptionsConfig.__post_init__(self)
+        object.__setattr__(self, "verifier", self.verifier or judge_of(self.data))
         check_range(self, "verifier_max_new_tokens", at_least=1)
         check_range(self, "verifier_temperature", above=0)
         if not (self.captioners or isinstance(self, FloorConfig)):
@@ -113,6 +116,8 @@ class DirectConfig(EvalConfig):
         check_range(self, "batch_size", at_least=1)
         if not self.policy:
             raise ValueError("expected at least one policy")
+        if any(source.startswith("capeval:") for source in self.data):
+            raise ValueError("capeval: its items are on captions, expected prism or floor")
 
 
 def prism_rows(config: PrismConfig,

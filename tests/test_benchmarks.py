@@ -4,13 +4,14 @@ import base64
 import csv
 import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.benchmarks.benchmark import load_benchmark
+from data.benchmarks.benchmark import judge_of, load_benchmark
 from data.benchmarks.questions import KINDS, FreeQuestion, _inline_options
 from data.examples import Question
 from data.images import open_image
@@ -26,6 +27,7 @@ def b64(color: str) -> str:
     return base64.b64encode(png(color)).decode()
 
 
+DATA = Path(__file__).parent / "data"
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
@@ -298,6 +300,49 @@ def test_chartqapro_by_its_paper_and_by_its_script(tmp_path):
     assert scores["chartqapro-script"] == 4 * [1, 0.75, 0]
 
 
+def capeval(folder, lines: list[str]):
+    """A checklist as it is published, its images in the folder beside it."""
+    (folder / "image").mkdir(exist_ok=True)
+    for number, line in enumerate(lines):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "image" / json.loads(line)["img_path"])
+    (folder / "checklist.jsonl").write_text("\n".join(lines) + "\n")
+    return f"capeval:{folder / 'checklist.jsonl'}"
+
+
+def test_capeval_checklist(tmp_path):
+    """Items are in the order of its lists, whatever the order of the keys. What is no item is named."""
+    lines = (DATA / "capeval_checklist.jsonl").read_text().splitlines()
+    found = load_benchmark(capeval(tmp_path, lines))
+    assert not found.refused and found.metric == "capeval"
+    assert [(p.id, len(p.items), p.items[0].family) for p in found.pictures] == [
+        ("SO001.png", 6, "Scene & Object"), ("PA002.png", 5, "People & Activity"), ("TI003.png", 6, "Text & Interface")]
+    item = found.pictures[0].items[2]
+    assert (item.id, item.question.kind) == ("SO001.png:2", "color")
+    assert item.question.question == "Does the caption describe the bicycle as blue?"
+    row = json.loads(lines[0])
+    turned = dict(reversed(row.items())) | {"id": "other"}
+    assert [i.question for i in load_benchmark(capeval(tmp_path, [json.dumps(turned)])).pictures[0].items] == [
+        i.question for i in found.pictures[0].items]
+    broken = row | {"instance_checklist": [{"Tags": "x", "Question": " "}, "Is it red?", {"Tags": "y"}], "ui_checklist": None}
+    found = load_benchmark(capeval(tmp_path, [json.dumps(broken), lines[1]]))
+    assert len(found.pictures[0].items) == 4 and [reason.split(", ", 1)[1][:7] for reason in found.refused] == [
+        "item 0:", "item 1:", "item 2:"]
+    assert "checklist.jsonl line 1, item 1: expected an object with a Question, got 'Is it red?'" in found.refused[1]
+    with pytest.raises(ValueError, match="line 1: expected items in instance_checklist or another list of its kind"):
+        load_benchmark(capeval(tmp_path, ['{"id": "a", "img_path": "a.png"}']))
+    path = tmp_path / "image" / "SO001.png"
+    path.unlink()
+    with pytest.raises(ValueError, match="img_path .*SO001.png: expected a file, found nothing"):
+        (tmp_path / "checklist.jsonl").write_text(lines[0] + "\n")
+        load_benchmark(f"capeval:{tmp_path / 'checklist.jsonl'}")
+
+
+def test_the_published_judge_is_asked_where_all_benchmarks_have_it():
+    assert judge_of(["captionqa:a", "capeval:b"]) == "Qwen/Qwen2.5-72B-Instruct"
+    for sources in (["captionqa:a", "seed:b"], ["seed:b"], ["heldout.jsonl"], ["toy:heldout:2", "capeval:b"]):
+        assert judge_of(sources) == "Qwen/Qwen2.5-3B-Instruct"
+
+
 def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
     row = {"question": "How many?", "options": ["1", "2", "3", "4"], "answer": "2", "image": {"bytes": b"a"}}
     path = write_parquet(tmp_path / "x.parquet", [row])
@@ -338,4 +383,4 @@ def test_files_that_are_none(tmp_path):
             load_benchmark(f"chartqa:{tmp_path / name}")
     with pytest.raises(ValueError, match="toy:SPLIT:NUM, SHARE:PATH or KIND:PATH with KIND one of chartqa, chartqapro"):
         load_benchmark("chartq:x.parquet")
-    assert set(KINDS.values()) == {"choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"}
+    assert set(KINDS.values()) == {"choice", "captionqa", "capeval", "exact", "relaxed", "anls", "chartqapro"}

@@ -254,6 +254,14 @@ def test_settings_that_do_not_fit(settings, reason):
         PrismConfig(**settings)
 
 
+def test_a_judge_that_is_not_named_and_a_benchmark_of_captions():
+    assert PrismConfig(policy=("a",), data=("captionqa:x",)).verifier == "Qwen/Qwen2.5-72B-Instruct"
+    assert PrismConfig(policy=("a",), data=("captionqa:x",), verifier="b").verifier == "b"
+    assert PrismConfig(policy=("a",)).verifier == "Qwen/Qwen2.5-3B-Instruct"
+    with pytest.raises(ValueError, match="capeval: its items are on captions, expected prism or floor"):
+        DirectConfig(data=("capeval:checklist.jsonl",))
+
+
 def test_refused_rows_are_told(tmp_path, capsys):
     path = tsv(tmp_path / "c.tsv", [{"question": "Q?", "answer": "red"}, {"question": "Q?", "answer": ""}])
     main(["floor", "--verifier", "data/toy/verifier", "--data", f"exact:{path}", "--answer-tokens", "1", "--out",

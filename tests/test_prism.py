@@ -1,15 +1,19 @@
 """How a benchmark's question is asked of a model, and how an answer is scored."""
 
+import json
 import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from data.benchmarks.benchmark import Benchmark, Picture
+from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark
 from data.benchmarks.questions import FreeQuestion, Item
 from data.examples import Question
-from reward.caprl import Answer, Verifier, load_verifier
+from reward.caprl import ABSTAIN, Answer, Verifier, load_verifier
 from tools.prism import (
     CAPTIONQA_ABSTAIN,
     answer_line,
@@ -19,7 +23,8 @@ from tools.prism import (
     record,
     word_answerer,
 )
-from tools.stats import summarize
+from tools.stats import completeness, precision, summarize
+from tools.tables import report
 
 
 def test_captionqa_protocol():
@@ -78,6 +83,71 @@ def test_prism_asks_questions_of_all_sorts_and_scores_each_caption():
     assert rows[3]["questions"][0]["failure"] == "broken"
     assert summarize(rows)["all"]["accuracy"] == pytest.approx(1 / 3)  # two questions, each 1, 0, 0 over three captions
     assert summarize(rows)["all"]["best"] == 1
+
+
+JUDGED = json.loads((Path(__file__).parent / "data" / "judged_captions.json").read_text())
+"""CAPEval's numbers are those of its own `cmd_metrics` (repository liuzhipenggg/CAPEval of August 2026), run on these
+verdicts; CaptionQA's are those of its own qa.py (bronyayang/CaptionQA), run with a judge that gives these answers."""
+
+
+def told(texts: dict[str, list[str]]):
+    """A judge that chooses these options, by the id of the picture and the place of its question."""
+    def ask(captions, asked, names):
+        answers = []
+        for name, group in zip(names, asked, strict=True):
+            wanted = [texts[name.split(":")[1]][int(one.question.split("#")[-1])] for one in group]
+            answers.append([Answer(next((n for n, option in enumerate(one.options) if option.startswith(text)), None))
+                            for one, text in zip(group, wanted)])
+        return answers
+    return ask
+
+
+def numbered(pictures: list[Picture]) -> list[Picture]:
+    """Each question ends in its place on the picture."""
+    return [replace(picture, items=tuple(
+        replace(item, question=replace(item.question, question=f"{item.question.question} #{n}"))
+        for n, item in enumerate(picture.items))) for picture in pictures]
+
+
+def judged(source: str, texts: dict[str, list[str]]) -> tuple[Benchmark, list[dict]]:
+    benchmark = load_benchmark(source)
+    benchmark = replace(benchmark, pictures=numbered(benchmark.pictures))
+    return benchmark, prism(benchmark, [[{"caption": "x"}]] * len(benchmark.pictures), told(texts))
+
+
+def test_capeval_numbers_are_its_own_scorers(tmp_path):
+    known, source = JUDGED["capeval"], Path(__file__).parent / "data" / "capeval_checklist.jsonl"
+    shutil.copy(source, tmp_path / "checklist.jsonl")
+    (tmp_path / "image").mkdir()
+    for id in known["verdicts"]:
+        (tmp_path / "image" / id).write_bytes(id.encode())
+    spelled = {"yes": "Yes", "no": "No", "not_mentioned": ABSTAIN}
+    texts = {id: [spelled[verdict] for verdict in verdicts] for id, verdicts in known["verdicts"].items()}
+    benchmark, rows = judged(f"capeval:{tmp_path / 'checklist.jsonl'}", texts)
+    table = summarize(rows)
+    scores = {family: [round(100 * completeness(row), 4), round(100 * precision(row), 4)] for family, row in table.items()}
+    assert scores == known["scores"]
+    c, p = known["scores"]["all"]
+    assert table["all"]["accuracy"] == pytest.approx(c * p / 1e4, abs=1e-6)
+    assert f"| x | all | {c:.1f} | {p:.1f} |" in report([benchmark], {}, {("capeval", "x"): table})
+    # What cannot be read is not mentioned, there too. What failed counts nowhere. Nothing said is no precision of 0.
+    _, rows = judged(f"capeval:{tmp_path / 'checklist.jsonl'}", {id: ["?"] * 6 for id in texts})
+    assert completeness(summarize(rows)["all"]) == 0 and math.isnan(precision(summarize(rows)["all"]))
+    rows = prism(benchmark, [[{"error": "broken"}]] * 3, told(texts))
+    assert math.isnan(completeness(summarize(rows)["all"])) and summarize(rows)["all"]["failed"] == 17
+
+
+def test_captionqa_numbers_are_its_own_scorers(tmp_path):
+    """Its program rounds each credit for abstaining to four digits."""
+    known = JUDGED["captionqa"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in known["rows"]))
+    for row in known["rows"]:
+        (tmp_path / row["image"]).write_bytes(row["id"].encode())
+    _, rows = judged(f"captionqa:{tmp_path / 'c.jsonl'}", known["answers"])
+    assert {row["id"]: [round(q["score"], 4) for q in row["questions"]] for row in rows} == known["scores"]
+    table = summarize(rows)["all"]
+    assert (table["right"], table["abstained"]) == (known["accuracy"], known["abstained"])
+    assert table["accuracy"] == pytest.approx(known["score"], abs=1e-4)
 
 
 def test_another_images_captions_are_never_the_own():

@@ -74,18 +74,18 @@ def ask_item(item: Item, metric: Metric, seed: int, from_caption: bool = True) -
     is asked.
 
     CaptionQA's abstain option is among the options of questions that are answered from a caption,
-    see `captionqa_offers_abstain`.
+    see `captionqa_offers_abstain`. CAPEval's third verdict is the reward's own abstain option.
     """
     question = item.question
     if isinstance(question, FreeQuestion):
         return Asked(question.question, (), gold=-1, source=0)
-    offers_abstain = (
+    offers_abstain = metric == "capeval" or (
         from_caption and metric == "captionqa"
         and captionqa_offers_abstain(question.question, question.choices)
     )
     rng = random.Random(f"{seed}:{item.id}:options")
     asked = shuffle_options(question, 0, rng, offers_abstain)
-    if not offers_abstain:
+    if not offers_abstain or metric == "capeval":
         return asked
     options = list(asked.options)
     options[asked.abstain] = CAPTIONQA_ABSTAIN

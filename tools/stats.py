@@ -17,6 +17,8 @@ from tools.budgets import count_words
 NUM_RESAMPLES = 2000
 """Draws of a bootstrap. With so many the ends of the interval vary by a fiftieth of its width."""
 
+ANSWER_KINDS = ("right", "wrong", "abstained", "unparsed")
+
 Means = dict[str, dict[str, float]]
 """image id -> question id -> mean score over the captions"""
 
@@ -71,7 +73,8 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     accuracy, low, high          mean score over questions, with its interval
     best                         the same with each image's best caption
     images, questions            their numbers
-    unparsed, abstained, right   shares of the answers
+    right, wrong, abstained, unparsed
+                                 shares of the answers
     cut                          share of the captions that were cut off
     failed                       questions that could not be scored; they count nowhere else
     words, tokens                per caption
@@ -94,15 +97,12 @@ def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
     told = [row for row in rows if _asked(row, family) and "error" not in row]
     scores = [score for group in images for score in group]
     low, high = bootstrap_interval(images)
-    abstained = [question["abstain"] is not None and question["chosen"] == question["abstain"]
-                 for question in answered]
+    kinds = [_kind(question) for question in answered]
     return {
         "accuracy": mean(scores), "low": low, "high": high,
         "best": mean([score for score, count in best for _ in range(count)]),
         "images": len(images), "questions": len(scores),
-        "unparsed": mean([question["unparsed"] for question in answered]),
-        "abstained": mean(abstained),
-        "right": mean([bool(question["correct"]) for question in answered]),
+        **{kind: mean([kind == other for other in kinds]) for kind in ANSWER_KINDS},
         "failed": len({question["id"] for question in asked}
                       - {question["id"] for question in answered}),
         "words": mean([count_words(row["caption"]) for row in told]),
@@ -110,6 +110,26 @@ def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
         "empty": mean([empty_share(row["caption"]) for row in told]),
         "cut": mean([row.get("finish_reason") == "length" for row in told]),
     }
+
+
+def _kind(question: dict) -> str:
+    """Of an answer that could be scored."""
+    if question["unparsed"]:
+        return "unparsed"
+    if question["abstain"] is not None and question["chosen"] == question["abstain"]:
+        return "abstained"
+    return "right" if question["correct"] else "wrong"
+
+
+def completeness(summary: dict[str, float]) -> float:
+    """CAPEval: share of the items on which the caption says something, right or wrong."""
+    return summary["right"] + summary["wrong"]
+
+
+def precision(summary: dict[str, float]) -> float:
+    """CAPEval: share of these items that the caption has right; NaN where there are none."""
+    said = completeness(summary)
+    return summary["right"] / said if said else math.nan
 
 
 def mean(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ from data.benchmarks.benchmark import Benchmark, Picture
 from data.images import open_image
 from data.io import check_room, json_lines, write_whole
 from tools.budgets import budget_name
-from tools.stats import markdown, paired_difference
+from tools.stats import completeness, markdown, paired_difference, precision
 from tools.thumbnails import keep_thumbnail
 
 Rows = dict[tuple[str, str], list[dict]]
@@ -37,7 +37,7 @@ PAPER_TABLE = {  # arXiv 2509.22647, Table 3, in percent
 def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
            budgets: Sequence[int] = ()) -> str:
     """All tables as Markdown: scores, differences to the first captioner, scores by budget of
-    words, CaptionQA's shares, the paper's rows."""
+    words, CaptionQA's and CAPEval's shares, the paper's rows."""
     parts = [format_table(tables)]
     differences = _difference_rows(rows)
     if differences:
@@ -53,6 +53,14 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
                   for (benchmark, captioner), table in tables.items() if benchmark in captionqa]
         header = "captioner | score: | accuracy: | abstained:"
         parts.append("CaptionQA:\n\n" + markdown(header, shares))
+    capeval = {benchmark.name for benchmark in benchmarks if benchmark.kind == "capeval"}
+    if capeval:
+        scores = [[captioner, family, _number(100 * completeness(row), 1),
+                   _number(100 * precision(row), 1)]
+                  for (benchmark, captioner), table in tables.items() if benchmark in capeval
+                  for family, row in table.items()]
+        header = "captioner | family | completeness: | precision:"
+        parts.append("CAPEval, in percent:\n\n" + markdown(header, scores))
     columns = [benchmark for benchmark in benchmarks if benchmark.kind in PAPER_COLUMNS]
     if columns:
         header = " | ".join(["captioner", *(f"{benchmark.name}:" for benchmark in columns)])

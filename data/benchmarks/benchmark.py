@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.benchmarks.files import file_rows
-from data.benchmarks.questions import KINDS, Item, Metric, row_items
+from data.benchmarks.questions import KINDS, PUBLISHED_JUDGES, Item, Metric, row_items
 from data.examples import Example, load_examples
 from data.images import ImageSource, picture_hash
 from data.pictures import merge_pictures
@@ -100,6 +100,13 @@ def load_benchmarks(sources: Sequence[str], limit: int = 0) -> list[Benchmark]:
     if len({benchmark.name for benchmark in benchmarks}) < len(benchmarks):
         return [replace(benchmark, name=source) for benchmark, source in zip(benchmarks, sources)]
     return benchmarks
+
+
+def judge_of(sources: Sequence[str]) -> str:
+    """The text-only model that answers the sources' questions where none is named: the published
+    one, if all are of kinds with the same, else the paper's."""
+    judges = {PUBLISHED_JUDGES.get(source.partition(":")[0]) for source in sources}
+    return (judges.pop() if len(judges) == 1 else None) or "Qwen/Qwen2.5-3B-Instruct"
 
 
 def is_share(text: str) -> bool:

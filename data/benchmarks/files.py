@@ -97,10 +97,12 @@ def _jsonl_rows(path: Path) -> Iterator[Row | str]:
         cells = filled(content)
 
         def picture(cells=cells):
+            if "img_path" in cells:  # CAPEval
+                return _picture_file("img_path", path.parent / "image" / str(cells["img_path"]))
             file = path.parent / str(cells.get("image", cells.get("image_path", "")))
             return _picture_file("image", file)
 
-        id = cells.get("id", where.removeprefix("line "))
+        id = cells.get("img_path", cells.get("id", where.removeprefix("line ")))
         yield Row(f"{path} {where}", str(id), cells, picture)
 
 

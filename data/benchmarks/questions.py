@@ -19,15 +19,29 @@ from data.io import check_text
 from data.jsonl import filled
 from data.labels import find_answer, letter_place, strip_labels
 
-Metric = Literal["choice", "captionqa", "exact", "relaxed", "anls", "chartqapro"]
+Metric = Literal["choice", "captionqa", "capeval", "exact", "relaxed", "anls", "chartqapro"]
 
 KINDS: dict[str, Metric] = {
     "chartqa": "relaxed", "chartqapro": "chartqapro", "chartqapro-script": "chartqapro",
     "docvqa": "anls", "infovqa": "anls", "seed": "choice", "ai2d": "choice",
-    "mmstar": "choice", "captionqa": "captionqa", "choice": "choice", "exact": "exact",
+    "mmstar": "choice", "captionqa": "captionqa", "capeval": "capeval", "choice": "choice",
+    "exact": "exact",
 }
 """Kind -> metric. `choice` and `exact` are for any other file with options, or with an answer that
 has to be equal."""
+
+PUBLISHED_JUDGES = {kind: "Qwen/Qwen2.5-72B-Instruct" for kind in ("captionqa", "capeval")}
+"""Kind -> the text-only model that its authors ask."""
+
+CAPEVAL_LISTS = [
+    f"{name}_checklist" for name in
+    ("instance", "attribute", "relation", "image", "text", "human", "ui", "world_knowledge")
+]
+CAPEVAL_FAMILIES = {"SO": "Scene & Object", "PA": "People & Activity", "TI": "Text & Interface",
+                    "DK": "Design & Knowledge"}
+"""By the letters that an image's name begins with."""
+CAPEVAL_CHOICES = ("Yes: the caption says so", "No: the caption says otherwise")
+"""The third verdict, that the caption does not say, is the abstain option."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,8 @@ class Item:
 def row_items(row: Row, kind: str) -> tuple[list[Item], list[str]]:
     """The row's questions, and a sentence on each that is refused. Raises ValueError if the whole
     row is."""
+    if kind == "capeval":
+        return _checklist_items(row)
     if not isinstance(row.cells.get("questions"), list):
         family = row.text("split", "category", "type", "Question Type", "question_type",
                           "question_type_id")
@@ -84,6 +100,26 @@ def row_items(row: Row, kind: str) -> tuple[list[Item], list[str]]:
             reasons.append(f"question {number}: {error}")
     if not items and not reasons:
         raise ValueError("expected at least one question, found none")
+    return items, reasons
+
+
+def _checklist_items(row: Row) -> tuple[list[Item], list[str]]:
+    """CAPEval: an image with lists of questions on its caption."""
+    entries = [entry for name in CAPEVAL_LISTS for entry in row.cells.get(name) or ()]
+    family = CAPEVAL_FAMILIES.get(re.match("[A-Za-z]*", row.id)[0].upper(), "unknown")
+    items, reasons = [], []
+    for number, entry in enumerate(entries):
+        text = entry.get("Question") if isinstance(entry, dict) else None
+        try:
+            if not isinstance(text, str):
+                raise ValueError(f"expected an object with a Question, got {entry!r:.80}")
+            question = Question(text.strip(), CAPEVAL_CHOICES, 0, str(entry.get("Tags") or ""))
+            items.append(Item(f"{row.id}:{number}", question, family))
+        except ValueError as error:
+            reasons.append(f"item {number}: {error}")
+    if not entries:
+        raise ValueError(f"expected items in {CAPEVAL_LISTS[0]} or another list of its kind, "
+                         f"found none in {sorted(map(str, row.cells))}")
     return items, reasons
 
 
