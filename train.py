@@ -67,10 +67,9 @@ def train(config: TrainConfig) -> Path:
     from data.pictures import merge_pictures  # here: files are no part of the algorithm
     from grpo.run_dir import check_run_dir, only_writer
     from tools.settings import describe_run, run_contents
-    from tools.tracker import load_trackers, tracker_module
 
     device = init_distributed(config.timeout_minutes)
-    run_dir = Path(config.run_dir)
+    run_dir, trackers = Path(config.run_dir), []
     config.prompts_per_rank(world_size())
     with ExitStack() as stack:
         with all_or_none("run folder"):  # first: loading the models takes minutes
@@ -79,7 +78,10 @@ def train(config: TrainConfig) -> Path:
             check_room(run_dir)
             if rank() == 0:
                 stack.enter_context(only_writer(run_dir))
-                tracker_module(config.tracker)
+                if config.tracker:
+                    from tools.tracker import Tracker  # here: for who asks for it
+
+                    trackers.append(Tracker(config.tracker))
         with all_or_none("data"):
             examples, held_out = merge_pictures(load_examples(config.data)), None
             if config.held_out.eval_data:
@@ -95,7 +97,13 @@ def train(config: TrainConfig) -> Path:
             contents |= held_out.contents()
         first_step = begin(run_dir, run, config, contents)
         describe_run(run, len(examples), config)
-        trackers = load_trackers(stack, run_dir, first_step, config)
+        for tracker in trackers:
+            tracker.begin(run_dir, config.flat())
+            stack.push(tracker.finish)
+        if config.tensorboard and rank() == 0:
+            from tools.tensorboard import TensorBoard  # here: for who asks for it
+
+            trackers.append(TensorBoard(run_dir, first_step))
         take_steps(run_dir, run, reward, examples, held_out.watch if held_out else None,
                    trackers, first_step, config)
         export(run, run_dir / "final", config)
@@ -165,11 +173,8 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
             timing = step_timing(phases.take(), started, metrics["length"] * config.num_captions)
             with all_or_none("log"), naming(run_dir):
                 if rank() == 0:
-                    lines = log_step(run_dir, step, metrics, audit, timing, rows)
+                    lines = log_step(run_dir, step, metrics, audit, timing, rows, trackers)
                     bar.write("\n    ".join([lines, *alarms(metrics)]))
-                    logs = {"metrics": metrics, "audit": audit, "timing": timing}
-                    for tracker in trackers:
-                        tracker(step, logs, rows)
             num_skipped = count_skipped(metrics, num_skipped, step, batch, run_dir, config)
             saved_at = save_step(run_dir, run, step, saved_at, signals, config)
 

@@ -1,7 +1,8 @@
 """The logs of a run, a line per step, and the step's line on the console."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.io import json_lines, write_whole
@@ -24,13 +25,17 @@ AUDIT_CONSOLE = ("probe_accuracy", "probe_other_image", "probe_no_caption",
 
 
 def log_step(run_dir: Path, step: int, metrics: dict[str, float], audit: dict,
-             timing: dict[str, float], rollouts: list[dict]) -> str:
+             timing: dict[str, float], rollouts: list[dict],
+             trackers: Sequence[Callable] = ()) -> str:
     """Appends the step's metrics, audit and timing, writes its rollouts, and returns its lines for
-    the console."""
+    the console. Trackers get these numbers, and rollouts at the first step and with each probe."""
     write_whole(run_dir / "rollouts" / f"step_{step:06d}.jsonl", json_lines(rollouts))
     for name, row in zip(LOGS, (metrics, audit, timing), strict=True):
         with (run_dir / name).open("ab") as file:
             file.writelines(json_lines([{"step": step} | row]))
+    shown = rollouts if step == 0 or "probe_accuracy" in audit else []
+    for tracker in trackers:
+        tracker(step, finite_numbers(metrics=metrics, audit=audit, timing=timing), shown)
     lines = [f"step {step:4d}  " + _numbers(metrics | timing, CONSOLE)]
     if "probe_accuracy" in audit:
         lines.append("    audit  " + _numbers(audit, AUDIT_CONSOLE))
@@ -38,6 +43,13 @@ def log_step(run_dir: Path, step: int, metrics: dict[str, float], audit: dict,
             start = row["caption"][:300]
             lines.append(f"    reward {row['reward']:.2f}  {row['id']}: {start!r}")
     return "\n".join(lines)
+
+
+def finite_numbers(**logs: dict) -> dict[str, float]:
+    """For trackers: metrics={"reward": 0.5} as {"metrics/reward": 0.5}, without lists and what was
+    not measured."""
+    return {f"{log}/{key}": value for log, row in logs.items() for key, value in row.items()
+            if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _numbers(row: dict, keys: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from grpo.config import toy_config
-from grpo.log import alarms, count_skipped, log_step
+from grpo.log import alarms, count_skipped, finite_numbers, log_step
 
 
 def test_the_console_line_shows_the_few_that_matter(tmp_path):
@@ -20,6 +20,17 @@ def test_the_console_line_shows_the_few_that_matter(tmp_path):
         tmp_path, 8, metrics, {"probe_accuracy": 0.5, "split_half": 0.1, "repetition": 0.0}, {}, rows
     ).splitlines()
     assert said[1:] == ["    audit  probe_accuracy 0.500  split_half 0.100", "    reward nan  a: 'two\\nlines'"]
+
+
+def test_trackers_get_finite_numbers_and_captions_now_and_then(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    told, rows = [], [{"id": "a", "caption": "two", "reward": 0.5}]
+    for step, audit in ((0, {}), (1, {"split_half": math.nan}), (2, {"probe_accuracy": 0.25})):
+        metrics = {"reward": 0.5, "kl": math.nan, "letters": [1], "skipped": 0}
+        log_step(tmp_path, step, metrics, audit, {"seconds": math.inf}, rows, [lambda *given: told.append(given)])
+    numbers = {"metrics/reward": 0.5, "metrics/skipped": 0}
+    assert told == [(0, numbers, rows), (1, numbers, []), (2, numbers | {"audit/probe_accuracy": 0.25}, rows)]
+    assert finite_numbers(eval={"accuracy": None, "images": 3}) == {"eval/images": 3}
 
 
 @pytest.mark.parametrize("changes, metrics, lack", [

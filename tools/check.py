@@ -40,7 +40,7 @@ from tools.memory import (
     rollout_bytes,
     weights_held,
 )
-from tools.tracker import tracker_module
+from tools.tracker import Tracker
 
 TRIAL_TOKENS = 256
 """Tokens per caption of the trial rollout."""
@@ -377,7 +377,8 @@ def check(config: TrainConfig) -> None:
     if data.problem and len(examples) < config.prompts_per_step:  # too few for a step are left
         _end(findings)
     with all_or_none("start"):
-        tracker_module(config.tracker)
+        if config.tracker:
+            Tracker(config.tracker)
         if config.held_out.eval_data:
             examples, held_out = set_aside(examples, config)
             findings.append(check_held_out(held_out, config))

@@ -39,7 +39,7 @@ from data.pictures import picture_keys
 from grpo.checkpoint import latest_checkpoint, save_checkpoint, training_state
 from grpo.config import TrainConfig
 from grpo.distributed import Phases, all_or_none, gather_rows, print0, rank
-from grpo.log import EVAL_LOG
+from grpo.log import EVAL_LOG, finite_numbers
 from grpo.run import Run, export
 from grpo.run_dir import check_writer
 from reward.caprl import Verifier
@@ -142,7 +142,7 @@ class HeldOut:
             self._keep(best, rows[-1], bool(reason))
         with all_or_none("log"), naming(self.run_dir):
             for tracker in self.trackers:
-                tracker(num_steps, {"eval": rows[-1]}, [])
+                tracker(num_steps, finite_numbers(eval=rows[-1]), [])
         if reason:
             print0(f"the run ends after {num_steps} steps: {reason}; --resume goes on if "
                    "--patience or --stop-at say so")

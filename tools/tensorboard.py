@@ -7,11 +7,9 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from tools.thumbnails import thumbnail_file
-from tools.tracker import finite
 
 NUM_GROUPS = 2
-"""Groups whose image and captions are written, whenever the audit looks at the probe set and at the
-first step."""
+"""Groups whose image and captions are written."""
 
 
 class TensorBoard:
@@ -22,16 +20,13 @@ class TensorBoard:
         self.run_dir = run_dir
         self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step)
 
-    def __call__(self, step: int, logs: dict[str, dict], rollouts: list[dict]) -> None:
-        """The step's numbers, and now and then a few groups: image, captions and rewards. What was
-        not measured is left out."""
-        for key, value in finite(logs).items():
+    def __call__(self, step: int, numbers: dict[str, float], rollouts: list[dict]) -> None:
+        """The step's numbers, and a few groups of these rollouts: image, captions and rewards."""
+        for key, value in numbers.items():
             self.writer.add_scalar(key, value, step)
-        if step == 0 or "probe_accuracy" in logs.get("audit", ()):
-            ids = list(dict.fromkeys(row["id"] for row in rollouts))[:NUM_GROUPS]
-            for place, id in enumerate(ids):
-                group = [row for row in rollouts if row["id"] == id]
-                self._write_group(place, id, group, step)
+        for place, id in enumerate(list(dict.fromkeys(row["id"] for row in rollouts))[:NUM_GROUPS]):
+            group = [row for row in rollouts if row["id"] == id]
+            self._write_group(place, id, group, step)
         self.writer.flush()
 
     def _write_group(self, place: int, id: str, group: list[dict], step: int) -> None:
