@@ -58,9 +58,13 @@ class CaptionConfig(Captioning):
     lease_seconds: float = 120.0
     """A worker counts as dead if it has not touched its lease for this long. It must be more than
     the difference between the machines' clocks."""
-    export: Literal["", "llava", "sharegpt"] = ""
+    export: Literal["", "llava", "sharegpt", "captionqa", "capeval", "caparena", "capability",
+                    "detailcaps"] = ""
     """Write the finished captions of `out` as one JSON file: LLaVA's format, or LLaMA-Factory's
-    with its dataset_info.json."""
+    with its dataset_info.json. Or for a benchmark, as its own scorer reads them (docs/formats.md).
+    """
+    reference: str = ""
+    """CapArena-Auto's caparena_auto_600.json: its pairs are exported, for any judge."""
     check: str = ""
     """An exported file to check, row by row. If `images` names a folder, its pictures must be there
     too."""
@@ -73,6 +77,8 @@ class CaptionConfig(Captioning):
             raise ValueError("expected a folder in out, or a file to check")
         if not self.check and not self.images and not self.export:
             raise ValueError("expected images to caption, or an export of captions")
+        if self.reference and self.export != "caparena":
+            raise ValueError("reference: expected export caparena, which is made into pairs")
 
 
 def caption(config: CaptionConfig) -> None:
@@ -132,8 +138,12 @@ def main(arguments: list[str]) -> None:
     with naming(Path(config.out)):
         if config.images:
             caption(config)
-        if config.export:
+        if config.export in ("llava", "sharegpt"):
             export_captions(Path(config.out), config.export)
+        elif config.export:
+            from data.captions.judges import export_for_judge  # here: for who has such a judge
+
+            export_for_judge(Path(config.out), config.export, config.reference)
 
 
 if __name__ == "__main__":

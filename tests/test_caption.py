@@ -420,6 +420,108 @@ def test_llama_factory_export_field_by_field(finished):
     assert check_export(finished / "sharegpt.json") == 2
 
 
+def shards(out: Path, images: str, rows: list[dict]) -> Path:
+    """A folder of one finished shard."""
+    out.mkdir()
+    (out / "about.json").write_text(json.dumps({"images": images, "shards": 1}))
+    (out / "shard-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+def content(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_captionqa_and_capeval_exports_field_by_field(finished, capsys):
+    """An object from ids to captions, or from file names: CaptionQA's qa.py looks up `id`, CAPEval's load_submission
+    file names. Captions are as they were written; there is none of an image that could not be opened."""
+    texts = {"a": 'A "red"\nsquare.', "c": " ", "d": "An <image> of", "e": "Blue"}
+    main(["--out", str(finished), "--export", "captionqa"])
+    assert content(finished / "captionqa.json") == texts
+    assert "4 captions, 1 of them empty; 1 images could not be opened and have none" in capsys.readouterr().out
+    main(["--out", str(finished), "--export", "capeval"])
+    assert content(finished / "capeval.json") == {f"{id}.png": text for id, text in texts.items()}
+    main(["--out", str(finished), "--export", "caparena"])
+    assert content(finished / "caparena.json") == content(finished / "capeval.json")
+    rows = [{"id": name, "image": name, "caption": "x"} for name in ("a/1.png", "b/1.png")]
+    two = shards(finished.parent / "two", "photos", rows)
+    with pytest.raises(ValueError, match="expected a caption for each file name, found two for 1.png"):
+        main(["--out", str(two), "--export", "capeval"])
+
+
+def test_caparena_pairs_field_by_field(finished, capsys):
+    """The fields that caparena_auto_eval.py writes, and that its judge and its table read. Ours are on both sides."""
+    models = ("GPT-4o-0806", "CogVLM2-llama3-chat-19B", "MiniCPM-V2.6-8B")
+    names = [f"test_{n:05d}.jpg" for n in range(60)]
+    entries = {name: {"ref_model": models[n % 3], "captions": {"human": f"h{n}", models[n % 3]: f"r{n}"}} for n, name in
+               enumerate(names)}
+    reference = finished.parent / "caparena_auto_600.json"
+    reference.write_text(json.dumps(entries))
+    rows = [{"id": name, "image": name, "caption": f"mine {n}"} for n, name in enumerate(names)]
+    out = shards(finished.parent / "ours", "all_images", rows)
+    command = ["--out", str(out), "--export", "caparena", "--reference", str(reference)]
+    main(command)
+    pairs = content(out / "caparena/ours.json")
+    sides = set()
+    for n, (name, pair) in enumerate(zip(names, pairs, strict=True)):
+        mine = 1 + (pair["source2"] == "ours")
+        sides.add(mine)
+        assert pair == {"img": name, "ref": f"h{n}", "ref_model": models[n % 3], f"source{mine}": "ours",
+                        f"caption{mine}": f"mine {n}", f"source{3 - mine}": models[n % 3], f"caption{3 - mine}": f"r{n}"}
+    assert sides == {1, 2}
+    main(command)
+    assert content(out / "caparena/ours.json") == pairs
+    for broken, reason in (
+        (entries | {"x.jpg": {}}, "'x.jpg': expected ref_model, and texts of it and of human in captions, found {}"),
+        (entries | {"x.jpg": entries[names[0]]}, "expected a caption of each image .* found none of 'x.jpg'"),
+        ([1], "expected an object from images to captions, found "),
+    ):
+        reference.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=reason):
+            main(command)
+    with pytest.raises(ValueError, match="reference: expected export caparena"):
+        CaptionConfig(out=str(out), export="capeval", reference=str(reference))
+
+
+def test_capability_export_field_by_field(finished):
+    """As its eval.py reads them: a file for each dimension, with file_id and caption."""
+    rows = [{"id": f"{d}/{d}_{n}.jpg", "image": f"{d}/{d}_{n}.jpg", "caption": f"{d} {n}"}
+            for d in ("OCR", "object_number") for n in range(2)]
+    out = shards(finished.parent / "ours", "data", rows)
+    main(["--out", str(out), "--export", "capability"])
+    assert sorted(path.name for path in (out / "capability").iterdir()) == ["OCR.jsonl", "object_number.jsonl"]
+    lines = (out / "capability/object_number.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"file_id": f"object_number_{n}", "caption": f"object_number {n}"} for n in range(2)]
+    with pytest.raises(ValueError, match="expected CAPability's images, named like OCR_12.jpg, found a.png"):
+        main(["--out", str(finished), "--export", "capability"])
+
+
+def test_detailcaps_is_captioned_and_exported_field_by_field(finished, tmp_path):
+    """In its parquet file `binary` is the picture, and `image` says where it came from. CAPTURE takes references and
+    predictions with the same keys."""
+    columns = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gemini15Pro")
+    rows = [{"source": "coco", "image": f"train2017/{n}.jpg", "binary": png(n)} | {c: f"{c} {n}" for c in columns}
+            for n in range(3)]
+    path = tmp_path / "DetailCaps-4870.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    main(["--images", str(path), "--out", str(tmp_path / "out"), "--policy", "data/toy/policy", "--max-new-tokens", "4",
+          "--export", "detailcaps"])
+    written = {row["id"]: row["caption"] for row in rows_of(tmp_path / "out")}
+    assert list(written) == [f"DetailCaps-4870:{n}" for n in range(3)] and all(written.values())
+    assert content(tmp_path / "out/detailcaps.json") == {
+        "refs": {f"DetailCaps-4870:{n}": [f"{c} {n}" for c in columns] for n in range(3)},
+        "preds": {id: [text] for id, text in written.items()}}
+    (tmp_path / "other").mkdir()
+    pq.write_table(pa.Table.from_pylist([row | {columns[1]: None} for row in rows]), tmp_path / "other" / path.name)
+    about = content(tmp_path / "out/about.json") | {"images": str(tmp_path / "other")}
+    (tmp_path / "out/about.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"DetailCaps-4870.parquet row 0: expected texts in GT_Caption_GPT4O"):
+        main(["--out", str(tmp_path / "out"), "--export", "detailcaps"])
+    with pytest.raises(ValueError, match="expected captions of DetailCaps' parquet file, found a.png"):
+        main(["--out", str(finished), "--export", "detailcaps"])
+
+
 def test_an_export_wants_all_shards_and_files(finished):
     (finished / "shard-000001.jsonl").rename(finished / "x")
     with pytest.raises(ValueError, match="expected 2 finished shards, found 1"):

@@ -207,7 +207,9 @@ def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
         id = str(ids[0] if ids else f"{path.stem}:{place}")
 
         def picture(cells=cells, where=f"row {place}"):
-            image = row_image(cells, path, where, path.parent)
+            image = cells.get("binary")  # DetailCaps: its `image` says where it came from
+            if not isinstance(image, StoredImage):
+                image = row_image(cells, path, where, path.parent)
             return picture_hash(image), image
 
         yield Row(f"{path} row {place}", id, cells, picture)

@@ -1,0 +1,119 @@
+"""Captions that caption.py has written, as files that benchmarks' own scorers read.
+
+docs/formats.md says where each form comes from. Captions stay as they are, empty ones too: a
+captioner that says nothing has earned its score. An image without a caption is left out, counted
+and told.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+from data.captions.exports import finished_rows, read_about
+from data.io import json_lines, read_json, short, write_whole
+from data.parquet import parquet_rows
+
+DETAILCAPS_REFERENCES = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gemini15Pro")
+
+
+def export_for_judge(out: Path, benchmark: str, reference: str = "") -> list[Path]:
+    """Writes the benchmark's files into `out`. With CapArena's `reference`,
+    caparena_auto_600.json, they are pairs, else captions. Raises ValueError for captions that
+    are not of the benchmark's images."""
+    rows = [row for _, row in finished_rows(out)]
+    told = [row for row in rows if "error" not in row]
+    if benchmark == "captionqa":
+        files = {"captionqa.json": {row["id"]: row["caption"] for row in told}}
+    elif benchmark == "capability":
+        files = _by_dimension(out, told)
+    elif benchmark == "detailcaps":
+        references = _detailcaps_references(out, told)
+        predictions = {row["id"]: [row["caption"]] for row in told}
+        files = {"detailcaps.json": {"refs": references, "preds": predictions}}
+    elif reference:
+        name = out.resolve().name
+        files = {f"caparena/{name}.json": _pairs(_by_file_name(out, told), name, Path(reference))}
+    else:
+        files = {f"{benchmark}.json": _by_file_name(out, told)}
+    for name, content in files.items():
+        is_lines = name.endswith(".jsonl")
+        text = json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n"
+        (out / name).parent.mkdir(exist_ok=True)
+        write_whole(out / name, json_lines(content) if is_lines else text)
+    num_empty = sum(not row["caption"].strip() for row in told)
+    print(f"{', '.join(str(out / name) for name in files)}: {len(told)} captions, {num_empty} of "
+          f"them empty; {len(rows) - len(told)} images could not be opened and have none")
+    return [out / name for name in files]
+
+
+def _by_file_name(out: Path, rows: list[dict]) -> dict[str, str]:
+    """CAPEval, CapArena-Auto: image's file name -> caption."""
+    captions: dict[str, str] = {}
+    for row in rows:
+        name = row["image"].rpartition("/")[2]
+        if name in captions:
+            raise ValueError(f"{out}: expected a caption for each file name, found two for {name}")
+        captions[name] = row["caption"]
+    return captions
+
+
+def _by_dimension(out: Path, rows: list[dict]) -> dict[str, list[dict]]:
+    """CAPability: a file for each dimension. The names of its images begin with it."""
+    files: dict[str, list[dict]] = {}
+    for row in rows:
+        file_id = Path(row["image"]).stem
+        match = re.fullmatch(r"([A-Za-z_]+)_\d+", file_id)
+        if not match:
+            raise ValueError(f"{out}: expected CAPability's images, named like OCR_12.jpg, found "
+                             f"{row['image']}")
+        lines = files.setdefault(f"capability/{match[1]}.jsonl", [])
+        lines.append({"file_id": file_id, "caption": row["caption"]})
+    return files
+
+
+def _detailcaps_references(out: Path, rows: list[dict]) -> dict[str, list[str]]:
+    """Id of the caption -> the three captions of its row in the parquet file."""
+    images = Path(read_about(out)["images"])
+    folder, tables = images if images.is_dir() else images.parent, {}
+    references = {}
+    for row in rows:
+        file, _, number = row["image"].rpartition(" row ")
+        if not file.endswith(".parquet"):
+            raise ValueError(f"{out}: expected captions of DetailCaps' parquet file, found "
+                             f"{row['image']}")
+        if file not in tables:
+            tables[file] = dict(parquet_rows(folder / file, DETAILCAPS_REFERENCES))
+        cells = tables[file].get(int(number), {})
+        texts = [cells.get(column) for column in DETAILCAPS_REFERENCES]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(f"{folder / file} row {number}: expected texts in "
+                             f"{', '.join(DETAILCAPS_REFERENCES)}, found {short(texts)}")
+        references[row["id"]] = texts
+    return references
+
+
+def _pairs(captions: dict[str, str], name: str, reference: Path) -> list[dict]:
+    """CapArena-Auto: the caption of each image beside that of a model, on a random side, which is
+    always the same for an image. Its score is a sum, so that no pair may be missing."""
+    entries, pairs = read_json(reference, "CapArena's reference captions"), []
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"{reference}: expected an object from images to captions, found "
+                         f"{short(entries)}")
+    for image, entry in entries.items():
+        entry = entry if isinstance(entry, dict) else {}
+        model, others = entry.get("ref_model"), entry.get("captions")
+        others = others if isinstance(others, dict) else {}
+        other, human = others.get(model), others.get("human")
+        if not (isinstance(other, str) and isinstance(human, str)):
+            raise ValueError(f"{reference}, {image!r}: expected ref_model, and texts of it and of "
+                             f"human in captions, found {short(entry)}")
+        if image not in captions:
+            raise ValueError(f"expected a caption of each image in {reference}, found none of "
+                             f"{image!r}")
+        sides = [(model, other), (name, captions[image])]
+        random.Random(f"{image}:sides").shuffle(sides)
+        (source1, caption1), (source2, caption2) = sides
+        pairs.append({"img": image, "source1": source1, "source2": source2, "caption1": caption1,
+                      "caption2": caption2, "ref": human, "ref_model": model})
+    return pairs
