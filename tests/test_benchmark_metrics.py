@@ -13,8 +13,10 @@ from data.benchmarks.metrics import (
     exact_match,
     relaxed_accuracy,
 )
+from data.benchmarks.released import released_score
 from reward.style import length_reward
 
+RELEASED = json.loads((Path(__file__).parent / "data" / "released_scores.json").read_text())["scores"]
 KNOWN = json.loads((Path(__file__).parent / "data" / "known_answers.json").read_text())
 
 
@@ -115,3 +117,15 @@ def test_captionqa_yes_no_rule_and_its_quirk():
     assert not captionqa_offers_abstain("Who is it?", ["the one with blue eyes", "the one with no hat"])
     with pytest.raises(ValueError, match="expected at least 2 choices, got 1"):
         captionqa_abstain_credit(1)
+
+
+@pytest.mark.parametrize(("prediction", "golds", "rule", "expected"), RELEASED)
+def test_the_releases_own_scores_known(prediction, golds, rule, expected):
+    """Golds that are another prediction's hundredth, the same letters in another order, 5% of the answer: all as there."""
+    assert released_score(prediction, tuple(golds), rule) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("prediction", ["", " ", "\\frac{1}{0}", "1/0", "$", "\\text{}", ",", "and", "nan", "1e999", "(" * 50])
+@pytest.mark.parametrize("rule", ["", "char", "info"])
+def test_no_answer_breaks_the_releases_score(prediction, rule):
+    assert released_score(prediction, ("12",), rule) == 0

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data.benchmarks.benchmark import judge_of, load_benchmark
-from data.benchmarks.questions import KINDS, FreeQuestion, _inline_options
+from data.benchmarks.questions import KINDS, FreeQuestion, inline_options
 from data.examples import Question
 from data.images import open_image
 
@@ -121,10 +122,10 @@ def test_lmms_lab_parquet_choice(tmp_path):
 
 
 def test_options_in_the_text():
-    assert _inline_options("Q?\nChoices:\n(A) 90\n(B) 45, 46\n(C) (x)") == ("Q?", ["90", "45, 46", "(x)"])
-    assert _inline_options("Options: none?\nOptions: A: a,B: b") == ("Options: none?", ["a", "b"])
+    assert inline_options("Q?\nChoices:\n(A) 90\n(B) 45, 46\n(C) (x)") == ("Q?", ["90", "45, 46", "(x)"])
+    assert inline_options("Options: none?\nOptions: A: a,B: b") == ("Options: none?", ["a", "b"])
     with pytest.raises(ValueError, match="expected options in columns"):
-        _inline_options("How many?")
+        inline_options("How many?")
 
 
 def test_chartqapro(tmp_path):
@@ -241,8 +242,8 @@ def test_what_a_table_has_in_place_of_nothing_is_missing(tmp_path):
                                 (RED, "1", "all", Question("Q?", ("None", "NaN", "NA"), 0))]
         assert len(found.refused) == 1 and "non-empty text in every choice" in found.refused[0]
     question = "Which? Choices: (A) Yes (B) No (C) nan (D) nan"
-    assert _inline_options(question) == ("Which?", ["Yes", "No"])
-    assert _inline_options("Which? Options: A: 1, B: nan, C: 2") == ("Which?", ["1", "", "2"])  # to be refused
+    assert inline_options(question) == ("Which?", ["Yes", "No"])
+    assert inline_options("Which? Options: A: 1, B: nan, C: 2") == ("Which?", ["1", "", "2"])  # to be refused
 
 
 def test_case_and_signs_tell_options_apart(tmp_path):
@@ -378,9 +379,92 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "y.tsv").write_bytes(b"index\xff\timage\n")
     for name, reason in (("x.parquet", "expected a parquet file"), ("x.tsv", "expected tab-separated UTF-8 text"),
                          ("y.tsv", "y.tsv: expected tab-separated UTF-8 text"),
-                         ("x.csv", "expected a .tsv, .parquet or .jsonl file"), ("none.tsv", "found nothing")):
+                         ("x.csv", "expected a .tsv, .parquet, .jsonl or .json file"), ("none.tsv", "found nothing")):
         with pytest.raises(ValueError, match=reason):
             load_benchmark(f"chartqa:{tmp_path / name}")
     with pytest.raises(ValueError, match="toy:SPLIT:NUM, SHARE:PATH or KIND:PATH with KIND one of chartqa, chartqapro"):
         load_benchmark("chartq:x.parquet")
     assert set(KINDS.values()) == {"choice", "captionqa", "capeval", "exact", "relaxed", "anls", "chartqapro"}
+
+
+def released_file(folder, rows: list, name: str = "lmm_eval_chartqa.json"):
+    """As the card of CapRL's evaluation files and its script describe them: JSON beside the folder of pictures."""
+    for part in ("json_file", "bench_image_folder"):
+        (folder / part).mkdir(exist_ok=True)
+    for color in ("red", "blue"):
+        (folder / f"bench_image_folder/{color}.png").write_bytes(png(color))
+    path = folder / "json_file" / name
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def released_row(question: str, answer, color: str = "red", **more) -> dict:
+    chat = [{"role": "user", "content": [{"type": "image", "image": f"bench_image_folder/{color}.png"},
+                                         {"type": "text", "text": question}]}]
+    prompt = ("<|im_start|>system\nThink first.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
+              f"{question}<|im_end|>\n<|im_start|>assistant\n")
+    return {"image": chat, "prompt": prompt, "answer": answer} | more
+
+
+def test_caprls_own_files_are_asked_as_they_are_and_scored_twice(tmp_path):
+    """The two scores by hand: 11.77 is off by 5.1% of 11.2, and by 4.8% of itself; "1120" is a hundred times 11.2."""
+    rows = [released_row("How much?", 11.2, id="same"), released_row("And here?", "11.2", "blue", id="same"),
+            released_row("Which?", "Asia", "red") | {"image": "bench_image_folder/red.png"}]
+    found = load_benchmark(f"chartqa:{released_file(tmp_path, rows)}")
+    assert not found.refused and found.metric == "relaxed"
+    assert [(color, id, question.question, question.answers) for color, id, _, question in asked(found)] == [
+        (RED, "0", "How much?", ("11.2",)), (RED, "2", "Which?", ("Asia",)), (BLUE, "1", "And here?", ("11.2",))]
+    question = found.pictures[0].items[0].question
+    for prediction, own, released in (("11.2", 1, 1), ("1120", 0, 1), ("10.7", 1, 1), ("11.77", 0, 1), ("12", 0, 0)):
+        assert (question.score("relaxed", prediction), question.released_score(prediction)) == (own, released)
+
+
+def test_a_letter_of_caprls_own_files_counts_as_it_does_elsewhere(tmp_path):
+    text = "What color is it?\nA. red\nB. blue\nC. green\nAnswer with a letter."
+    rows = [released_row(text, "B"), released_row("How many?", "12", "blue"), released_row("Which point?", "C")]
+    path = released_file(tmp_path, rows)
+    for kind in ("mmmu", "mathverse"):
+        question = load_benchmark(f"{kind}:{path}").pictures[0].items[0].question
+        assert question.question == text and question.choices == ("red", "blue", "green")
+        for prediction, own, released in (("B", 1, 1), ("b", 1, 1), ("(B)", 1, 1), ("B. blue", 1, 0), ("blue", 1, 0),
+                                          ("A", 0, 0), ("A or B", 0, 0)):
+            scores = question.score(KINDS[kind], prediction), question.released_score(prediction)
+            assert scores == (own, released), prediction
+    number, point = (load_benchmark(f"mmmu:{path}").pictures[n].items[m].question for n, m in ((1, 0), (0, 1)))
+    assert number.score("choice", "12") == 1 and number.score("choice", "A") == 0 and not number.choices
+    assert point.score("choice", "C") == 1 and point.score("choice", "The answer is D.") == 0  # options that are not known
+    assert load_benchmark(f"mathvision:{path}").pictures[0].items[1].question.choices == ()
+    golds = released_file(tmp_path, [released_row("Who?", "['ITC', 'itc ltd']"), released_row("When?", ["2012", "12"])])
+    assert [q.answers for *_, q in asked(load_benchmark(f"infovqa:{golds}"))] == [("ITC", "itc ltd"), ("2012", "12")]
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"answer": ""}, "expected answer"),
+    ({"answer": []}, "expected answer"),
+    ({"answer": None}, "expected answer"),
+    ({"answer": "D"}, "expected the letter of one of 2 options"),
+    ({"prompt": "<|im_start|>user\n<image><|im_end|>"}, "expected one text of a user"),
+    ({"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>user\nb<|im_end|>"}, "expected one text of a user, found 2"),
+    ({"image": None}, "expected one file, found"),
+    ({"image": ["bench_image_folder/red.png", "bench_image_folder/blue.png"]}, "expected one file, found"),
+    ({"image": "bench_image_folder/green.png"}, "expected a file, found nothing"),
+    ({"image": "../red.png"}, "expected a path below"),
+    ({"answer": "\ud83d"}, "got half a surrogate pair"),
+])
+def test_a_row_of_caprls_own_files_that_cannot_be_used_is_refused_alone(tmp_path, change, reason):
+    good = released_row("Which?\n(A) red\n(B) blue", "A")
+    path = released_file(tmp_path, [good | change, good])
+    found = load_benchmark(f"mmstar:{path}")
+    assert [item.id for item in found.pictures[0].items] == ["1"]
+    assert len(found.refused) == 1 and found.refused[0].startswith(f"{path} row 0: ") and reason in found.refused[0]
+
+
+@pytest.mark.parametrize(("content", "reason"), [
+    ("{}", "expected a JSON list of rows"), ("[]", "expected a JSON list of rows"), ("[1]", "expected a JSON object, got 1"),
+    ("[{", "expected a JSON list of rows"),
+])
+def test_a_json_file_of_something_else_is_named(tmp_path, content, reason):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path}.*{re.escape(reason)}"):
+        load_benchmark(f"chartqa:{path}")

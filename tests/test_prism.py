@@ -12,6 +12,7 @@ from PIL import Image
 
 from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark
 from data.benchmarks.questions import FreeQuestion, Item
+from data.benchmarks.released import ReleasedQuestion
 from data.examples import Question
 from reward.caprl import ABSTAIN, Answer, Verifier, load_verifier
 from tools.prism import (
@@ -24,7 +25,7 @@ from tools.prism import (
     word_answerer,
 )
 from tools.stats import completeness, precision, summarize
-from tools.tables import report
+from tools.tables import format_table, report
 
 
 def test_captionqa_protocol():
@@ -55,7 +56,7 @@ def test_captionqa_protocol():
 
 @pytest.mark.parametrize(("reply", "line"), [
     (" 42\nBecause", "42"), ("Answer: Town Hall", "Town Hall"), ("", None), ("\n \n", None), ("Answer:", None),
-    ("\n 5%", "5%"), ("It is 42", "It is 42"),
+    ("\n 5%", "5%"), ("It is 42", "It is 42"), ("I see 3.\nSo \\boxed{4} or \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
 ])
 def test_answer_line(reply, line):
     assert answer_line(reply) == line
@@ -148,6 +149,22 @@ def test_captionqa_numbers_are_its_own_scorers(tmp_path):
     table = summarize(rows)["all"]
     assert (table["right"], table["abstained"]) == (known["accuracy"], known["abstained"])
     assert table["accuracy"] == pytest.approx(known["score"], abs=1e-4)
+
+
+def test_caprls_own_questions_have_two_scores():
+    """By hand: 1000 is a hundred times 10, right by the release's script alone. Of 10.6 both say no, of no answer too."""
+    items = (Item("q0", ReleasedQuestion("Sum?", ("10",), rule="char")), Item("q1", FreeQuestion("Sum?", ("10",))))
+    benchmark = Benchmark("b", "chartqa", "relaxed", [Picture("p", Image.new("RGB", (8, 8)), items)], [])
+    replies = {"a": "10", "b": "1000", "c": "10.6", "d": ""}
+    captions = [[{"caption": caption} for caption in replies] + [{"error": "broken"}]]
+    rows = prism(benchmark, captions, fake({}), 0, fake(replies))
+    assert [row["questions"][0]["score"] for row in rows] == [1, 0, 0, 0, None]
+    assert [row["questions"][0]["released_score"] for row in rows] == [1, 1, 0, 0, None]
+    assert all("released_score" not in row["questions"][1] for row in rows)
+    table = summarize(rows)["all"]
+    assert (table["accuracy"], table["released"]) == (0.25, 0.5)
+    assert "| 0.250 | 0.250 to 0.250 | 0.500 |" in format_table({("b", "x"): summarize(rows)})
+    assert math.isnan(summarize([row | {"questions": row["questions"][1:]} for row in rows])["all"]["released"])
 
 
 def test_another_images_captions_are_never_the_own():

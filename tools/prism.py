@@ -156,15 +156,18 @@ def _sort(asked: Asked) -> str:
 
 
 def answer_line(reply: str) -> str | None:
-    """The answer: the line that was asked for. None if there is none."""
-    lines = reply.strip().splitlines()
-    line = lines[0].strip().removeprefix(WORDS_START).strip() if lines else ""
-    return line or None
+    """The answer: the line that was asked for, or what the last \\boxed{} has. None if there is
+    none."""
+    _, box, rest = reply.rpartition("\\boxed{")
+    lines = rest.strip().splitlines() or [""]
+    line = lines[0].rpartition("}")[0] if box else lines[0].strip().removeprefix(WORDS_START)
+    return line.strip() or None
 
 
 def record(item: Item, asked: Asked, answer: Answer, metric: Metric) -> dict:
     """The question as asked and answered, and its `score`. That is None where it could not be asked
-    (`failure`), 0 where the answer cannot be read (`unparsed`)."""
+    (`failure`), 0 where the answer cannot be read (`unparsed`). CapRL's own files have a second
+    score, `released_score`."""
     row = {"id": item.id, "family": item.family} | answer_record(asked, answer, soft=False)
     if isinstance(item.question, FreeQuestion):
         line = None if answer.failure else answer_line(answer.reply)
@@ -173,6 +176,9 @@ def record(item: Item, asked: Asked, answer: Answer, metric: Metric) -> dict:
         if not answer.failure:
             row["score"] = 0.0 if line is None else item.question.score(metric, line)
             row["correct"] = row["score"] == 1
+        if hasattr(item.question, "released_score"):
+            row["released_score"] = (None if answer.failure
+                                     else item.question.released_score(line or ""))
         return row
     row["unparsed"] = not answer.failure and answer.chosen is None
     has_abstained = asked.abstain is not None and answer.chosen == asked.abstain

@@ -31,14 +31,15 @@ def by_image(rows: Iterable[dict]) -> dict[str, list[dict]]:
     return groups
 
 
-def question_means(rows: Sequence[dict], family: str = "all") -> Means:
-    """Of the family's questions that could be asked; of all families, of "all"."""
+def question_means(rows: Sequence[dict], family: str = "all", key: str = "score") -> Means:
+    """Of the family's questions that could be asked; of all families, of "all". key: which score,
+    where a question has two."""
     scores: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for question in _asked(row, family):
-            if question["score"] is not None:
+            if question.get(key) is not None:
                 of_image = scores.setdefault(row["id"], {})
-                of_image.setdefault(question["id"], []).append(question["score"])
+                of_image.setdefault(question["id"], []).append(question[key])
     return {
         image: {id: sum(given) / len(given) for id, given in group.items()}
         for image, group in scores.items()
@@ -71,6 +72,7 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     """Per family and over "all"; NaN where nothing was measured.
 
     accuracy, low, high          mean score over questions, with its interval
+    released                     of CapRL's own files, the mean score by its release's script
     best                         the same with each image's best caption
     images, questions            their numbers
     right, wrong, abstained, unparsed
@@ -96,10 +98,12 @@ def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
         best += sorted((mean(scores), len(scores)) for scores in captions if scores)[-1:]
     told = [row for row in rows if _asked(row, family) and "error" not in row]
     scores = [score for group in images for score in group]
+    released = [score for group in question_means(rows, family, "released_score").values()
+                for score in group.values()]
     low, high = bootstrap_interval(images)
     kinds = [_kind(question) for question in answered]
     return {
-        "accuracy": mean(scores), "low": low, "high": high,
+        "accuracy": mean(scores), "low": low, "high": high, "released": mean(released),
         "best": mean([score for score, count in best for _ in range(count)]),
         "images": len(images), "questions": len(scores),
         **{kind: mean([kind == other for other in kinds]) for kind in ANSWER_KINDS},

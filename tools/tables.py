@@ -119,10 +119,11 @@ def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: 
 def format_table(tables: Tables) -> str:
     """A line for each benchmark, captioner and family."""
     header = ("benchmark | captioner | family | images: | questions: | score: | 95% interval | "
-              "best caption: | words: | empty: | tokens: | cut: | unparsed: | failed:")
+              "release's: | best caption: | words: | empty: | tokens: | cut: | unparsed: | failed:")
     return markdown(header, (
         [benchmark, captioner, family, row["images"], row["questions"], _number(row["accuracy"]),
-         f"{_number(row['low'])} to {_number(row['high'])}", _number(row["best"]),
+         f"{_number(row['low'])} to {_number(row['high'])}", _number(row["released"]),
+         _number(row["best"]),
          _number(row["words"], 1), _number(row["empty"]), _number(row["tokens"], 1),
          _number(row["cut"]), _number(row["unparsed"]), row["failed"]]
         for (benchmark, captioner), table in tables.items() for family, row in table.items()

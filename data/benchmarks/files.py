@@ -1,4 +1,4 @@
-"""Rows of evaluation files as they are published: VLMEvalKit's TSV, parquet, JSONL.
+"""Rows of evaluation files as they are published: VLMEvalKit's TSV, parquet, JSONL, JSON.
 
 Pictures stay in their file: a row knows how to read its own when it is asked for.
 """
@@ -8,14 +8,17 @@ import base64
 import binascii
 import csv
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.formats import row_image
-from data.images import ImageSource, StoredImage, picture_hash
+from data.images import ImageSource, StoredImage, image_path, picture_hash
+from data.io import check_text, read_json, short
 from data.jsonl import filled, json_rows
 from data.parquet import parquet_rows
 
@@ -82,11 +85,13 @@ def file_rows(path: Path) -> Iterator[Row | str]:
         yield from _tsv_rows(path)
     elif path.suffix == ".jsonl":
         yield from _jsonl_rows(path)
+    elif path.suffix == ".json":
+        yield from _json_rows(path)
     else:
-        raise ValueError(f"{path}: expected a .tsv, .parquet or .jsonl file")
+        raise ValueError(f"{path}: expected a .tsv, .parquet, .jsonl or .json file")
 
 
-# ------------------------------------------------------------------------------------------- JSONL
+# ------------------------------------------------------------------------------------ JSONL, JSON
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row | str]:
@@ -104,6 +109,47 @@ def _jsonl_rows(path: Path) -> Iterator[Row | str]:
 
         id = cells.get("img_path", cells.get("id", where.removeprefix("line ")))
         yield Row(f"{path} {where}", str(id), cells, picture)
+
+
+def _json_rows(path: Path) -> Iterator[Row | str]:
+    """A list of rows, as CapRL's evaluation files are. A row's id is its place in the list: what
+    else could be one, may be that of a picture with several questions. Paths are below the folder
+    of the file or, if that is called json_file, below the one that holds it."""
+    rows = read_json(path, "a JSON list of rows")
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: expected a JSON list of rows, found {short(rows)}")
+    folder = path.absolute().parent
+    root = folder.parent if folder.name == "json_file" else folder
+    for place, content in enumerate(rows):
+        where = f"{path} row {place}"
+        try:
+            check_text("the row", json.dumps(content, ensure_ascii=False))
+        except ValueError as error:
+            yield f"{where}: {error}"
+            continue
+        if not isinstance(content, dict):
+            yield f"{where}: expected a JSON object, got {short(content)}"
+            continue
+        cells = filled(content)
+
+        def picture(cells=cells):
+            names = image_names(cells.get("image", []))
+            if len(names) != 1:
+                raise ValueError(f"image: expected one file, found {names}")
+            file = image_path(root, names[0].removeprefix("file://"))
+            return picture_hash(file), file
+
+        yield Row(where, str(place), cells, picture)
+
+
+def image_names(value: Any) -> list[str]:
+    """The files that a cell names: a path, or the `image` parts of a chat's messages."""
+    if isinstance(value, dict):
+        content = value.get("content")
+        value = value.get("image", content if isinstance(content, list) else [])
+    if isinstance(value, list):
+        return [name for entry in value for name in image_names(entry)]
+    return [value] if isinstance(value, str) else []
 
 
 def _picture_file(column: str, file: Path) -> tuple[str, Path]:

@@ -24,8 +24,9 @@ Metric = Literal["choice", "captionqa", "capeval", "exact", "relaxed", "anls", "
 KINDS: dict[str, Metric] = {
     "chartqa": "relaxed", "chartqapro": "chartqapro", "chartqapro-script": "chartqapro",
     "docvqa": "anls", "infovqa": "anls", "seed": "choice", "ai2d": "choice",
-    "mmstar": "choice", "captionqa": "captionqa", "capeval": "capeval", "choice": "choice",
-    "exact": "exact",
+    "mmstar": "choice", "mmmu": "choice", "mmmu-pro": "choice", "wemath": "choice",
+    "visulogic": "choice", "charxiv": "exact", "mathverse": "exact", "mathvision": "exact",
+    "captionqa": "captionqa", "capeval": "capeval", "choice": "choice", "exact": "exact",
 }
 """Kind -> metric. `choice` and `exact` are for any other file with options, or with an answer that
 has to be equal."""
@@ -125,6 +126,10 @@ def _checklist_items(row: Row) -> tuple[list[Item], list[str]]:
 
 def _question(row: Row, kind: str) -> Question | FreeQuestion:
     metric = KINDS[kind]
+    if isinstance(row.cells.get("prompt"), str):
+        from data.benchmarks.released import released_question  # here: for who has these files
+
+        return released_question(row, kind, metric)
     if metric == "chartqapro":
         return _chartqapro_question(row, kind)
     if metric in ("choice", "captionqa"):
@@ -169,7 +174,7 @@ def _choice_question(row: Row, kind: str) -> Question:
         place = _answer_in_list(row, kind, text, options)
     else:
         if not options:
-            text, options = _inline_options(text)
+            text, options = inline_options(text)
         place = letter_place(row.cell("answer"), options)
     return Question(_with_hint(row, text), tuple(options), place, category)
 
@@ -199,10 +204,12 @@ def _answer_in_list(row: Row, kind: str, text: str, options: list[str]) -> int:
     return find_answer(str(answer), tuple(options))  # a letter, or a choice's text
 
 
-def _inline_options(text: str) -> tuple[str, list[str]]:
-    """("Which?", ["red", "blue"]) of "Which?\\nOptions: A: red, B: blue" and of
-    "Which?\\n(A) red\\n(B) blue"."""
-    for first, mark in ((r"\bOptions:\s*A:", r"(?:,|\n)\s*{}:"), (r"\(A\)", r"\s*\({}\)")):
+def inline_options(text: str) -> tuple[str, list[str]]:
+    """("Which?", ["red", "blue"]) of "Which?\\nOptions: A: red, B: blue", of
+    "Which?\\n(A) red\\n(B) blue", and of "Which?\\nA. red\\nB. blue", where the last one ends with
+    its line."""
+    for first, mark in ((r"\bOptions:\s*A:", r"(?:,|\n)\s*{}:"), (r"\(A\)", r"\s*\({}\)"),
+                        (r"(?m)^A[.):]", r"\n{}[.):]")):
         starts = list(re.finditer(first, text))
         if not starts:
             continue
@@ -214,6 +221,7 @@ def _inline_options(text: str) -> tuple[str, list[str]]:
             options.append(rest[: match.start()].strip())
             rest = rest[match.end() :]
         before = text[: starts[-1].start()].rstrip()
+        rest = rest.lstrip().split("\n")[0] if "(?m)" in first else rest
         stem = re.sub(r"\b(?:Options|Choices):\s*$", "", before).rstrip()
         return stem, _without_missing([*options, rest.strip()])
     raise ValueError("expected options in columns A, B, ..., in a list, or in the question's text, "

@@ -1,0 +1,141 @@
+"""CapRL's own Prism files (`internlm/CapRL-Evaluation-Files`), asked as they are and scored twice.
+
+    load_benchmark("chartqa:CapRL-Evaluation-Files/json_file/lmm_eval_chartqa.json")
+
+A row has `prompt` (the text of a chat for an answerer that sees the image), `answer`, and `image`
+(a chat that names its file). The user's text is the question, its options included, so all of them
+are answered in words. Beside the score by the benchmark's own definition each has the release's:
+an answer that passes any of its tests is right. docs/formats.md says where these facts are from.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from data.benchmarks.files import Row, text_list
+from data.benchmarks.metrics import anls, relaxed_accuracy
+from data.benchmarks.questions import FreeQuestion, Metric, inline_options
+from data.choices import LETTERS
+from data.labels import letter_place
+from data.replies import parse_choice
+
+Rule = Literal["", "char", "info"]
+"""Which tests the release makes beside that of equal expressions. It finds "char" or "info" in the
+path of the file. Here the kind decides, whose name has the same part."""
+
+IMAGE_MARK = re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<image>")
+TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ReleasedQuestion(FreeQuestion):
+    """A question of the release's files."""
+
+    choices: tuple[str, ...] = ()
+    """The options that the question's text has, where the answer is the letter of one."""
+    rule: Rule = ""
+
+    def score(self, metric: Metric, prediction: str) -> float:
+        """By the benchmark's own definition. A letter counts as it does elsewhere, see
+        `parse_choice`; the answer to a question without options has to be equal."""
+        if self.choices:
+            place = letter_place(self.answers[0], self.choices)
+            return float(parse_choice(prediction, self.choices) == place)
+        return super().score("exact" if metric == "choice" else metric, prediction)
+
+    def released_score(self, prediction: str) -> float:
+        """By the release's script, 0 to 1, see `released_score`."""
+        return released_score(prediction, self.answers, self.rule)
+
+
+def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
+    """Raises ValueError for a prompt or an answer that cannot be used."""
+    turns = TURN.findall(str(row.cell("prompt"))) or [("user", str(row.cell("prompt")))]
+    texts = [IMAGE_MARK.sub("", text).strip() for role, text in turns if role == "user"]
+    if len(texts) != 1 or not texts[0]:
+        raise ValueError(f"prompt: expected one text of a user, found {len(texts)}")
+    answers = row.cell("answer")
+    if isinstance(answers, str) and answers.lstrip().startswith("[") and kind == "infovqa":
+        answers = text_list(answers)
+    answers = [str(answer).strip() for answer in (
+        answers if isinstance(answers, list) else [answers])]
+    if not answers or not all(answers):
+        raise ValueError(f"expected answers in words, got {answers}")
+    choices: tuple[str, ...] = ()
+    if metric in ("choice", "exact") and re.fullmatch(r"\(?[A-J]\)?\.?", answers[0]):
+        try:
+            choices = tuple(inline_options(texts[0])[1])
+        except ValueError:
+            choices = tuple(LETTERS) if metric == "choice" else ()
+        if choices:
+            letter_place(answers[0], choices)
+    rule = next((part for part in ("info", "char") if part in kind), "")
+    question_type = row.text("Question Type", "question_type")
+    return ReleasedQuestion(texts[0], tuple(answers), question_type, choices=choices, rule=rule)
+
+
+# ------------------------------------------------------------------------- the release's own score
+
+
+def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> float:
+    """What the release's script (Prism_Evaluation/Eval_CapRL.py) gives for an answer in its box.
+
+    1 if answer and gold are equal as expressions: see `same_expression`, of a single gold. With
+    "char" and "info" also if they agree by relaxed accuracy. But the 5% are of the answer, and a
+    number may be a hundred times too large or too small. With "info" it is the ANLS, if more.
+    """
+    prediction = prediction.strip()
+    if not prediction:
+        return 0.0
+    if len(answers) == 1 and same_expression(prediction, answers[0]):
+        return 1.0
+    if not rule:
+        return 0.0
+    try:
+        texts = [str(scale * float(prediction)) for scale in (1, 0.01, 100)]
+    except ValueError:
+        texts = [prediction]
+    if any(relaxed_accuracy(gold, text) for gold in answers for text in texts):
+        return 1.0
+    return anls(prediction, answers) if rule == "info" else 0.0
+
+
+def same_expression(first: str, second: str) -> bool:
+    """Whether the release's script takes both for the same LaTeX expression, in the forms that
+    answers have: equal texts; equal numbers, with fractions, percents and units; the same letters
+    in any order, whatever their case ("listen", "silent"), since it multiplies them; lists of such
+    in any order. Other formulas have to be equal as texts here. The script simplifies them
+    (math_verify)."""
+    first, second = (re.sub(r"\\text\s*{([^{}]*)}|\\[!,;]|\$", r"\1", text).strip()
+                     for text in (first, second))
+    if first == second:
+        return True
+    lists = [re.split(r",(?!\d{3}(?!\d))\s*|\s+and\s+", text) for text in (first, second)]
+    if len(lists[0]) == len(lists[1]) > 1:
+        return all(any(same_expression(one, other) for other in lists[1]) for one in lists[0])
+    values = [_values(text) for text in (first, second)]
+    if all(values):
+        return any(round(a, 6) == round(b, 6) for a in values[0] for b in values[1])
+    letters = [re.fullmatch(r"\(?([A-Za-z ]+)\)?", text) for text in (first, second)]
+    if not all(letters):
+        return False
+    products = [sorted(match[1].lower().replace(" ", "")) for match in letters]
+    return products[0] == products[1]
+
+
+_SIGNED = r"([+-]?\s?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+))"
+_NUMBER = re.compile(  # 12.5, 1,234, 3/4, \frac{3}{4}, 45%, 60^\circ, 12 cm
+    rf"(?:\\d?frac{{)?{_SIGNED}(?:(?:\s?[/:]\s?|}}{{){_SIGNED}}}?)?"
+    r"(?:\s?\\?(%)|\^{?\\circ}?|\s?[cmk]?m)?"
+)
+
+
+def _values(text: str) -> list[float]:
+    """The number that the text means; of a percent also its hundredth; of anything else none."""
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return []
+    number, under = (float(re.sub(r"[,\s]", "", part or "1")) for part in match.groups()[:2])
+    if not under:
+        return []
+    return [number / under / scale for scale in ((1, 100) if match[3] else (1,))]
