@@ -447,6 +447,13 @@ def test_captionqa_and_capeval_exports_field_by_field(finished, capsys):
     two = shards(finished.parent / "two", "photos", rows)
     with pytest.raises(ValueError, match="expected a caption for each file name, found two for 1.png"):
         main(["--out", str(two), "--export", "capeval"])
+    with pytest.raises(ValueError, match="expected captions of CaptionQA's rows, by their ids, found one of the file a/1.png"):
+        main(["--out", str(two), "--export", "captionqa"])
+    table = shards(finished.parent / "table", "x", [{"id": "nat_001", "image": "x.parquet row 3", "caption": "x"}])
+    main(["--out", str(table), "--export", "captionqa"])
+    assert content(table / "captionqa.json") == {"nat_001": "x"}
+    with pytest.raises(ValueError, match="expected captions of files, which keep their names, found one of x.parquet row 3"):
+        main(["--out", str(table), "--export", "capeval"])
 
 
 def test_caparena_pairs_field_by_field(finished, capsys):

@@ -24,6 +24,10 @@ def export_for_judge(out: Path, benchmark: str, reference: str = "") -> list[Pat
     rows = [row for _, row in finished_rows(out)]
     told = [row for row in rows if "error" not in row]
     if benchmark == "captionqa":
+        for row in told:
+            if row["id"] == row["image"]:  # its scorer would pass over it in silence
+                raise ValueError(f"{out}: expected captions of CaptionQA's rows, by their ids, "
+                                 f"found one of the file {row['image']}")
         files = {"captionqa.json": {row["id"]: row["caption"] for row in told}}
     elif benchmark == "capability":
         files = _by_dimension(out, told)
@@ -52,6 +56,9 @@ def _by_file_name(out: Path, rows: list[dict]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for row in rows:
         name = row["image"].rpartition("/")[2]
+        if ".parquet row " in name:
+            raise ValueError(f"{out}: expected captions of files, which keep their names, found "
+                             f"one of {name}")
         if name in captions:
             raise ValueError(f"{out}: expected a caption for each file name, found two for {name}")
         captions[name] = row["caption"]
