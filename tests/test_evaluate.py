@@ -12,11 +12,16 @@ from PIL import Image
 
 import evaluate
 import tools.caption_cache
-from data.benchmarks.benchmark import Picture, load_benchmark
+from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark
+from data.benchmarks.questions import KINDS, Item
+from data.examples import Question
 from data.export import question_row
 from data.toy.world import draw, make_scene, scene_questions, write_caption
 from evaluate import DirectConfig, FloorConfig, PrismConfig, main, run
+from reward.caprl import Answer
 from tools.caption_cache import read_captions
+from tools.prism import prism
+from tools.published import PUBLISHED, judge_name
 from tools.report.captions import browser_data
 from tools.report.sources import load_sources
 from tools.stats import summarize
@@ -121,7 +126,9 @@ def test_free_answers_and_the_model_that_looks(tmp_path, capsys):
     main(["prism", "--captions", f"{tmp_path}/captions.jsonl", "--verifier", "data/toy/verifier", "--data", f"chartqa:{path}",
           "--out", str(tmp_path / "o.jsonl"), "--answer-tokens", "4"])
     printed = capsys.readouterr().out
-    assert "paper: CapRL-3B | 80.5 |" in printed and "| chartqa |" in printed
+    assert ("| chartqa | CapRL-3B | 80.5 | release's | internlm/CapRL-Eval-3B | arXiv 2509.22647, Table 3 | "
+            "benchmark (CapRL's own file), judge, metric |") in printed
+    assert f"| chartqa | {tmp_path}/captions.jsonl | 0.0 | score | data/toy/verifier | this run |  |" in printed
     (line,) = (tmp_path / "o.jsonl").read_text().splitlines()
     questions = json.loads(line)["questions"]
     assert [q["answers"] for q in questions] == [["red"], ["3"]] and all("reply" in q for q in questions)
@@ -131,7 +138,7 @@ def test_free_answers_and_the_model_that_looks(tmp_path, capsys):
     rows = found["toy:heldout:2", "data/toy/policy, looking"]
     assert all(q["reply"] or q["unparsed"] for r in rows for q in r["questions"]) and rows[0]["caption"] == ""
     tables = {key: summarize(rows) for key, rows in found.items()}
-    assert "Beside the paper's Table 3" in report(benchmarks, found, tables)
+    assert "| chartqa | CapRL-3B | 80.5 |" in report(benchmarks, found, tables)
 
 
 def test_captions_from_a_file_must_cover_the_data(tmp_path):
@@ -269,3 +276,70 @@ def test_refused_rows_are_told(tmp_path, capsys):
     assert "exact: 1 rows or questions refused, the first: " in capsys.readouterr().out
     assert len(json.loads((tmp_path / "o.json").read_text())["refused"]["exact"]) == 1
     assert load_benchmark(f"exact:{path}").metric == "exact"
+
+
+def own_file(folder: Path, answers: list[str]) -> Path:
+    """A file as CapRL's own are: a question of a chart in each row."""
+    Image.new("RGB", (56, 56), "red").save(folder / "a.png")
+    rows = [{"image": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], "answer": answer,
+             "prompt": f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Number {n}?<|im_end|>\n"}
+            for n, answer in enumerate(answers)]
+    (folder / "lmm_eval_chartqa.json").write_text(json.dumps(rows))
+    return folder / "lmm_eval_chartqa.json"
+
+
+def told_rows(benchmark, replies: list[str], num_captions: int) -> list[dict]:
+    def write(captions, asked, names):
+        return [[Answer(None, reply=reply) for reply in replies] for _ in captions]
+    return prism(benchmark, [[{"caption": "x"}] * num_captions], write, 0, write)
+
+
+@pytest.mark.parametrize(("change", "last"), [
+    ({}, "same"),
+    ({"judge": "CapRL-Eval-3B"}, "same"),
+    ({"judge": "Qwen/Qwen2.5-3B-Instruct"}, "judge"),
+    ({"num_captions": 1}, "metric (mean over 4 captions)"),
+    ({"limit": 5}, "benchmark (a part of it here, 0 refused)"),
+    ({"answers": ["10", "20", ""], "judge": "x"}, "benchmark (a part of it here, 1 refused), judge"),
+])
+def test_published_scores_are_the_same_only_where_benchmark_judge_and_metric_are(tmp_path, change, last):
+    """By hand: 1000 for 10 is right by the release's script, 25 for 20 is not: 50%, where our own metric gives 0."""
+    benchmark = load_benchmark(f"chartqa:{own_file(tmp_path, change.get('answers', ['10', '20']))}")
+    rows = {("chartqa", "ours"): told_rows(benchmark, ["1000", "25"], change.get("num_captions", 4))}
+    tables = {key: summarize(group) for key, group in rows.items()}
+    judge = change.get("judge", "internlm/CapRL-Eval-3B")
+    text = report([benchmark], rows, tables, judge=judge, limit=change.get("limit", 0))
+    assert f"| chartqa | ours | 50.0 | release's | {judge} | this run |  |" in text
+    row = "| chartqa | CapRL-3B | 80.5 | release's | internlm/CapRL-Eval-3B | arXiv 2509.22647, Table 3 |"
+    assert f"{row} {last} |" in text and tables["chartqa", "ours"]["all"]["accuracy"] == 0
+
+
+@pytest.mark.parametrize(("kind", "row"), [
+    ("captionqa", "| captionqa | Qwen2.5-VL-7B | 75.31 | score | Qwen/Qwen2.5-72B-Instruct | captionqa.github.io, 19 November "
+                  "2025 | benchmark (all 33,027 questions, of which a part is public) |"),
+    ("captionqa", "| captionqa | CapRL-3B | 82.6 | score |  | arXiv 2605.07394 | benchmark (not known which questions), judge "
+                  "(not known) |"),
+    ("capeval", "| capeval | Qwen3-VL-8B | 83.5 | precision | Qwen/Qwen2.5-72B-Instruct | github liuzhipenggg/CAPEval, "
+                "leaderboard of 30 July 2026 | same |"),
+    ("capeval", "| capeval | ours | 100.0 | completeness | Qwen/Qwen2.5-72B-Instruct | this run |  |"),
+])
+def test_what_is_not_known_of_a_published_score_is_said(kind, row):
+    items = (Item("a:0", Question("Q?", ("yes", "no", "says nothing"), 0)),)
+    benchmark = Benchmark(kind, kind, "choice", [Picture("a", Path("a.png"), items)], [])
+
+    def choose(captions, asked, names):
+        return [[Answer(one.gold) for one in group] for group in asked]
+
+    rows = {(kind, "ours"): prism(benchmark, [[{"caption": "x"}]], choose)}
+    text = report([benchmark], rows, {key: summarize(group) for key, group in rows.items()}, (), "Qwen/Qwen2.5-72B-Instruct")
+    assert row in text
+
+
+def test_published_tables_have_a_score_for_each_column():
+    for table in PUBLISHED:
+        assert all(len(scores) == len(table.columns) for scores in table.scores.values()), table.source
+        assert all(kind in KINDS and 0 < score < 100 for scores in table.scores.values()
+                   for (kind, _), score in zip(table.columns, scores, strict=True))
+    settings = PrismConfig(policy=("x",), verifier="http://a:1/v1", verifier_name="Judge=folder")
+    assert judge_name(settings) == "Judge" and judge_name(DirectConfig()) == "none, it looks"
+    assert judge_name(PrismConfig(policy=("x",))) == "Qwen/Qwen2.5-3B-Instruct"

@@ -10,6 +10,7 @@ from data.benchmarks.benchmark import Benchmark, Picture
 from data.images import open_image
 from data.io import check_room, json_lines, write_whole
 from tools.budgets import budget_name
+from tools.published import published_table
 from tools.stats import completeness, markdown, paired_difference, precision
 from tools.thumbnails import keep_thumbnail
 
@@ -24,20 +25,11 @@ THUMBNAILS = 400
 CAPTIONQA_SHARES = ("accuracy", "right", "abstained")
 """Of `summarize`: the score, which credits abstaining, and what it is made of."""
 
-PAPER_COLUMNS = ("chartqa", "chartqapro", "infovqa", "mmstar", "seed")
-PAPER_TABLE = {  # arXiv 2509.22647, Table 3, in percent
-    "Qwen2.5-VL-3B": (65.6, 27.1, 40.2, 46.4, 64.1),
-    "Qwen2.5-VL-72B": (80.2, 38.0, 60.8, 55.0, 69.3),
-    "UnifiedReward as judge, 3B": (54.9, 25.1, 33.6, 45.4, 61.2),
-    "Qwen2.5-VL as judge, 3B": (71.4, 34.2, 49.3, 47.7, 64.5),
-    "CapRL-3B": (80.5, 39.9, 64.8, 55.0, 70.6),
-}
-
 
 def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
-           budgets: Sequence[int] = ()) -> str:
+           budgets: Sequence[int] = (), judge: str = "", limit: int = 0) -> str:
     """All tables as Markdown: scores, differences to the first captioner, scores by budget of
-    words, CaptionQA's and CAPEval's shares, the paper's rows."""
+    words, CaptionQA's and CAPEval's shares, published scores. judge, limit: `published_table`."""
     parts = [format_table(tables)]
     differences = _difference_rows(rows)
     if differences:
@@ -61,11 +53,11 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
                   for family, row in table.items()]
         header = "captioner | family | completeness: | precision:"
         parts.append("CAPEval, in percent:\n\n" + markdown(header, scores))
-    columns = [benchmark for benchmark in benchmarks if benchmark.kind in PAPER_COLUMNS]
-    if columns:
-        header = " | ".join(["captioner", *(f"{benchmark.name}:" for benchmark in columns)])
-        parts.append("Beside the paper's Table 3, in percent (its answerer, its prompts and its "
-                     "looser metrics):\n\n" + markdown(header, _paper_rows(columns, tables)))
+    published = published_table(benchmarks, rows, tables, judge, limit)
+    if published:
+        parts.append("Published, and whether benchmark, judge and metric are those of this run "
+                     "(prompts never are; the paper's Table 3 is a mean over 4 captions at "
+                     f"temperature 1):\n\n{published}")
     return "\n\n".join(parts)
 
 
@@ -156,15 +148,3 @@ def _budget_rows(tables: Tables, budgets: Sequence[int]) -> list[list]:
             cells = [f"{_number(row['accuracy'])} ({_number(row['words'], 1)})" for row in scored]
             lines.append([benchmark, captioner, *cells])
     return lines
-
-
-def _paper_rows(columns: Sequence[Benchmark], tables: Tables) -> list[list]:
-    lines = []
-    for captioner in dict.fromkeys(captioner for _, captioner in tables):
-        scores = [tables.get((benchmark.name, captioner), {}).get("all", {}).get("accuracy")
-                  for benchmark in columns]
-        lines.append([captioner, *("" if score is None else _number(score * 100, 1)
-                                   for score in scores)])
-    places = [PAPER_COLUMNS.index(benchmark.kind) for benchmark in columns]
-    return lines + [[f"paper: {name}", *(row[place] for place in places)]
-                    for name, row in PAPER_TABLE.items()]
