@@ -130,7 +130,7 @@ def test_capeval_numbers_are_its_own_scorers(tmp_path):
     assert scores == known["scores"]
     c, p = known["scores"]["all"]
     assert table["all"]["accuracy"] == pytest.approx(c * p / 1e4, abs=1e-6)
-    assert f"| x | all | {c:.1f} | {p:.1f} |" in report([benchmark], {}, {("capeval", "x"): table})
+    assert f"| x | all | {c:.1f} | {p:.1f} |" in report([benchmark], {("capeval", "x"): rows}, {("capeval", "x"): table})
     # What cannot be read is not mentioned, there too. What failed counts nowhere. Nothing said is no precision of 0.
     _, rows = judged(f"capeval:{tmp_path / 'checklist.jsonl'}", {id: ["?"] * 6 for id in texts})
     assert completeness(summarize(rows)["all"]) == 0 and math.isnan(precision(summarize(rows)["all"]))
