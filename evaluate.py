@@ -34,7 +34,7 @@ from data.program import check_range, run_program
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
 from grpo.pretrained import find_model, load_policy
 from reward.step import verifier_of
-from tools.budgets import with_budgets
+from tools.budgets import asked_once, with_budgets
 from tools.caption_cache import CaptionsConfig, all_captions
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
 from tools.published import judge_name
@@ -141,6 +141,8 @@ def prism_rows(config: PrismConfig,
     with all_or_none("verifier"):
         verifier = verifier or load()
     write = word_answerer(verifier, config.answer_tokens)
+    if config.max_words:
+        verifier, write = asked_once(verifier), asked_once(write)
     for benchmark in benchmarks:
         own = {name: captions[benchmark.name, name] for name, _ in config.captioners}
         own = with_budgets(own, config.max_words)

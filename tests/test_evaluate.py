@@ -19,6 +19,7 @@ from data.export import question_row
 from data.toy.world import draw, make_scene, scene_questions, write_caption
 from evaluate import DirectConfig, FloorConfig, PrismConfig, main, run
 from reward.caprl import Answer
+from tools.budgets import asked_once
 from tools.caption_cache import read_captions
 from tools.prism import prism
 from tools.published import PUBLISHED, judge_name
@@ -115,6 +116,22 @@ def test_scores_by_budget_of_words(tmp_path, capsys):
     assert f"| toy:heldout:4 | dense | {' | '.join(cells)} |" in printed and "all |\n" in printed
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert "tokens" in rows[0] and "tokens" not in rows[4] and rows[0]["caption"].startswith(rows[4]["caption"])
+
+
+def test_a_caption_within_several_budgets_is_asked_about_once():
+    """Also where it comes twice in a call. Another stream of replies, and other questions, are other questions."""
+    calls = []
+
+    def count(captions, asked, names):
+        calls.append(list(zip(captions, asked, names)))
+        return [[(caption, one, name) for one in group] for caption, group, name in calls[-1]]
+
+    ask = asked_once(count)
+    assert ask(["a", "b", "a"], [[1, 2], [1], [1, 2]], ["x", "y", "x"]) == [
+        [("a", 1, "x"), ("a", 2, "x")], [("b", 1, "y")], [("a", 1, "x"), ("a", 2, "x")]]
+    assert ask(["b", "a", "a"], [[1], [1, 2], [1]], ["y", "z", "x"]) == [
+        [("b", 1, "y")], [("a", 1, "z"), ("a", 2, "z")], [("a", 1, "x")]]
+    assert ask(["b"], [[1]], ["y"]) == [[("b", 1, "y")]] and [len(call) for call in calls] == [2, 2]
 
 
 def test_free_answers_and_the_model_that_looks(tmp_path, capsys):

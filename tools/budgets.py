@@ -7,6 +7,7 @@ sentence is held against a captioner.
 import re
 from collections.abc import Sequence
 
+from reward.caprl import Answer, Asked, AskVerifier
 from reward.style import SENTENCE_END, sentences
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff][\u3000-\u303f\uff00-\uff65]*|"
@@ -47,6 +48,23 @@ def with_budgets(captions: dict[str, list[list[dict]]],
                 [_cut_row(row, budget) for row in group] for group in groups
             ]
     return told
+
+
+def asked_once(verifier: AskVerifier) -> AskVerifier:
+    """The same verifier. It is not asked again about a caption, with the same questions and random
+    stream, that it has answered on: most captions are within the larger budgets."""
+    known: dict[tuple, list[Answer]] = {}
+
+    def ask(captions: Sequence[str], asked: Sequence[Sequence[Asked]],
+            names: Sequence[str]) -> list[list[Answer]]:
+        keys = [(caption, tuple(group), name)
+                for caption, group, name in zip(captions, asked, names, strict=True)]
+        new = list(dict.fromkeys(key for key in keys if key not in known))
+        if new:
+            known.update(zip(new, verifier(*zip(*new)), strict=True))
+        return [known[key] for key in keys]
+
+    return ask
 
 
 def budget_name(captioner: str, budget: int) -> str:
