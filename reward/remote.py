@@ -198,7 +198,7 @@ class ChatWriter(PromptWriter):
         # worked examples.
         self.head_ids = [piece.replace(f"{ANSWER_START} ", "") for piece in self.head_ids]
 
-    def _plain_ids(self, text: str) -> list[str]:
+    def plain_ids(self, text: str) -> list[str]:
         return [re.sub(r"([<\[])(?=\S)", r"\1 ", text)]
 
 
