@@ -50,10 +50,20 @@ class RewardConfig:
     praise_weight: float = 0.0
     """Weight of a penalty: the share of sentences that praise the caption itself, leave open
     whether they hold, or were said before (reward/style.py). Ours: off."""
+    correctness_weight: float = 0.0
+    """Weight of the correctness that is added to the accuracy: the mean probability of a caption's
+    claims, each judged against the image (reward/claims.py). BalCapRL (arXiv 2605.07394) and
+    CCCaption (2602.21655) reward correctness too. Ours: off."""
+    checker: str = ""
+    """The vision-language model that judges the claims, a folder or a hub name; "" takes the
+    initial policy."""
+    checker_mode: Literal["yes", "likelihood"] = "yes"
+    """yes: the checker is asked whether a claim is true. likelihood: how much likelier it writes
+    the claim with the image than without, for a model that was not taught to judge. Ours."""
 
     def __post_init__(self):
-        check_range(self, "num_questions length_weight repetition_weight praise_weight length_low",
-                    at_least=0)
+        check_range(self, "num_questions length_weight repetition_weight praise_weight length_low "
+                    "correctness_weight", at_least=0)
         check_range(self, "num_shuffles", at_least=1)
         if self.length_full >= self.length_zero:
             raise ValueError(f"length_zero {self.length_zero}: expected more than length_full "
@@ -65,7 +75,8 @@ class RewardConfig:
     @property
     def has_style(self) -> bool:
         """Whether anything beside the accuracy is rewarded."""
-        return bool(self.length_weight or self.repetition_weight or self.praise_weight)
+        return bool(self.length_weight or self.repetition_weight or self.praise_weight
+                    or self.correctness_weight)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def saved_config(run_dir: Path) -> dict:
 
 
 _FILES = "configuration, tokenizer, chat template and image processor"
-AROUND = {"policy": _FILES, "judge": _FILES, "verifier": "tokenizer and chat template"}
+AROUND = {"policy": _FILES, "judge": _FILES, "checker": _FILES,
+          "verifier": "tokenizer and chat template"}
 """What the second hash of a model's contents is of; the first is of its weights."""
 
 FREE_ON_RESUME = {

@@ -320,11 +320,15 @@ class Rewards:
     """For each caption, each question as asked with its answer."""
     weights: dict[str, float] = field(default_factory=dict)
     """The weight of each part; 1 where none is named."""
+    claims: list[list[dict]] | None = None
+    """For each caption, each claim as judged (reward/claims.py). None where none is judged."""
 
     @property
     def stats(self) -> dict[str, float]:
-        """See `answer_stats`."""
-        return answer_stats(self.records)
+        """`answer_stats` and, where claims are judged, the share that could not be."""
+        failed = [bool(claim["failure"]) for record in self.claims or [] for claim in record]
+        judged = {} if self.claims is None else {"failed_claims": _mean(failed)}
+        return answer_stats(self.records) | judged
 
 
 def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Sequence[str],
@@ -390,7 +394,7 @@ def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
 
 
 def mean_score(record: Sequence[dict]) -> float:
-    """Mean score over the questions of a caption that could be scored; NaN if there are none."""
+    """Mean score over a caption's questions, or claims, that could be scored; NaN without one."""
     return _mean([row["score"] for row in record if not row["failure"]])
 
 

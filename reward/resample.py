@@ -99,4 +99,5 @@ def put_groups(rollouts: Rollouts, result: Rewards, new_rollouts: Rollouts, new_
     parts = {key: put(part, new_result.parts[key]) for key, part in result.parts.items()}
     rewards = put(result.rewards, new_result.rewards)
     records = put_items(result.records, new_result.records, rows)
-    return merged, Rewards(rewards, parts, records, result.weights)
+    claims = result.claims and put_items(result.claims, new_result.claims, rows)
+    return merged, Rewards(rewards, parts, records, result.weights, claims)

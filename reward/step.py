@@ -16,7 +16,7 @@ from grpo.config import TrainConfig
 from grpo.distributed import compute_dtype, gather_rows, sum_across_ranks
 from grpo.policy import Policy
 from grpo.rollout import Rollouts
-from reward.caprl import Rewards, Verifier, caption_rewards, load_verifier
+from reward.caprl import Rewards, Verifier, caption_rewards, load_verifier, mean_score
 
 RewardFunction = Callable[[Sequence[str], Sequence[Example], Sequence[str], Sequence[int]], Rewards]
 """(captions, the example of each, a key that siblings share, lengths in tokens) -> rewards"""
@@ -64,6 +64,8 @@ class Reward:
     """None where neither the reward nor an evaluation asks it."""
     judge: Policy | None = None
     """None where the reward is not the judge's."""
+    checker: Policy | None = None
+    """None where no claims are judged."""
 
 
 def verifier_of(config: Any, device: torch.device) -> Verifier:
@@ -87,7 +89,14 @@ def load_reward(config: TrainConfig, device: torch.device) -> Reward:
         judge = load_policy(config.judge, device, compute_dtype(device), writes=False)
         return Reward(partial(judge_rewards, judge=judge), verifier, judge)
     score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
-    return Reward(score, verifier)
+    weight = config.reward_config.correctness_weight
+    if not weight:
+        return Reward(score, verifier)
+    from reward.claims import add_correctness, load_checker  # here: as the judge
+
+    checker = load_checker(config.reward_config, config.policy, device)
+    score = partial(add_correctness, score=score, checker=checker, weight=weight)
+    return Reward(score, verifier, checker=checker.policy)
 
 
 def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
@@ -120,14 +129,15 @@ def compare_siblings(result: Rewards, config: TrainConfig) -> Tensor:
 
 def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:
     """`reward_metrics`. Raises ValueError, on all ranks alike, if too many of the step's questions
-    could not be scored."""
+    or claims could not be scored."""
     metrics = reward_metrics(rollouts, result)
-    failed_share = metrics["failed_share"]
-    if failed_share > config.max_failed_share:
-        reasons = {row["failure"] for record in result.records for row in record if row["failure"]}
-        reasons = sorted(set(gather_rows(sorted(reasons))))
-        raise ValueError(f"{failed_share:.0%} of the step's questions could not be scored "
-                         f"({'; '.join(reasons[:3])})")
+    for key, what, records in (("failed_share", "questions", result.records),
+                               ("failed_claims", "claims", result.claims or ())):
+        if metrics.get(key, 0) > config.max_failed_share:
+            reasons = {row["failure"] for record in records for row in record if row["failure"]}
+            reasons = sorted(set(gather_rows(sorted(reasons))))
+            raise ValueError(f"{metrics[key]:.0%} of the step's {what} could not be scored "
+                             f"({'; '.join(reasons[:3])})")
     return metrics
 
 
@@ -148,4 +158,7 @@ def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Reward
             "truncated": truncated, "reward": reward, "parts": parts, "advantage": advantage,
             "questions": record,
         })
+        if result.claims is not None:
+            judged = result.claims[i]
+            rows[-1] |= {"correctness": mean_score(judged), "claims": judged}
     return rows

@@ -39,12 +39,15 @@ from tools.memory import status
 
 
 def test_the_toy_run_passes(tmp_path, capsys):
-    check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run"), eval_data="0.2", eval_images=2, eval_every=30))
+    check(toy_config(data="toy:train:24", run_dir=str(tmp_path / "run"), eval_data="0.2", eval_images=2, eval_every=30,
+                     correctness_weight=0.5, checker_mode="likelihood"))
     said = capsys.readouterr().out
     assert "WRONG" not in said and not (tmp_path / "run").exists()
     for row in ("ranks", "data", "sampling", "templates", "tokens", "memory", "time", "policy", "verifier", "disk", "held out"):
         assert f"ok     {row}" in said
     assert "24 images with 7 to 14 questions" in said and "on-policy ratio 1.0000" in said
+    weights = dict(re.findall(r"(verifier|checker)'s weights ([\d.]+) GiB", said))
+    assert float(weights["checker"]) > 0 and set(weights) == {"verifier", "checker"}
 
 
 def test_rows_and_images_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):

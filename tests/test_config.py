@@ -205,7 +205,9 @@ def test_a_value_that_is_called_like_a_preset_is_none():
 def test_every_setting_of_the_reward_reaches_it():
     config = toy_config(
         num_questions=7, question_draw="independent", num_shuffles=3, abstain=True, soft=True, length_weight=0.5, length_low=4,
-        length_full=9, length_zero=11, repetition_weight=0.1, praise_weight=0.2,
+        length_full=9, length_zero=11, repetition_weight=0.1, praise_weight=0.2, correctness_weight=0.3, checker="a",
+        checker_mode="likelihood",
     )
-    assert config.reward_config == RewardConfig(7, "independent", 3, True, True, 0.5, 4, 9, 11, 0.1, 0.2)
+    want = RewardConfig(7, "independent", 3, True, True, 0.5, 4, 9, 11, 0.1, 0.2, 0.3, "a", "likelihood")
+    assert config.reward_config == want
     assert all(getattr(config.reward_config, field.name) != field.default for field in fields(RewardConfig))

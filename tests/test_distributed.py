@@ -144,7 +144,8 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
 
     train.py under torchrun, on 7 images that do not divide: it ends, with the same captions, rewards and losses."""
     settings = ["--data", "toy:train:7", "--num-steps", "2", "--prompts-per-step", "4", "--group-size", "3",
-                "--eval-data", "toy:heldout:5", "--eval-images", "3", "--eval-samples", "2"]
+                "--eval-data", "toy:heldout:5", "--eval-images", "3", "--eval-samples", "2",
+                "--correctness-weight", "0.5", "--checker-mode", "likelihood"]
     for num_ranks in (1, 2):
         torchrun(num_ranks, "train.py", "toy", *settings, "--run-dir", str(tmp_path / str(num_ranks)))
     one, two = (
@@ -154,7 +155,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=2e-3)
     first = [(tmp_path / n / "rollouts/step_000000.jsonl").read_text().splitlines() for n in ("1", "2")]
-    rows = [[(row["id"], row["caption"], row["reward"]) for row in map(json.loads, lines)] for lines in first]
+    rows = [[(row["id"], row["caption"], row["reward"], row["claims"]) for row in map(json.loads, lines)] for lines in first]
     assert rows[0] == rows[1]
     evaluations = [(tmp_path / n / "eval.jsonl").read_text().splitlines() for n in ("1", "2")]
     assert evaluations[0][0] == evaluations[1][0]  # of the same policy: to the last digit

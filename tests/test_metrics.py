@@ -34,6 +34,7 @@ def test_a_real_run_writes_the_keys_of_the_list_and_no_others(tiny_run):
                 if unit == "count":
                     assert value == int(value) >= 0, key
                 assert isinstance(value, list) == unit.startswith("list"), key
-    # test_train.py, test_held_out.py, test_resample.py and test_style.py have runs or rewards with them
-    elsewhere = {"reward_judge", "seconds_held_out", "resampled", "seconds_resample", "reward_praise"}
+    # test_train.py, test_held_out.py, test_resample.py, test_style.py and test_claims.py have runs or rewards with them
+    elsewhere = {"reward_judge", "seconds_held_out", "resampled", "seconds_resample", "reward_praise", "reward_correctness",
+                 "failed_claims", "correctness", "claims", "doubted_claims"}
     assert {key for metrics in listed.values() for key in metrics} - seen == elsewhere

@@ -969,7 +969,9 @@ def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
         asked("What size?", chosen=None, correct=None, score=None, source=4, failure="too long"),
     ]
     text = "A red star, blue sky. What color it is: red."
-    row = caption_row("1", text, 0.25, advantage=-1.5, truncated=True, questions=questions)
+    claims = [{"claim": HOSTILE, "score": 0.5, "failure": ""}, {"claim": "Blue sky.", "score": 0.494, "failure": ""},
+              {"claim": "x", "score": None, "failure": "not finite"}]
+    row = caption_row("1", text, 0.25, advantage=-1.5, truncated=True, questions=questions, claims=claims)
     run = made_run(tmp_path / "run", [[row, caption_row("1", "Nothing.", advantage=1.5)]])
     with opened(driver, write_page(run)):
         cells = driver.execute_script(
@@ -981,6 +983,10 @@ def test_captions_questions_and_answers_of_a_group(driver, tmp_path):
         assert text_of(driver, ".caption p") == "A red star, blue2 sky. What color it is: red1."
         header = text_of(driver, ".caption header")
         assert all(word in header for word in ("reward 0.25", "advantage -1.50", "4 tokens", "cut off"))
+        judged = driver.execute_script("""return [...document.querySelectorAll('.claims li')].map((one) =>
+            [one.querySelector('.cell').className, one.querySelector('.cell').title, one.textContent])""")
+        assert judged == [["cell right", "likely true", f"0.50 {HOSTILE}"], ["cell wrong", "likely not true", "0.49 Blue sky."],
+                          ["cell failed", "not finite", "\u2013 x"]]
         bars = driver.execute_script(
             "return [...document.querySelectorAll('.bar i')].map((one) => [one.className, one.style.width])")
         assert bars == [["down", "50%"], ["up", "50%"]]

@@ -63,6 +63,9 @@ def audit(rows: Sequence[dict]) -> dict:
                                    leave open whether they hold, or were said before
     flat_groups                    share of groups whose measured rewards are all equal, which teach
                                    nothing
+    correctness, claims, doubted_claims
+                                   where claims are judged: mean correctness of the captions that
+                                   have any, claims per caption, share of claims below 0.5
     """
     records = [scored_questions(row) for row in rows]
     groups = [row["id"] for row in rows]
@@ -89,6 +92,16 @@ def audit(rows: Sequence[dict]) -> dict:
         for kind in ("praise", "hedge", "repeat")
     } | {
         "flat_groups": sum(is_flat) / len(set(groups)) if measured else math.nan,
+    } | claim_stats([row["claims"] for row in rows if "claims" in row])
+
+
+def claim_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
+    """Of captions with the claims of each; empty where no claims were judged."""
+    scores = [[claim["score"] for claim in record if not claim["failure"]] for record in records]
+    return {} if not records else {
+        "correctness": mean([mean(given) for given in scores if given]),
+        "claims": mean(list(map(len, records))),
+        "doubted_claims": mean([score < 0.5 for given in scores for score in given]),
     }
 
 

@@ -50,7 +50,7 @@ def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) ->
     if rank() > 0:
         return {}
     contents = {"data": f"{len(examples)} images, {examples_hash(examples)}"}
-    for name, model in (("policy", policy), ("judge", reward.judge)):
+    for name, model in (("policy", policy), ("judge", reward.judge), ("checker", reward.checker)):
         if model:
             files = text_hash(str(sorted(model.files.items())))
             contents[name] = f"{weights_hash(model.model)} {files}"

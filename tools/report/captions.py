@@ -133,7 +133,8 @@ def pack_side(rows: list[dict] | None, numbers: dict[tuple, int]) -> dict | None
                 "probs": [round(prob, 2) for prob in question.get("probs") or []],
                 "outcome": outcome(question),
             })
-        captions.append({"text": row["caption"], "parts": row.get("parts", {}), "answers": answers})
+        captions.append({"text": row["caption"], "parts": row.get("parts", {}), "answers": answers,
+                         "claims": row.get("claims")})
     return {"asked": list(map(json.loads, asked)), "captions": captions}
 
 

@@ -474,7 +474,18 @@
       card.append(make("div", { class: "answer" }, sign, " ", make("bdi", {}, words)));
     }
     card.append(make("p", { dir: "auto" }, ...marked(caption, asked)));
+    if (caption.claims) {
+      card.append(make("ul", { class: "claims" }, ...caption.claims.map(drawClaim)));
+    }
     return card;
+  }
+
+  // A claim and how likely the checker holds it: as a right answer from 0.5, as a wrong one below.
+  function drawClaim({ claim, score, failure }) {
+    const kind = !isNumber(score) ? "failed" : score < 0.5 ? "wrong" : "right";
+    const said = { right: "likely true", wrong: "likely not true", failed: failure }[kind];
+    return make("li", {}, make("span", { class: `cell ${kind}`, title: said }, show(score)), " ",
+      make("bdi", {}, claim));
   }
 
   // The caption in pieces, option texts that answered a question marked; where two overlap, that
@@ -736,12 +747,13 @@
       const packed = await packedSides(group);
       group.sides.forEach((side, s) => side?.forEach((caption, i) => {
         if (!isImage && !group.passes[s][i]) return;
-        const { text, parts, answers } = packed[s].captions[i];
+        const { text, parts, answers, claims } = packed[s].captions[i];
         rows.push({
           captioner: index.names[s], step: group.sideSteps[s], id: group.id, family: group.family,
           number: caption.number, caption: text, length: caption.length,
           truncated: caption.cut === 1, [index.earned]: caption.reward,
           advantage: caption.advantage, parts,
+          ...(claims && { claims }),
           questions: answers.map(({ place, outcome, ...answer }) => {
             const { number, ...question } = packed[s].asked[place];
             const correct = "rwau".includes(outcome) ? outcome === "r" : null;

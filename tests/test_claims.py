@@ -1,0 +1,278 @@
+"""Claims of a caption, judged against the image: what is a claim, how likely each is, what they earn."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import widen
+from test_reward_step import record
+
+from data.examples import Example
+from data.toy.captioner import build_policy
+from data.toy.world import draw, make_scene
+from grpo.config import PRESETS, RewardConfig, toy_config
+from grpo.policy import CAPTION_INSTRUCTION
+from reward import claims as claims_page
+from reward.caprl import Rewards
+from reward.claims import (
+    CLAIM_INSTRUCTION,
+    Checker,
+    add_correctness,
+    claims_of,
+    judge_claims,
+    load_checker,
+)
+from reward.resample import put_groups
+from reward.step import compare_siblings, load_reward, measure_step
+from tools.audit import audit
+from train import train
+
+SCENES = [make_scene("train", index) for index in range(3)]
+IMAGES = [draw(scene) for scene in SCENES]
+CLAIMS = ["The star is red.", "This is a card.", "The scene has four objects and a very large number of words.",
+          "<|im_end|> <|image_pad|>", "Left of the circle is the star."]
+
+
+@pytest.fixture(params=["yes", "likelihood"])
+def mode(request) -> str:
+    return request.param
+
+
+# ---------------------------------------------------------------------------------- what is a claim
+
+
+@pytest.mark.parametrize("caption, want", [
+    ("", []),
+    ("The star is red. The circle is blue.", ["The star is red.", "The circle is blue."]),
+    ("The star is red. The STAR  is red! The star is blue.", ["The star is red.", "The star is blue."]),
+    ("# Overview\n- a red car\n- a blue van\n1. A red car.", ["Overview", "a red car", "a blue van"]),
+    ("**Colors:**\nThe car is red.", ["Colors:", "The car is red."]),
+    ("This description provides a comprehensive account of the chart. The chart has two bars.", ["The chart has two bars."]),
+    ("This description is detailed.", []),
+    ("Perhaps a dog. Perhaps a dog.", ["Perhaps a dog."]),
+    ("The sign says \"This description is complete\".", ["The sign says \"This description is complete\"."]),
+    ("It is -5 outside. It is 5 outside. Six > one. Six < one.",
+     ["It is -5 outside.", "It is 5 outside.", "Six > one.", "Six < one."]),
+    ("图中有一辆红车。图中有一辆红车。天很蓝。", ["图中有一辆红车。", "天很蓝。"]),
+    ("... !?", []),
+])
+def test_a_claim_is_a_sentence_once_and_praise_is_none(caption, want):
+    assert claims_of(caption) == want
+
+
+# ---------------------------------------------------------------------------------- how likely it is
+
+
+def alone(policy, image, claim: str, mode: str) -> float:
+    """One claim by itself: whole prompts through the plain model, no cache."""
+    claim = claim.replace("<|im_end|> <|image_pad|>", "<#|im_end|> <#|image_pad|>")  # cut in two, as text is
+    encode = policy.tokenizer.encode
+    text_ids = [token for part in f" {claim}".split("#") for token in encode(part)]
+    plain_ids = [token for part in claim.split("#") for token in encode(part)]
+
+    def logits(prompt, ids):
+        positions = torch.arange(len(ids)) + prompt.next_position
+        out = policy.model(
+            input_ids=torch.cat([prompt.input_ids, torch.tensor(ids)])[None], pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.grid, position_ids=torch.cat([prompt.position_ids, positions.expand(3, -1)], 1)[:, None],
+        )
+        return out.logits[0]
+
+    if mode == "yes":
+        prompt = policy.prompt(image, CLAIM_INSTRUCTION)
+        tail = encode("<|im_end|>\n<|im_start|>assistant\n")
+        prompt = replace(prompt, input_ids=prompt.input_ids[: -len(tail)], position_ids=prompt.position_ids[:, : -len(tail)])
+        ids = text_ids + encode("<|im_end|>\n<|im_start|>assistant\nThe answer is")
+        answers = logits(prompt, ids)[-1, [encode(" yes")[0], encode(" no")[0]]]
+        return answers.softmax(-1)[0].item()
+    sums = []
+    chat = f"<|im_start|>user\n{CAPTION_INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n"
+    blind = policy.model(input_ids=torch.tensor([encode(chat) + plain_ids])).logits[0]
+    for out in (logits(policy.prompt(image), plain_ids), blind):
+        out[:, list(policy.forbidden_ids)] = -math.inf
+        logprobs = out[-len(plain_ids) - 1 : -1].log_softmax(-1)
+        sums.append(logprobs.gather(-1, torch.tensor(plain_ids)[:, None]).sum().item())
+    return math.exp(sums[0]) / (math.exp(sums[0]) + math.exp(sums[1]))
+
+
+@torch.no_grad()
+def test_claims_are_judged_as_each_by_itself(policy, mode):
+    for image in IMAGES[:2]:
+        want = [alone(policy, image, claim, mode) for claim in CLAIMS]
+        assert max(want) - min(want) > 0.05 and all(0 < prob < 1 for prob in want)
+        for batch_size in (2, 32):
+            assert Checker(policy, mode, batch_size)(image, CLAIMS) == pytest.approx(want, abs=2e-5)
+    assert Checker(policy, mode)(IMAGES[0], []) == []
+
+
+def test_likelihood_by_hand(policy, monkeypatch):
+    """ln p of -5 with the image and -7 without: e^-5 / (e^-5 + e^-7) = 0.8808. A claim that is as likely
+    without has a half, and a long claim's words count all: -30 against -20 nats is 4.5e-5."""
+    logprobs = {"a": (-5.0, -7.0), "b": (-4.0, -4.0), "c": (-30.0, -20.0)}
+    monkeypatch.setattr(Checker, "_log_likelihoods", lambda self, image, claims: torch.tensor(
+        [logprobs[claim][image is None] for claim in claims]))
+    assert Checker(policy, "likelihood")("image", ["a", "b", "c"]) == pytest.approx([0.8808, 0.5, 4.54e-5], abs=1e-4)
+
+
+def test_a_checker_that_breaks_is_no_zero(policy, mode):
+    policy.model.lm_head.weight.data[:] = math.nan
+    [[claim]] = judge_claims(["A star."], IMAGES[:1], ["a"], Checker(policy, mode))
+    assert claim == {"claim": "A star.", "score": None, "failure": "the model's logits are not finite"}
+
+
+def test_yes_and_no_must_begin_with_other_tokens(policy, monkeypatch):
+    """The shipped tokenizer writes " yes" as two tokens, of which the first tells it from " no"."""
+    assert policy.tokenizer.convert_ids_to_tokens(Checker(policy).answer_ids) == ["Ġy", "Ġno"]
+    monkeypatch.setattr(claims_page, "YES_NO", ("yes", "yesterday"))
+    with pytest.raises(ValueError, match=r"^expected the checker's tokenizer to begin 'yes' and 'yesterday' with two tokens"):
+        Checker(policy, "yes")
+    Checker(policy, "likelihood")
+
+
+# ------------------------------------------------------------------------------------ what it earns
+
+
+class Scripted:
+    """Judges by a table, and notes what it was asked."""
+
+    def __init__(self, **probs: float):
+        self.probs, self.asked = probs, []
+
+    def __call__(self, image, claims):
+        self.asked.append((image, list(claims)))
+        return [self.probs[claim] for claim in claims]
+
+
+EXAMPLES = [Example("one", "1.png", ()), Example("two", "2.png", ())]
+
+
+def earned(captions, checker, weight=0.5, accuracy=(0.25, 0.5, 0.75, 1.0), keys=("k", "k", "l", "l")) -> Rewards:
+    def score(captions, examples, keys, lengths):
+        rewards = torch.tensor(accuracy)
+        return Rewards(rewards, {"accuracy": rewards.clone()}, [record(True)] * 4)
+
+    examples = [EXAMPLES[0]] * 2 + [EXAMPLES[1]] * 2
+    return add_correctness(captions, examples, keys, [1] * 4, score, checker, weight)
+
+
+def test_the_part_hand_computed():
+    """Mean of 0.9 and 0.5; 0.9 once though said twice; nothing said; one claim of two that could be judged."""
+    checker = Scripted(A=0.9, B=0.5, C=math.nan, D=0.2)
+    result = earned(["A\nB", "A\nA\na", "...", "C\nD"], checker)
+    assert checker.asked == [("1.png", ["A", "B"]), ("2.png", ["C", "D"])]  # siblings' once, each image once
+    assert result.parts["correctness"].tolist() == pytest.approx([0.35, 0.45, 0.0, 0.1])
+    assert result.rewards.tolist() == pytest.approx([0.6, 0.95, 0.75, 1.1])
+    assert result.weights == {"correctness": 0.5} and result.stats["failed_claims"] == pytest.approx(1 / 5)
+    assert [len(claims) for claims in result.claims] == [2, 1, 0, 2]
+    failed = earned(["A", "C", "C", "D"], checker)
+    assert failed.rewards.isnan().tolist() == [False, True, True, False]  # not measured, never 0
+
+
+def test_parts_apart_hand_computed():
+    """Each part by itself: a caption that says nothing has a correctness of 0, one whose claims failed has none."""
+    config = toy_config(group_size=4, normalize_parts=True, scale_by_std=False)
+    result = earned(["A", "B", "...", "C"], Scripted(A=0.9, B=0.6, C=math.nan), keys=("k",) * 4)
+    # accuracy less its mean 0.5 of three; 0.5 times (correctness less its mean 0.5)
+    want = [-0.25 + 0.2, 0.0 + 0.05, 0.25 - 0.25, 0.0]
+    assert compare_siblings(result, config).tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_a_group_in_anothers_place_has_its_claims(batch):
+    old, new = (earned(captions, Scripted(A=0.9, B=0.5)) for captions in (["A"] * 4, ["B"] * 4))
+    _, merged = put_groups(batch[0].groups(0, 2), old, batch[0].groups(2, 3), replace(
+        new, rewards=new.rewards[:2], parts={key: part[:2] for key, part in new.parts.items()},
+        records=new.records[:2], claims=new.claims[:2]), [1])
+    assert [claim["claim"] for [claim] in merged.claims] == ["A", "A", "B", "B"]
+    assert merged.parts["correctness"].tolist() == pytest.approx([0.45, 0.45, 0.25, 0.25])
+
+
+def test_too_many_claims_that_fail_stop_the_run(batch):
+    result = earned(["A", "B", "C", "A\nC"], Scripted(A=0.9, B=0.5, C=math.nan))  # 2 of 5 claims
+    rollouts = batch[0].groups(0, 2)
+    assert measure_step(rollouts, result, toy_config(max_failed_share=0.4))["failed_claims"] == pytest.approx(0.4)
+    with pytest.raises(ValueError, match=r"^40% of the step's claims could not be scored \(the model's logits"):
+        measure_step(rollouts, result, toy_config(max_failed_share=0.3))
+
+
+def test_the_audit_hand_computed():
+    rows = [{"id": "a", "caption": "x", "reward": 1.0, "length": 1, "questions": [], "claims": claims} for claims in (
+        [{"score": 0.9, "failure": ""}, {"score": 0.1, "failure": ""}], [], [{"score": None, "failure": "x"}],
+        [{"score": 0.7, "failure": ""}])]
+    numbers = audit(rows)
+    assert numbers["correctness"] == pytest.approx((0.5 + 0.7) / 2) and numbers["doubted_claims"] == pytest.approx(1 / 3)
+    assert numbers["claims"] == pytest.approx(4 / 4)
+    assert "correctness" not in audit([{key: value for key, value in row.items() if key != "claims"} for row in rows])
+
+
+ATTACKS = {
+    "honest": "A star is red. A circle is blue.", "one safe claim, repeated": "A star is red. " * 9,
+    "vague": "There is something. It is there.", "about nothing": "This description is comprehensive.", "silent": "",
+}
+
+
+def test_attacks_earn_what_the_page_says():
+    """A safe claim and vague ones have all of the correctness, said once or often, and nothing of the
+    accuracy. Praise of oneself and silence have neither."""
+    probs = {"A star is red.": 1.0, "A circle is blue.": 0.9, "There is something.": 1.0, "It is there.": 1.0}
+    claims = judge_claims(list(ATTACKS.values()), IMAGES[:1] * 5, ["a"] * 5, Scripted(**probs))
+    scores = {name: [claim["score"] for claim in record] for name, record in zip(ATTACKS, claims)}
+    assert scores == {"honest": [1.0, 0.9], "one safe claim, repeated": [1.0], "vague": [1.0, 1.0], "about nothing": [],
+                      "silent": []}
+
+
+# ------------------------------------------------------------------------------------------ in a run
+
+
+def test_it_is_off_and_loads_nothing_unless_asked():
+    assert all(preset.reward_config.correctness_weight == 0 for _, preset in PRESETS.values())
+    assert load_reward(toy_config(), torch.device("cpu")).checker is None
+    with pytest.raises(ValueError, match=r"^correctness_weight -1.0: expected"):
+        RewardConfig(correctness_weight=-1.0)
+    with pytest.raises(ValueError, match="^reward judge: expected neither"):
+        toy_config(reward="judge", correctness_weight=0.5)
+
+
+def test_the_checker_is_the_named_model_or_the_initial_policy(tmp_path, tokenizer):
+    other = build_policy(tokenizer, seed=1)
+    widen(other.model)
+    other.model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    other.image_processor.save_pretrained(tmp_path / "other")
+    device = torch.device("cpu")
+    for config, weights in (
+        (RewardConfig(checker=str(tmp_path / "other"), checker_mode="likelihood"), other.model.lm_head.weight),
+        (RewardConfig(), None),
+    ):
+        checker = load_checker(config, "data/toy/policy", device)
+        same = weights is not None and torch.equal(checker.policy.model.lm_head.weight, weights)
+        assert same == bool(config.checker) and checker.mode == config.checker_mode
+        assert not any(parameter.requires_grad for parameter in checker.policy.model.parameters())
+    with pytest.raises(ValueError, match=r"^nowhere/at/all: expected"):
+        load_checker(RewardConfig(checker="nowhere/at/all"), "data/toy/policy", device)
+
+
+TINY = dict(data="toy:train:6", prompts_per_step=2, group_size=3, max_new_tokens=32, probe_images=2, audit_every=0,
+            correctness_weight=0.5, checker_mode="likelihood", normalize_parts=True, resample_flat=1, save_every=1)
+
+
+def test_a_run_records_claims_and_resumes_bit_for_bit(tmp_path):
+    whole, parts = (toy_config(run_dir=str(tmp_path / name), num_steps=2, **TINY) for name in ("whole", "parts"))
+    train(whole)
+    train(replace(parts, num_steps=1))
+    train(replace(parts, resume=True))
+    for name in ("metrics.jsonl", "audit.jsonl", "rollouts/step_000001.jsonl", "final/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
+    rows = [json.loads(line) for line in (tmp_path / "whole/rollouts/step_000000.jsonl").open()]
+    for row in rows:
+        scores = [claim["score"] for claim in row["claims"]]
+        assert [claim["claim"] for claim in row["claims"]] == claims_of(row["caption"])
+        assert row["correctness"] == pytest.approx(sum(scores) / len(scores))
+        assert row["parts"]["correctness"] == pytest.approx(0.5 * row["correctness"])
+        assert row["reward"] == pytest.approx(sum(row["parts"].values()))
+    metrics = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0])
+    assert metrics["reward_correctness"] == pytest.approx(sum(row["parts"]["correctness"] for row in rows) / 6)
+    assert metrics["failed_claims"] == 0
+    with pytest.raises(ValueError, match="^correctness_weight 0.25: expected 0.5 as the run to resume"):
+        train(toy_config(run_dir=whole.run_dir, num_steps=3, resume=True, **TINY | {"correctness_weight": 0.25}))
