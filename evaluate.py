@@ -7,12 +7,13 @@
         --data chartqa:ChartQA/data/test-*.parquet mmstar:MMStar.tsv heldout.jsonl
     python evaluate.py floor --policy ours=runs/caprl-3b/final --data mmstar:MMStar.tsv
     python evaluate.py direct --policy Qwen/Qwen2.5-VL-3B-Instruct --data mmstar:MMStar.tsv
+    python evaluate.py claims --policy ours=runs/caprl-3b/final --data mmstar:MMStar.tsv
     torchrun --nproc-per-node 8 evaluate.py prism --policy runs/caprl-3b/final --data qa.jsonl
 
 prism: a captioner writes K captions of each image, or they are read from a file or a folder of
 caption.py. A text-only model answers the image's questions from each caption. floor: the same
 without a caption, and with another image's caption. direct: a vision-language model sees the image
-itself.
+itself. claims: prism, and a vision-language model judges each claim of the captions.
 
 Benchmarks and their metrics are those of data/benchmarks/. Every question counts once, with its
 mean over the captions (the paper's Table 3 is that mean over 4). Intervals are bootstrap 95%
@@ -36,6 +37,7 @@ from grpo.pretrained import find_model, load_policy
 from reward.step import verifier_of
 from tools.budgets import asked_once, with_budgets
 from tools.caption_cache import CaptionsConfig, all_captions
+from tools.claims import CheckerConfig, add_claims, judged_rows
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
 from tools.published import judge_name
 from tools.stats import summarize
@@ -44,7 +46,7 @@ from tools.tables import Rows, append_rows, check_out, keep_thumbnails, report, 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What all three evaluations share."""
+    """What all evaluations share."""
 
     data: tuple[str, ...] = ("caprl-qa.jsonl",)
     """Benchmarks: KIND:PATH (docs/formats.md), a JSONL file of images with questions, SHARE:PATH
@@ -96,8 +98,12 @@ class PrismConfig(CaptionsConfig, EvalConfig):
 
 @dataclass(frozen=True)
 class FloorConfig(PrismConfig):
-    """Settings of `evaluate.py floor`: prism without a caption, and with another image's captions
-    for each captioner."""
+    """Settings of `evaluate.py floor`: prism without a caption, and with another image's."""
+
+
+@dataclass(frozen=True)
+class ClaimsConfig(CheckerConfig, PrismConfig):
+    """Settings of `evaluate.py claims`: prism, with each claim of the captions judged."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,11 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
         if benchmark.refused:
             print0(f"{benchmark.kind}: {len(benchmark.refused)} rows or questions refused, "
                    f"the first: {benchmark.refused[0]}")
-    evaluate = direct_rows if isinstance(config, DirectConfig) else prism_rows
+    pairs = (direct_rows if isinstance(config, DirectConfig) else prism_rows)(config, benchmarks)
+    if isinstance(config, ClaimsConfig):
+        pairs = judged_rows(config, benchmarks, pairs)
     rows: Rows = {}
-    for benchmark, captioner, new in evaluate(config, benchmarks):
+    for benchmark, captioner, new in pairs:
         rows[benchmark, captioner] = new
         with all_or_none("out"), naming(config.out):
             if rank() == 0 and out:
@@ -197,13 +205,16 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
 
 
 def main(arguments: list[str]) -> None:
-    programs = {"prism": PrismConfig, "floor": FloorConfig, "direct": DirectConfig}
+    programs = {"prism": PrismConfig, "floor": FloorConfig, "direct": DirectConfig,
+                "claims": ClaimsConfig}
     config = tyro.extras.subcommand_cli_from_dict(programs, args=arguments)
     benchmarks, rows = run(config)
     if rank() == 0:
         tables = {key: summarize(group) for key, group in rows.items()}
         text = report(benchmarks, rows, tables, getattr(config, "max_words", ()),
                       judge_name(config), config.limit)
+        if isinstance(config, ClaimsConfig):
+            text += add_claims(rows, tables)
         print0(text)
         if config.out:
             write_tables(Path(config.out), text, benchmarks, tables)

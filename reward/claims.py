@@ -17,7 +17,6 @@ from torch import Tensor
 from data.choices import fold_choice
 from data.examples import Example
 from data.images import ImageSource
-from grpo.config import RewardConfig
 from grpo.distributed import compute_dtype
 from grpo.logprobs import HEAD_ROWS, HeadLogprobs
 from grpo.policy import CAPTION_INSTRUCTION, Policy
@@ -112,12 +111,11 @@ class Checker:
         return torch.stack([part.sum() for part in parts])
 
 
-def load_checker(config: RewardConfig, policy: str, device: torch.device) -> Checker:
-    """The frozen checker that the settings name, or `policy`. Raises ValueError if it cannot be
-    used."""
-    model = load_policy(config.checker or policy, device, compute_dtype(device), writes=False)
-    model.model.requires_grad_(False)
-    return Checker(model, config.checker_mode)
+def load_checker(path: str, mode: str, device: torch.device) -> Checker:
+    """A frozen checker. Raises ValueError if the model cannot be used."""
+    policy = load_policy(path, device, compute_dtype(device), writes=False)
+    policy.model.requires_grad_(False)
+    return Checker(policy, mode)
 
 
 def judge_claims(captions: Sequence[str], images: Sequence[ImageSource], keys: Sequence[str],

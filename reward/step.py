@@ -89,13 +89,14 @@ def load_reward(config: TrainConfig, device: torch.device) -> Reward:
         judge = load_policy(config.judge, device, compute_dtype(device), writes=False)
         return Reward(partial(judge_rewards, judge=judge), verifier, judge)
     score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
-    weight = config.reward_config.correctness_weight
-    if not weight:
+    settings = config.reward_config
+    if not settings.correctness_weight:
         return Reward(score, verifier)
     from reward.claims import add_correctness, load_checker  # here: as the judge
 
-    checker = load_checker(config.reward_config, config.policy, device)
-    score = partial(add_correctness, score=score, checker=checker, weight=weight)
+    checker = load_checker(settings.checker or config.policy, settings.checker_mode, device)
+    score = partial(add_correctness, score=score, checker=checker,
+                    weight=settings.correctness_weight)
     return Reward(score, verifier, checker=checker.policy)
 
 

@@ -2,18 +2,23 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import widen
+from PIL import Image
 from test_reward_step import record
 
+import evaluate
+from data.benchmarks.benchmark import Benchmark, Picture
 from data.examples import Example
+from data.images import open_image
 from data.toy.captioner import build_policy
-from data.toy.world import draw, make_scene
+from data.toy.world import draw, make_scene, perturb, write_caption
 from grpo.config import PRESETS, RewardConfig, toy_config
 from grpo.policy import CAPTION_INSTRUCTION
+from grpo.pretrained import load_policy, weights_hash
 from reward import claims as claims_page
 from reward.caprl import Rewards
 from reward.claims import (
@@ -27,6 +32,8 @@ from reward.claims import (
 from reward.resample import put_groups
 from reward.step import compare_siblings, load_reward, measure_step
 from tools.audit import audit
+from tools.claims import add_claims, claim_differences, summarize_claims, with_claims
+from tools.report.page import write_page
 from train import train
 
 SCENES = [make_scene("train", index) for index in range(3)]
@@ -236,21 +243,16 @@ def test_it_is_off_and_loads_nothing_unless_asked():
 
 def test_the_checker_is_the_named_model_or_the_initial_policy(tmp_path, tokenizer):
     other = build_policy(tokenizer, seed=1)
-    widen(other.model)
-    other.model.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    other.image_processor.save_pretrained(tmp_path / "other")
-    device = torch.device("cpu")
-    for config, weights in (
-        (RewardConfig(checker=str(tmp_path / "other"), checker_mode="likelihood"), other.model.lm_head.weight),
-        (RewardConfig(), None),
-    ):
-        checker = load_checker(config, "data/toy/policy", device)
-        same = weights is not None and torch.equal(checker.policy.model.lm_head.weight, weights)
-        assert same == bool(config.checker) and checker.mode == config.checker_mode
-        assert not any(parameter.requires_grad for parameter in checker.policy.model.parameters())
+    for part in (other.model, tokenizer, other.image_processor):
+        part.save_pretrained(tmp_path / "other")
+    device, weights = torch.device("cpu"), []
+    for path in (str(tmp_path / "other"), ""):
+        reward = load_reward(toy_config(correctness_weight=0.5, checker=path, checker_mode="likelihood"), device)
+        assert not any(parameter.requires_grad for parameter in reward.checker.model.parameters())
+        weights.append(weights_hash(reward.checker.model))
+    assert weights == [weights_hash(other.model), weights_hash(load_policy("data/toy/policy", device).model)]
     with pytest.raises(ValueError, match=r"^nowhere/at/all: expected"):
-        load_checker(RewardConfig(checker="nowhere/at/all"), "data/toy/policy", device)
+        load_checker("nowhere/at/all", "yes", device)
 
 
 TINY = dict(data="toy:train:6", prompts_per_step=2, group_size=3, max_new_tokens=32, probe_images=2, audit_every=0,
@@ -276,3 +278,91 @@ def test_a_run_records_claims_and_resumes_bit_for_bit(tmp_path):
     assert metrics["failed_claims"] == 0
     with pytest.raises(ValueError, match="^correctness_weight 0.25: expected 0.5 as the run to resume"):
         train(toy_config(run_dir=whole.run_dir, num_steps=3, resume=True, **TINY | {"correctness_weight": 0.25}))
+
+
+# -------------------------------------------------------------------------------- in an evaluation
+
+
+def evaluated(id: str, caption: str, scores: list[float | None], claims: list[tuple], recall: float | None = None) -> dict:
+    """claims: (probability, or None where it could not be judged; what the facts say)."""
+    questions = [{"id": f"{id}:{n}", "family": "all", "score": score} for n, score in enumerate(scores)]
+    judged = [{"claim": "x", "score": prob, "failure": "" if prob is not None else "not finite", "is_true": truth}
+              for prob, truth in claims]
+    row = {"id": id, "caption": caption, "questions": questions, "claims": judged}
+    return row if recall is None else row | {"recall": recall}
+
+
+ROWS = [
+    evaluated("1", "a b c", [1.0, 0.0], [(0.9, True), (0.6, False), (0.2, True)], 0.5),
+    evaluated("1", "a b", [1.0, None], [(0.4, None), (None, False)], 0.25),
+    evaluated("2", "a", [0.0], [], 0.0),
+    evaluated("3", "", [None], [], 0.0) | {"error": "no picture"},
+]
+
+
+def test_the_numbers_of_an_evaluation_hand_computed():
+    numbers = {key: value["mean"] for key, value in summarize_claims(ROWS).items()}
+    assert numbers == pytest.approx({
+        "Prism": (1 + 0 + 0) / 3,  # each question's mean over the captions, then over questions
+        "precision": 2 / 4,  # above a half: 0.9 and 0.6, of the four that were judged
+        "exact precision": 2 / 4, "checker right": 1 / 3,  # 0.9 is; 0.6 and 0.2 are not
+        "exact recall": (0.5 + 0.25 + 0) / 3, "claims": 5 / 3, "words": 2.0,  # the failed one counts nowhere
+    })
+    low, high = (summarize_claims(ROWS)["exact recall"][end] for end in ("low", "high"))
+    assert 0 <= low < 0.25 < high <= 0.375 + 1e-9  # a draw of two images: 0, or 0.375 where both are the first
+
+
+def test_differences_hand_computed():
+    others = [evaluated("1", "a", [1.0], [(0.9, True)], 1.0), evaluated("2", "a b", [1.0], [(0.9, False)], 1.0)]
+    numbers = claim_differences(ROWS, others)
+    # image 1: 1 - 2/4, image 2 has no claim to compare with; words 1 - 2.5 and 2 - 1
+    assert numbers["precision"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert numbers["words"]["mean"] == pytest.approx((-1.5 + 1) / 2)
+    assert numbers["exact recall"]["mean"] == pytest.approx((1 - 0.375 + 1 - 0) / 2)
+    tables = {("b", "first"): {"all": {}}, ("b", "second"): {"all": {}}}
+    table = add_claims({("b", "first"): ROWS, ("b", "second"): others}, tables)
+    assert tables["b", "second"]["all"]["claims"] == summarize_claims(others)
+    assert "| b | first | 0.333 (" in table and "| b | second, less first |" in table and "+0.500 (+0.500 to +0.500)" in table
+    plain = [{key: value for key, value in row.items() if key != "recall"} | {
+        "claims": [{"claim": "x", "score": 1.0, "failure": ""}]} for row in ROWS]
+    assert "exact" not in add_claims({("b", "first"): plain}, tables)  # no facts, no column
+
+
+def test_a_picture_that_cannot_be_opened_fails_alone(tmp_path):
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    pictures = [Picture(name, tmp_path / f"{name}.png", ()) for name in ("a", "gone")]
+    rows = [{"id": name, "caption": "It is red.", "questions": []} for name in ("gone", "a", "gone")]
+    benchmark = Benchmark("b", "choice", "choice", pictures, [])
+    rows = with_claims(benchmark, rows, lambda image, claims: open_image(image) and [0.9])
+    assert [row["id"] for row in rows] == ["gone", "a", "gone"]
+    failures = [row["claims"][0]["failure"] for row in rows]
+    assert failures[1] == "" and "gone.png" in failures[0] == failures[2] and rows[0]["claims"][0]["score"] is None
+
+
+def test_the_program_measures_captioner_and_checker(tmp_path, capsys):
+    """A perfect captioner, one with each value wrong, and one that says one safe thing. The checker of
+    this test knows nothing: what the facts say stands beside what it says."""
+    files = {}
+    for name, told in (("true", 0.0), ("false", 1.0)):
+        lines = []
+        for index in range(3):
+            scene = make_scene("heldout", index)
+            facts = [fact for fact in perturb(scene.facts, told, random.Random(index)) if fact.attribute != "left of"]
+            facts = [fact for fact in facts if fact.attribute != "above"]
+            lines.append(json.dumps({"id": scene.id, "caption": write_caption(scene.family, facts)}))
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("\n".join(lines))
+    evaluate.main(["claims", "--captions", *(f"{name}={path}" for name, path in files.items()), "--floors", "--verifier",
+                   "data/toy/verifier", "--checker", "data/toy/policy", "--checker-mode", "likelihood", "--data",
+                   "toy:heldout:3", "--out", str(tmp_path / "out.jsonl")])
+    table = capsys.readouterr().out.split("Claims, each")[1]
+    lines = {line.split(" | ")[1]: line.split(" | ") for line in table.splitlines() if line.startswith("| toy")}
+    assert lines["true"][4] == "1.000 (1.000 to 1.000)" and lines["false"][4] == "0.000 (0.000 to 0.000)"
+    assert lines["false, less true"][4] == "-1.000 (-1.000 to -1.000)" and "no caption" in lines
+    assert float(lines["true"][5].split()[0]) > 0.9 and lines["false"][5].startswith("0.000")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    assert all(claim["is_true"] in (True, None) for row in rows[:3] for claim in row["claims"]) and rows[0]["recall"] > 0.9
+    written = json.loads((tmp_path / "out.json").read_text())["tables"]
+    assert written[0]["families"]["all"]["claims"]["exact precision"]["mean"] == 1
+    assert "Claims, each" in (tmp_path / "out.md").read_text()
+    assert write_page(tmp_path / "out.jsonl").exists()
