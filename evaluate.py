@@ -7,13 +7,12 @@
         --data chartqa:ChartQA/data/test-*.parquet mmstar:MMStar.tsv heldout.jsonl
     python evaluate.py floor --policy ours=runs/caprl-3b/final --data mmstar:MMStar.tsv
     python evaluate.py direct --policy Qwen/Qwen2.5-VL-3B-Instruct --data mmstar:MMStar.tsv
-    python evaluate.py claims --policy ours=runs/caprl-3b/final --data mmstar:MMStar.tsv
-    torchrun --nproc-per-node 8 evaluate.py prism --policy runs/caprl-3b/final --data qa.jsonl
+    torchrun --nproc-per-node 8 evaluate.py claims --policy runs/caprl-3b/final --data qa.jsonl
 
 prism: a captioner writes K captions of each image, or they are read from a file or a folder of
 caption.py. A text-only model answers the image's questions from each caption. floor: the same
-without a caption, and with another image's caption. direct: a vision-language model sees the image
-itself. claims: prism, and a vision-language model judges each claim of the captions.
+without a caption and with another's. claims: prism, and a vision-language model judges the claims.
+direct: such a model answers, it sees the image itself.
 
 Benchmarks and their metrics are those of data/benchmarks/. Every question counts once, with its
 mean over the captions (the paper's Table 3 is that mean over 4). Intervals are bootstrap 95%
@@ -213,8 +212,7 @@ def main(arguments: list[str]) -> None:
         tables = {key: summarize(group) for key, group in rows.items()}
         text = report(benchmarks, rows, tables, getattr(config, "max_words", ()),
                       judge_name(config), config.limit)
-        if isinstance(config, ClaimsConfig):
-            text += add_claims(rows, tables)
+        text += add_claims(rows, tables)
         print0(text)
         if config.out:
             write_tables(Path(config.out), text, benchmarks, tables)

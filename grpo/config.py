@@ -51,15 +51,13 @@ class RewardConfig:
     """Weight of a penalty: the share of sentences that praise the caption itself, leave open
     whether they hold, or were said before (reward/style.py). Ours: off."""
     correctness_weight: float = 0.0
-    """Weight of the correctness that is added to the accuracy: the mean probability of a caption's
-    claims, each judged against the image (reward/claims.py). BalCapRL (arXiv 2605.07394) and
-    CCCaption (2602.21655) reward correctness too. Ours: off."""
+    """Weight of the mean probability of a caption's claims, as a model that sees the image judges
+    them (reward/claims.py). BalCapRL (arXiv 2605.07394) rewards it too. Ours: off."""
     checker: str = ""
-    """The vision-language model that judges the claims, a folder or a hub name; "" takes the
-    initial policy."""
+    """The vision-language model that judges the claims; "" takes the initial policy."""
     checker_mode: Literal["yes", "likelihood"] = "yes"
-    """yes: the checker is asked whether a claim is true. likelihood: how much likelier it writes
-    the claim with the image than without, for a model that was not taught to judge. Ours."""
+    """yes: is the claim true? likelihood: how much likelier it writes the claim with the image than
+    without, for a model that was not taught to judge. Ours."""
 
     def __post_init__(self):
         check_range(self, "num_questions length_weight repetition_weight praise_weight length_low "

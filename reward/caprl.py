@@ -193,31 +193,12 @@ E) north
 """Take the place of WORKED_EXAMPLES where abstaining is offered: once wrong, once right."""
 
 
-class PartWriter:
-    """Token ids of a prompt's parts, each tokenized by itself."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
-        # A look-ahead, so that two overlapping tokens are both found.
-        self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")
-
-    def template_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def plain_ids(self, text: str) -> list[int]:
-        """Cuts every added token in two before the tokenizer sees it, so that it stays text."""
-        cuts = [match.start() + 1 for match in self.added_tokens.finditer(text)]
-        parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
-        return [token for part in parts for token in self.template_ids(part)]
-
-
-class PromptWriter(PartWriter):
+class PromptWriter:
     """Token ids of a prompt in three parts: the head (the same for all), the caption, the question.
 
-    Special tokens inside caption and question are read as plain text. So no caption can change the
-    tokens around it. A caption can still imitate the prompt in words. That is not prevented but
-    measured (tests/test_reward.py).
+    Each part is tokenized by itself. Special tokens inside caption and question are read as plain
+    text. So no caption can change the tokens around it. A caption can still imitate the prompt in
+    words. That is not prevented but measured (tests/test_reward.py).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, task: str = "",
@@ -237,7 +218,10 @@ class PromptWriter(PartWriter):
                              "unchanged")
         head, rest = text.split("[CAPTION]")
         middle, tail = rest.split("[QUESTION]")
-        super().__init__(tokenizer)
+        self.tokenizer = tokenizer
+        added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
+        # A look-ahead, so that two overlapping tokens are both found.
+        self.added_tokens = re.compile(f"(?={'|'.join(added) or '(?!)'})")
         has_bos = not tokenizer.chat_template and tokenizer.bos_token_id is not None
         begin = [tokenizer.bos_token_id] if has_bos else []
         self.head_ids = begin + self.template_ids(head)
@@ -248,6 +232,15 @@ class PromptWriter(PartWriter):
             raise ValueError("expected the verifier's tokenizer to write each of the letters ' A' "
                              "to ' J' as one token")
         self.letter_ids = [ids[0] for ids in letters]
+
+    def template_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Cuts every added token in two before the tokenizer sees it, so that it stays text."""
+        cuts = [match.start() + 1 for match in self.added_tokens.finditer(text)]
+        parts = [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+        return [token for part in parts for token in self.template_ids(part)]
 
     def caption_ids(self, caption: str) -> list[int]:
         """The caption and what separates it from the question. The markers of its start and end

@@ -10,6 +10,7 @@ Another model that judges, or another rule of what a claim is, goes here: `Check
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,12 +18,13 @@ from torch import Tensor
 from data.choices import fold_choice
 from data.examples import Example
 from data.images import ImageSource
+from grpo.config import TrainConfig
 from grpo.distributed import compute_dtype
 from grpo.logprobs import HEAD_ROWS, HeadLogprobs
 from grpo.policy import CAPTION_INSTRUCTION, Policy
 from grpo.pretrained import load_policy
 from reward.branches import branch_states, turn_end
-from reward.caprl import ANSWER_START, NOT_FINITE, PartWriter, Rewards, letter_logits, mean_score
+from reward.caprl import ANSWER_START, NOT_FINITE, PromptWriter, Rewards, letter_logits, mean_score
 from reward.style import empty_kinds, sentences
 
 CLAIM_INSTRUCTION = "Is this statement about the image true? Reply with yes or no.\n\nStatement:"
@@ -63,7 +65,7 @@ class Checker:
         """batch_size: claims that are run at a time. Raises ValueError, in mode "yes", if yes and
         no begin with the same token."""
         self.policy, self.mode, self.batch_size = policy, mode, batch_size
-        self.writer = PartWriter(policy.tokenizer)
+        self.writer = PromptWriter(policy.tokenizer)
         self.turn_end = turn_end(policy)
         self.answer_ids = [self.writer.template_ids(answer)[0] for answer in YES_NO]
         if mode == "yes" and len(set(self.answer_ids)) == 1:
@@ -109,6 +111,15 @@ class Checker:
         )
         parts = logprobs.cpu().split(list(map(len, replies)))
         return torch.stack([part.sum() for part in parts])
+
+
+def with_correctness(score: Callable[..., Rewards], config: TrainConfig,
+                     device: torch.device) -> tuple[Callable[..., Rewards], Policy]:
+    """A reward function with the part `correctness`, as the settings say, and its checker."""
+    settings = config.reward_config
+    checker = load_checker(settings.checker or config.policy, settings.checker_mode, device)
+    weight = settings.correctness_weight
+    return partial(add_correctness, score=score, checker=checker, weight=weight), checker.policy
 
 
 def load_checker(path: str, mode: str, device: torch.device) -> Checker:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -62,10 +62,8 @@ class Reward:
     score: RewardFunction
     verifier: Verifier | None = None
     """None where neither the reward nor an evaluation asks it."""
-    judge: Policy | None = None
-    """None where the reward is not the judge's."""
-    checker: Policy | None = None
-    """None where no claims are judged."""
+    image_models: dict[str, Policy] = field(default_factory=dict)
+    """By their settings, models that see the image: "judge", or "checker" of claims."""
 
 
 def verifier_of(config: Any, device: torch.device) -> Verifier:
@@ -87,17 +85,14 @@ def load_reward(config: TrainConfig, device: torch.device) -> Reward:
         from reward.judge import judge_rewards
 
         judge = load_policy(config.judge, device, compute_dtype(device), writes=False)
-        return Reward(partial(judge_rewards, judge=judge), verifier, judge)
+        return Reward(partial(judge_rewards, judge=judge), verifier, {"judge": judge})
     score = partial(caption_rewards, verifier=verifier, config=config.reward_config)
-    settings = config.reward_config
-    if not settings.correctness_weight:
-        return Reward(score, verifier)
-    from reward.claims import add_correctness, load_checker  # here: as the judge
+    if config.reward_config.correctness_weight:
+        from reward.claims import with_correctness  # here: as the judge
 
-    checker = load_checker(settings.checker or config.policy, settings.checker_mode, device)
-    score = partial(add_correctness, score=score, checker=checker,
-                    weight=settings.correctness_weight)
-    return Reward(score, verifier, checker=checker.policy)
+        score, checker = with_correctness(score, config, device)
+        return Reward(score, verifier, {"checker": checker})
+    return Reward(score, verifier)
 
 
 def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:

@@ -234,7 +234,7 @@ def test_attacks_earn_what_the_page_says():
 
 def test_it_is_off_and_loads_nothing_unless_asked():
     assert all(preset.reward_config.correctness_weight == 0 for _, preset in PRESETS.values())
-    assert load_reward(toy_config(), torch.device("cpu")).checker is None
+    assert load_reward(toy_config(), torch.device("cpu")).image_models == {}
     with pytest.raises(ValueError, match=r"^correctness_weight -1.0: expected"):
         RewardConfig(correctness_weight=-1.0)
     with pytest.raises(ValueError, match="^reward judge: expected neither"):
@@ -248,8 +248,9 @@ def test_the_checker_is_the_named_model_or_the_initial_policy(tmp_path, tokenize
     device, weights = torch.device("cpu"), []
     for path in (str(tmp_path / "other"), ""):
         reward = load_reward(toy_config(correctness_weight=0.5, checker=path, checker_mode="likelihood"), device)
-        assert not any(parameter.requires_grad for parameter in reward.checker.model.parameters())
-        weights.append(weights_hash(reward.checker.model))
+        checker = reward.image_models["checker"].model
+        assert not any(parameter.requires_grad for parameter in checker.parameters())
+        weights.append(weights_hash(checker))
     assert weights == [weights_hash(other.model), weights_hash(load_policy("data/toy/policy", device).model)]
     with pytest.raises(ValueError, match=r"^nowhere/at/all: expected"):
         load_checker("nowhere/at/all", "yes", device)

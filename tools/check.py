@@ -193,10 +193,8 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
     """
     device, share = run.device, config.prompts_per_rank(world_size())
     available, before = available_memory(device), held(device)
-    models = {"verifier's weights": reward.verifier and reward.verifier.model,
-              "judge's weights": reward.judge and reward.judge.model,
-              "checker's weights": reward.checker and reward.checker.model}
-    parts = weights_held(run, {name: model for name, model in models.items() if model})
+    models = reward.image_models | ({"verifier": reward.verifier} if reward.verifier else {})
+    parts = weights_held(run, {f"{name}'s weights": own.model for name, own in models.items()})
     if run.is_tower_frozen:
         (prompt,) = encode_images(run.sampler, [prompt])
     rollouts, mine = longest_micro_batches(prompt, run, config), examples[:share]

@@ -133,8 +133,10 @@ def _summary(groups: Collection[Sequence[float]]) -> dict[str, float]:
 
 def add_claims(rows: Rows, tables: Tables) -> str:
     """Two tables as Markdown: each captioner, and its differences to the benchmark's first one. The
-    numbers of the first go into `tables`, under "claims"."""
+    numbers of the first go into `tables`, under "claims". Nothing where no claims were judged."""
     summaries, differences, first = {}, {}, {}
+    if not any("claims" in row for group in rows.values() for row in group):
+        return ""
     for (benchmark, captioner), group in rows.items():
         summaries[benchmark, captioner] = summarize_claims(group)
         tables[benchmark, captioner]["all"]["claims"] = summaries[benchmark, captioner]

@@ -50,10 +50,9 @@ def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) ->
     if rank() > 0:
         return {}
     contents = {"data": f"{len(examples)} images, {examples_hash(examples)}"}
-    for name, model in (("policy", policy), ("judge", reward.judge), ("checker", reward.checker)):
-        if model:
-            files = text_hash(str(sorted(model.files.items())))
-            contents[name] = f"{weights_hash(model.model)} {files}"
+    for name, model in ({"policy": policy} | reward.image_models).items():
+        files = text_hash(str(sorted(model.files.items())))
+        contents[name] = f"{weights_hash(model.model)} {files}"
     if reward.verifier:
         model, tokenizer = reward.verifier.model, reward.verifier.tokenizer
         words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
