@@ -92,6 +92,7 @@ def published_table(benchmarks: Sequence[Benchmark], rows: dict[tuple[str, str],
         own = [(key, table["all"]) for key, table in tables.items() if key[0] == benchmark.name]
         groups = [by_image(rows[key]).values() for key, _ in own]
         num_captions = max(len(group) for of_captioner in groups for group in of_captioner)
+        is_part = limit or benchmark.refused or any(row["failed"] for _, row in own)
         columns = [(metric, table, place) for table in PUBLISHED
                    for place, (kind, metric) in enumerate(table.columns)
                    if kind == benchmark.kind.removesuffix("-script")]
@@ -104,7 +105,7 @@ def published_table(benchmarks: Sequence[Benchmark], rows: dict[tuple[str, str],
                 differing = [] if is_measured else ["metric"]
                 if is_measured and table.num_captions not in (0, num_captions):
                     differing = [f"metric (mean over {table.num_captions} captions)"]
-                differing = differences(table, benchmark, judge, limit) + differing
+                differing = differences(table, benchmark, judge, bool(is_part)) + differing
                 lines += [[benchmark.name, captioner, scores[place], metric, table.judge,
                            table.source, ", ".join(differing) or "same"]
                           for captioner, scores in table.scores.items()]
@@ -112,15 +113,17 @@ def published_table(benchmarks: Sequence[Benchmark], rows: dict[tuple[str, str],
     return markdown(header, lines) if lines else ""
 
 
-def differences(table: PublishedTable, benchmark: Benchmark, judge: str, limit: int) -> list[str]:
-    """Which of benchmark and judge differ or are not known, and how."""
+def differences(table: PublishedTable, benchmark: Benchmark, judge: str,
+                is_part: bool) -> list[str]:
+    """Which of benchmark and judge differ or are not known, and how. is_part: not all of the
+    benchmark's rows have a score here."""
     items = [item for picture in benchmark.pictures for item in picture.items]
     is_own = all(isinstance(item.question, ReleasedQuestion) for item in items)
     differing = []
     if table.files not in (OWN_FILES if is_own else "", PUBLIC_FILES):
         differing.append(f"benchmark ({table.files})")
-    elif limit or benchmark.refused:
-        differing.append(f"benchmark (a part of it here, {len(benchmark.refused)} refused)")
+    elif is_part:
+        differing.append("benchmark (a part of it here)")
     if not table.judge:
         differing.append("judge (not known)")
     elif judge.rpartition("/")[2] != table.judge.rpartition("/")[2]:

@@ -70,8 +70,7 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
         if choices:
             letter_place(answers[0], choices)
     rule = next((part for part in ("info", "char") if part in kind), "")
-    question_type = row.text("Question Type", "question_type")
-    return ReleasedQuestion(texts[0], tuple(answers), question_type, choices=choices, rule=rule)
+    return ReleasedQuestion(texts[0], tuple(answers), choices=choices, rule=rule)
 
 
 # ------------------------------------------------------------------------- the release's own score
