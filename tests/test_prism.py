@@ -128,6 +128,8 @@ def test_capeval_numbers_are_its_own_scorers(tmp_path):
     table = summarize(rows)
     scores = {family: [round(100 * completeness(row), 4), round(100 * precision(row), 4)] for family, row in table.items()}
     assert scores == known["scores"]
+    verdicts = [verdict for given in known["verdicts"].values() for verdict in given]
+    assert table["all"]["abstained"] == verdicts.count("not_mentioned") / 17 and table["all"]["unparsed"] == 0
     c, p = known["scores"]["all"]
     assert table["all"]["accuracy"] == pytest.approx(c * p / 1e4, abs=1e-6)
     assert f"| x | all | {c:.1f} | {p:.1f} |" in report([benchmark], {("capeval", "x"): rows}, {("capeval", "x"): table})
