@@ -38,7 +38,6 @@ from tools.budgets import asked_once, with_budgets
 from tools.caption_cache import CaptionsConfig, all_captions
 from tools.claims import CheckerConfig, add_claims, judged_rows
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
-from tools.published import judge_name
 from tools.stats import summarize
 from tools.tables import Rows, append_rows, check_out, keep_thumbnails, report, write_tables
 
@@ -210,9 +209,7 @@ def main(arguments: list[str]) -> None:
     benchmarks, rows = run(config)
     if rank() == 0:
         tables = {key: summarize(group) for key, group in rows.items()}
-        text = report(benchmarks, rows, tables, getattr(config, "max_words", ()),
-                      judge_name(config), config.limit)
-        text += add_claims(rows, tables)
+        text = report(benchmarks, rows, tables, config) + add_claims(rows, tables)
         print0(text)
         if config.out:
             write_tables(Path(config.out), text, benchmarks, tables)

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -326,7 +327,7 @@ def test_published_scores_are_the_same_only_where_benchmark_judge_and_metric_are
     rows = {("chartqa", "ours"): told_rows(benchmark, change.get("replies", ["1000", "25"]), change.get("num_captions", 4))}
     tables = {key: summarize(group) for key, group in rows.items()}
     judge = change.get("judge", "internlm/CapRL-Eval-3B")
-    text = report([benchmark], rows, tables, judge=judge, limit=change.get("limit", 0))
+    text = report([benchmark], rows, tables, SimpleNamespace(verifier=judge, limit=change.get("limit", 0)))
     assert f"| chartqa | ours | {change.get('own', '50.0')} | release's | {judge} | this run |  |" in text
     row = "| chartqa | CapRL-3B | 80.5 | release's | internlm/CapRL-Eval-3B | arXiv 2509.22647, Table 3 |"
     assert f"{row} {last} |" in text and tables["chartqa", "ours"]["all"]["accuracy"] == 0
@@ -349,8 +350,8 @@ def test_what_is_not_known_of_a_published_score_is_said(kind, row):
         return [[Answer(one.gold) for one in group] for group in asked]
 
     rows = {(kind, "ours"): prism(benchmark, [[{"caption": "x"}]], choose)}
-    text = report([benchmark], rows, {key: summarize(group) for key, group in rows.items()}, (), "Qwen/Qwen2.5-72B-Instruct")
-    assert row in text
+    tables = {key: summarize(group) for key, group in rows.items()}
+    assert row in report([benchmark], rows, tables, SimpleNamespace(verifier="Qwen/Qwen2.5-72B-Instruct"))
 
 
 def test_published_tables_have_a_score_for_each_column():

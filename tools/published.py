@@ -83,16 +83,16 @@ def judge_name(config: Any) -> str:
 
 def published_table(benchmarks: Sequence[Benchmark], rows: dict[tuple[str, str], list[dict]],
                     tables: dict[tuple[str, str], dict[str, dict[str, float]]], judge: str,
-                    limit: int = 0) -> str:
+                    is_limited: bool) -> str:
     """As Markdown, this run's scores and the published ones of its benchmarks; empty if there are
-    none. rows, tables: see tools/tables.py; judge: the model that answered; limit: evaluate.py's.
-    """
+    none. rows, tables: see tools/tables.py; judge: the model that answered; is_limited: it was
+    asked about the first pictures only."""
     lines: list[list] = []
     for benchmark in benchmarks:
         own = [(key, table["all"]) for key, table in tables.items() if key[0] == benchmark.name]
         groups = [by_image(rows[key]).values() for key, _ in own]
         num_captions = max(len(group) for of_captioner in groups for group in of_captioner)
-        is_part = limit or benchmark.refused or any(row["failed"] for _, row in own)
+        is_part = is_limited or bool(benchmark.refused) or any(row["failed"] for _, row in own)
         columns = [(metric, table, place) for table in PUBLISHED
                    for place, (kind, metric) in enumerate(table.columns)
                    if kind == benchmark.kind.removesuffix("-script")]
@@ -105,7 +105,7 @@ def published_table(benchmarks: Sequence[Benchmark], rows: dict[tuple[str, str],
                 differing = [] if is_measured else ["metric"]
                 if is_measured and table.num_captions not in (0, num_captions):
                     differing = [f"metric (mean over {table.num_captions} captions)"]
-                differing = differences(table, benchmark, judge, bool(is_part)) + differing
+                differing = differences(table, benchmark, judge, is_part) + differing
                 lines += [[benchmark.name, captioner, scores[place], metric, table.judge,
                            table.source, ", ".join(differing) or "same"]
                           for captioner, scores in table.scores.items()]

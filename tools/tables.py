@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.images import open_image
 from data.io import check_room, json_lines, write_whole
 from tools.budgets import budget_name
-from tools.published import published_table
+from tools.published import judge_name, published_table
 from tools.stats import completeness, markdown, paired_difference, precision
 from tools.thumbnails import keep_thumbnail
 
@@ -27,10 +28,10 @@ CAPTIONQA_SHARES = ("accuracy", "right", "abstained")
 
 
 def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
-           budgets: Sequence[int] = (), judge: str = "", limit: int = 0) -> str:
+           config: Any = None) -> str:
     """All tables as Markdown: scores, differences to the first captioner, scores by budget of
-    words, CaptionQA's and CAPEval's shares, published scores. judge, limit: `published_table`."""
-    parts = [format_table(tables)]
+    words, CaptionQA's and CAPEval's shares, published scores. config: evaluate.py's settings."""
+    parts, budgets = [format_table(tables)], getattr(config, "max_words", ())
     differences = _difference_rows(rows)
     if differences:
         header = "benchmark | captioner | less | questions: | difference: | 95% interval"
@@ -53,7 +54,8 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
                   for family, row in table.items()]
         header = "captioner | family | completeness: | precision:"
         parts.append("CAPEval, in percent:\n\n" + markdown(header, scores))
-    published = published_table(benchmarks, rows, tables, judge, limit)
+    limit = getattr(config, "limit", 0)
+    published = published_table(benchmarks, rows, tables, judge_name(config), bool(limit))
     if published:
         parts.append("Published, and whether benchmark, judge and metric are those of this run "
                      "(prompts never are; the paper's Table 3 is a mean over 4 captions at "
