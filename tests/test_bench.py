@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu
+from bench import claims, gpu
 from bench.drafts import DraftConfig, count_steps
 from bench.drafts import main as drafts
 from bench.gpu import training_work
 from bench.step import StepConfig, measure
+from reward.claims import claims_of
 
 
 def test_the_worker_of_step_takes_its_turns(tmp_path):
@@ -28,6 +29,16 @@ def test_the_worker_of_step_takes_its_turns(tmp_path):
     )
     assert second["seconds"]["whole step"] >= sum(second["seconds"].values()) / 2 and first["memory"]["rollout"] >= 0
     assert json.loads(json.dumps(second)) == second
+
+
+def test_claims_are_timed_beside_answers(capsys):
+    claims.main(claims.ClaimsCost(hidden=64, layers=1, sizes=(56,), prompts=1, group_size=2, tokens=40, repeats=1))
+    said = capsys.readouterr().out
+    assert "2 captions of 40 tokens, 4 claims and 4 questions each" in said
+    assert re.findall(r"^\| (\w+, \w+) \| [\d.]+ \|$", said, re.MULTILINE) == [
+        "accuracy, sample", "accuracy, logits", "correctness, yes", "correctness, likelihood"]
+    own, shared = (claims.make_captions(claims.ClaimsCost(shared=shared, prompts=1)) for shared in (False, True))
+    assert [len(claims_of(caption)) for caption in own + shared] == [4] * 16 and len(set(own)) == 8 and len(set(shared)) == 1
 
 
 def test_gpu_runs_small_on_a_cpu():

@@ -11,6 +11,7 @@ from PIL import Image
 from test_reward_step import record
 
 import evaluate
+from bench.attacks import measure
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.examples import Example
 from data.images import open_image
@@ -213,20 +214,17 @@ def test_the_audit_hand_computed():
     assert "correctness" not in audit([{key: value for key, value in row.items() if key != "claims"} for row in rows])
 
 
-ATTACKS = {
-    "honest": "A star is red. A circle is blue.", "one safe claim, repeated": "A star is red. " * 9,
-    "vague": "There is something. It is there.", "about nothing": "This description is comprehensive.", "silent": "",
-}
-
-
-def test_attacks_earn_what_the_page_says():
-    """A safe claim and vague ones have all of the correctness, said once or often, and nothing of the
-    accuracy. Praise of oneself and silence have neither."""
-    probs = {"A star is red.": 1.0, "A circle is blue.": 0.9, "There is something.": 1.0, "It is there.": 1.0}
-    claims = judge_claims(list(ATTACKS.values()), IMAGES[:1] * 5, ["a"] * 5, Scripted(**probs))
-    scores = {name: [claim["score"] for claim in record] for name, record in zip(ATTACKS, claims)}
-    assert scores == {"honest": [1.0, 0.9], "one safe claim, repeated": [1.0], "vague": [1.0, 1.0], "about nothing": [],
-                      "silent": []}
+def test_attacks_by_part():
+    """The shipped verifier, and a checker that knows the facts, to which what is vague is true. No attack
+    has more of a part than the whole truth, and each lacks much of the accuracy."""
+    rows = measure([make_scene("heldout", index) for index in range(6)])
+    truth, guessed = rows.pop("the whole truth"), rows.pop("half of it guessed")
+    assert truth["correctness"] == 1 and truth["accuracy"] > 0.9 and truth["empty"] == 0
+    assert 0.3 < guessed["correctness"] < 0.8 and guessed["accuracy"] < truth["accuracy"] - 0.2
+    assert {name: row["correctness"] for name, row in rows.items()} == {
+        "one safe claim": 1, "one safe claim, nine times": 1, "vague claims": 1, "claims about nothing": 0, "no claim": 0}
+    assert all(row["accuracy"] < truth["accuracy"] - 0.3 for row in rows.values())
+    assert rows["one safe claim, nine times"]["empty"] == pytest.approx(8 / 9) and rows["claims about nothing"]["empty"] == 1
 
 
 # ------------------------------------------------------------------------------------------ in a run
