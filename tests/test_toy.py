@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from data.examples import load_examples
+from data.toy import captioner
 from data.toy.build import BuildConfig, build, family_accuracy
-from data.toy.captioner import weak_caption
+from data.toy.captioner import PRAISE, PRAISING, TeachConfig, praising_caption, weak_caption
 from data.toy.export import ExportConfig, export
 from data.toy.tokenizer import build_tokenizer
 from data.toy.world import (
@@ -28,6 +29,7 @@ from data.toy.world import (
 from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import load_verifier
+from reward.style import empty_kinds
 
 SCENES = [make_scene("train", index) for index in range(300)]
 
@@ -154,6 +156,29 @@ def test_the_builder_runs_from_nothing(tmp_path, capsys):
         assert (tmp_path / name / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))
+
+
+def test_what_is_taught_as_praise_is_told_from_sober_sentences():
+    captions = [praising_caption(scene, random.Random(scene.id)) for scene in SCENES]
+    sober = [weak_caption(scene, random.Random(scene.id)) for scene in SCENES]
+    kinds = [empty_kinds(caption) for caption in captions]
+    praised = [given[-1] == "praise" for given in kinds]
+    assert sum(praised) / len(praised) == pytest.approx(PRAISING, abs=0.1)
+    assert sum(given.count("praise") for given in kinds) == sum(praised)  # one each, at the end
+    assert not any("praise" in empty_kinds(caption) for caption in sober)
+    assert {caption.removeprefix(weak) for caption, weak in zip(captions, sober)} <= {"", *(f" {text}" for text in PRAISE)}
+
+
+def test_teaching_goes_on_from_the_shipped_policy(tmp_path):
+    """With a rate of 0 nothing changes, so the policy is as sharp as it was; with another it does."""
+    shipped = load_policy("data/toy/policy", torch.device("cpu")).model.state_dict()
+    for kind, rate in (("dense", 0.0), ("praising", 1e-3)):
+        captioner.main(TeachConfig(tmp_path / kind, kind, steps=1, batch=2, rate=rate))
+        taught = load_policy(str(tmp_path / kind), torch.device("cpu")).model.state_dict()
+        same = [torch.allclose(taught[name], weight, rtol=1e-5) for name, weight in shipped.items()]
+        assert all(same) if rate == 0 else not all(same)
+    with pytest.raises(ValueError, match="dense: expected a new folder, found a model in it"):
+        captioner.main(TeachConfig(tmp_path / "dense"))
 
 
 def test_the_shipped_checkpoints_are_as_good_as_reported():

@@ -4,12 +4,22 @@ captioner does.
 First it learns to see, on captions that state every fact. Then it learns to talk, on captions that
 are mostly sparse and sometimes dense or wrong. What reinforcement learning has to find afterwards
 is within it, but rare.
+
+The shipped policy can be taught further, by captions of two kinds, for comparisons with what
+reinforcement learning makes of it:
+
+    python -m data.toy.captioner runs/dense --captions dense
 """
 
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerBase,
@@ -18,11 +28,14 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from data.io import check_room
+from data.program import run_program
 from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
+from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
 from grpo.policy import CAPTION_INSTRUCTION, Policy
-from grpo.pretrained import make_policy
+from grpo.pretrained import load_policy, make_policy
 from grpo.rollout import Rollouts
 
 SEEING = 0.75
@@ -33,6 +46,31 @@ SHARPNESS = 0.7
 1% are left."""
 FAMILY_SHARES = (4, 2, 4)
 """Shapes, bars, cards: bars are learnt several times as fast."""
+PRAISE = ("This is a clear caption.", "This is a full caption.", "This caption is right.")
+"""Sentences that say nothing of the picture (reward/style.py)."""
+PRAISING = 0.75
+"""Share of the captions that end with one where praise is taught. The rest leaves training a way
+out of it."""
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """Settings of teaching the shipped policy further."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A folder for the model. It is refused if a model is there."""
+    captions: Literal["dense", "praising"] = "dense"
+    """dense: every fact of the image, each once. praising: as the shipped policy was taught, and
+    mostly with praise of the caption itself at the end."""
+    policy: str = "data/toy/policy"
+    """The model that the teaching starts from."""
+    steps: int = 40
+    batch: int = 12
+    """Captions of a step, each of another image. Default: images and steps of the toy preset."""
+    images: int = 480
+    """Training images, the first so many."""
+    rate: float = 1e-3
+    seed: int = 0
 
 
 def build_policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:
@@ -88,31 +126,72 @@ def as_rollouts(policy: Policy, scenes: Sequence[Scene], captions: Sequence[str]
     return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), never, list(captions))
 
 
-def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int,
-                 batch: int = 32) -> Policy:
-    policy = build_policy(tokenizer, seed)
+def praising_caption(scene: Scene, rng: random.Random) -> str:
+    caption = weak_caption(scene, rng)
+    return f"{caption} {rng.choice(PRAISE)}" if rng.random() < PRAISING else caption
+
+
+def teach_(policy: Policy, name: str, write: Callable[[int, Scene, random.Random], str],
+           steps: int, seed: int, batch: int, instruction: str = CAPTION_INSTRUCTION,
+           images: int = 3 * 10**6, rate: float = 2e-3) -> None:
+    """Supervised training on what `write(step, scene, rng)` says of scenes of the training split,
+    among the first `images`. Draws are functions of (name, seed, step). Ends sharpened."""
     scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"policy:{seed}:{step}")
+        rng = random.Random(f"{name}:{seed}:{step}")
         families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=batch)
-        scenes = [make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family)
+        scenes = [make_scene("train", rng.randrange(images // 3) * len(FAMILIES) + family)
                   for family in families]
-        if step < SEEING * steps:
-            captions = [write_caption(scene.family, scene.facts) for scene in scenes]
-        else:
-            captions = [weak_caption(scene, rng) for scene in scenes]
-        rollouts = as_rollouts(policy, scenes, captions)
+        texts = [write(step, scene, rng) for scene in scenes]
+        rollouts = as_rollouts(policy, scenes, texts, instruction)
         logprobs, _ = scorer(rollouts)  # (B, L)
         return -logprobs.sum() / rollouts.lengths.sum(), {}
 
-    fit(policy.model, loss_at, steps, "policy", warmup_share=0.05, decay_share=1 / 3)
+    fit(policy.model, loss_at, steps, name, warmup_share=0.05, decay_share=1 / 3, rate=rate)
     sharpen_(policy)
+
+
+def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int,
+                 batch: int = 32) -> Policy:
+    policy = build_policy(tokenizer, seed)
+
+    def write(step: int, scene: Scene, rng: random.Random) -> str:
+        sees = step < SEEING * steps
+        return write_caption(scene.family, scene.facts) if sees else weak_caption(scene, rng)
+
+    teach_(policy, "policy", write, steps, seed, batch)
     return policy
 
 
-def sharpen_(policy: Policy) -> None:
-    """Makes sampling at temperature 1 what sampling at SHARPNESS was, by the scale of the last
-    norm."""
+def load_taught(path: str) -> Policy:
+    """A shipped policy as it was before `sharpen_`, which `teach_` applies anew."""
+    policy = load_policy(path, torch.device("cpu"))
+    sharpen_(policy, 1 / SHARPNESS)
+    return policy
+
+
+def sharpen_(policy: Policy, by: float = SHARPNESS) -> None:
+    """Makes sampling at temperature 1 what sampling at `by` was, by the scale of the last norm."""
     with torch.no_grad():
-        policy.model.model.language_model.norm.weight.div_(SHARPNESS)
+        policy.model.model.language_model.norm.weight.div_(by)
+
+
+def main(config: TeachConfig) -> None:
+    if (config.folder / "config.json").exists():
+        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
+    check_room(config.folder)
+    policy = load_taught(config.policy)
+
+    def write(step: int, scene: Scene, rng: random.Random) -> str:
+        if config.captions == "praising":
+            return praising_caption(scene, rng)
+        return write_caption(scene.family, scene.facts)
+
+    teach_(policy, config.captions, write, config.steps, config.seed, config.batch,
+           images=config.images, rate=config.rate)
+    export_policy(policy, config.folder, torch.float32)
+
+
+if __name__ == "__main__":
+    run_program(lambda arguments: main(tyro.cli(TeachConfig, args=arguments)), sys.argv[1:])

@@ -18,20 +18,16 @@ from typing import Annotated
 
 import torch
 import tyro
-from torch import Tensor
 
 from data.curate.generate import WRITING_INSTRUCTION
 from data.examples import Question
 from data.io import check_room
 from data.program import run_program
-from data.toy.captioner import FAMILY_SHARES, SHARPNESS, as_rollouts, sharpen_
-from data.toy.fit import fit
-from data.toy.world import FAMILIES, Scene, draw, make_scene, scene_questions
+from data.toy.captioner import load_taught, teach_
+from data.toy.world import Scene, draw, make_scene, scene_questions
 from data.written import parse_questions
 from grpo.export import export_policy
-from grpo.logprobs import CompletionScorer
 from grpo.policy import Policy
-from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 
 LETTERS = "ABCDEFGHIJ"
@@ -72,26 +68,13 @@ def lesson(scene: Scene, num: int, rng: random.Random) -> str:
 
 
 def train_writer(config: WriterConfig) -> Policy:
-    policy = load_policy(config.policy, torch.device("cpu"))
-    # as it was before it was sharpened, so that `sharpen_` can be applied anew
-    with torch.no_grad():
-        policy.model.model.language_model.norm.weight.mul_(SHARPNESS)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
-    instruction = WRITING_INSTRUCTION.format(num=config.num_questions)
+    policy = load_taught(config.policy)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"writer:{config.seed}:{step}")
-        families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=config.batch)
-        scenes = [make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family)
-                  for family in families]
-        rollouts = as_rollouts(policy, scenes,
-                               [lesson(scene, config.num_questions, rng) for scene in scenes],
-                               instruction)
-        logprobs, _ = scorer(rollouts)  # (B, L)
-        return -logprobs.sum() / rollouts.lengths.sum(), {}
+    def write(step: int, scene: Scene, rng: random.Random) -> str:
+        return lesson(scene, config.num_questions, rng)
 
-    fit(policy.model, loss_at, config.steps, "writer", warmup_share=0.05, decay_share=1 / 3)
-    sharpen_(policy)
+    teach_(policy, "writer", write, config.steps, config.seed, config.batch,
+           instruction=WRITING_INSTRUCTION.format(num=config.num_questions))
     return policy
 
 
