@@ -1,7 +1,9 @@
 """The benches run, at their tiniest: what they print is a measurement, not a test."""
 
 import json
+import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -9,13 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tyro
 
-from bench import claims, gpu
+import evaluate
+from bench import claims, gpu, paper
 from bench.drafts import DraftConfig, count_steps
 from bench.drafts import main as drafts
 from bench.gpu import training_work
+from bench.paper import PaperConfig
 from bench.step import StepConfig, measure
+from data.toy.world import make_scene, perturb, write_caption
 from reward.claims import claims_of
+from tools.stats import bootstrap_interval
 
 
 def test_the_worker_of_step_takes_its_turns(tmp_path):
@@ -132,3 +139,159 @@ def test_steps_with_drafts_by_hand():
     # siblings in step know no more than each other
     assert count_steps([[1, 2, 3, 4]] * 2, num_draft_tokens=2, match=1) == 4
     assert count_steps([[1, 2, 3], [7, 8, 1, 2, 3]], num_draft_tokens=1, match=1) == 4  # 2 is drafted from the first
+
+
+# -------------------------------------------------------------------------------------- bench/paper.py
+
+
+def test_a_study_runs_small_and_is_not_made_again(tmp_path, capsys, monkeypatch):
+    """A start is taught, trained from and evaluated, by the programs themselves."""
+    config = PaperConfig("true", seeds=(0,), cells=("praising",), folder=tmp_path, checker="data/toy/policy",
+                         checker_mode="likelihood", smoke=True)
+    paper.main(config)
+    said = capsys.readouterr().out
+    header, _, row = said.splitlines()
+    assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", "paper", *paper_values(0)]
+    name, _, prism, area, *_ = (cell.strip() for cell in row.split("|")[1:-1])
+    assert name == "praising" and re.fullmatch(r"[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)", prism)
+    assert re.fullmatch(r"[01]\.\d{3}", area)
+    monkeypatch.setattr(paper, "begin", None)
+    paper.main(config)
+    assert capsys.readouterr().out == said
+
+
+def test_what_prism_leaves_out_is_known_from_the_facts(tmp_path):
+    """The card 2 of the held-out images: two of its seven facts, one mistake, and praise."""
+    scene = make_scene("heldout", 2)
+    (wrong,) = perturb(scene.facts[3:4], 1.0, random.Random(0))
+    caption = write_caption(scene.family, [*scene.facts[:2], wrong]) + " This is a full caption."
+    asked = {"id": "q", "family": "cards", "score": 1.0, "correct": True, "unparsed": False, "abstain": None, "chosen": 0}
+    row = {"id": scene.id, "caption": caption, "questions": [asked]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    values = paper.values_of([paper.Task((), tmp_path / "rows.json")])
+    values = {column: images.get(scene.id) for column, images in values.items()}
+    assert values["Prism"] == [1.0] and values["exact precision"] == [True, True, False]
+    assert values["exact recall"] == [2 / len(scene.facts)] and values["claims"] == [4]  # "This is a card." is one, of no truth
+    assert values["empty"] == [1 / 5] and values["precision"] is None and values["area"] is None
+
+
+def test_a_run_is_known_by_what_its_settings_mean():
+    """The toy preset with or without its own values is one run; a seed, a flag or another start is another."""
+    def run(study, cell, seed=0):
+        training, evaluation = paper.plan(PaperConfig(study), cell, seed)[-2:]
+        assert evaluation.needs[-1] == training and str(training.product) in evaluation.arguments
+        return training.product.parent.name
+
+    config = "data/toy/policy"
+    studies = [("groups", "G = 8"), ("sampling", "N = 4"), ("questions", "all"), ("verifier", "letters")]
+    assert len({run(*study) for study in studies}) == 1
+    others = [run("groups", "G = 8"), run("groups", "G = 8", seed=1), run("groups", "G = 4"), run("groups", "KL 0.1")]
+    assert len(set(others)) == 4
+    judged = PaperConfig("true", checker=config, checker_mode="likelihood"), PaperConfig("true", checker=config)
+    plans = [paper.plan(settings, "correctness 2", 0) for settings in judged]
+    assert len({task.product for tasks in plans for task in tasks}) == 4
+
+
+def test_every_cell_of_every_study_is_taken_by_the_programs(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper, "write_sets", lambda folder, num_images: None)
+    for name, study in paper.STUDIES.items():
+        config = PaperConfig(name, folder=tmp_path, checker="data/toy/policy")
+        for cell in study.cells:
+            *_, evaluation = paper.plan(config, cell, 0)
+            program, kind, *flags = evaluation.arguments
+            known = {"prism": evaluate.PrismConfig, "claims": evaluate.ClaimsConfig}
+            assert program == "evaluate.py" and tyro.cli(known[kind], args=flags).seed == 0
+        measured = {cell: [paper_values(0.5, "a")] for cell in study.cells}
+        rows = paper.report(study, measured).split("\n\n")[1].splitlines()[2:]
+        assert len(rows) == sum(chain.count(">") for chain in study.orders)  # no order names a cell that is not there
+        assert set(study.paper) <= set(study.cells)
+
+
+def paper_values(value: float, *images: str) -> dict:
+    return {column: {image: [value] for image in images}
+            for column in ("Prism", "area", "precision", "exact precision", "exact recall", "checker right", "claims", "words",
+                           "empty")}
+
+
+def test_a_study_that_was_killed_goes_on(tmp_path):
+    """Two of four products are there; what one program had half written is deleted; one that fails
+    costs nothing that is done."""
+    def task(name: str, code: str, *needs: paper.Task) -> paper.Task:
+        path = tmp_path / name
+        return paper.Task(("-c", f"open({str(tmp_path / 'made')!r}, 'a').write({name!r} + ' '); {code}; "
+                                 f"open({str(path)!r}, 'x')"), path, needs)
+
+    first, second = task("first", "pass"), task("second", "pass")
+    third = task("third.json", f"open({str(tmp_path / 'third.jsonl')!r}, 'x')", first)
+    fourth = task("fourth", "raise SystemExit('error: no room')", third, second)
+    for name in ("first", "second", "third.jsonl"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="fourth.log: expected fourth, found exit code 1: error: no room"):
+        paper.carry_out([fourth, third, second, first, first], jobs=2)
+    assert (tmp_path / "made").read_text() == "third.json fourth "
+    paper.carry_out([task("fourth", "pass", third, second), third, second, first], jobs=2)
+    assert (tmp_path / "made").read_text() == "third.json fourth fourth "
+
+
+def test_programs_that_run_are_ended_with_the_study(tmp_path):
+    slow = paper.Task(("-c", "import time; time.sleep(600)"), tmp_path / "slow")
+    with pytest.raises(ValueError, match="bad.log: expected bad, found exit code 3"):
+        paper.carry_out([slow, paper.Task(("-c", "raise SystemExit(3)"), tmp_path / "bad")], jobs=2)
+
+
+def test_intervals_over_seeds_and_images_by_hand():
+    """One image: seeds of 0.1, 0.2 and 0.3 deviate by 0.1, and t with 2 degrees is 4.303."""
+    half = 4.303 * 0.1 / math.sqrt(3)
+    seeds = [{"a": [0.1, 0.1]}, {"a": [0.2]}, {"a": [0.3]}]
+    assert paper.over_seeds(seeds) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    # equal seeds: what is left is the bootstrap over images, of all their values
+    images = {str(n): [float(n % 2)] for n in range(100)}
+    low, high = bootstrap_interval(images.values())
+    assert paper.over_seeds([images] * 3) == paper.over_seeds([images]) == (0.5, low, high)
+    # both: the root of the squares. Seeds 0.5 and 0.7: deviation 0.2 / sqrt(2), t with 1 degree 12.706
+    higher = {name: [value + 0.2 for value in values] for name, values in images.items()}
+    across = 12.706 * 0.1
+    want = (0.6, 0.6 - math.hypot(0.5 - low, across), 0.6 + math.hypot(high - 0.5, across))
+    assert paper.over_seeds([images, higher]) == pytest.approx(want, abs=1e-9)
+    assert all(map(math.isnan, paper.over_seeds([images, {}])))  # not measured: no zero
+    middle, *ends = paper.over_seeds([{"all": [0.4]}])  # a single number
+    assert middle == 0.4 and all(map(math.isnan, ends))
+    assert [paper.verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1), (math.nan, math.nan))] == [
+        "yes", "reversed", "open", ""]
+
+
+def test_orders_are_of_paired_differences():
+    """Images differ by far more than the cells. Of the same images the difference is sure."""
+    study = paper.Study({"a": "", "b": "", "c": ""}, ("Prism: a > b > c", "empty: c > a"),
+                        paper={"a": 48.4, "b": 47.3})
+
+    def seeds(shift: float) -> list[dict]:
+        return [{column: {str(n): [n / 50 + shift + seed / 100] for n in range(50)} if column in ("Prism", "empty") else {}
+                 for column in paper_values(0)} for seed in range(3)]
+
+    measured = {"a": seeds(0.01), "b": seeds(0.0), "c": seeds(0.0)}
+    measured["c"][2]["Prism"]["0"] = [0.5]  # one image of one seed
+    cells, orders = paper.report(study, measured).split("\n\n")
+    assert "| a | 48.4 | 0.510 (0." in cells and "area" not in cells
+    _, _, first, second, third = orders.splitlines()
+    assert first == "| a > b | Prism | +1.1 | +0.010 (+0.010 to +0.010) | yes |"
+    assert second.startswith("| b > c | Prism |  | -0.003 (") and second.endswith("| open |")
+    assert third == "| c > a | empty |  | -0.010 (-0.010 to -0.010) | reversed |"
+
+
+def test_area_under_a_curve_by_hand():
+    """0.5 to 0.7 over 10 steps, 0.7 to 0.8 over 30: (0.6 * 10 + 0.75 * 30) / 40."""
+    curve = [{"step": step, "accuracy": value} for step, value in ((0, 0.5), (10, 0.7), (40, 0.8))]
+    assert paper.area_under(curve) == pytest.approx((6 + 22.5) / 40)
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (dict(seeds=()), "seeds: expected different ones, at least one, got \\(\\)"),
+    (dict(seeds=(1, 1)), "seeds: expected different ones"),
+    (dict(cells=("N = 3",)), "cells: expected some of .*, got .'N = 3'."),
+    (dict(jobs=0), "jobs 0: expected at least 1"),
+    (dict(study="true", checker="no/where"), "checker: expected the folder of a model, found none at no/where"),
+])
+def test_settings_of_a_study_are_refused_in_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        paper.main(PaperConfig(**{"study": "sampling"} | settings))

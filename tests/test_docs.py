@@ -45,6 +45,7 @@ NOT_RUN = {
     " data.toy.build ": "takes an hour",
     " data.toy.demo ": "takes minutes; test_programs.py runs it small",
     " data.toy.writer ": "takes half an hour",
+    " data.toy.captioner ": "takes minutes",
     " runs/writer": "needs what data.toy.writer makes",
     " runs/loose": "needs what data.curate keeps of it",
     " runs/demo/": "needs what the demo makes",

@@ -1,0 +1,429 @@
+"""The paper's ablations in miniature: on the toy world, on a CPU, with intervals.
+
+    python bench/paper.py sampling --seeds 0 1 2
+    python bench/paper.py true --seeds 0 --cells "correctness 0.5"
+
+A study is a table of cells. A cell is a name with flags of `train.py toy`. It is trained once per
+seed, then evaluate.py has its final policy caption 120 held-out images, 4 times each. Runs are kept
+in --folder by a hash of their settings: a run that is there is not made again, also by another
+study, and a study that was killed goes on. docs/paper.md tells what each study asks.
+
+Columns, with a 95% interval over seeds and images (`over_seeds`):
+
+paper       what the paper has for this, in its own world
+Prism       accuracy of the shipped verifier on all questions, from the captions alone
+area        its mean over the training, on fewer images: intervals are over seeds alone
+precision   share of the claims that the checker holds for true; the exact one by the scene's facts
+recall      share of the scene's facts that the caption says
+empty       share of the sentences that say nothing of the picture (reward/style.py)
+"""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from shlex import split
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.examples import Question
+from data.export import write_examples
+from data.io import check_room, text_hash
+from data.jsonl import read_log
+from data.program import check_range, run_program
+from data.toy.world import COMMON_KNOWLEDGE, toy_examples
+from grpo.config import parse_train_config
+from grpo.log import EVAL_LOG
+from reward.claims import claim_record, claims_of
+from reward.style import empty_share
+from tools.claims import DIGITS, exact, image_values
+from tools.stats import bootstrap_interval, markdown, mean
+
+Values = dict[str, dict[str, list[float]]]
+"""column -> image -> its values, of one seed"""
+
+UNTRAINED = "untrained"
+"""In place of a cell's flags, or before them: its policy is evaluated as it is."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Flags may name settings of the study and what it makes: {checker}, {checker_mode}, {sets},
+    {praising}."""
+
+    cells: dict[str, str]
+    """Name of the cell -> flags of `train.py toy`."""
+    orders: tuple[str, ...]
+    """"column: a > b > c": a is expected to have more than b, and b more than c."""
+    evaluation: str = "prism"
+    """Program of evaluate.py, with flags."""
+    paper: dict[str, float] = field(default_factory=dict)
+    """Cell -> mean accuracy in percent over ChartQAPro, InfoVQA, MMMU, MMStar and WeMath."""
+
+
+JUDGED = "--checker {checker} --checker-mode {checker_mode}"
+CORRECT = f"{JUDGED} --correctness-weight"
+
+STUDIES = {
+    "true": Study(
+        evaluation=f"claims {JUDGED}",
+        cells={
+            "start": UNTRAINED, "paper": "", "correctness 0.5": f"{CORRECT} 0.5",
+            "correctness 2": f"{CORRECT} 2",
+            "correctness 0.5, apart": f"{CORRECT} 0.5 --normalize-parts",
+            "correctness 2, apart": f"{CORRECT} 2 --normalize-parts",
+            "one question": "--data {sets}/one",
+            "one question, correctness 0.5": f"--data {{sets}}/one {CORRECT} 0.5",
+            "one question, correctness 2, apart":
+                f"--data {{sets}}/one {CORRECT} 2 --normalize-parts",
+            "praising start": f"{UNTRAINED} --policy {{praising}}",
+            "praising": "--policy {praising}",
+            "praising, penalty 0.5": "--policy {praising} --praise-weight 0.5",
+        },
+        orders=(
+            "Prism: correctness 0.5 > paper > start",
+            "Prism: correctness 2, apart > correctness 2 > paper",
+            "exact precision: correctness 2 > correctness 0.5 > paper > start",
+            "exact precision: correctness 0.5, apart > correctness 0.5",
+            "exact precision: correctness 2, apart > correctness 2",
+            "exact precision: one question, correctness 0.5 > one question",
+            "exact precision: one question, correctness 2, apart > one question",
+            "exact precision: paper > one question > start",
+            "Prism: one question, correctness 0.5 > one question",
+            "empty: praising start > praising > praising, penalty 0.5",
+            "Prism: praising, penalty 0.5 > praising",
+        ),
+    ),
+    "sampling": Study(
+        cells={
+            "start": UNTRAINED, "N = 1": "--num-questions 1", "N = 2": "--num-questions 2",
+            "N = 4": "", "N = 8": "--num-questions 8",
+            "N = 1, independent": "--num-questions 1 --question-draw independent",
+            "N = 4, independent": "--question-draw independent",
+            "N = 4, independent, sampled": "--question-draw independent --verifier-mode sample",
+            "N = 4, two shuffles": "--num-shuffles 2",
+        },
+        orders=(
+            "Prism: N = 8 > N = 4 > N = 2 > N = 1 > start", "Prism: N = 4 > N = 1",
+            "area: N = 8 > N = 4 > N = 2 > N = 1", "area: N = 4 > N = 1",
+            "Prism: N = 4 > N = 4, independent > N = 4, independent, sampled",
+            "Prism: N = 1 > N = 1, independent", "Prism: N = 4, two shuffles > N = 4",
+        ),
+        paper={"start": 40.6, "N = 1": 47.3, "N = 2": 47.6, "N = 4": 48.4, "N = 8": 48.3},
+    ),
+    "questions": Study(
+        cells={
+            "start": UNTRAINED, "one": "--data {sets}/one", "two": "--data {sets}/two",
+            "three": "--data {sets}/three", "all": "", "two, six unneeded": "--data {sets}/leaking",
+        },
+        orders=("Prism: all > three > two > one > start", "Prism: all > one",
+                "area: all > three > two > one", "Prism: two > two, six unneeded",
+                "area: two > two, six unneeded"),
+        paper={"start": 40.6, "one": 48.0, "two": 48.5, "three": 48.5, "two, six unneeded": 47.4},
+    ),
+    "verifier": Study(
+        cells={"letters": "", "probabilities": "--soft",
+               "replies, T 0.6": "--verifier-mode sample",
+               "replies, T 2": "--verifier-mode sample --verifier-temperature 2"},
+        orders=("Prism: probabilities > letters > replies, T 0.6 > replies, T 2",
+                "area: probabilities > letters > replies, T 0.6 > replies, T 2"),
+    ),
+    "groups": Study(
+        cells={
+            "G = 2": "--group-size 2 --prompts-per-step 48",
+            "G = 4": "--group-size 4 --prompts-per-step 24", "G = 8": "",
+            "G = 16": "--group-size 16 --prompts-per-step 6",
+            "no KL": "--kl-coef 0", "KL 0.1": "--kl-coef 0.1", "KL 0.4": "--kl-coef 0.4",
+        },
+        orders=("Prism: G = 16 > G = 8 > G = 4 > G = 2", "area: G = 16 > G = 8 > G = 4 > G = 2",
+                "Prism: no KL > G = 8 > KL 0.1 > KL 0.4"),
+    ),
+}
+"""A cell without flags is the toy preset: N = 4, G = 8, KL 0.01, all questions, letters."""
+
+UNNEEDED = [Question(*parts, needs_image=False) for parts in COMMON_KNOWLEDGE]
+SETS: dict[str, Callable[[list[Question]], list[Question]]] = {
+    "one": lambda asked: asked[:1], "two": lambda asked: asked[:2],
+    "three": lambda asked: asked[:3], "leaking": lambda asked: asked[:2] + UNNEEDED,
+}
+"""{sets}: the toy preset's images with some of their questions, which come in random order."""
+
+STARTS = {"praising": "-m data.toy.captioner {folder} --captions praising --steps 100 --batch 16"}
+"""{NAME}: a policy that a program makes."""
+
+ALWAYS = "--audit-every 0 --save-every 10 --eval-data toy:heldout:40 --eval-every 10"
+SMOKE = "--num-steps 2 --prompts-per-step 2 --group-size 2 --eval-images 1 --eval-every 2"
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """Settings of a study's run."""
+
+    study: Annotated[Literal[*STUDIES], tyro.conf.Positional]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    cells: tuple[str, ...] = ()
+    """Only these cells."""
+    jobs: int = 2
+    """Programs at a time, each with one thread."""
+    folder: Path = Path("runs/paper")
+    checker: str = "data/toy/looker"
+    """The folder of the model that judges claims in the study "true"."""
+    checker_mode: Literal["yes", "likelihood"] = "yes"
+    smoke: bool = False
+    """Two steps and a few images: everything runs, nothing is learnt."""
+
+    def __post_init__(self):
+        check_range(self, "jobs", at_least=1)
+        known = STUDIES[self.study].cells
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different ones, at least one, got {self.seeds}")
+        if unknown := [cell for cell in self.cells if cell not in known]:
+            raise ValueError(f"cells: expected some of {list(known)}, got {unknown}")
+
+
+# --------------------------------------------------------------------------------- what is to do
+
+
+@dataclass(frozen=True)
+class Task:
+    """A program that makes `product`, once the products of `needs` are there."""
+
+    arguments: tuple[str, ...]
+    product: Path
+    needs: tuple["Task", ...] = ()
+
+
+def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
+    """What a cell needs with one seed, in order: starts, training, evaluation. Of the first two
+    only what it has."""
+    study = STUDIES[config.study]
+    folder = config.folder / "smoke" if config.smoke else config.folder
+    tasks, names = [], {"sets": folder / "sets", "checker": config.checker,
+                        "checker_mode": config.checker_mode}
+    for name, command in STARTS.items():
+        words = (*split(command), *split("--steps 2 --batch 2" if config.smoke else ""))
+        names[name] = folder / f"{name}-{text_hash(repr(words))[:12]}"
+        if f"{{{name}}}" in study.cells[cell]:
+            words = tuple(word.format(folder=names[name]) for word in words)
+            tasks.append(Task(words, names[name] / "config.json"))
+    if "{sets}" in study.cells[cell]:
+        write_sets(folder / "sets", 4 if config.smoke else 480)
+
+    flags = split(study.cells[cell].format(**names))
+    is_trained = flags[:1] != [UNTRAINED]
+    words = ("toy", *split(ALWAYS), *flags[not is_trained :],
+             *split(SMOKE if config.smoke else ""), "--seed", str(seed))
+    settings = parse_train_config(list(words))
+    policy = Path(settings.policy)
+    if is_trained:
+        # By what they mean, not by their words: a run of other defaults is another run.
+        meant = settings.flat() | {"run_dir": ""}
+        run_dir = folder / f"run-{text_hash(repr(sorted(meant.items())))[:12]}"
+        policy = run_dir / "final"
+        words = ("train.py", *words, "--run-dir", str(run_dir), "--resume")
+        tasks.append(Task(words, policy, tuple(tasks)))
+
+    images, captions = (3, 1) if config.smoke else (120, 4)
+    words = ("evaluate.py", *split(study.evaluation.format(**names)), "--policy", str(policy),
+             "--verifier", "data/toy/verifier", "--data", f"toy:heldout:{images}",
+             "--num-captions", str(captions), "--max-new-tokens", str(settings.max_new_tokens),
+             "--seed", str(seed), "--cache", "")
+    rows = folder / f"rows-{text_hash(repr(words))[:12]}.jsonl"
+    return [*tasks, Task((*words, "--out", str(rows)), rows.with_suffix(".json"), tuple(tasks))]
+
+
+def write_sets(folder: Path, num_images: int) -> None:
+    for name, choose in SETS.items():
+        if (folder / name / "examples.jsonl").exists():
+            continue
+        examples = []
+        for example in toy_examples(f"toy:train:{num_images}"):
+            order = random.Random(f"{example.id}:sets")  # the same for all sets
+            asked = order.sample(example.questions, len(example.questions))
+            examples.append(replace(example, questions=tuple(choose(asked))))
+        write_examples(folder / name, examples)
+
+
+# ------------------------------------------------------------------------------------ doing it
+
+
+def carry_out(tasks: Sequence[Task], jobs: int) -> None:
+    """Runs each task whose product is not there, `jobs` at a time. If one fails, those that run
+    are ended, and ValueError names its log. What is done is there the next time."""
+    unique = {task.product: task for task in tasks}
+    left = [task for task in unique.values() if not task.product.exists()]
+    running: dict[subprocess.Popen, Task] = {}
+    bar = tqdm(total=len(unique), initial=len(unique) - len(left), desc="programs", unit="program")
+    try:
+        while left or running:
+            ready = (task for task in left if all(need.product.exists() for need in task.needs))
+            for task in list(ready)[: jobs - len(running)]:
+                left.remove(task)
+                running[begin(task)] = task
+            time.sleep(0.2)
+            for process in [process for process in running if process.poll() is not None]:
+                task = running.pop(process)
+                if process.returncode or not task.product.exists():
+                    said = log_of(task).read_text("utf-8", "replace").strip().splitlines()
+                    raise ValueError(f"{log_of(task)}: expected {task.product.name}, found exit "
+                                     f"code {process.returncode}: {(said or [''])[-1]}")
+                bar.update()
+    finally:
+        bar.close()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def begin(task: Task) -> subprocess.Popen:
+    """A training goes on from its checkpoint. What evaluate.py had written when it was stopped is
+    deleted: it writes no file twice."""
+    if task.product.suffix == ".json":
+        for ending in (".jsonl", ".md"):
+            task.product.with_suffix(ending).unlink(missing_ok=True)
+    log_of(task).parent.mkdir(parents=True, exist_ok=True)
+    with log_of(task).open("wb") as log:
+        return subprocess.Popen([sys.executable, *task.arguments], stdout=log, stderr=log,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def log_of(task: Task) -> Path:
+    return task.product.with_name(f"{task.product.name}.log")
+
+
+# ---------------------------------------------------------------------------------- what it says
+
+
+def values_of(tasks: Sequence[Task]) -> Values:
+    """What training and evaluation of one seed have measured."""
+    *before, evaluation = tasks
+    rows = read_log(evaluation.product.with_suffix(".jsonl"))
+    if "claims" not in rows[0]:  # unjudged, but the facts are known
+        claims = [[claim_record(claim, math.nan) for claim in claims_of(row["caption"])]
+                  for row in rows]
+        rows = [row | exact(row | {"claims": said}) for row, said in zip(rows, claims)]
+    values = image_values(rows) | {"area": {}, "empty": {}}
+    for row in rows:
+        values["empty"].setdefault(row["id"], []).append(empty_share(row["caption"]))
+    for task in before:
+        if task.arguments[0] == "train.py":
+            values["area"]["all"] = [area_under(read_log(task.product.parent / EVAL_LOG))]
+    return values
+
+
+def area_under(curve: Sequence[dict]) -> float:
+    """Mean held-out accuracy over the steps, the curve being straight between its points."""
+    area = sum((a["accuracy"] + b["accuracy"]) / 2 * (b["step"] - a["step"])
+               for a, b in pairwise(curve))
+    return area / (curve[-1]["step"] - curve[0]["step"])
+
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 0.975 quantile of Student's t with 1 to 9 degrees of freedom; the last also for more."""
+
+
+def over_seeds(seeds: Sequence[dict[str, list[float]]]) -> tuple[float, float, float]:
+    """Mean over seeds, and its 95% interval. seeds: image -> values, of each seed.
+
+    Two half widths are put together as the root of their squares: the bootstrap's over images, a
+    drawn image bringing its values of all seeds, and Student's over the seeds' means. With one
+    seed, the first alone; of one image too there is no interval (NaN). All three are NaN where a
+    seed has no value.
+    """
+    means = [mean([value for group in images.values() for value in group]) for images in seeds]
+    groups: dict[str, list[float]] = {}
+    for images in seeds:
+        for image, values in images.items():
+            groups.setdefault(image, []).extend(values)
+    pooled = mean([value for values in groups.values() for value in values])
+    low, high = bootstrap_interval(groups.values())
+    across = 0.0 if len(groups) > 1 else math.nan
+    if len(means) > 1:
+        quantile = STUDENT[min(len(means) - 2, len(STUDENT) - 1)]
+        across = quantile * float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    below, above = math.hypot(pooled - low, across), math.hypot(high - pooled, across)
+    return mean(means), mean(means) - below, mean(means) + above
+
+
+def differences(more: Sequence[Values], less: Sequence[Values],
+                column: str) -> list[dict[str, list[float]]]:
+    """Of each seed: image -> its mean in `more` less that in `less`; images that both have."""
+    return [
+        {image: [mean(given) - mean(second[column][image])]
+         for image, given in first[column].items() if image in second[column]}
+        for first, second in zip(more, less, strict=True)
+    ]
+
+
+def report(study: Study, measured: dict[str, list[Values]]) -> str:
+    """Two tables as Markdown: the cells, and the orders between those that are there.
+    measured: cell -> `values_of` each seed."""
+    digits = {"Prism": 3, "area": 3, **DIGITS, "empty": 3}
+
+    def shown(seeds: Sequence[dict[str, list[float]]], column: str, sign: str = "") -> str:
+        numbers = over_seeds(seeds)
+        middle, low, high = (f"{number:{sign}.{digits[column]}f}" for number in numbers)
+        if math.isnan(numbers[0]):
+            return ""
+        return middle if math.isnan(numbers[1]) else f"{middle} ({low} to {high})"
+
+    columns = [column for column in digits
+               if any(seed[column] for seeds in measured.values() for seed in seeds)]
+    rows = [[cell, study.paper.get(cell, ""),
+             *(shown([seed[column] for seed in seeds], column) for column in columns)]
+            for cell, seeds in measured.items()]
+    orders = []
+    for chain in study.orders:
+        column, _, names = chain.partition(": ")
+        for more, less in pairwise(names.split(" > ")):
+            if more in measured and less in measured:
+                pairs = differences(measured[more], measured[less], column)
+                _, low, high = over_seeds(pairs)
+                is_published = column == "Prism" and {more, less} <= study.paper.keys()
+                paper = study.paper[more] - study.paper[less] if is_published else math.nan
+                orders.append([f"{more} > {less}", column, f"{paper:+.1f}" if is_published else "",
+                               shown(pairs, column, "+"),
+                               verdict(low, high)])
+    tables = [markdown(" | ".join(["cell | paper:", *(f"{name}:" for name in columns)]), rows)]
+    if orders:
+        tables.append(markdown("order | of | paper: | difference: | holds", orders))
+    return "\n\n".join(tables)
+
+
+def verdict(low: float, high: float) -> str:
+    """Of the interval of a difference; nothing where it was not measured."""
+    if math.isnan(low):
+        return ""
+    return "yes" if low > 0 else "reversed" if high < 0 else "open"
+
+
+def main(config: PaperConfig) -> None:
+    study = STUDIES[config.study]
+    if "{checker}" in study.evaluation and not Path(config.checker).is_dir():
+        raise ValueError(f"checker: expected the folder of a model, found none at {config.checker} "
+                         "(--checker data/toy/policy --checker-mode likelihood needs no other)")
+    check_room(config.folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    cells = [cell for cell in study.cells if cell in (config.cells or study.cells)]
+    # All cells of a seed before the next seed.
+    plans = {(cell, seed): plan(config, cell, seed) for seed in config.seeds for cell in cells}
+    carry_out([task for tasks in plans.values() for task in tasks], config.jobs)
+    measured = {cell: [values_of(plans[cell, seed]) for seed in config.seeds] for cell in cells}
+    print(report(study, measured))
+
+
+if __name__ == "__main__":
+    run_program(lambda arguments: main(tyro.cli(PaperConfig, args=arguments)), sys.argv[1:])
