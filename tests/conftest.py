@@ -1,7 +1,15 @@
 """Tiny models for the tests: random weights, wide enough apart that every choice is decisive."""
 
+import json
+import multiprocessing
 import os
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of the tests too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of float32 on a CPU
@@ -10,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from data.toy.captioner import build_policy
@@ -21,6 +30,65 @@ from grpo.rollout import Rollouts, sample_rollouts
 from train import train
 
 torch.set_num_threads(1)
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "train", "evaluate", "tools.check", "tools.held_out", "tools.report.page", "reward.resample", "data.toy.captioner",
+    "data.toy.verifier", "torch.distributed.checkpoint", "torch.distributed.run", "pytest",
+])
+"""What takes seconds to import, once for all processes that the tests start."""
+
+
+class Forked(ForkServerProcess):
+    """A function in a process of its own, forked from one that has imported everything and computed nothing, so that
+    forks of it are safe. `exitcode` is -N where signal N ended it."""
+
+    def __init__(self, out: Path, function: Callable, *arguments, **environment: str):
+        super().__init__(target=function, args=arguments, daemon=True)
+        self.out, self.environment = out, environment
+
+    def run(self) -> None:
+        os.environ |= self.environment
+        torch.set_num_threads(1)
+        for number in (1, 2):
+            os.dup2(os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        super().run()
+
+    def said(self) -> str:
+        """All that it and the other ranks have printed, after its end."""
+        self.join(300)
+        return self.out.read_text()
+
+
+def all_ranks(folder: Path, num_ranks: int, function: Callable, *arguments) -> str:
+    """What the ranks of a run have printed, started as torchrun starts them. All of them must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(num_ranks)}
+    ranks = [Forked(folder / "said.txt", function, *arguments, RANK=str(number), LOCAL_RANK=str(number), **place)
+             for number in range(num_ranks)]
+    for process in ranks:
+        process.start()
+    said = [process.said() for process in ranks][-1]
+    assert {process.exitcode for process in ranks} == {0}, said[-3000:]
+    return said
+
+
+def shallow(model: str, folder: Path, num_layers: int = 1) -> str:
+    """A shipped model without its upper layers, those of its vision tower too: what happens around it is tested faster
+    so."""
+    shutil.copytree(model, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    text |= {"num_hidden_layers": num_layers, "layer_types": text["layer_types"][:num_layers]}
+    if "vision_config" in config:
+        config["vision_config"] |= {"depth": num_layers, "fullatt_block_indexes": [num_layers - 1]}
+    file.write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    layers = {name: int((re.findall(r"(?:layers|blocks)\.(\d+)\.", name) or [0])[0]) for name in weights}
+    kept = {name: weight for name, weight in weights.items() if layers[name] < num_layers}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

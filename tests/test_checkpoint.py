@@ -8,7 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+from conftest import Forked, shallow
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
@@ -42,45 +43,49 @@ are those of a best evaluation."""
 CHANGES = {"plain": {}, "held out": dict(eval_data="toy:heldout:3", eval_every=2, eval_samples=2, patience=3, save_every=4)}
 
 
+MODELS = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(tmp_path_factory) -> None:
+    """What is saved and resumed does not depend on how many layers there are."""
+    folder = tmp_path_factory.mktemp("models")
+    MODELS.update({name: shallow(f"data/toy/{name}", folder / name) for name in ("policy", "verifier")})
+
+
 def settings(run_dir: Path, **changes) -> TrainConfig:
     tiny = dict(data="toy:train:12", num_steps=6, prompts_per_step=2, group_size=3, max_new_tokens=48, probe_images=2,
                 audit_every=4, save_every=1, inner_epochs=2, resample_flat=1, resume=True)
-    return toy_config(run_dir=str(run_dir), **tiny | changes)
+    return toy_config(run_dir=str(run_dir), **MODELS | tiny | changes)
 
 
-def run_and_kill(folder: Path, name: str) -> None:
-    """Runs in child processes, one after the other in the same run folder, each killed at a random
-    moment or, every third, while it saves. A run that got through is followed by one in a new
-    folder.
-
-    This process has imported everything and computed nothing, so that forks of it are safe.
-    """
-    torch.set_num_threads(1)
+def run_and_kill(folder: Path, name: str) -> tuple[int, int, int]:
+    """Runs in child processes, one after the other in the same run folder, each killed at a random moment or, every
+    third, while it saves. A run that got through is followed by one in a new folder. Returns the number of kills, of
+    those in a save, and of runs that got through."""
     rng = random.Random("kills")
     kills, in_save, runs = 0, 0, 0
     while kills < KILLS[name] or runs == 0:
         run_dir = folder / f"killed-{runs}"
-        child = os.fork()
-        if child == 0:
-            train(settings(run_dir, **CHANGES[name]))
-            os._exit(0)
+        child = Forked(folder / "said.txt", train, settings(run_dir, **CHANGES[name]))
+        child.start()
         waits_for_save = kills % 3 == 0
         limit = time.monotonic() + (60 if waits_for_save or kills >= KILLS[name] else rng.uniform(0.2, 3))
-        has_ended = is_saving = False
-        while time.monotonic() < limit and not is_saving and not has_ended:
+        is_saving = False
+        while time.monotonic() < limit and not is_saving and child.exitcode is None:
             time.sleep(0.0002)
             is_saving = waits_for_save and kills < KILLS[name] and any(
                 path for place in ("checkpoints/*", "best") for path in run_dir.glob(f"{place}.unfinished")
             )
-            has_ended = os.waitpid(child, os.WNOHANG)[0] != 0
-        if has_ended:
+        child.kill()
+        text = child.said()
+        if child.exitcode == -signal.SIGKILL:
+            kills, in_save = kills + 1, in_save + is_saving
+        else:
+            assert child.exitcode == 0, text
             runs += 1
-            continue
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        kills, in_save = kills + 1, in_save + is_saving
     train(settings(folder / f"killed-{runs}", **CHANGES[name]))
-    (folder / "kills.json").write_text(json.dumps({"kills": kills, "in_save": in_save, "runs": runs + 1}))
+    return kills, in_save, runs + 1
 
 
 def everything(run_dir: Path) -> dict[str, bytes]:
@@ -105,14 +110,11 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path, na
         train(settings(left_alone, **CHANGES[name]))
         steps = [json.loads(line)["step"] for line in (left_alone / "eval.jsonl").open()]
         assert steps == [0, 2, 4, 6] and not any((left_alone / "best").glob("*.unfinished"))
-    result = subprocess.run([sys.executable, __file__, str(tmp_path), name], capture_output=True, text=True, timeout=600,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"})
-    assert result.returncode == 0, result.stderr[-3000:]
-    counted = json.loads((tmp_path / "kills.json").read_text())
-    assert counted["kills"] >= KILLS[name] and counted["in_save"] >= 3  # one more where the last run was slow
+    kills, in_save, runs = run_and_kill(tmp_path, name)
+    assert kills >= KILLS[name] and in_save >= 3  # one more where the last run was slow
     want = everything(left_alone)
     assert "audit.jsonl" in want and len(want["metrics.jsonl"].splitlines()) == 6
-    for number in range(counted["runs"]):
+    for number in range(runs):
         assert everything(tmp_path / f"killed-{number}") == want
         steps = [
             json.loads(line)["step"]
@@ -122,41 +124,34 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path, na
 
 
 def test_a_stop_signal_saves_and_ends_the_run(left_alone, tmp_path):
-    program = "import sys; from test_checkpoint import settings, train, Path; train(settings(Path(sys.argv[1]), save_every=0))"
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"},
-    )
+    child = Forked(tmp_path / "said.txt", train, settings(tmp_path / "run", save_every=0))
+    child.start()
     while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
-        assert child.poll() is None
+        assert child.exitcode is None
         time.sleep(0.01)
-    child.send_signal(signal.SIGTERM)
-    said, answered = child.communicate(timeout=120)
+    child.terminate()
+    said = child.said()
     num_steps = latest_checkpoint(tmp_path / "run")[1]
-    assert answered.count(f"\nfinishing step {num_steps - 1}, then saving; again after 5 s") == 1
-    assert child.returncode == 128 + signal.SIGTERM and f"stopped after step {num_steps - 1}; --resume goes on" in said
+    [step] = re.findall(r"\nfinishing step (\d+), then saving; again after 5 s", said)
+    assert int(step) in (num_steps - 1, num_steps - 2)  # the step before, if the signal came between two
+    assert child.exitcode == 128 + signal.SIGTERM and f"stopped after step {num_steps - 1}; --resume goes on" in said
     assert 1 <= num_steps < 6 and not (tmp_path / "run/final").exists()
     train(settings(tmp_path / "run", save_every=0))
     assert everything(tmp_path / "run") == everything(left_alone)
 
 
 def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp_path):
-    program = "import sys; from test_checkpoint import settings, train, Path; "
-    program += "train(settings(Path(sys.argv[1]), num_steps=999))"
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "run")], stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{os.getcwd()}:tests"},
-    )
+    child = Forked(tmp_path / "said.txt", train, settings(tmp_path / "run", num_steps=999))
+    child.start()
     while not (tmp_path / "run/checkpoints/latest").exists():
-        assert child.poll() is None
+        assert child.exitcode is None
         time.sleep(0.01)
     config = (tmp_path / "run/config.json").read_text()
     with pytest.raises(ValueError, match=f"process {child.pid} on {platform.node()}, since 20"):
         train(settings(tmp_path / "run"))
     assert (tmp_path / "run/config.json").read_text() == config
     child.kill()
-    child.wait()
+    child.join()
     assert (tmp_path / "run/writer.json").exists()
     train(settings(tmp_path / "run", num_steps=latest_checkpoint(tmp_path / "run")[1] + 1))
     assert not (tmp_path / "run/writer.json").exists()
@@ -259,18 +254,16 @@ def test_signals_close_together_are_one(monkeypatch, capfd):
 
 def test_a_stopped_torchrun_saves_and_ends_all_ranks(tmp_path):
     """torchrun passes the signal on to its ranks, and kills those that are not done in time."""
-    small = {"data": "toy:train:12", "prompts-per-step": 2, "group-size": 2, "max-new-tokens": 32, "save-every": 0}
+    small = {"data": "toy:train:12", "prompts-per-step": 2, "group-size": 2, "max-new-tokens": 32, "save-every": 0} | MODELS
     arguments = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "toy", *arguments,
-         "--run-dir", str(tmp_path / "run")],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    torchrun = ["--standalone", "--nproc-per-node", "2", "train.py", "toy", *arguments, "--run-dir", str(tmp_path / "run")]
+    child = Forked(tmp_path / "said.txt", torch.distributed.run.main, torchrun)
+    child.start()
     while not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_text():
-        assert child.poll() is None
+        assert child.exitcode is None
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    said, _ = child.communicate(timeout=120)
+    child.terminate()
+    said = child.said()
     _, num_steps = latest_checkpoint(tmp_path / "run")
     assert num_steps >= 1 and f"stopped after step {num_steps - 1}; --resume goes on" in said
 
@@ -398,7 +391,3 @@ def test_the_exported_folder_samples_as_training_did(left_alone):
     sampling = GenerationConfig.from_pretrained(left_alone / "final")
     assert (sampling.do_sample, sampling.temperature, sampling.top_p, sampling.top_k) == (True, 1.0, 1.0, 0)
     assert (sampling.repetition_penalty, sampling.max_new_tokens, len(sampling.eos_token_id)) == (1.0, 48, 2)
-
-
-if __name__ == "__main__":
-    run_and_kill(Path(sys.argv[1]), sys.argv[2])

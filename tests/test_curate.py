@@ -6,8 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from io import BytesIO
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import all_ranks
 from PIL import Image, ImageEnhance
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -38,6 +37,7 @@ from data.curate.likeness import detail, hash_distances, k_means, near_duplicate
 from data.curate.work import take_out_unfinished
 from data.examples import Example, Question, load_examples
 from data.export import example_row
+from data.program import run_program
 from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
 from data.toy.writer import write_blocks
@@ -429,11 +429,8 @@ def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_
 
 def test_two_real_ranks_share_the_work_and_one_finds_it_done(tmp_path):
     photos = scenes(tmp_path / "photos", 7)
-    arguments = ["-m", "data.curate", "images", "--images", str(photos), "--out", str(tmp_path / "out"), "--batch-size", "2"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    arguments = ["images", "--images", str(photos), "--out", str(tmp_path / "out"), "--batch-size", "2"]
+    all_ranks(tmp_path, 2, run_program, main, arguments)
     assert [len(path.read_text().splitlines()) for path in sorted((tmp_path / "out/rows").glob("*.jsonl"))] == [4, 3]
     before = (tmp_path / "out/decisions.jsonl").read_text()
     choose_images(ImagesConfig(str(photos), str(tmp_path / "out")))

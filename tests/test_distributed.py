@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import all_ranks, shallow
 from torch.distributed.tensor import DTensor
 
+import train
 from data.io import naming
 from data.program import run_program
 from grpo.config import toy_config
@@ -51,11 +53,11 @@ def whole_batch(policy):
     return rollouts, advantages, valid
 
 
-def step_on_rank(out: Path, replicas: int, freeze: str) -> None:
-    """What each rank runs: one SGD step on its share of the batch; rank 0 saves metrics, gradient and sampler."""
-    torch.set_num_threads(1)
+def step_on_rank(out: Path, policy: str, replicas: int, freeze: str) -> None:
+    """What each rank does: one SGD step on its share of the batch; rank 0 saves metrics, gradient and sampler."""
     device = init_distributed()
-    config = toy_config(group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas, freeze=freeze)
+    config = toy_config(policy=policy, group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas,
+                        freeze=freeze)
     run = load_run(config, device)
     sampler, scorer = run.sampler, run.scorer
     rollouts, advantages, valid = whole_batch(sampler)
@@ -78,15 +80,6 @@ def step_on_rank(out: Path, replicas: int, freeze: str) -> None:
         torch.save({"metrics": metrics, "change": change, "gap": gap, "sharded": sharded, "ranks": ranks}, out)
 
 
-def torchrun(num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), *arguments]
-    # two threads a rank would fight for cores
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
 RANKS = {
     "one": (1, 1, "none"), "two": (2, 1, "none"), "four": (4, 1, "none"), "two times two": (4, 2, "none"),
     "one, frozen": (1, 1, "vision"), "two, frozen": (2, 1, "vision"),
@@ -97,8 +90,9 @@ RANKS = {
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for name, (num_ranks, replicas, freeze) in RANKS.items():
-        torchrun(num_ranks, __file__, str(folder / f"{name}.pt"), str(replicas), freeze)
+    policy = shallow("data/toy/policy", folder / "policy", num_layers=2)
+    for name, (num_ranks, *kind) in RANKS.items():
+        all_ranks(folder, num_ranks, step_on_rank, folder / f"{name}.pt", policy, *kind)
     return {name: torch.load(folder / f"{name}.pt") for name in RANKS}
 
 
@@ -142,12 +136,14 @@ def test_images_are_dealt_evenly_and_all_of_them():
 def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     """Every caption is drawn as its image's, whichever rank it is on: nothing shared, nothing lost.
 
-    train.py under torchrun, on 7 images that do not divide: it ends, with the same captions, rewards and losses."""
-    settings = ["--data", "toy:train:7", "--num-steps", "2", "--prompts-per-step", "4", "--group-size", "3",
-                "--eval-data", "toy:heldout:5", "--eval-images", "3", "--eval-samples", "2",
-                "--correctness-weight", "0.5", "--checker-mode", "likelihood"]
+    train.py, on 7 images that do not divide: it ends, with the same captions, rewards and losses."""
+    settings = ["toy", "--data", "toy:train:7", "--num-steps", "2", "--prompts-per-step", "4", "--group-size", "3",
+                "--eval-data", "toy:heldout:5", "--eval-images", "3", "--eval-samples", "2", "--max-new-tokens", "64",
+                "--audit-every", "0", "--correctness-weight", "0.5", "--checker-mode", "likelihood"]
+    for name in ("policy", "verifier"):
+        settings += [f"--{name}", shallow(f"data/toy/{name}", tmp_path / name)]
     for num_ranks in (1, 2):
-        torchrun(num_ranks, "train.py", "toy", *settings, "--run-dir", str(tmp_path / str(num_ranks)))
+        all_ranks(tmp_path, num_ranks, run_program, train.main, [*settings, "--run-dir", str(tmp_path / str(num_ranks))])
     one, two = (
         [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         for n in ("1", "2")
@@ -165,7 +161,8 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
 
     # and what two ranks began one can end: the same images, and nearly the same numbers
     for run_dir in ("1", "2"):
-        torchrun(1, "train.py", "toy", *settings, "--run-dir", str(tmp_path / run_dir), "--resume", "--num-steps", "4")
+        again = [*settings, "--run-dir", str(tmp_path / run_dir), "--resume", "--num-steps", "4"]
+        all_ranks(tmp_path, 1, run_program, train.main, again)
     one, two = (
         [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
         for n in ("1", "2")
@@ -180,7 +177,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
 
 
 def leave_early(phase: str) -> None:
-    """What each rank runs: rank 1 never comes to the end of the phase, or fails at it."""
+    """What each rank does: rank 1 never comes to the end of the phase, or fails at it."""
     device = init_distributed()
     phases = Phases(device, timeout_minutes=0.05)
     try:
@@ -200,27 +197,27 @@ def leave_early(phase: str) -> None:
     os._exit(0)
 
 
-def test_a_rank_that_does_not_come_is_named():
-    said = torchrun(2, __file__, "reward").stdout
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    said = all_ranks(tmp_path, 2, leave_early, "reward")
     assert re.search(r"rank 0 says: rank 0, phase reward: not all ranks came to its end \(.*Ranks 1 failed", said)
 
 
-def test_what_one_rank_cannot_read_ends_all_of_them():
-    said = torchrun(2, __file__, "error").stdout
+def test_what_one_rank_cannot_read_ends_all_of_them(tmp_path):
+    said = all_ranks(tmp_path, 2, leave_early, "error")
     assert all(f"rank {number} says: images: b.png: expected an image" in said for number in (0, 1))
 
 
 def test_torchruns_report_ends_with_the_sentence():
     """It has thirty lines of its own, below what the ranks print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "train.py", "toy", "--data", "none.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     *_, last, rule = done.stderr.splitlines()
     assert done.returncode == 1 and set(rule) == {"="}
     assert last.startswith("  traceback : error: none.jsonl: expected a file or a folder of files with questions")
 
 
-def test_what_one_ranks_disk_refuses_ends_all_of_them():
-    said = torchrun(2, __file__, "disk").stdout
+def test_what_one_ranks_disk_refuses_ends_all_of_them(tmp_path):
+    said = all_ranks(tmp_path, 2, leave_early, "disk")
     assert "rank 0 says: [Errno 28] No space left on device: 'runs/x'" in said
     assert re.search(r"rank 1 says: log: runs/x: No space left on device \(.* free at .*\)", said)
 
@@ -243,7 +240,7 @@ def test_ranks_end_with_the_code_that_they_should():
     fifty."""
     done = subprocess.run(
         [sys.executable, "bench/exits.py", "--ends", "4", "--brittle"], capture_output=True,
-        text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True, timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[:-1] == [
@@ -286,18 +283,11 @@ def test_a_rank_leaves_as_a_single_process_does():
     nothing."""
     done = subprocess.run(
         [sys.executable, "-c", LEAVE, *ENDS], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     assert done.stdout.splitlines() == [f"log closed {code}" for code in ENDS.values()] * 2
     for said in ("error: bad row", "ZeroDivisionError: division by zero", "stopped by Ctrl-C"):
         assert done.stderr.count(said) == 2, done.stderr[-3000:]
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        run_program(lambda given: step_on_rank(Path(given[0]), int(given[1]), *given[2:]), sys.argv[1:])
-    else:
-        leave_early(sys.argv[1])
 
 
 def test_attention_never_asks_cudnn(monkeypatch):

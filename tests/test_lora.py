@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import keys
+from conftest import all_ranks, keys
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_distributed import torchrun
 from torch import nn
 
+from data.program import run_program
 from data.toy.captioner import build_policy
 from grpo.config import LoraConfig, toy_config
 from grpo.export import export_policy
@@ -365,7 +365,8 @@ def test_killed_and_resumed_is_the_same_run_and_checkpoints_are_small(tmp_path):
 
 def test_two_ranks_train_as_one(tmp_path):
     for num_ranks in (1, 2):
-        torchrun(num_ranks, "train.py", *SETTINGS, "--num-steps", "2", "--run-dir", str(tmp_path / str(num_ranks)))
+        arguments = [*SETTINGS, "--num-steps", "2", "--run-dir", str(tmp_path / str(num_ranks))]
+        all_ranks(tmp_path, num_ranks, run_program, main, arguments)
     rows = [[json.loads(line) for line in (tmp_path / f"{n}/metrics.jsonl").open()] for n in (1, 2)]
     for one, two in zip(*rows, strict=True):
         for key in ("reward", "loss", "kl", "grad_norm", "entropy"):

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import keys
-from test_distributed import torchrun
+from conftest import all_ranks, keys
 from test_reward_step import record
 
 from data.examples import Example, Question
@@ -88,9 +87,8 @@ def read(run_dir: Path, name: str) -> list[dict]:
 
 
 def test_a_run_records_the_images_it_used_and_two_ranks_use_the_same(tmp_path):
-    flags = [word for key, value in SETTINGS.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     for ranks in (1, 2):
-        torchrun(ranks, "train.py", "toy", *flags, "--run-dir", str(tmp_path / str(ranks)))
+        all_ranks(tmp_path, ranks, train, toy_config(run_dir=str(tmp_path / str(ranks)), **SETTINGS))
     one, two = (read(tmp_path / ranks, "metrics.jsonl") for ranks in "12")
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=5e-3)
