@@ -27,8 +27,8 @@ class RewardConfig:
     replacement while they last. independent: each caption draws its own, with replacement
     [C1, C++]. Ours: paired, see docs/results.md."""
     num_shuffles: int = 1
-    """Each question is asked under this many shuffles of its options. [P] The first released script
-    had none."""
+    """Each question is asked under this many shuffles of its options [P]; 0: once, its options as
+    the data have them, as in the first released script."""
     abstain: bool = False
     """Add the option "The caption does not say", which is never right. Here it is shuffled with the
     others; in [C1] it is always last."""
@@ -60,9 +60,8 @@ class RewardConfig:
     without, for a model that was not taught to judge. Ours."""
 
     def __post_init__(self):
-        check_range(self, "num_questions length_weight repetition_weight praise_weight length_low "
-                    "correctness_weight", at_least=0)
-        check_range(self, "num_shuffles", at_least=1)
+        check_range(self, "num_questions num_shuffles length_weight repetition_weight "
+                    "praise_weight length_low correctness_weight", at_least=0)
         if self.length_full >= self.length_zero:
             raise ValueError(f"length_zero {self.length_zero}: expected more than length_full "
                              f"{self.length_full}")

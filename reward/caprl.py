@@ -87,7 +87,7 @@ def stream_names(keys: Sequence[str], config: RewardConfig) -> tuple[list[str], 
 
 
 def ask(questions: Sequence[Question], config: RewardConfig, name: str) -> list[Asked]:
-    """N of the image's questions, each under `num_shuffles` shuffles.
+    """N of the image's questions, each under `num_shuffles` shuffles; once as it is for 0.
 
     The same `name` gives the same draw. Paired draws are without replacement until all questions
     were drawn, then from the whole set again. Raises ValueError if there are no questions.
@@ -102,25 +102,25 @@ def ask(questions: Sequence[Question], config: RewardConfig, name: str) -> list[
         places = []
         while len(places) < number:
             places += rng.sample(range(len(questions)), len(questions))
+    shuffling = rng if config.num_shuffles else None
     return [
-        shuffle_options(questions[place], place, rng, config.abstain)
-        for place in places[:number] for _ in range(config.num_shuffles)
+        shuffle_options(questions[place], place, shuffling, config.abstain)
+        for place in places[:number] for _ in range(max(1, config.num_shuffles))
     ]
 
 
-def shuffle_options(question: Question, source: int, rng: random.Random,
+def shuffle_options(question: Question, source: int, rng: random.Random | None,
                     abstain: bool = False) -> Asked:
     """The question with its options in random places, the abstain option among them if asked for.
 
     Options that mean others by their place ("All of the above") stay last. All options stay in
-    their places if such an option stands further up. So they do if one means others by their
+    their places without `rng`, or if such an option stands further up, or one means others by their
     letters ("Both A and B"). Where any option stays, the abstain option comes last. Raises
     ValueError for more options than there are letters.
     """
     if len(question.choices) + abstain > len(LETTERS):
-        beside = " beside the abstain option" if abstain else ""
-        most = len(LETTERS) - abstain
-        raise ValueError(f"expected at most {most} choices{beside}: {question.question!r}")
+        most = f"{len(LETTERS) - abstain} choices{' beside the abstain option' * abstain}"
+        raise ValueError(f"expected at most {most}: {question.question!r}")
     texts = [*question.choices, ABSTAIN]
     num_free = num_choices = len(question.choices)
     while means_places(texts[num_free - 1]):
@@ -129,7 +129,8 @@ def shuffle_options(question: Question, source: int, rng: random.Random,
         num_free = 0
     num_free += abstain and num_free == num_choices
     order = list(range(num_free))  # the place after the choices is that of the abstain option
-    rng.shuffle(order)
+    if rng:
+        rng.shuffle(order)
     order += range(num_free, num_choices + abstain)
     return Asked(
         question.question,

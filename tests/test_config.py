@@ -72,7 +72,7 @@ def test_the_table_of_recipes_is_that_of_the_presets():
         ({"temperature": float("inf")}, "temperature inf: expected more than 0, not infinity"),
         ({"clip_low": 1.5}, "clip_low 1.5: expected 0 to 1"),
         ({"soft": True}, "soft: expected verifier_mode logits, a sampled reply has no probabilities"),
-        ({"num_shuffles": 0}, "num_shuffles 0: expected at least 1"),
+        ({"num_shuffles": -1}, "num_shuffles -1: expected 0 or more"),
         ({"length_weight": -1.0}, "length_weight -1.0: expected 0 or more"),
         ({"length_full": 3072}, "length_zero 3072: expected more than length_full 3072"),
         ({"reward": "judge", "length_weight": 0.2}, "reward judge: expected neither soft nor abstain nor weights"),

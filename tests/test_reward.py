@@ -109,6 +109,16 @@ def test_zero_asks_each_question_once_and_shuffles_repeat_it():
     assert sorted(one.source for one in asked[::4]) == [0, 1, 2] and len({one.options for one in asked}) > 6
 
 
+def test_without_shuffles_options_stay_as_the_data_have_them():
+    """Each question once, drawn as ever, whatever the key; the abstain option comes last."""
+    for key in ("k", "l"):
+        asked = draw(QUESTIONS, 0, key, num_shuffles=0, abstain=True)
+        assert [one.source for one in asked] == [one.source for one in draw(QUESTIONS, 0, key, num_shuffles=1)]
+        assert all(one.options == (*QUESTIONS[one.source].choices, ABSTAIN) for one in asked)
+        assert all((one.gold, one.abstain) == (QUESTIONS[one.source].answer_index, len(one.options) - 1) for one in asked)
+        assert all(one.abstain is None for one in draw(QUESTIONS, 2, key, num_shuffles=0))
+
+
 def test_siblings_share_a_key_but_not_their_replies():
     """The place among siblings counts, not the place in the batch: the second half of a batch draws
     what it drew in it."""

@@ -309,7 +309,8 @@ def check_held_out(held_out: HeldOut, config: TrainConfig) -> Finding:
     samples = max(1, config.held_out.eval_samples)
     captions, asked = samples * len(counts), samples * sum(counts)
     per_step = config.num_captions
-    questions = per_step * config.reward_config.num_questions * config.reward_config.num_shuffles
+    reward = config.reward_config
+    questions = per_step * reward.num_questions * max(1, reward.num_shuffles)
     number = 2 + (config.num_steps - 1) // config.held_out.eval_every
     return Finding(
         "held out",
