@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import tarfile
 import threading
@@ -527,6 +528,59 @@ def test_detailcaps_is_captioned_and_exported_field_by_field(finished, tmp_path)
         main(["--out", str(tmp_path / "out"), "--export", "detailcaps"])
     with pytest.raises(ValueError, match="expected captions of DetailCaps' parquet file, found a.png"):
         main(["--out", str(finished), "--export", "detailcaps"])
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"caption": 5}, "shard-000000.jsonl line 2: expected an object with id, image and caption, got"),
+    ({"caption": None}, "line 2: expected an object with id, image and caption, got"),
+    ({"image": 5}, "line 2: expected an object with id, image and caption, got"),
+    ({"id": None}, "line 2: expected an object with id, image and caption, got"),
+    ({"error": 5}, "line 2: expected an object with id, image and error, got"),
+    ({"tokens": "5"}, "line 2: expected a number of tokens, got '5'"),
+    ({"id": "a"}, "expected a caption for each id, found two for a"),
+])
+def test_a_row_that_would_be_lost_or_misread_ends_an_export(tmp_path, change, reason):
+    """A doubled id lost a caption in silence, and what was no text a sentence."""
+    row = {"id": "a", "image": "x.parquet row 0", "caption": "x"}
+    out = shards(tmp_path / "out", "x", [row, row | {"id": "b"} | change])
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        main(["--out", str(out), "--export", "captionqa"])
+    assert not (out / "captionqa.json").exists()
+
+
+def test_an_export_of_no_captions_is_refused(tmp_path):
+    """It wrote an empty file, or none, as if all were well. An empty error is none."""
+    row = {"id": "a", "image": "OCR_1.jpg", "error": "broken"}
+    for benchmark in ("captionqa", "capability"):
+        with pytest.raises(ValueError, match="expected a caption, found none"):
+            main(["--out", str(shards(tmp_path / benchmark, "x", [row])), "--export", benchmark])
+    out = shards(tmp_path / "empty", "x", [row | {"caption": "x", "error": ""}])
+    main(["--out", str(out), "--export", "capeval"])
+    assert content(out / "capeval.json") == {"OCR_1.jpg": "x"}
+    doubled = [row | {"image": f"{folder}/OCR_1.jpg", "caption": "x", "error": ""} for folder in "ab"]
+    with pytest.raises(ValueError, match="expected a caption for each file_id, found two for OCR_1"):
+        main(["--out", str(shards(tmp_path / "two", "x", doubled)), "--export", "capability"])
+
+
+@pytest.mark.parametrize("about", [{}, [], {"shards": 1}, {"shards": "1", "images": "x"}, {"shards": 1, "images": 5}])
+def test_settings_that_are_none_are_named(tmp_path, about):
+    out = shards(tmp_path / "out", "x", [{"id": "a", "image": "x.parquet row 0", "caption": "x"}])
+    (out / "about.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"about.json: expected the settings in a folder that caption.py has written, found"):
+        main(["--out", str(out), "--export", "detailcaps"])
+
+
+@pytest.mark.parametrize(("entry", "reason"), [
+    (5, "'a.png': expected ref_model, and texts of it and of human in captions, found 5"),
+    ({"ref_model": ["gpt"], "captions": {"gpt": "x", "human": "y"}}, "'a.png': expected ref_model, and texts"),
+    ({"ref_model": "gpt", "captions": ["gpt", "human"]}, "'a.png': expected ref_model, and texts"),
+    ({"ref_model": "gpt", "captions": {"gpt": "\ud83d", "human": "y"}}, "'a.png', got half a surrogate pair"),
+])
+def test_an_entry_of_the_reference_that_is_none_is_named(tmp_path, entry, reason):
+    out = shards(tmp_path / "out", "x", [{"id": "a", "image": "a.png", "caption": "x"}])
+    (tmp_path / "reference.json").write_text(json.dumps({"a.png": entry}))
+    with pytest.raises(ValueError, match=reason):
+        main(["--out", str(out), "--export", "caparena", "--reference", str(tmp_path / "reference.json")])
 
 
 def test_an_export_wants_all_shards_and_files(finished):

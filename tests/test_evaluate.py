@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,6 +254,23 @@ def test_null_in_captions_is_absent_and_half_a_surrogate_pair_is_named(tmp_path)
         path.write_text(text + "\n")
         with pytest.raises(ValueError, match="c.jsonl.* got half a surrogate pair"):
             read_captions(str(path), pictures)
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"error": ""}, "c.jsonl line 1: expected an object with id and caption, got"),
+    ({"error": 5}, "c.jsonl line 1: expected an object with id and error, got"),
+    ({"error": "broken", "caption": 5}, "c.jsonl line 1: expected an object with id and error, got"),
+    ({"caption": "x", "tokens": "5"}, "c.jsonl line 1: expected a number of tokens, got '5'"),
+    ({"caption": "x", "tokens": True}, "c.jsonl line 1: expected a number of tokens, got True"),
+])
+def test_a_row_of_captions_that_is_none_is_named_before_anything_is_asked(tmp_path, row, reason):
+    """An empty error was scored 0, and a text for `tokens` ended the program when all was answered."""
+    pictures, path = [Picture("a", tmp_path / "x", ())], tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"id": "a"} | row) + "\n")
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_captions(str(path), pictures)
+    path.write_text(json.dumps({"id": "a", "caption": "x", "error": ""}) + "\n")
+    assert read_captions(str(path), pictures) == [[{"caption": "x"}]]
 
 
 def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):

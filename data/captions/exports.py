@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from data.io import check_text, read_json, write_whole
+from data.io import check_text, read_json, short, write_whole
 from data.jsonl import filled, read_jsonl
 from data.tones import seen_otherwise
 
@@ -14,9 +14,15 @@ PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 """What trainers replace by a picture or the like, wherever it stands."""
 
 
-def read_about(out: Path) -> dict:
-    """What is captioned in the folder and how."""
-    return read_json(out / "about.json", "the settings in a folder that caption.py has written")
+def read_about(out: Path, *texts: str) -> dict:
+    """What is captioned in the folder and how. Raises ValueError if that cannot be read, or lacks
+    one of `texts`."""
+    what = "the settings in a folder that caption.py has written"
+    about = read_json(out / "about.json", what)
+    if not (isinstance(about, dict) and isinstance(about.get("shards"), int)
+            and all(isinstance(about.get(name), str) for name in texts)):
+        raise ValueError(f"{out / 'about.json'}: expected {what}, found {short(about)}")
+    return about
 
 
 def count_finished(out: Path) -> int:
@@ -24,10 +30,11 @@ def count_finished(out: Path) -> int:
     return sum(1 for _ in out.glob("shard-*.jsonl"))
 
 
-def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
+def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
     """("shard-000000.jsonl line 1", row) of all shards, in the order of the input.
 
-    Raises ValueError if some are missing.
+    Raises ValueError if some are missing, or for a row as `checked_row` does: beside `texts` it
+    needs `id`.
     """
     num_shards, num_finished = read_about(out)["shards"], count_finished(out)
     if num_finished != num_shards:
@@ -36,12 +43,28 @@ def finished_rows(out: Path) -> Iterator[tuple[str, dict]]:
         path = out / f"shard-{number:06d}.jsonl"
         if path.stat().st_size:  # a tar file without images leaves an empty one
             for line, row in read_jsonl(path):
-                yield f"{path} line {line}", row
+                where = f"{path} line {line}"
+                yield where, checked_row(where, row, "id", *texts)
+
+
+def checked_row(where: str, row: dict, *texts: str) -> dict:
+    """The row, without what is null and an empty `error`. Raises ValueError if `texts`, or else
+    `caption` or the `error` in its place, are no texts, or `tokens` is no number."""
+    row = {key: value for key, value in filled(row).items() if (key, value) != ("error", "")}
+    texts = (*texts, "error" if "error" in row else "caption")
+    caption = row.get("caption", "")  # one beside an error
+    if not all(isinstance(text, str) for text in (*map(row.get, texts), caption)):
+        raise ValueError(f"{where}: expected an object with {', '.join(texts[:-1])} and "
+                         f"{texts[-1]}, got {short(row)}")
+    if type(row.get("tokens", 0)) not in (int, float):
+        raise ValueError(f"{where}: expected a number of tokens, got {short(row['tokens'])}")
+    return row
 
 
 def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(where, row with id and caption or error) of a folder that caption.py has written, or of a
-    JSONL file. Also of a file that is one JSON object from ids to captions, or to lists of them."""
+    """(where, row with id and caption or error, as `checked_row` has it) of a folder that
+    caption.py has written, or of a JSONL file. Also of a file that is one JSON object from ids to
+    captions, or to lists of them."""
     if path.is_dir():
         yield from finished_rows(path)
         return
@@ -50,13 +73,16 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
         whole = read_json(path, "an object")
     if not isinstance(whole, dict) or {"id", "caption", "error"} & set(whole):
         for number, row in read_jsonl(path):
-            yield f"{path} line {number}", filled(row)
+            where = f"{path} line {number}"
+            named = {"id": str(row["id"])} if row.get("id") is not None else {}
+            yield where, checked_row(where, row | named, "id")
         return
     for id, captions in whole.items():
         for caption in captions if isinstance(captions, list) else [captions]:
-            check_text(f"{path}, the object's {id!r}", id, str(caption))
+            where = f"{path}, the object's {id!r}"
+            check_text(where, id, str(caption))
             row = caption if isinstance(caption, dict) else {"caption": caption}
-            yield f"{path}, the object's {id!r}", filled(row) | {"id": id}
+            yield where, checked_row(where, row | {"id": id}, "id")
 
 
 def check_captions(out: Path) -> None:
@@ -76,15 +102,15 @@ def export_captions(out: Path, layout: str) -> Path:
     turns nothing and drops what is transparent. Those that they will see otherwise than the
     captioner did are counted, from their heads.
     """
-    about, target = read_about(out), out / f"{layout}.json"
+    about, target = read_about(out, "images", "instruction"), out / f"{layout}.json"
     images = Path(about["images"])
     images = images if images.is_dir() else images.parent
     left_out: Counter[str] = Counter()
     otherwise: dict[str, list[str]] = {}
-    exported: Counter[str] = Counter()  # by finish_reason
+    exported: Counter[bool] = Counter()  # by whether it is cut off
 
     def lines() -> Iterator[bytes]:
-        for where, row in finished_rows(out):
+        for where, row in finished_rows(out, "image"):
             if ".tar/" in row["image"] or ".parquet row " in row["image"]:
                 expected = "expected images that are files, for a trainer to open"
                 raise ValueError(f"{where}: {expected}, got {row['image']!r}")
@@ -104,7 +130,7 @@ def export_captions(out: Path, layout: str) -> Path:
                 new = {"conversations": turns, "images": [row["image"]]}
             start = ",\n" if exported else "[\n"
             yield f"{start}{json.dumps(new, ensure_ascii=False)}".encode()
-            exported[row["finish_reason"]] += 1
+            exported[row.get("finish_reason") == "length"] += 1
         yield b"\n]\n" if exported else b"[]\n"
 
     write_whole(target, lines())
@@ -113,7 +139,7 @@ def export_captions(out: Path, layout: str) -> Path:
         entry = {"file_name": target.name, "formatting": "sharegpt", "columns": columns}
         info = json.dumps({"captions": entry}, indent=2) + "\n"
         write_whole(out / "dataset_info.json", info.encode())
-    print(f"{target}: {exported.total()} rows, {exported['length']} of them cut off at "
+    print(f"{target}: {exported.total()} rows, {exported[True]} of them cut off at "
           f"{about['max_new_tokens']} tokens; images below {about['images']}; left out: "
           f"{dict(left_out) or 'none'}")
     for why, names in otherwise.items():

@@ -8,10 +8,12 @@ and told.
 import json
 import random
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from data.captions.exports import finished_rows, read_about
-from data.io import json_lines, read_json, short, write_whole
+from data.captions.exports import check_captions, finished_rows, read_about
+from data.io import check_text, json_lines, read_json, short, write_whole
 from data.parquet import parquet_rows
 
 DETAILCAPS_REFERENCES = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gemini15Pro")
@@ -20,20 +22,22 @@ DETAILCAPS_REFERENCES = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gem
 def export_for_judge(out: Path, benchmark: str, reference: str = "") -> list[Path]:
     """Writes the benchmark's files into `out`. With CapArena's `reference`,
     caparena_auto_600.json, they are pairs, else captions. Raises ValueError for captions that
-    are not of the benchmark's images."""
-    rows = [row for _, row in finished_rows(out)]
+    are not of the benchmark's images, or where there is none."""
+    rows = [row for _, row in finished_rows(out, "image")]
+    check_captions(out)
     told = [row for row in rows if "error" not in row]
     if benchmark == "captionqa":
         for row in told:
             if row["id"] == row["image"]:  # its scorer would pass over it in silence
                 raise ValueError(f"{out}: expected captions of CaptionQA's rows, by their ids, "
                                  f"found one of the file {row['image']}")
-        files = {"captionqa.json": {row["id"]: row["caption"] for row in told}}
+        files = {"captionqa.json": _by_name(out, "id", ((row["id"], row["caption"])
+                                                        for row in told))}
     elif benchmark == "capability":
         files = _by_dimension(out, told)
     elif benchmark == "detailcaps":
         references = _detailcaps_references(out, told)
-        predictions = {row["id"]: [row["caption"]] for row in told}
+        predictions = _by_name(out, "id", ((row["id"], [row["caption"]]) for row in told))
         files = {"detailcaps.json": {"refs": references, "preds": predictions}}
     elif reference:
         name = out.resolve().name
@@ -51,25 +55,31 @@ def export_for_judge(out: Path, benchmark: str, reference: str = "") -> list[Pat
     return [out / name for name in files]
 
 
+def _by_name(out: Path, what: str, captions: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Name -> its caption. Raises ValueError for two of a name, of which one would be lost."""
+    by_name: dict[str, Any] = {}
+    for name, caption in captions:
+        if name in by_name:
+            raise ValueError(f"{out}: expected a caption for each {what}, found two for {name}")
+        by_name[name] = caption
+    return by_name
+
+
 def _by_file_name(out: Path, rows: list[dict]) -> dict[str, str]:
     """CAPEval, CapArena-Auto: image's file name -> caption."""
-    captions: dict[str, str] = {}
-    for row in rows:
-        name = row["image"].rpartition("/")[2]
+    names = [row["image"].rpartition("/")[2] for row in rows]
+    for name in names:
         if ".parquet row " in name:
             raise ValueError(f"{out}: expected captions of files, which keep their names, found "
                              f"one of {name}")
-        if name in captions:
-            raise ValueError(f"{out}: expected a caption for each file name, found two for {name}")
-        captions[name] = row["caption"]
-    return captions
+    return _by_name(out, "file name", zip(names, (row["caption"] for row in rows)))
 
 
 def _by_dimension(out: Path, rows: list[dict]) -> dict[str, list[dict]]:
     """CAPability: a file for each dimension. The names of its images begin with it."""
     files: dict[str, list[dict]] = {}
-    for row in rows:
-        file_id = Path(row["image"]).stem
+    captions = ((Path(row["image"]).stem, row) for row in rows)
+    for file_id, row in _by_name(out, "file_id", captions).items():
         match = re.fullmatch(r"([A-Za-z_]+)_\d+", file_id)
         if not match:
             raise ValueError(f"{out}: expected CAPability's images, named like OCR_12.jpg, found "
@@ -81,7 +91,7 @@ def _by_dimension(out: Path, rows: list[dict]) -> dict[str, list[dict]]:
 
 def _detailcaps_references(out: Path, rows: list[dict]) -> dict[str, list[str]]:
     """Id of the caption -> the three captions of its row in the parquet file."""
-    images = Path(read_about(out)["images"])
+    images = Path(read_about(out, "images")["images"])
     folder, tables = images if images.is_dir() else images.parent, {}
     references = {}
     for row in rows:
@@ -108,13 +118,15 @@ def _pairs(captions: dict[str, str], name: str, reference: Path) -> list[dict]:
         raise ValueError(f"{reference}: expected an object from images to captions, found "
                          f"{short(entries)}")
     for image, entry in entries.items():
-        entry = entry if isinstance(entry, dict) else {}
-        model, others = entry.get("ref_model"), entry.get("captions")
-        others = others if isinstance(others, dict) else {}
-        other, human = others.get(model), others.get("human")
-        if not (isinstance(other, str) and isinstance(human, str)):
+        model, others = (entry.get(key) if isinstance(entry, dict) else None
+                         for key in ("ref_model", "captions"))
+        texts = [others.get(str(name)) if isinstance(others, dict) else None
+                 for name in (model, "human")]
+        if not all(isinstance(text, str) for text in (model, *texts)):
             raise ValueError(f"{reference}, {image!r}: expected ref_model, and texts of it and of "
                              f"human in captions, found {short(entry)}")
+        check_text(f"{reference}, {image!r}", image, model, *texts)
+        other, human = texts
         if image not in captions:
             raise ValueError(f"expected a caption of each image in {reference}, found none of "
                              f"{image!r}")
