@@ -329,6 +329,8 @@ def test_capeval_checklist(tmp_path):
     assert len(found.pictures[0].items) == 4 and [reason.split(", ", 1)[1][:7] for reason in found.refused] == [
         "item 0:", "item 1:", "item 2:"]
     assert "checklist.jsonl line 1, item 1: expected an object with a Question, got 'Is it red?'" in found.refused[1]
+    found = load_benchmark(capeval(tmp_path, [json.dumps(row | {"ui_checklist": 5}), lines[1]]))
+    assert len(found.refused) == 1 and "line 1: expected a list in ui_checklist, got 5" in found.refused[0]
     with pytest.raises(ValueError, match="line 1: expected items in instance_checklist or another list of its kind"):
         load_benchmark(capeval(tmp_path, ['{"id": "a", "img_path": "a.png"}']))
     path = tmp_path / "image" / "SO001.png"
@@ -442,6 +444,8 @@ def test_a_letter_of_caprls_own_files_counts_as_it_does_elsewhere(tmp_path):
     ({"answer": ""}, "expected answer"),
     ({"answer": []}, "expected answer"),
     ({"answer": None}, "expected answer"),
+    ({"answer": {"a": 1}}, "expected answers in words, got"),
+    ({"answer": ["red", ["blue"]]}, "expected answers in words, got"),
     ({"answer": "D"}, "expected the letter of one of 2 options"),
     ({"prompt": "<|im_start|>user\n<image><|im_end|>"}, "expected one text of a user"),
     ({"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>user\nb<|im_end|>"}, "expected one text of a user, found 2"),

@@ -15,7 +15,7 @@ from data.benchmarks.metrics import (
 )
 from data.choices import LETTERS, find_choice
 from data.examples import Question
-from data.io import check_text
+from data.io import check_text, short
 from data.jsonl import filled
 from data.labels import find_answer, letter_place, strip_labels
 
@@ -106,7 +106,11 @@ def row_items(row: Row, kind: str) -> tuple[list[Item], list[str]]:
 
 def _checklist_items(row: Row) -> tuple[list[Item], list[str]]:
     """CAPEval: an image with lists of questions on its caption."""
-    entries = [entry for name in CAPEVAL_LISTS for entry in row.cells.get(name) or ()]
+    lists = {name: row.cells[name] for name in CAPEVAL_LISTS if name in row.cells}
+    for name, entries in lists.items():
+        if not isinstance(entries, list):
+            raise ValueError(f"expected a list in {name}, got {short(entries)}")
+    entries = [entry for entries in lists.values() for entry in entries]
     family = CAPEVAL_FAMILIES.get(re.match("[A-Za-z]*", row.id)[0].upper(), "unknown")
     items, reasons = [], []
     for number, entry in enumerate(entries):

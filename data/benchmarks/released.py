@@ -57,10 +57,11 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
     answers = row.cell("answer")
     if isinstance(answers, str) and answers.lstrip().startswith("[") and kind == "infovqa":
         answers = text_list(answers)
-    answers = [str(answer).strip() for answer in (
-        answers if isinstance(answers, list) else [answers])]
-    if not answers or not all(answers):
+    answers = answers if isinstance(answers, list) else [answers]
+    is_word = [isinstance(answer, str | int | float) and str(answer).strip() for answer in answers]
+    if not (answers and all(is_word)):
         raise ValueError(f"expected answers in words, got {answers}")
+    answers = [str(answer).strip() for answer in answers]
     choices: tuple[str, ...] = ()
     if metric in ("choice", "exact") and re.fullmatch(r"\(?[A-J]\)?\.?", answers[0]):
         try:
@@ -111,7 +112,8 @@ def same_expression(first: str, second: str) -> bool:
         return True
     lists = [re.split(r",(?!\d{3}(?!\d))\s*|\s+and\s+", text) for text in (first, second)]
     if len(lists[0]) == len(lists[1]) > 1:
-        return all(any(same_expression(one, other) for other in lists[1]) for one in lists[0])
+        return all(any(same_expression(part, other) for other in lists[1])
+                   for part in lists[0])
     values = [_values(text) for text in (first, second)]
     if all(values):
         return any(round(a, 6) == round(b, 6) for a in values[0] for b in values[1])
