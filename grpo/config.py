@@ -54,7 +54,8 @@ class RewardConfig:
     """Weight of the mean probability of a caption's claims, as a model that sees the image judges
     them (reward/claims.py). BalCapRL (arXiv 2605.07394) rewards it too. Ours: off."""
     checker: str = ""
-    """The vision-language model that judges the claims; "" takes the initial policy."""
+    """The vision-language model that judges the claims, read with a correctness_weight only; ""
+    takes the initial policy."""
     checker_mode: Literal["yes", "likelihood"] = "yes"
     """yes: is the claim true? likelihood: how much likelier it writes the claim with the image than
     without, for a model that was not taught to judge. Ours."""

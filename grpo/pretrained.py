@@ -86,6 +86,8 @@ def find_model(path: str) -> tuple[str, list[str]]:
     names; a relative path is one from the working directory. A base may have adapters too. Raises
     ValueError if one of them is no folder of a model and not like a hub name.
     """
+    if not path:  # pathlib takes it for the working directory
+        raise ValueError("expected a model's folder or a hub name, got an empty text")
     adapters: list[str] = []
     while True:
         parts = path.split("+")  # a folder's name may have it too: the longest that is there counts

@@ -33,7 +33,7 @@ from reward.claims import (
 from reward.resample import put_groups
 from reward.step import compare_siblings, load_reward, measure_step
 from tools.audit import audit
-from tools.claims import add_claims, claim_differences, summarize_claims, with_claims
+from tools.claims import CheckerConfig, add_claims, claim_differences, judged_rows, summarize_claims, with_claims
 from tools.report.page import write_page
 from train import train
 
@@ -336,6 +336,21 @@ def test_a_picture_that_cannot_be_opened_fails_alone(tmp_path):
     assert [row["id"] for row in rows] == ["gone", "a", "gone"]
     failures = [row["claims"][0]["failure"] for row in rows]
     assert failures[1] == "" and "gone.png" in failures[0] == failures[2] and rows[0]["claims"][0]["score"] is None
+
+
+def test_a_caption_that_is_not_there_has_no_recall():
+    """It was 0 in the rows."""
+    rows = [{"id": SCENES[0].id, "caption": "", "questions": []} | change for change in ({}, {"error": "broken"})]
+    benchmark = Benchmark("toy:train:1", "choice", "choice", [Picture(SCENES[0].id, "x.png", ())], [])
+    assert [row.get("recall") for row in with_claims(benchmark, rows, Scripted())] == [0.0, None]
+
+
+def test_a_checker_that_cannot_see_is_named_before_anything_is_asked():
+    """It was when the first captioner's answers were there, and these were lost."""
+    for checker, reason in (("data/toy/verifier", "^data/toy/verifier: expected a checker's folder"),
+                            ("", "^expected a model's folder or a hub name, got an empty text")):
+        with pytest.raises(ValueError, match=reason):
+            next(judged_rows(CheckerConfig(checker), [], iter(())), None)
 
 
 def test_the_program_measures_captioner_and_checker(tmp_path, capsys):

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tqdm import tqdm
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from data.benchmarks.benchmark import Benchmark
 from data.toy.facts import is_true, scene_of, told_share
 from grpo.distributed import all_or_none, gather_rows, local_device, rank, world_size
-from grpo.pretrained import find_model
+from grpo.pretrained import find_model, loading
 from reward.claims import Checker, claim_record, claims_of, judge_claims, load_checker
 from tools.budgets import count_words
 from tools.stats import bootstrap_interval, by_image, markdown, mean, question_means
@@ -50,7 +51,9 @@ def judged_rows(config: CheckerConfig, benchmarks: Sequence[Benchmark],
     when the first captions are there."""
     by_name, checker = {benchmark.name: benchmark for benchmark in benchmarks}, None
     with all_or_none("models"):  # now, not when captions have been written
-        find_model(config.checker)
+        base, adapters = find_model(config.checker)
+        with loading(base, "checker", adapters):
+            AutoImageProcessor.from_pretrained(base, backend="pil")
     for name, captioner, rows in pairs:
         with all_or_none("checker"):
             checker = checker or load_checker(config.checker, config.checker_mode, local_device())
@@ -74,7 +77,8 @@ def with_claims(benchmark: Benchmark, rows: Sequence[dict], checker: Checker) ->
         judged.append((id, records))
     left = {id: iter(records) for id, records in gather_rows(judged)}
     rows = [row | {"claims": next(left[row["id"]])} for row in rows]
-    return [row | exact(row) for row in rows] if benchmark.name.startswith("toy:") else rows
+    is_toy = benchmark.name.startswith("toy:")
+    return [row | exact(row) if is_toy and "error" not in row else row for row in rows]
 
 
 def exact(row: dict) -> dict:
