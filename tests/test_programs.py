@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -23,9 +24,17 @@ from data.curate import generate as curate_generate
 from data.curate.__main__ import main as curate
 from data.program import run_program
 from data.toy.demo import DemoConfig, demo
+from grpo.config import toy_config
 
 
-def test_the_demos_last_line(tmp_path, capsys):
+@pytest.fixture
+def small(monkeypatch):
+    """The demo with steps of two captions of two images."""
+    tiny = dict(prompts_per_step=2, group_size=2, max_new_tokens=32, probe_images=2, audit_every=0)
+    monkeypatch.setattr("data.toy.demo.toy_config", partial(toy_config, **tiny))
+
+
+def test_the_demos_last_line(small, tmp_path, capsys):
     demo(DemoConfig(num_images=3, num_steps=1, run_dir=tmp_path / "demo"))
     lines = capsys.readouterr().out.strip().splitlines()
     match = re.fullmatch(r"demo: before (\d\.\d{3}) after (\d\.\d{3}) rise (-?\d\.\d{3})", lines[-1])
@@ -38,7 +47,7 @@ def test_the_demos_last_line(tmp_path, capsys):
     demo(DemoConfig(num_images=3, num_steps=1, run_dir=tmp_path / "demo"))  # a second demo makes room for itself
 
 
-def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_demo_that_was_stopped_goes_on_and_deletes_nothing(small, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "demo"
 
     def stopped(config):

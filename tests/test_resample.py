@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import all_ranks, keys
+from conftest import all_ranks, keys, shallow
 from test_reward_step import record
 
 from data.examples import Example, Question
@@ -79,7 +79,7 @@ def test_a_group_that_the_verifier_failed_on_is_not_replaced():
 
 
 SETTINGS = dict(data="toy:train:10", num_steps=3, prompts_per_step=4, group_size=3, num_questions=2, probe_images=2,
-                resample_flat=2)
+                resample_flat=2, max_new_tokens=48)
 
 
 def read(run_dir: Path, name: str) -> list[dict]:
@@ -87,8 +87,9 @@ def read(run_dir: Path, name: str) -> list[dict]:
 
 
 def test_a_run_records_the_images_it_used_and_two_ranks_use_the_same(tmp_path):
+    models = {name: shallow(f"data/toy/{name}", tmp_path / name) for name in ("policy", "verifier")}
     for ranks in (1, 2):
-        all_ranks(tmp_path, ranks, train, toy_config(run_dir=str(tmp_path / str(ranks)), **SETTINGS))
+        all_ranks(tmp_path, ranks, train, toy_config(run_dir=str(tmp_path / str(ranks)), **SETTINGS, **models))
     one, two = (read(tmp_path / ranks, "metrics.jsonl") for ranks in "12")
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=5e-3)
