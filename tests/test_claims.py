@@ -330,10 +330,12 @@ def test_differences_hand_computed():
 def test_a_picture_that_cannot_be_opened_fails_alone(tmp_path):
     Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
     pictures = [Picture(name, tmp_path / f"{name}.png", ()) for name in ("a", "gone")]
-    rows = [{"id": name, "caption": "It is red.", "questions": []} for name in ("gone", "a", "gone")]
+    rows = [{"id": name, "caption": caption, "questions": []} for name, caption in (
+        ("gone", "It is red."), ("a", "It is red."), ("gone", "It is blue."))]
     benchmark = Benchmark("b", "choice", "choice", pictures, [])
     rows = with_claims(benchmark, rows, lambda image, claims: open_image(image) and [0.9])
     assert [row["id"] for row in rows] == ["gone", "a", "gone"]
+    assert [claim["claim"] for row in rows for claim in row["claims"]] == ["It is red.", "It is red.", "It is blue."]
     failures = [row["claims"][0]["failure"] for row in rows]
     assert failures[1] == "" and "gone.png" in failures[0] == failures[2] and rows[0]["claims"][0]["score"] is None
 
