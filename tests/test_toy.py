@@ -150,9 +150,10 @@ def test_export_is_what_the_loader_reads(tmp_path):
 def test_the_builder_runs_from_nothing(tmp_path, capsys):
     build(BuildConfig(folder=tmp_path, smoke=True))
     table = capsys.readouterr().out
-    for row in ("true dense captions", "no caption", "one wrong fact", "abstains on a fact", "well-formed captions", "| all |"):
+    for row in ("true dense captions", "no caption", "one wrong fact", "abstains on a fact", "well-formed captions", "| all |",
+                "questions, another image", "claims, yes or no", "ratings of captions", "`evaluate.py direct`"):
         assert row in table
-    for name in ("policy", "verifier"):
+    for name in ("policy", "verifier", "looker"):
         assert (tmp_path / name / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))

@@ -1,44 +1,59 @@
-"""Makes the two shipped checkpoints from nothing and prints how good they are.
+"""Makes the toy checkpoints from nothing and prints how good they are.
 
-    python -m data.toy.build                    # into data/toy, about an hour on 2 cores
+    python -m data.toy.build                    # into data/toy, hours on 2 cores
+    python -m data.toy.build --folder runs/toy-models --models policy looker
     python -m data.toy.build --smoke --folder /tmp/toy    # a few steps: everything runs
 """
 
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from data.benchmarks.benchmark import example_benchmark
+from data.curate.answers import answer_by_options
 from data.examples import Question
 from data.io import check_room
 from data.program import run_program
 from data.toy.captioner import train_policy
+from data.toy.looker import any_caption, any_claim, train_looker
 from data.toy.tokenizer import build_tokenizer
 from data.toy.verifier import train_verifier
 from data.toy.world import (
     FAMILIES,
     Scene,
+    draw,
     is_well_formed,
     make_scene,
     perturb,
     scene_questions,
     toy_example,
     write_caption,
+    write_sentence,
 )
 from grpo.config import RewardConfig
 from grpo.export import export_policy
 from grpo.pretrained import load_policy
-from reward.caprl import Verifier, caption_rewards, load_verifier
+from reward.caprl import (
+    PromptWriter,
+    Verifier,
+    caption_rewards,
+    load_verifier,
+    shuffle_options,
+)
+from reward.claims import Checker
+from reward.judge import judge_rewards
 from tools.caption_cache import CaptionsConfig, write_captions
-from tools.prism import prism
-from tools.stats import summarize
+from tools.prism import direct, prism
+from tools.stats import mean, summarize
 from tools.tables import format_table
 
 
@@ -47,10 +62,14 @@ class BuildConfig:
     """Settings of the builder."""
 
     folder: Path = Path("data/toy")
-    """The folder for policy/ and verifier/."""
+    """The folder for policy/, verifier/ and looker/."""
+    models: tuple[Literal["verifier", "policy", "looker"], ...] = ("verifier", "policy", "looker")
+    """Those to make. The looker is grown from the policy."""
     verifier_steps: int = 1900
     """The most that each of its first two stages may take, see data/toy/verifier.py."""
     policy_steps: int = 3200
+    looker_steps: int = 3000
+    """The most that each of its three stages may take, see data/toy/looker.py."""
     num_images: int = 300
     """Held-out images behind the table."""
     seed: int = 0
@@ -72,7 +91,14 @@ def make_policy(config: BuildConfig) -> None:
     export_policy(policy, config.folder / "policy", torch.bfloat16)
 
 
-# ---------------------------------------------------------------------------------------- the table
+def make_looker(config: BuildConfig) -> None:
+    torch.set_num_threads(1)
+    policy = load_policy(str(config.folder / "policy"), torch.device("cpu"))
+    looker = train_looker(policy, config.looker_steps, config.seed)
+    export_policy(looker, config.folder / "looker", torch.bfloat16)
+
+
+# --------------------------------------------------------------------------------------- the tables
 
 
 def family_accuracy(verifier: Verifier, scenes: Sequence[Scene], captions: Sequence[str],
@@ -91,7 +117,7 @@ def family_accuracy(verifier: Verifier, scenes: Sequence[Scene], captions: Seque
     return means | {"abstain": sum(chosen) / len(chosen)}
 
 
-def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
+def verifier_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     """Letter accuracy on held-out images for captions of known truth."""
     device, path = torch.device("cpu"), str(folder / "verifier")
     verifier = load_verifier(path, device)
@@ -126,10 +152,8 @@ def verifier_table(folder: Path, scenes: Sequence[Scene]) -> str:
             verifier, scenes, dense, questions, True),
     }
     unsaid = family_accuracy(verifier, scenes, missing, about, True)["abstain"]
-    lines = ["| verifier | " + " | ".join(FAMILIES) + " |", "| --- |" + " ---: |" * len(FAMILIES)]
-    lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |"
-              for name, row in rows.items()]
-    return "\n".join([*lines, "", f"abstains on a fact that is not mentioned: {unsaid:.3f}"])
+    return (f"{format_families('verifier', rows)}\n\n"
+            f"abstains on a fact that is not mentioned: {unsaid:.3f}")
 
 
 def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
@@ -151,20 +175,73 @@ def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     )
 
 
+def looker_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
+    """What the looker makes of held-out images, of others of the same family in their place, and of
+    none."""
+    looker, policy = (load_policy(str(folder / name), torch.device("cpu"))
+                      for name in ("looker", "policy"))
+    writer, rng = PromptWriter(looker.tokenizer), random.Random("table")
+    checkers = {"claims, yes or no": Checker(looker),
+                "claims, likelihood by the shipped policy": Checker(policy, "likelihood")}
+    rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    examples = [toy_example(scene) for scene in scenes]
+    for number, (scene, example) in enumerate(zip(scenes, examples)):
+        other = draw(make_scene("heldout", 30_000 + len(FAMILIES) * number
+                                + FAMILIES.index(scene.family)))
+        asked = [shuffle_options(question, n, rng) for n, question in enumerate(example.questions)]
+        claims = [any_claim(scene, rng) for _ in range(8)]
+        texts = [write_sentence(scene.family, claim) for claim, _ in claims]
+        images = {"": example.image, ", another image": other, ", no image": None}
+        for shown, image in images.items():
+            answers = answer_by_options(looker, writer, replace(example, image=image or other),
+                                        image is not None, asked, 32)
+            rows[f"questions{shown}"][scene.family] += [
+                answer.chosen == question.gold for answer, question in zip(answers, asked)]
+            for name, checker in checkers.items() if image else ():
+                rows[f"{name}{shown}"][scene.family] += [
+                    (prob > 0.5) == (claim.value == value)
+                    for prob, (claim, value) in zip(checker(image, texts), claims)]
+        captions, _, fair = zip(*(any_caption(scene, rng) for _ in range(4)))
+        ratings = judge_rewards(captions, [example] * 4, [scene.id] * 4, [0] * 4, looker).rewards
+        rows["ratings of captions, distance from the fair ones"][scene.family] += (
+            1 + 4 * ratings - torch.tensor(fair)).abs().tolist()
+    for row in direct(example_benchmark("toy:heldout", examples), looker, seed=seed,
+                      answer_tokens=4, temperature=0.0, batch_size=64):
+        rows["questions, `evaluate.py direct`"][row["family"]].append(row["accuracy"])
+    return format_families("looker", {name: {family: mean(values) for family, values in row.items()}
+                                      for name, row in rows.items()})
+
+
+def format_families(title: str, rows: dict[str, dict[str, float]]) -> str:
+    lines = [f"| {title} | " + " | ".join(FAMILIES) + " |",
+             "| --- |" + " ---: |" * len(FAMILIES)]
+    lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |"
+              for name, row in rows.items()]
+    return "\n".join(lines)
+
+
 def build(config: BuildConfig) -> None:
     if config.smoke:
         if config.folder == BuildConfig.folder:
             raise ValueError(f"smoke: expected a folder other than {config.folder}, whose "
                              "checkpoints it would overwrite")
-        config = replace(config, verifier_steps=4, policy_steps=4, num_images=6)
+        config = replace(config, verifier_steps=4, policy_steps=4, looker_steps=1, num_images=6)
     check_room(config.folder)
     # Fresh processes: a fork of a process that has used torch's threads can hang.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(make_verifier, config), pool.submit(make_policy, config)]:
-            done.result()
+        makers = {"verifier": make_verifier, "policy": make_policy, "looker": make_looker}
+        jobs = {name: pool.submit(makers[name], config)
+                for name in ("verifier", "policy") if name in config.models}
+        if "policy" in jobs:
+            jobs["policy"].result()  # the looker is grown from it
+        if "looker" in config.models:
+            jobs["looker"] = pool.submit(make_looker, config)
+        for job in jobs.values():
+            job.result()
     scenes = [make_scene("heldout", 10_000 + index) for index in range(config.num_images)]
-    print(verifier_table(config.folder, scenes), policy_table(config.folder, scenes, config.seed),
-          sep="\n\n")
+    for name in config.models:
+        print({"verifier": verifier_table, "policy": policy_table, "looker": looker_table}[name](
+            config.folder, scenes, config.seed), end="\n\n")
 
 
 if __name__ == "__main__":

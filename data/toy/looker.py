@@ -1,0 +1,427 @@
+"""The toy looker: a Qwen2.5-VL of about 2.6 million parameters that looks at an image. It answers
+questions, judges claims and rates captions.
+
+It is grown from the shipped policy, with two more layers. First its vision tower learns to tell
+words and numbers apart, which the policy's does not. Then it learns to look things up: at a
+question mark the value that is asked for, at a claim's value whether it holds. Then it learns to
+answer as the programs ask: `data.curate filter` (with the image and without), `evaluate.py direct`,
+the part `correctness` (reward/claims.py) and the judge (reward/judge.py).
+
+Probes teach each step of the way and are thrown away afterwards. The image's tokens tell what is
+drawn where they are. At a question mark and at a claim's value the states tell the subject, and
+there the true value. Without them it takes several times as long to learn which object is meant.
+"""
+
+import copy
+import random
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from data.choices import LETTERS
+from data.curate.answers import BLIND, SEEING
+from data.examples import Question
+from data.toy.captioner import FAMILY_SHARES, SHARPNESS
+from data.toy.fit import fit
+from data.toy.world import (
+    COMMON_KNOWLEDGE,
+    DOMAINS,
+    FAMILIES,
+    HEIGHTS,
+    ORDINALS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Fact,
+    Scene,
+    draw,
+    make_scene,
+    write_question,
+    write_sentence,
+)
+from grpo.logprobs import CompletionScorer, pack_groups
+from grpo.policy import Policy, Prompt, chat_text, image_inputs
+from grpo.pretrained import make_policy
+from grpo.rollout import Rollouts
+from reward.caprl import ANSWER_START, shuffle_options
+from reward.claims import CLAIM_INSTRUCTION
+from reward.judge import RATING_INSTRUCTION, RATING_START, RATINGS
+from tools.prism import LETTER_FORM
+
+NUM_LAYERS = 6
+"""Layers of the language model; the policy has 4. The added ones begin as doing nothing."""
+LOOKUPS = ("question",) * 7 + ("statement",) * 3
+ANSWERS = (("filter",) * 3 + ("named",) * 6
+           + ("direct", "blind", "claim", "claim", "rating"))
+"""Forms of the turns in a step of the last two stages, an image each."""
+TURNS = {LOOKUPS: 12, ANSWERS: 6}
+"""Turns on an image."""
+SIGHTS = 32
+"""Images in a step that teaches the vision tower alone."""
+ENOUGH = 0.96
+"""The next stage begins at this share of words told, of values told and claims judged rightly."""
+
+# ------------------------------------------------------------------------------------------- turns
+
+Target = dict[str, float]
+"""Probabilities of the texts that may follow; of a truth, that it holds."""
+
+
+@dataclass
+class Turn:
+    """What a user says, the answer's given start, and what is taught on them."""
+
+    text: str
+    answer_start: str = ""
+    answer: Target = field(default_factory=dict)  # what follows; empty if nothing is answered
+    kind: str = ""  # of the answer
+    marks: list[tuple[int, str, Target]] = field(default_factory=list)
+    """(end of a token in `text`, kind, target)"""
+
+
+def values_of(fact: Fact) -> list[str]:
+    """The values that the fact does not have and could have."""
+    return [value for value in DOMAINS[fact.attribute] if value not in (fact.value, fact.subject)]
+
+
+def subject_mark(end: int, fact: Fact) -> list[tuple[int, str, Target]]:
+    return [(end, "subject", {f" {fact.subject}": 1.0})] if fact.subject else []
+
+
+def lookup_turn(scene: Scene, fact: Fact, rng: random.Random) -> Turn:
+    text = f"{SEEING} {write_question(scene, fact, rng).question}"
+    mark = (len(text), "value", {f" {fact.value}": 1.0})
+    return Turn(text + "\n", marks=[mark, *subject_mark(len(text), fact)])
+
+
+def question_turn(question: Question, value: str | None, form: str, rng: random.Random) -> Turn:
+    """`form`: "filter", "blind" or "direct". value: what is right; None if that cannot be known.
+    Then all options are equally likely."""
+    asked = shuffle_options(question, 0, rng)
+    start = {"filter": f"{SEEING} ", "blind": f"{BLIND} ", "direct": ""}[form]
+    options = [f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options)]
+    letters = [f" {letter}" for letter in LETTERS[: len(options)]]
+    end, marks = len(start) + len(question.question), []
+    if value is None:
+        answer = dict.fromkeys(letters, 1 / len(letters))
+    else:
+        answer = {letters[asked.gold]: 1.0}
+        marks.append((end, "value", {f" {value}": 1.0}))
+        for letter, option, text in zip(letters, options, asked.options):
+            end += 1 + len(option)
+            marks += [(end, "truth", {"": float(text == value)}), (end, "subject", {letter: 1.0})]
+    lines = [question.question, *options] + [LETTER_FORM] * (form == "direct")
+    kind = "guess" if value is None else "letter"
+    return Turn(start + "\n".join(lines), ANSWER_START, answer, kind, marks)
+
+
+def any_claim(scene: Scene, rng: random.Random) -> tuple[Fact, str | None]:
+    """A claim, half of the time a true one, and the true value; None where the subject is not in
+    the scene."""
+    fact, kind = rng.choice(scene.facts), rng.random()
+    if kind < 0.5:
+        return fact, fact.value
+    if kind < 0.6 and fact.subject and scene.family != "cards":
+        there = {other.subject for other in scene.facts}
+        names = SHAPES if scene.family == "shapes" else [f"{name} bar" for name in ORDINALS]
+        absent = [name for name in names if name not in (*there, fact.value)]
+        if absent:
+            return replace(fact, subject=rng.choice(absent)), None
+    return replace(fact, value=wrong_value(scene, fact, rng)), fact.value
+
+
+def wrong_value(scene: Scene, fact: Fact, rng: random.Random) -> str:
+    """Often that of another thing in the image."""
+    wrong = values_of(fact)
+    near = [other.value for other in scene.facts
+            if other.attribute == fact.attribute and other.value in wrong]
+    return rng.choice(near if near and rng.random() < 0.5 else wrong)
+
+
+def claim_marks(sentence: str, start: int, claim: Fact, value: str | None) -> list:
+    """At the claimed value, in a sentence that begins at `start`."""
+    end = start + sentence.rindex(claim.value) + len(claim.value)
+    marks = [(end, "truth", {"": float(claim.value == value)}), *subject_mark(end, claim)]
+    return marks + ([(end, "true value", {f" {value}": 1.0})] if value else [])
+
+
+def claim_turn(scene: Scene, rng: random.Random) -> Turn:
+    claim, value = any_claim(scene, rng)
+    sentence, start = write_sentence(scene.family, claim), f"{CLAIM_INSTRUCTION} "
+    return Turn(start + sentence, ANSWER_START,
+                {" yes" if claim.value == value else " no": 1.0}, "claim",
+                claim_marks(sentence, len(start), claim, value))
+
+
+def fair_rating(num_right: int, num_wrong: int, num_facts: int) -> float:
+    """1 to 5: what is said rightly, as a share of all facts and of what is said wrongly."""
+    return 1 + 4 * num_right / (num_facts + num_wrong)
+
+
+def any_caption(scene: Scene, rng: random.Random) -> tuple[str, list, float]:
+    """A caption of any length with any share of mistakes, its marks and its fair rating."""
+    share, wrong_share = rng.choice((0.0, 0.2, 0.4, 0.7, 1.0)), rng.choice((0.0, 0.0, 0.2, 0.5, 1))
+    facts = [fact for fact in scene.facts if rng.random() < share]
+    text, marks, num_wrong = "This is a card. " * (scene.family == "cards"), [], 0
+    for fact in facts:
+        is_wrong = rng.random() < wrong_share
+        claim = replace(fact, value=wrong_value(scene, fact, rng)) if is_wrong else fact
+        sentence = write_sentence(scene.family, claim)
+        marks += claim_marks(sentence, len(text), claim, fact.value)
+        text, num_wrong = f"{text}{sentence} ", num_wrong + is_wrong
+    return text.strip(), marks, fair_rating(len(facts) - num_wrong, num_wrong, len(scene.facts))
+
+
+def rating_turn(scene: Scene, rng: random.Random) -> Turn:
+    caption, marks, rating = any_caption(scene, rng)
+    low, start = min(int(rating), 4), len(RATING_INSTRUCTION)
+    answer = {RATINGS[low - 1]: low + 1 - rating, RATINGS[low]: rating - low}
+    marks = [(start + end, *taught) for end, *taught in marks]
+    return Turn(RATING_INSTRUCTION + caption, RATING_START, answer, "rating", marks)
+
+
+def turns_of(scene: Scene, form: str, num: int, rng: random.Random) -> list[Turn]:
+    """`num` turns of one form on a scene."""
+    if form == "rating":
+        return [rating_turn(scene, rng) for _ in range(num)]
+    if form == "named":  # the letter of an option that is named: letters are found sooner
+        drawn = [tuple(rng.sample(values, rng.choice((2, 3, min(4, len(values))))))
+                 for values in rng.choices(list(DOMAINS.values()), k=num)]
+        return [question_turn(Question(f"Which option is {choices[0]}?", choices, 0), choices[0],
+                              "filter", rng) for choices in drawn]
+    if form in ("claim", "statement"):
+        claims = [claim_turn(scene, rng) for _ in range(num)]
+        return claims if form == "claim" else [replace(claim, answer={}) for claim in claims]
+    facts = (rng.sample(scene.facts, len(scene.facts)) * num)[:num]
+    if form == "question":
+        return [lookup_turn(scene, fact, rng) for fact in facts]
+    asked = [(write_question(scene, fact, rng), None if form == "blind" else fact.value)
+             for fact in facts]
+    if rng.random() < 0.3:
+        text, choices, place = rng.choice(COMMON_KNOWLEDGE)
+        asked[0] = Question(text, choices, place), choices[place]
+    return [question_turn(question, value, form, rng) for question, value in asked]
+
+
+# ------------------------------------------------------------------------------------------ lessons
+
+
+@dataclass
+class Lesson:
+    """Turns on an image, or on none: the prompt that they share, and the rest of each."""
+
+    scene: Scene | None
+    prompt: Prompt
+    rests: list[list[int]]
+    marks: list[list[tuple[int, str, Target]]]  # (place of a token in the rest, kind, target)
+
+
+def write_lesson(policy: Policy, scene: Scene | None, turns: Sequence[Turn]) -> Lesson:
+    tokenizer, rows, marks = policy.tokenizer, [], []
+    image = [{"type": "image"}] * (scene is not None)
+    for turn in turns:
+        text = chat_text(tokenizer, [*image, {"type": "text", "text": turn.text}])
+        start, text = text.rindex(turn.text), text + turn.answer_start
+        likeliest = max(turn.answer, key=turn.answer.get, default="")
+        encoded = tokenizer(text + likeliest, add_special_tokens=False, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        places = [(bisect_left(ends, start + end), *taught) for end, *taught in turn.marks]
+        row = encoded["input_ids"]
+        if turn.answer:
+            places += [(bisect_left(ends, len(text)), turn.kind, turn.answer),
+                       (len(row) - 1, "end", {tokenizer.eos_token: 1.0})]
+        else:  # cut after the last mark
+            row = row[: max(places)[0] + 1]
+        rows.append([*row, tokenizer.eos_token_id])
+        marks.append(places)
+    differ = (n for n, tokens in enumerate(zip(*rows)) if len(set(tokens)) > 1)
+    num = min(next(differ, len(rows[0])), *(place for places in marks for place, *_ in places))
+    rests = [row[num:] for row in rows]
+    marks = [[(place - num, *taught) for place, *taught in places] for places in marks]
+    if scene is None:
+        vision = policy.model.config.vision_config
+        num_values = 3 * vision.temporal_patch_size * vision.patch_size**2
+        prompt = Prompt(torch.tensor(rows[0][:num]), torch.arange(num).expand(3, -1),
+                        torch.zeros(0, num_values), torch.zeros(0, 3, dtype=torch.long),
+                        torch.zeros(0, policy.model.config.text_config.hidden_size))
+        return Lesson(None, prompt, rests, marks)
+    prompt = policy.prompt(draw(scene), turns[0].text)
+    num += int((prompt.input_ids == policy.model.config.image_token_id).sum()) - 1
+    prompt = replace(prompt, input_ids=prompt.input_ids[:num],
+                     position_ids=prompt.position_ids[:, :num])
+    return Lesson(scene, prompt, rests, marks)
+
+
+def sights(scene: Scene, columns: int, width: int) -> list[tuple[int, list[str]]]:
+    """Image tokens (28 x 28 pixels, row by row, `columns` in a row of `width` pixels), each with
+    the words for what is drawn there. `draw` moves things by up to 3 pixels, which does not
+    matter."""
+    told: dict[str, dict[str, str]] = {}
+    for fact in scene.facts:
+        if fact.attribute in ("title", "number"):
+            told[fact.attribute] = {fact.attribute: fact.value}
+        elif fact.attribute in ("color", "size", "place", "shape", "value"):
+            told.setdefault(fact.subject, {})[fact.attribute] = fact.value
+    seen: dict[int, list[str]] = {}
+    for number, (subject, look) in enumerate(told.items()):
+        if scene.family == "shapes":
+            x, y = (part * width for part in PLACES[look["place"]])
+            r = 0.3 * SIZES[look["size"]] * width / 112  # its middle, whatever the shape
+            left, top, right, bottom = x - r, y - r, x + r, y + r
+        elif scene.family == "bars":
+            pitch = 124 // len(told)
+            left, top = 12 + number * pitch, 104 - HEIGHTS[look["value"]] * 1.2
+            right, bottom = left + pitch - 10, 104
+        elif subject == "stamp":
+            x = {"left": 36, "central": 84, "right": 132}[look["place"]]
+            left, top, right, bottom = x - 4, 73, x + 4, 81
+        elif subject in ("title", "number"):
+            left, right = {"title": (18, 100), "number": (110, 150)}[subject]
+            top, bottom = 14, 40
+        else:
+            continue
+        for row in range(int(top / 28), int((bottom - 1) / 28) + 1):
+            for column in range(int(left / 28), int((right - 1) / 28) + 1):
+                words = [subject.split()[0], *look.values()]
+                seen.setdefault(row * columns + column, []).extend(words)
+    return list(seen.items())
+
+
+class Pupil(nn.Module):
+    """The model and the probes of its lessons."""
+
+    def __init__(self, policy: Policy):
+        super().__init__()
+        self.policy, self.model = policy, policy.model
+        CompletionScorer(policy.model, policy.pad_id, ())  # it sets the attention of packed groups
+        size, num_words = policy.model.config.text_config.hidden_size, len(policy.tokenizer)
+        self.probes = nn.ModuleDict({
+            "truth": nn.Linear(size, 1), "true value": nn.Linear(size, num_words),
+            "subject": nn.Linear(size, num_words), "sight": nn.Linear(size, num_words),
+        })
+
+    def forward(self, lessons: Sequence[Lesson]) -> tuple[Tensor, dict[str, float]]:
+        """The sum of the kinds' mean losses, and of each kind the share that was right."""
+        inner, looked = self.model.model, [n for n, le in enumerate(lessons) if le.scene]
+        prompts = [lesson.prompt for lesson in lessons]
+        pixels, grid = (torch.cat([getattr(prompts[n], name) for n in looked])
+                        for name in ("pixel_values", "grid"))
+        features = inner.get_image_features(pixels, grid).pooler_output
+        for n, feature in zip(looked, features):
+            prompts[n] = replace(prompts[n], features=feature)
+        rows = [torch.tensor(rest) for lesson in lessons for rest in lesson.rests]
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = pad_sequence(rows, batch_first=True)
+        packed = pack_groups(Rollouts(prompts, tokens, lengths, tokens, tokens, [""] * len(rows)))
+        with image_inputs(self.model, prompts) as images:
+            hidden = inner(
+                input_ids=packed.input_ids, attention_mask=torch.empty(1, 1, 1, 0),
+                segments=packed.segments, position_ids=packed.position_ids, use_cache=False,
+                **images,
+            ).last_hidden_state[0, packed.sources]  # (N, H): before each token of the rests
+        taught = self.sight_lessons([lessons[n].scene for n in looked], features, grid)
+        starts = (lengths.cumsum(0) - lengths).tolist()
+        groups = [marks for lesson in lessons for marks in lesson.marks]
+        for start, marks in zip(starts, groups, strict=True):
+            for place, kind, target in marks:
+                taught.setdefault(kind, []).append((hidden[start + place + 1], target))
+        results = {kind: self.loss(kind, marks) for kind, marks in taught.items()}
+        return (sum(loss for loss, _ in results.values()),
+                {kind: right for kind, (_, right) in results.items()})
+
+    def sight_lessons(self, scenes: Sequence[Scene], features: Sequence[Tensor],
+                      grid: Tensor) -> dict[str, list[tuple[Tensor, Target]]]:
+        """By kind, states of image tokens with their targets."""
+        taught: dict[str, list] = {}
+        for scene, feature, (_, _, patches) in zip(scenes, features, grid.tolist(), strict=True):
+            columns = patches // 2
+            for place, words in sights(scene, columns, 28 * columns):
+                state = F.layer_norm(feature[place], feature[place].shape)
+                target = {f" {word}": words.count(word) / len(words) for word in words}
+                taught.setdefault(f"sight of {scene.family}", []).append((state, target))
+        return taught
+
+    def loss(self, kind: str, marks: list[tuple[Tensor, Target]]) -> tuple[Tensor, float]:
+        """The mean loss, and the share of the texts taught that are the likeliest."""
+        states, name = torch.stack([state for state, _ in marks]), kind.split(" of ")[0]
+        logits = (dict(self.probes).get(name) or self.model.lm_head)(states)
+        if kind == "truth":
+            target = torch.tensor([probs[""] for _, probs in marks])
+            right = ((logits[:, 0] > 0) == (target > 0.5)).float().mean().item()
+            return F.binary_cross_entropy_with_logits(logits[:, 0], target), right
+        target = torch.zeros_like(logits)
+        for row, (_, probs) in enumerate(marks):
+            for text, probability in probs.items():
+                first, *_ = self.policy.tokenizer.encode(text, add_special_tokens=False)
+                target[row, first] += probability
+        num = (target > 0).sum(-1, keepdim=True)
+        is_likely = logits.argsort(-1, descending=True).argsort(-1) < num
+        right = ((is_likely & (target > 0)).sum(-1, keepdim=True) / num).mean().item()
+        return -(target * logits.log_softmax(-1)).sum() / len(marks), right
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def grow(policy: Policy, seed: int) -> Policy:
+    """The policy with NUM_LAYERS layers, as it was before it was sharpened."""
+    torch.manual_seed(seed)
+    config = copy.deepcopy(policy.model.config)
+    config.text_config.num_hidden_layers = NUM_LAYERS
+    config.text_config.layer_types = ["full_attention"] * NUM_LAYERS
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = policy.model.generation_config
+    model.load_state_dict(policy.model.state_dict(), strict=False)
+    language_model = model.model.language_model
+    with torch.no_grad():
+        language_model.norm.weight.mul_(SHARPNESS)
+        for layer in language_model.layers[policy.model.config.text_config.num_hidden_layers :]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return make_policy(model, policy.tokenizer, policy.image_processor, writes=False)
+
+
+def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
+    """At most `steps` steps for each of the three stages."""
+    looker = grow(policy, seed)
+    pupil = Pupil(looker)
+
+    def draw_scene(rng: random.Random) -> Scene:
+        (family,) = rng.choices(range(len(FAMILIES)), FAMILY_SHARES)
+        return make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family)
+
+    def sight_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"looker:{seed}:sights:{step}")
+        scenes = [draw_scene(rng) for _ in range(SIGHTS)]
+        images = looker.image_processor(images=list(map(draw, scenes)), return_tensors="pt")
+        features = looker.model.model.get_image_features(**images).pooler_output
+        taught = pupil.sight_lessons(scenes, features, images["image_grid_thw"])
+        results = {kind: pupil.loss(kind, marks) for kind, marks in taught.items()}
+        return (sum(loss for loss, _ in results.values()),
+                {kind: right for kind, (_, right) in results.items()})
+
+    def turn_loss(stage: str, forms: tuple[str, ...], shown: Sequence[str]):
+        def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+            rng, lessons = random.Random(f"looker:{seed}:{stage}:{step}"), []
+            for form in forms:
+                scene = draw_scene(rng)
+                turns = turns_of(scene, form, TURNS[forms], rng)
+                has_image = form not in ("blind", "named")
+                lessons.append(write_lesson(looker, scene if has_image else None, turns))
+            loss, right = pupil(lessons)
+            return loss, {kind: right[kind] for kind in shown}
+        return loss_at
+
+    fit(pupil, sight_loss, steps, "sights", warmup_share=0.02, decay_share=0.1, rate=1e-3,
+        enough=ENOUGH)
+    fit(pupil, turn_loss("lookups", LOOKUPS, ("value", "truth")), steps, "lookups",
+        warmup_share=0.02, decay_share=0.1, rate=1.5e-3, enough=ENOUGH)
+    fit(pupil, turn_loss("answers", ANSWERS, ("value", "truth", "letter", "claim")), steps,
+        "answers", warmup_share=0.02, decay_share=0.6, rate=1.5e-3)
+    return looker
