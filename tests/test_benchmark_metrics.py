@@ -125,6 +125,13 @@ def test_the_releases_own_scores_known(prediction, golds, rule, expected):
     assert released_score(prediction, tuple(golds), rule) == pytest.approx(expected, abs=5e-5)
 
 
+@pytest.mark.parametrize(("prediction", "gold", "rule", "expected"), [
+    ("0.12", "12", "char", 1), ("0.12", "12", "", 0), ("0.333", "1/3", "", 0), ("1, 2", "1, 2, 3", "", 0)])
+def test_the_releases_own_scores_by_their_definition(prediction, gold, rule, expected):
+    """A hundred times too small; not equal to six digits; a list that lacks one."""
+    assert released_score(prediction, (gold,), rule) == expected
+
+
 @pytest.mark.parametrize("prediction", ["", " ", "\\frac{1}{0}", "1/0", "$", "\\text{}", ",", "and", "nan", "1e999", "(" * 50])
 @pytest.mark.parametrize("rule", ["", "char", "info"])
 def test_no_answer_breaks_the_releases_score(prediction, rule):
