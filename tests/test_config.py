@@ -1,11 +1,12 @@
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import Forked
 
 import caption
 import evaluate
@@ -163,6 +164,11 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith(f"error: {message}")
 
 
+def run_as_program(words: list[str]) -> None:
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -171,10 +177,11 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
         ("evaluate.py prism --data toy:heldout:1", "expected captioners in policy or captions, got"),
     ],
 )
-def test_bad_flags_end_with_exit_code_2_and_no_traceback(arguments, message):
-    result = subprocess.run([sys.executable, *arguments.split()], capture_output=True, text=True, timeout=300)
-    said = " ".join((result.stderr + result.stdout).replace("│", " ").split())
-    assert result.returncode == 2 and message in said and "Traceback" not in said
+def test_bad_flags_end_with_exit_code_2_and_no_traceback(arguments, message, tmp_path):
+    child = Forked(tmp_path / "said.txt", run_as_program, arguments.split())
+    child.start()
+    said = " ".join(child.said().replace("│", " ").split())
+    assert child.exitcode == 2 and message in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
