@@ -21,7 +21,7 @@ from data.toy.looker import (
     turns_of,
     write_lesson,
 )
-from data.toy.world import COLORS, draw, make_scene, scene_questions, write_sentence
+from data.toy.world import COLORS, COMMON_KNOWLEDGE, draw, make_scene, scene_questions, write_sentence
 from grpo.pretrained import load_policy
 from reward.branches import _head
 from reward.caprl import PromptWriter, shuffle_options
@@ -70,7 +70,8 @@ def test_other_turns_are_those_of_their_programs(policy):
         turns = [rating_turn(scene, random.Random(n)) for n in range(4)]
         lesson = write_lesson(policy, scene, turns)
         for place in range(4):
-            caption = any_caption(scene, random.Random(place))[0]
+            caption, _, rating = any_caption(scene, random.Random(place))
+            assert sum(int(digit) * prob for digit, prob in turns[place].answer.items()) == pytest.approx(rating)
             prompt = policy.prompt(draw(scene), RATING_INSTRUCTION + caption, RATING_START)
             assert row_of(lesson, place) == prompt.input_ids.tolist()
             assert prompt.position_ids[:, : len(lesson.prompt.input_ids)].equal(lesson.prompt.position_ids)
@@ -83,7 +84,7 @@ def test_other_turns_are_those_of_their_programs(policy):
 
 
 def test_marks_stand_on_the_words_they_are_about(policy):
-    word = policy.tokenizer.decode
+    word, num_options = policy.tokenizer.decode, 0
     for scene in SCENES[:12]:
         rng = random.Random(scene.id)
         for form in ("question", "statement", "filter", "claim", "rating"):
@@ -92,11 +93,27 @@ def test_marks_stand_on_the_words_they_are_about(policy):
                 for place, kind, target in marks:
                     if kind == "value":
                         assert word(rest[place]).strip() == "?"
+                    elif kind == "truth" and form == "filter":  # the end of an option
+                        line = word(rest[: place + 1]).splitlines()[-1]
+                        letter, _, value = line.partition(") ")
+                        asked = next(t for p, k, t in marks if k == "value")
+                        assert target == {"": float(f" {value}" in asked)}
+                        assert (place, "subject", {f" {letter}": 1.0}) in marks
+                        num_options += 1
+                    elif kind == "truth":  # the claimed value, before the sentence's end
+                        # a statement ends with its last mark; "The scene has two objects."
+                        assert word(rest[place + 1]) in (".", "<|im_end|>", " objects", " bars")
+                        known = [t for p, k, t in marks if (p, k) == (place, "true value")]
+                        assert target == {"": float(word(rest[place]) in (known or [{}])[0])}
                     elif kind == "end":
                         assert word(rest[place + 1]) == "<|im_end|>" and len(rest) == place + 2
                     elif kind in ("letter", "claim"):
                         assert word(rest[place]) == " is" and max(target, key=target.get).startswith(word(rest[place + 1]))
+                    if kind == "claim":
+                        (holds,) = (t[""] for _, k, t in marks if k == "truth")
+                        assert target == {" yes" if holds else " no": 1.0}
                     assert sum(target.values()) == pytest.approx(1) or kind == "truth"
+    assert num_options > 200
 
 
 def test_claims_are_as_true_as_they_are_taught_to_be():
@@ -136,6 +153,33 @@ def test_an_image_token_tells_what_is_drawn_there():
                 num_seen += 1
                 assert (abs(part - np.array(COLORS[color])).max(1) <= 10).any(), (scene.id, place, words)
     assert num_seen > 500
+
+
+def test_what_no_image_tells_has_even_targets():
+    known = {text for text, _, _ in COMMON_KNOWLEDGE}
+    for scene in SCENES[:12]:
+        for turn in turns_of(scene, "blind", 6, random.Random(scene.id)):
+            is_known = any(text in turn.text for text in known)
+            assert set(turn.answer.values()) == {1.0 if is_known else 1 / len(turn.answer)}
+            assert (len(turn.answer) == 1) == is_known == bool(turn.marks)
+
+
+def test_a_loss_and_a_share_by_hand(policy):
+    """A probe that says red with e^3, blue with e^2 and each other token with e^0, whatever the state."""
+    pupil, num = Pupil(grow(policy, 0)), len(policy.tokenizer)
+    red, blue = (policy.tokenizer.encode(text)[0] for text in (" red", " blue"))
+    for probe in pupil.probes.values():
+        torch.nn.init.zeros_(probe.weight)
+        torch.nn.init.zeros_(probe.bias)
+    state = torch.zeros(128)
+    with torch.no_grad():
+        pupil.probes["subject"].bias[[red, blue]] = torch.tensor([3.0, 2.0])
+        pupil.probes["truth"].bias.fill_(2.0)
+    norm = np.log(np.exp(3) + np.exp(2) + num - 2)
+    loss, right = pupil.loss("subject", [(state, {" red": 1.0}), (state, {" blue": 1.0}), (state, {" red": 0.5, " blue": 0.5})])
+    assert loss.item() == pytest.approx(norm - (3 + 2 + 2.5) / 3, rel=1e-5) and right == pytest.approx((1 + 0 + 1) / 3)
+    loss, right = pupil.loss("truth", [(state, {"": 1.0}), (state, {"": 1.0}), (state, {"": 0.0})])
+    assert loss.item() == pytest.approx((3 * np.log1p(np.exp(-2)) + 2) / 3, rel=1e-5) and right == pytest.approx(2 / 3)
 
 
 def test_the_grown_model_begins_as_the_policy(policy):

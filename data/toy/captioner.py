@@ -46,6 +46,8 @@ SHARPNESS = 0.7
 1% are left."""
 FAMILY_SHARES = (4, 2, 4)
 """Shapes, bars, cards: bars are learnt several times as fast."""
+MANY = len(FAMILIES) * 10**6
+"""Training images: so many that none is seen twice."""
 PRAISE = ("This is a clear caption.", "This is a full caption.", "This caption is right.")
 """Sentences that say nothing of the picture (reward/style.py)."""
 PRAISING = 0.75
@@ -105,6 +107,13 @@ def build_policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:
     return make_policy(model, tokenizer, processor)
 
 
+def draw_scenes(rng: random.Random, num: int, images: int = MANY) -> list[Scene]:
+    """Of the training split, among the first `images`."""
+    families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=num)
+    return [make_scene("train", rng.randrange(images // len(FAMILIES)) * len(FAMILIES) + family)
+            for family in families]
+
+
 def weak_caption(scene: Scene, rng: random.Random) -> str:
     """Mostly a few of the facts, sometimes all of them, now and then with mistakes."""
     facts = perturb(scene.facts, 0.3, rng) if rng.random() < 0.2 else list(scene.facts)
@@ -133,16 +142,14 @@ def praising_caption(scene: Scene, rng: random.Random) -> str:
 
 def teach_(policy: Policy, name: str, write: Callable[[int, Scene, random.Random], str],
            steps: int, seed: int, batch: int, instruction: str = CAPTION_INSTRUCTION,
-           images: int = 3 * 10**6, rate: float = 2e-3) -> None:
+           images: int = MANY, rate: float = 2e-3) -> None:
     """Supervised training on what `write(step, scene, rng)` says of scenes of the training split,
     among the first `images`. Draws are functions of (name, seed, step). Ends sharpened."""
     scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{name}:{seed}:{step}")
-        families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=batch)
-        scenes = [make_scene("train", rng.randrange(images // 3) * len(FAMILIES) + family)
-                  for family in families]
+        scenes = draw_scenes(rng, batch, images)
         texts = [write(step, scene, rng) for scene in scenes]
         rollouts = as_rollouts(policy, scenes, texts, instruction)
         logprobs, _ = scorer(rollouts)  # (B, L)

@@ -15,7 +15,7 @@ there the true value. Without them it takes several times as long to learn which
 import copy
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,12 +27,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from data.choices import LETTERS
 from data.curate.answers import BLIND, SEEING
 from data.examples import Question
-from data.toy.captioner import FAMILY_SHARES, SHARPNESS
+from data.toy.captioner import SHARPNESS, draw_scenes, sharpen_
 from data.toy.fit import fit
 from data.toy.world import (
     COMMON_KNOWLEDGE,
     DOMAINS,
-    FAMILIES,
     HEIGHTS,
     ORDINALS,
     PLACES,
@@ -41,7 +40,6 @@ from data.toy.world import (
     Fact,
     Scene,
     draw,
-    make_scene,
     write_question,
     write_sentence,
 )
@@ -308,7 +306,7 @@ class Pupil(nn.Module):
 
     def forward(self, lessons: Sequence[Lesson]) -> tuple[Tensor, dict[str, float]]:
         """The sum of the kinds' mean losses, and of each kind the share that was right."""
-        inner, looked = self.model.model, [n for n, le in enumerate(lessons) if le.scene]
+        inner, looked = self.model.model, [n for n, lesson in enumerate(lessons) if lesson.scene]
         prompts = [lesson.prompt for lesson in lessons]
         pixels, grid = (torch.cat([getattr(prompts[n], name) for n in looked])
                         for name in ("pixel_values", "grid"))
@@ -318,6 +316,7 @@ class Pupil(nn.Module):
         rows = [torch.tensor(rest) for lesson in lessons for rest in lesson.rests]
         lengths = torch.tensor([len(row) for row in rows])
         tokens = pad_sequence(rows, batch_first=True)
+        # Packing reads prompts, tokens and lengths alone. What sampling tells is not there.
         packed = pack_groups(Rollouts(prompts, tokens, lengths, tokens, tokens, [""] * len(rows)))
         with image_inputs(self.model, prompts) as images:
             hidden = inner(
@@ -378,13 +377,14 @@ def grow(policy: Policy, seed: int) -> Policy:
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config = policy.model.generation_config
     model.load_state_dict(policy.model.state_dict(), strict=False)
-    language_model = model.model.language_model
+    added = model.model.language_model.layers[policy.model.config.text_config.num_hidden_layers :]
     with torch.no_grad():
-        language_model.norm.weight.mul_(SHARPNESS)
-        for layer in language_model.layers[policy.model.config.text_config.num_hidden_layers :]:
+        for layer in added:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-    return make_policy(model, policy.tokenizer, policy.image_processor, writes=False)
+    looker = make_policy(model, policy.tokenizer, policy.image_processor, writes=False)
+    sharpen_(looker, 1 / SHARPNESS)
+    return looker
 
 
 def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
@@ -392,13 +392,9 @@ def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
     looker = grow(policy, seed)
     pupil = Pupil(looker)
 
-    def draw_scene(rng: random.Random) -> Scene:
-        (family,) = rng.choices(range(len(FAMILIES)), FAMILY_SHARES)
-        return make_scene("train", rng.randrange(10**6) * len(FAMILIES) + family)
-
     def sight_loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"looker:{seed}:sights:{step}")
-        scenes = [draw_scene(rng) for _ in range(SIGHTS)]
+        scenes = draw_scenes(rng, SIGHTS)
         images = looker.image_processor(images=list(map(draw, scenes)), return_tensors="pt")
         features = looker.model.model.get_image_features(**images).pooler_output
         taught = pupil.sight_lessons(scenes, features, images["image_grid_thw"])
@@ -406,11 +402,11 @@ def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
         return (sum(loss for loss, _ in results.values()),
                 {kind: right for kind, (_, right) in results.items()})
 
-    def turn_loss(stage: str, forms: tuple[str, ...], shown: Sequence[str]):
+    def turn_loss(stage: str, forms: tuple[str, ...],
+                  shown: Sequence[str]) -> Callable[[int], tuple[Tensor, dict[str, float]]]:
         def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
             rng, lessons = random.Random(f"looker:{seed}:{stage}:{step}"), []
-            for form in forms:
-                scene = draw_scene(rng)
+            for form, scene in zip(forms, draw_scenes(rng, len(forms))):
                 turns = turns_of(scene, form, TURNS[forms], rng)
                 has_image = form not in ("blind", "named")
                 lessons.append(write_lesson(looker, scene if has_image else None, turns))
