@@ -11,7 +11,7 @@ from grpo.config import RewardConfig, toy_config
 from reward.caprl import Rewards
 from reward.step import compare_siblings
 from reward.style import empty_kinds, empty_share, length_reward, repetition, sentences, style_parts
-from tools.budgets import count_words, cut_caption
+from tools.budgets import count_words, cut_caption, with_budgets
 
 PRAISE = """\
 This description provides a comprehensive account of the chart.
@@ -258,3 +258,13 @@ def test_a_cut_caption_is_the_longest_beginning_of_whole_sentences():
         told = [sentences(caption[:end]) for end in range(len(caption)) if count_words(caption[:end]) <= num_words]
         best = max((len(part) for part in told if part == whole[: len(part)]), default=0)
         assert sentences(cut) == whole[:best] if best else count_words(cut) == num_words
+
+
+def test_budgets_of_a_captioner_that_could_not_open_an_image():
+    rows = [{"caption": "A dog. A cat.", "tokens": 6, "finish_reason": "stop"}]
+    failed = [{"error": "cannot be opened"}]
+    assert with_budgets({"ours": [rows, failed]}, [2, 9]) == {
+        "ours": [rows, failed],
+        "ours, 2 words": [[{"caption": "A dog."}], failed],  # how many tokens that has was not counted
+        "ours, 9 words": [rows, failed],
+    }

@@ -26,6 +26,7 @@ from data.toy.world import (
     scene_questions,
     write_caption,
 )
+from data.toy.writer import WriterConfig
 from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import load_verifier
@@ -157,6 +158,18 @@ def test_the_builder_runs_from_nothing(tmp_path, capsys):
         assert (tmp_path / name / "model.safetensors").is_file()
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: TeachConfig(Path("x"), steps=0), "steps 0: expected at least 1"),
+    (lambda: TeachConfig(Path("x"), images=2), "images 2: expected at least 3"),
+    (lambda: WriterConfig(Path("x"), num_questions=7), "num_questions 7: expected 1 to 6"),
+    (lambda: BuildConfig(looker_steps=0), "looker_steps 0: expected at least 1"),
+    (lambda: BuildConfig(models=()), r"models: expected different ones, at least one, got \(\)"),
+])
+def test_builders_refuse_what_teaches_nothing(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
 
 
 def test_what_is_taught_as_praise_is_told_from_sober_sentences():

@@ -22,7 +22,7 @@ from data.benchmarks.benchmark import example_benchmark
 from data.curate.answers import answer_by_options
 from data.examples import Question
 from data.io import check_room
-from data.program import run_program
+from data.program import check_range, run_program
 from data.toy.captioner import train_policy
 from data.toy.looker import any_caption, any_claim, train_looker
 from data.toy.tokenizer import build_tokenizer
@@ -75,6 +75,12 @@ class BuildConfig:
     seed: int = 0
     smoke: bool = False
     """A few steps and images: nothing is learnt, everything runs."""
+
+    def __post_init__(self):
+        check_range(self, "verifier_steps policy_steps looker_steps", at_least=1)
+        check_range(self, "num_images", at_least=len(FAMILIES))
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"models: expected different ones, at least one, got {self.models}")
 
 
 def make_verifier(config: BuildConfig) -> None:

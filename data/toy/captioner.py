@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data.io import check_room
-from data.program import run_program
+from data.program import check_range, run_program
 from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.export import export_policy
@@ -73,6 +73,11 @@ class TeachConfig:
     """Training images, the first so many."""
     rate: float = 1e-3
     seed: int = 0
+
+    def __post_init__(self):
+        check_range(self, "steps batch", at_least=1)
+        check_range(self, "images", at_least=len(FAMILIES))
+        check_range(self, "rate", at_least=0)
 
 
 def build_policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:

@@ -19,18 +19,17 @@ from typing import Annotated
 import torch
 import tyro
 
+from data.choices import LETTERS
 from data.curate.generate import WRITING_INSTRUCTION
 from data.examples import Question
 from data.io import check_room
-from data.program import run_program
+from data.program import check_range, run_program
 from data.toy.captioner import load_taught, teach_
 from data.toy.world import Scene, draw, make_scene, scene_questions
 from data.written import parse_questions
 from grpo.export import export_policy
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts
-
-LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,10 @@ class WriterConfig:
     num_images: int = 60
     """Held-out images for the printed numbers."""
     seed: int = 0
+
+    def __post_init__(self):
+        check_range(self, "steps batch num_images", at_least=1)
+        check_range(self, "num_questions", at_least=1, at_most=6)  # an image has six or more
 
 
 def write_blocks(questions: Sequence[Question]) -> str:
