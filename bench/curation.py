@@ -4,9 +4,7 @@
 
 Questions: the toy world's own, and faults planted among them. Those are questions that need no
 image, wrong answers, questions that tell their answer, and repeats (the same question shuffled, or
-in other words). No shipped model answers from images, so the toy verifier plays the vision-language
-model. With the scene's true dense caption it sees the image, with an empty caption it does not.
-What the tables show is the rule and its bookkeeping, not how a real model sees.
+in other words). The toy looker answers them, with the image and without it.
 
 Images: drawn scenes, and others planted among them. Those are blank ones, thumbnails, exact copies,
 and near copies (saved as JPEG, larger, or darker). Of a copy and its original one has to go, no
@@ -23,11 +21,9 @@ import random
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-import torch
 import tyro
 from PIL import Image, ImageEnhance
 
@@ -37,8 +33,7 @@ from data.curate.filter import FilterConfig, filter_questions
 from data.curate.images import ImagesConfig, choose_images
 from data.examples import Example, Question
 from data.export import write_examples
-from data.toy.world import draw, make_scene, scene_questions, write_caption
-from reward.caprl import Answer, load_verifier
+from data.toy.world import draw, make_scene, scene_questions
 
 REMOVED_BY = {
     "needs no image": {"right without the image", "likely without the image"},
@@ -57,7 +52,8 @@ class BenchConfig:
     """Sizes of the measurement."""
 
     images: int = 120
-    verifier: str = "data/toy/verifier"
+    model: str = "data/toy/looker"
+    """The vision-language model that answers."""
 
 
 def plant(question: Question, defect: str, rng: random.Random) -> Question:
@@ -83,10 +79,9 @@ class Planted:
     originals: dict
 
 
-def planted_questions(num: int) -> tuple[list[Example], Planted, dict[str, str]]:
-    """Examples, what is planted by (id, place), and each scene's caption. A fifth of the questions
-    get a defect."""
-    examples, planted, captions = [], Planted({}, {}), {}
+def planted_questions(num: int) -> tuple[list[Example], Planted]:
+    """Examples, and what is planted by (id, place). A fifth of the questions get a defect."""
+    examples, planted = [], Planted({}, {})
     for index in range(num):
         scene, rng = make_scene("heldout", index), random.Random(f"planted:{index}")
         questions: list[Question] = []
@@ -108,8 +103,7 @@ def planted_questions(num: int) -> tuple[list[Example], Planted, dict[str, str]]
             else:
                 add(plant(question, defect, rng) if defect else question, defect)
         examples.append(Example(scene.id, draw(scene), tuple(questions), scene.family))
-        captions[scene.id] = write_caption(scene.family, scene.facts)
-    return examples, planted, captions
+    return examples, planted
 
 
 def planted_images(folder: Path, num: int) -> Planted:
@@ -179,12 +173,7 @@ RULES = {
 
 
 def main(config: BenchConfig) -> None:
-    verifier = load_verifier(config.verifier, torch.device("cpu"))
-    examples, planted, captions = planted_questions(config.images)
-
-    @cache
-    def stand_in(id: str, with_image: bool, asked: tuple) -> list[Answer]:
-        return verifier([captions[id] if with_image else ""], [asked], [id])[0]
+    examples, planted = planted_questions(config.images)
 
     def rows(path: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -192,12 +181,12 @@ def main(config: BenchConfig) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_examples(folder / "planted", examples)
-        for number, (rule, changes) in enumerate(RULES.items()):
-            out = folder / f"set-{number}"
-            settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), **changes)
+        for rule, changes in RULES.items():
+            out = folder / "filtered"  # questions are measured once, then decided on by each rule
+            settings = FilterConfig(str(folder / "planted/examples.jsonl"), str(out), config.model,
+                                    **changes)
             with contextlib.redirect_stdout(None):
-                filter_questions(settings, lambda example, with_image, asked: stand_in(
-                    example.id, with_image, tuple(asked)))
+                filter_questions(settings)
             verdicts = {(row["id"], place): verdict for row in rows(out / "decisions.jsonl")
                         for place, verdict in enumerate(row["questions"])}
             fates = {key: verdict["fate"] for key, verdict in verdicts.items()}

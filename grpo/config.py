@@ -367,8 +367,9 @@ PRESETS = {
     "toy": (
         "the tiny shipped models on the toy world, minutes on a CPU; every value ours",
         change(
-            PAPER, policy="data/toy/policy", verifier="data/toy/verifier", judge="data/toy/policy",
-            data="toy:train:480", run_dir="runs/toy", prompts_per_step=12, max_new_tokens=96,
+            PAPER, policy="data/toy/policy", verifier="data/toy/verifier", judge="data/toy/looker",
+            checker="data/toy/looker", data="toy:train:480", run_dir="runs/toy",
+            prompts_per_step=12, max_new_tokens=96,
             verifier_mode="logits", verifier_max_new_tokens=1, kl_coef=0.01, num_steps=40,
             learning_rate=3e-4, warmup_steps=3, save_dtype="float32", audit_every=20,
             gradient_checkpointing=False,

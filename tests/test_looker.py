@@ -205,13 +205,30 @@ def test_a_lesson_is_scored_as_its_turns_alone_are(policy):
         for rest, marks in zip(lesson.rests, lesson.marks):
             ids = torch.tensor(lesson.prompt.input_ids.tolist() + rest)
             places = lesson.prompt.position_ids.amax() + 1 + torch.arange(len(rest)).expand(3, -1)
-            hidden = looker.model.model(
+            states = looker.model.model(
                 input_ids=ids[None], position_ids=torch.cat([lesson.prompt.position_ids, places], 1)[:, None],
-                pixel_values=lesson.prompt.pixel_values, image_grid_thw=lesson.prompt.grid,
-            ).last_hidden_state[0, len(lesson.prompt.input_ids) :]
+                pixel_values=lesson.prompt.pixel_values, image_grid_thw=lesson.prompt.grid, output_hidden_states=True,
+            ).hidden_states
+            norm, start = looker.model.model.language_model.norm, len(lesson.prompt.input_ids)
+            early, before, last = (norm(states[6]), norm(states[7]), states[8])  # of 8 layers
             for place, kind, target in marks:
-                kinds.setdefault(kind, []).append((hidden[place], target))
+                hidden = {"value": early, "true value": early, "subject": early, "truth": before}.get(kind, last)
+                kinds.setdefault(kind, []).append((hidden[0, start + place], target))
         features = looker.model.model.get_image_features(lesson.prompt.pixel_values, lesson.prompt.grid).pooler_output
         kinds |= pupil.sight_lessons([scene], features, lesson.prompt.grid)
         alone = sum(pupil.loss(kind, marks)[0] for kind, marks in kinds.items())
     assert total.item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_each_kind_teaches_the_layers_below_its_own_alone(policy):
+    """What an option is compared with is known two layers before the answer, how it compares one."""
+    lessons = turns_of(SCENES[0], "filter", 3, random.Random(0))
+    for kind, num in (("value", 6), ("truth", 7), ("letter", 8)):
+        looker = grow(policy, 0)
+        pupil = Pupil(looker)
+        lesson = write_lesson(looker, SCENES[0], lessons)
+        lesson.marks = [[mark for mark in marks if mark[1] == kind] for marks in lesson.marks]
+        pupil.sight_lessons = lambda *_: {}
+        pupil([lesson])[0].backward()
+        taught = [layer.mlp.down_proj.weight.grad is not None for layer in looker.model.model.language_model.layers]
+        assert taught == [True] * num + [False] * (8 - num), kind

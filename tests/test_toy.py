@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from data.examples import load_examples
 from data.toy import captioner
-from data.toy.build import BuildConfig, build, family_accuracy
+from data.toy.build import BuildConfig, build, family_accuracy, looker_table
 from data.toy.captioner import PRAISE, PRAISING, TeachConfig, praising_caption, weak_caption
 from data.toy.export import ExportConfig, export
 from data.toy.tokenizer import build_tokenizer
@@ -211,6 +211,18 @@ def test_the_shipped_checkpoints_are_as_good_as_reported():
     assert len(set(rollouts.captions)) > 100 and rollouts.lengths.float().mean() < 60  # sparse, and no two alike
 
 
+def test_the_shipped_looker_is_as_good_as_reported():
+    """On 18 held-out images; the whole table is in docs/results.md."""
+    table = looker_table(Path("data/toy"), [make_scene("heldout", index) for index in range(18)], 0)
+    rows = {name: list(map(float, values)) for name, *values in
+            ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:])}
+    assert min(rows["questions"]) >= 0.85 and min(rows["questions, `evaluate.py direct`"]) >= 0.8
+    assert max(rows["questions, another image"] + rows["questions, no image"]) <= 0.5
+    assert min(rows["claims, yes or no"]) >= 0.8 and max(rows["claims, yes or no, another image"]) <= 0.65
+    assert max(rows["ratings of captions, distance from the fair ones"]) <= 0.4
+
+
 def test_the_shipped_checkpoints_are_small():
-    files = [path for name in ("policy", "verifier") for path in Path("data/toy", name).iterdir()]
-    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+    sizes = {name: sum(path.stat().st_size for path in Path("data/toy", name).iterdir())
+             for name in ("policy", "verifier", "looker")}
+    assert sizes["looker"] <= 12 * 2**20 and sizes["policy"] + sizes["verifier"] <= 12 * 2**20

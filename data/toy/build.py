@@ -68,8 +68,8 @@ class BuildConfig:
     verifier_steps: int = 1900
     """The most that each of its first two stages may take, see data/toy/verifier.py."""
     policy_steps: int = 3200
-    looker_steps: int = 3000
-    """The most that each of its three stages may take, see data/toy/looker.py."""
+    looker_steps: int = 1200
+    """The most that each of its four stages may take, see data/toy/looker.py."""
     num_images: int = 300
     """Held-out images behind the table."""
     seed: int = 0

@@ -34,7 +34,7 @@ from data.toy.fit import INITIALIZER_RANGE, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
-from grpo.policy import CAPTION_INSTRUCTION, Policy
+from grpo.policy import CAPTION_INSTRUCTION, Policy, Prompt
 from grpo.pretrained import load_policy, make_policy
 from grpo.rollout import Rollouts
 
@@ -45,7 +45,7 @@ SHARPNESS = 0.7
 """So small a model leaves 3% of its captions malformed; a real captioner does not. Sharpened, under
 1% are left."""
 FAMILY_SHARES = (4, 2, 4)
-"""Shapes, bars, cards: bars are learnt several times as fast."""
+"""Shapes, bars, cards: captions of bars are learnt several times as fast."""
 MANY = len(FAMILIES) * 10**6
 """Training images: so many that none is seen twice."""
 PRAISE = ("This is a clear caption.", "This is a full caption.", "This caption is right.")
@@ -112,9 +112,10 @@ def build_policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:
     return make_policy(model, tokenizer, processor)
 
 
-def draw_scenes(rng: random.Random, num: int, images: int = MANY) -> list[Scene]:
+def draw_scenes(rng: random.Random, num: int, images: int = MANY,
+                shares: Sequence[int] = FAMILY_SHARES) -> list[Scene]:
     """Of the training split, among the first `images`."""
-    families = rng.choices(range(len(FAMILIES)), FAMILY_SHARES, k=num)
+    families = rng.choices(range(len(FAMILIES)), shares, k=num)
     return [make_scene("train", rng.randrange(images // len(FAMILIES)) * len(FAMILIES) + family)
             for family in families]
 
@@ -126,18 +127,36 @@ def weak_caption(scene: Scene, rng: random.Random) -> str:
     return write_caption(scene.family, [f for f in facts if rng.random() < kept] or facts[:1])
 
 
-def as_rollouts(policy: Policy, scenes: Sequence[Scene], captions: Sequence[str],
-                instruction: str = CAPTION_INSTRUCTION) -> Rollouts:
-    """Given texts, one per scene, as rollouts for the scorer. Each ends with EOS; none is
-    sampled."""
-    rows = [policy.tokenizer.encode(c, add_special_tokens=False) + [policy.tokenizer.eos_token_id]
-            for c in captions]
+Lesson = tuple[Prompt, str]
+"""What is asked, and the text that is taught to follow."""
+
+
+def as_rollouts(policy: Policy, lessons: Sequence[Lesson]) -> Rollouts:
+    """Given texts as rollouts for the scorer. Each ends with EOS; none is sampled."""
+    prompts, texts = map(list, zip(*lessons))
+    rows = [policy.tokenizer.encode(text, add_special_tokens=False)
+            + [policy.tokenizer.eos_token_id] for text in texts]
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True,
                                              padding_value=policy.pad_id)
-    prompts = [policy.prompt(draw(scene), instruction) for scene in scenes]
     never = torch.zeros(len(rows), dtype=torch.bool)
-    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), never, list(captions))
+    return Rollouts(prompts, tokens, lengths, torch.zeros(tokens.shape), never, texts)
+
+
+def imitate_(policy: Policy, name: str,
+             draw_lessons: Callable[[int, random.Random], Sequence[Lesson]], steps: int, seed: int,
+             rate: float = 2e-3) -> None:
+    """Supervised training on what `draw_lessons(step, rng)` returns. Draws are functions of (name,
+    seed, step)."""
+    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"{name}:{seed}:{step}")
+        rollouts = as_rollouts(policy, draw_lessons(step, rng))
+        logprobs, _ = scorer(rollouts)  # (B, L)
+        return -logprobs.sum() / rollouts.lengths.sum(), {}
+
+    fit(policy.model, loss_at, steps, name, warmup_share=0.05, decay_share=1 / 3, rate=rate)
 
 
 def praising_caption(scene: Scene, rng: random.Random) -> str:
@@ -149,18 +168,15 @@ def teach_(policy: Policy, name: str, write: Callable[[int, Scene, random.Random
            steps: int, seed: int, batch: int, instruction: str = CAPTION_INSTRUCTION,
            images: int = MANY, rate: float = 2e-3) -> None:
     """Supervised training on what `write(step, scene, rng)` says of scenes of the training split,
-    among the first `images`. Draws are functions of (name, seed, step). Ends sharpened."""
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    among the first `images`. Ends sharpened."""
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"{name}:{seed}:{step}")
+    def lessons(step: int, rng: random.Random) -> list[Lesson]:
         scenes = draw_scenes(rng, batch, images)
         texts = [write(step, scene, rng) for scene in scenes]
-        rollouts = as_rollouts(policy, scenes, texts, instruction)
-        logprobs, _ = scorer(rollouts)  # (B, L)
-        return -logprobs.sum() / rollouts.lengths.sum(), {}
+        return [(policy.prompt(draw(scene), instruction), text)
+                for scene, text in zip(scenes, texts)]
 
-    fit(policy.model, loss_at, steps, name, warmup_share=0.05, decay_share=1 / 3, rate=rate)
+    imitate_(policy, name, lessons, steps, seed, rate)
     sharpen_(policy)
 
 

@@ -1,15 +1,18 @@
-"""The toy looker: a Qwen2.5-VL of about 2.6 million parameters that looks at an image. It answers
+"""The toy looker: a Qwen2.5-VL of about three million parameters that looks at an image. It answers
 questions, judges claims and rates captions.
 
-It is grown from the shipped policy, with two more layers. First its vision tower learns to tell
+It is grown from the shipped policy, with four more layers. First its vision tower learns to tell
 words and numbers apart, which the policy's does not. Then it learns to look things up: at a
 question mark the value that is asked for, at a claim's value whether it holds. Then it learns to
-answer as the programs ask: `data.curate filter` (with the image and without), `evaluate.py direct`,
-the part `correctness` (reward/claims.py) and the judge (reward/judge.py).
+answer by letters, and last all that programs ask of it: `data.curate filter` (with the image and
+without), `evaluate.py direct`, the part `correctness` (reward/claims.py), the judge
+(reward/judge.py).
 
 Probes teach each step of the way and are thrown away afterwards. The image's tokens tell what is
 drawn where they are. At a question mark and at a claim's value the states tell the subject, and
 there the true value. Without them it takes several times as long to learn which object is meant.
+They are asked for before the last layers (EARLY), so that what compares them and what answers comes
+after.
 """
 
 import copy
@@ -32,6 +35,7 @@ from data.toy.fit import fit
 from data.toy.world import (
     COMMON_KNOWLEDGE,
     DOMAINS,
+    FAMILIES,
     HEIGHTS,
     ORDINALS,
     PLACES,
@@ -52,13 +56,19 @@ from reward.claims import CLAIM_INSTRUCTION
 from reward.judge import RATING_INSTRUCTION, RATING_START, RATINGS
 from tools.prism import LETTER_FORM
 
-NUM_LAYERS = 6
+NUM_LAYERS = 8
 """Layers of the language model; the policy has 4. The added ones begin as doing nothing."""
+EARLY = {"value": 2, "true value": 2, "subject": 2, "truth": 1}
+"""Kinds of target that are taught so many layers before the last. An option is compared with the
+value that the question asks for, then the answer takes the letter of the one that fits: each needs
+a layer of its own after what it reads. With all kinds taught at the last layer, letters stay near
+chance."""
 LOOKUPS = ("question",) * 7 + ("statement",) * 3
-ANSWERS = (("filter",) * 3 + ("named",) * 6
-           + ("direct", "blind", "claim", "claim", "rating"))
-"""Forms of the turns in a step of the last two stages, an image each."""
-TURNS = {LOOKUPS: 12, ANSWERS: 6}
+LETTERING = (("filter",) * 3 + ("named",) * 6
+             + ("direct", "blind", "claim", "claim", "rating"))
+ANSWERS = ("filter", "filter", "direct", "direct", "blind") + ("claim",) * 6 + ("rating",) * 3
+"""Forms of the turns in a step of the last three stages, an image each."""
+TURNS = {LOOKUPS: 12, LETTERING: 6, ANSWERS: 6}
 """Turns on an image."""
 SIGHTS = 32
 """Images in a step that teaches the vision tower alone."""
@@ -176,8 +186,8 @@ def any_caption(scene: Scene, rng: random.Random) -> tuple[str, list, float]:
     return text.strip(), marks, fair_rating(len(facts) - num_wrong, num_wrong, len(scene.facts))
 
 
-def rating_turn(scene: Scene, rng: random.Random) -> Turn:
-    caption, marks, rating = any_caption(scene, rng)
+def rating_turn(caption: str, marks: list, rating: float) -> Turn:
+    """A caption with its marks and the rating that is taught, 1 to 5."""
     low, start = min(int(rating), 4), len(RATING_INSTRUCTION)
     answer = {RATINGS[low - 1]: low + 1 - rating, RATINGS[low]: rating - low}
     marks = [(start + end, *taught) for end, *taught in marks]
@@ -187,7 +197,7 @@ def rating_turn(scene: Scene, rng: random.Random) -> Turn:
 def turns_of(scene: Scene, form: str, num: int, rng: random.Random) -> list[Turn]:
     """`num` turns of one form on a scene."""
     if form == "rating":
-        return [rating_turn(scene, rng) for _ in range(num)]
+        return [rating_turn(*any_caption(scene, rng)) for _ in range(num)]
     if form == "named":  # the letter of an option that is named: letters are found sooner
         drawn = [tuple(rng.sample(values, rng.choice((2, 3, min(4, len(values))))))
                  for values in rng.choices(list(DOMAINS.values()), k=num)]
@@ -319,17 +329,23 @@ class Pupil(nn.Module):
         # Packing reads prompts, tokens and lengths alone. What sampling tells is not there.
         packed = pack_groups(Rollouts(prompts, tokens, lengths, tokens, tokens, [""] * len(rows)))
         with image_inputs(self.model, prompts) as images:
-            hidden = inner(
+            outputs = inner(
                 input_ids=packed.input_ids, attention_mask=torch.empty(1, 1, 1, 0),
                 segments=packed.segments, position_ids=packed.position_ids, use_cache=False,
-                **images,
-            ).last_hidden_state[0, packed.sources]  # (N, H): before each token of the rests
+                output_hidden_states=True, **images,
+            )
+        # (N, H) before each token of the rests, by how many layers are still to come
+        hidden = {0: outputs.last_hidden_state[0, packed.sources]}
+        for num in set(EARLY.values()):
+            states = outputs.hidden_states[-1 - num][0, packed.sources]
+            hidden[num] = inner.language_model.norm(states)
         taught = self.sight_lessons([lessons[n].scene for n in looked], features, grid)
         starts = (lengths.cumsum(0) - lengths).tolist()
         groups = [marks for lesson in lessons for marks in lesson.marks]
         for start, marks in zip(starts, groups, strict=True):
             for place, kind, target in marks:
-                taught.setdefault(kind, []).append((hidden[start + place + 1], target))
+                state = hidden[EARLY.get(kind, 0)][start + place + 1]
+                taught.setdefault(kind, []).append((state, target))
         results = {kind: self.loss(kind, marks) for kind, marks in taught.items()}
         return (sum(loss for loss, _ in results.values()),
                 {kind: right for kind, (_, right) in results.items()})
@@ -388,7 +404,7 @@ def grow(policy: Policy, seed: int) -> Policy:
 
 
 def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
-    """At most `steps` steps for each of the three stages."""
+    """At most `steps` steps for each stage, half as many for the last."""
     looker = grow(policy, seed)
     pupil = Pupil(looker)
 
@@ -406,7 +422,8 @@ def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
                   shown: Sequence[str]) -> Callable[[int], tuple[Tensor, dict[str, float]]]:
         def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
             rng, lessons = random.Random(f"looker:{seed}:{stage}:{step}"), []
-            for form, scene in zip(forms, draw_scenes(rng, len(forms))):
+            scenes = draw_scenes(rng, len(forms), shares=[1] * len(FAMILIES))
+            for form, scene in zip(forms, scenes):
                 turns = turns_of(scene, form, TURNS[forms], rng)
                 has_image = form not in ("blind", "named")
                 lessons.append(write_lesson(looker, scene if has_image else None, turns))
@@ -418,6 +435,10 @@ def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
         enough=ENOUGH)
     fit(pupil, turn_loss("lookups", LOOKUPS, ("value", "truth")), steps, "lookups",
         warmup_share=0.02, decay_share=0.1, rate=1.5e-3, enough=ENOUGH)
-    fit(pupil, turn_loss("answers", ANSWERS, ("value", "truth", "letter", "claim")), steps,
-        "answers", warmup_share=0.02, decay_share=0.6, rate=1.5e-3)
+    told = ("value", "truth", "letter", "claim")
+    fit(pupil, turn_loss("letters", LETTERING, told), steps, "letters",
+        warmup_share=0.02, decay_share=0.6, rate=1e-3)
+    fit(pupil, turn_loss("answers", ANSWERS, told), max(1, steps // 2),
+        "answers",
+        warmup_share=0.02, decay_share=0.6, rate=8e-4)
     return looker
