@@ -3,30 +3,33 @@
     python bench/paper.py sampling --seeds 0 1 2
     python bench/paper.py true --seeds 0 --cells "correctness 0.5"
 
-A study is a table of cells. A cell is a name with flags of `train.py toy`. It is trained once per
-seed, then evaluate.py has its final policy caption 120 held-out images, 4 times each. Runs are kept
-in --folder by a hash of their settings: a run that is there is not made again, also by another
-study, and a study that was killed goes on. docs/paper.md tells what each study asks.
+A study is a table of cells. A cell is a name with flags of `train.py toy`, or of the study's own
+program (bench/studies.py). It is trained once per seed, then evaluate.py measures its final policy
+on 120 held-out images, of which it writes 4 captions each. Runs are kept in --folder by a hash of
+their settings: a run that is there is not made again, also by another study, and a study that was
+killed goes on. docs/paper.md tells what each study asks.
 
 Columns, with a 95% interval over seeds and images (`over_seeds`):
 
-paper       what the paper has for this, in its own world
+paper       what the paper has for this, on its own benchmarks
 Prism       accuracy of the shipped verifier on all questions, from the captions alone
 area        its mean over the training, on fewer images: intervals are over seeds alone
 precision   share of the claims that the checker holds for true; the exact one by the scene's facts
 recall      share of the scene's facts that the caption says
 empty       share of the sentences that say nothing of the picture (reward/style.py)
+looking     accuracy of a model that answers from the pictures itself (data/toy/pretrain.py)
 """
 
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from shlex import split
@@ -38,135 +41,30 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.examples import Question
+from bench.studies import (
+    ALWAYS,
+    PRODUCTS,
+    SETS,
+    SMOKE,
+    STUDIES,
+    TRAINING,
+    UNTRAINED,
+    Study,
+)
 from data.export import write_examples
 from data.io import check_room, text_hash
 from data.jsonl import read_log
 from data.program import check_range, run_program
-from data.toy.world import COMMON_KNOWLEDGE, toy_examples
+from data.toy.world import toy_examples
 from grpo.config import parse_train_config
 from grpo.log import EVAL_LOG
 from reward.claims import claim_record, claims_of
 from reward.style import empty_share
 from tools.claims import DIGITS, exact, image_values
-from tools.stats import bootstrap_interval, markdown, mean
+from tools.stats import bootstrap_interval, markdown, mean, question_means
 
 Values = dict[str, dict[str, list[float]]]
 """column -> image -> its values, of one seed"""
-
-UNTRAINED = "untrained"
-"""In place of a cell's flags, or before them: its policy is evaluated as it is."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """Flags may name settings of the study and what it makes: {checker}, {checker_mode}, {sets},
-    {praising}."""
-
-    cells: dict[str, str]
-    """Name of the cell -> flags of `train.py toy`."""
-    orders: tuple[str, ...]
-    """"column: a > b > c": a is expected to have more than b, and b more than c."""
-    evaluation: str = "prism"
-    """Program of evaluate.py, with flags."""
-    paper: dict[str, float] = field(default_factory=dict)
-    """Cell -> mean accuracy in percent over ChartQAPro, InfoVQA, MMMU, MMStar and WeMath."""
-
-
-JUDGED = "--checker {checker} --checker-mode {checker_mode}"
-CORRECT = f"{JUDGED} --correctness-weight"
-
-STUDIES = {
-    "true": Study(
-        evaluation=f"claims {JUDGED}",
-        cells={
-            "start": UNTRAINED, "paper": "", "correctness 0.5": f"{CORRECT} 0.5",
-            "correctness 2": f"{CORRECT} 2",
-            "correctness 0.5, apart": f"{CORRECT} 0.5 --normalize-parts",
-            "correctness 2, apart": f"{CORRECT} 2 --normalize-parts",
-            "one question": "--data {sets}/one",
-            "one question, correctness 0.5": f"--data {{sets}}/one {CORRECT} 0.5",
-            "one question, correctness 2, apart":
-                f"--data {{sets}}/one {CORRECT} 2 --normalize-parts",
-            "praising start": f"{UNTRAINED} --policy {{praising}}",
-            "praising": "--policy {praising}",
-            "praising, penalty 0.5": "--policy {praising} --praise-weight 0.5",
-        },
-        orders=(
-            "Prism: correctness 0.5 > paper > start",
-            "Prism: correctness 2, apart > correctness 2 > paper",
-            "exact precision: correctness 2 > correctness 0.5 > paper > start",
-            "exact precision: correctness 0.5, apart > correctness 0.5",
-            "exact precision: correctness 2, apart > correctness 2",
-            "exact precision: one question, correctness 0.5 > one question",
-            "exact precision: one question, correctness 2, apart > one question",
-            "exact precision: paper > one question > start",
-            "Prism: one question, correctness 0.5 > one question",
-            "empty: praising start > praising > praising, penalty 0.5",
-            "Prism: praising, penalty 0.5 > praising",
-        ),
-    ),
-    "sampling": Study(
-        cells={
-            "start": UNTRAINED, "N = 1": "--num-questions 1", "N = 2": "--num-questions 2",
-            "N = 4": "", "N = 8": "--num-questions 8",
-            "N = 1, independent": "--num-questions 1 --question-draw independent",
-            "N = 4, independent": "--question-draw independent",
-            "N = 4, independent, sampled": "--question-draw independent --verifier-mode sample",
-            "N = 4, two shuffles": "--num-shuffles 2", "N = 4, unshuffled": "--num-shuffles 0",
-        },
-        orders=(
-            "Prism: N = 8 > N = 4 > N = 2 > N = 1 > start", "Prism: N = 4 > N = 1",
-            "area: N = 8 > N = 4 > N = 2 > N = 1", "area: N = 4 > N = 1",
-            "Prism: N = 4 > N = 4, independent > N = 4, independent, sampled",
-            "Prism: N = 1 > N = 1, independent",
-            "Prism: N = 4, two shuffles > N = 4 > N = 4, unshuffled",
-        ),
-        paper={"start": 40.6, "N = 1": 47.3, "N = 2": 47.6, "N = 4": 48.4, "N = 8": 48.3},
-    ),
-    "questions": Study(
-        cells={
-            "start": UNTRAINED, "one": "--data {sets}/one", "two": "--data {sets}/two",
-            "three": "--data {sets}/three", "all": "", "two, six unneeded": "--data {sets}/leaking",
-        },
-        orders=("Prism: all > three > two > one > start", "Prism: all > one",
-                "area: all > three > two > one", "Prism: two > two, six unneeded",
-                "area: two > two, six unneeded"),
-        paper={"start": 40.6, "one": 48.0, "two": 48.5, "three": 48.5, "two, six unneeded": 47.4},
-    ),
-    "verifier": Study(
-        cells={"letters": "", "probabilities": "--soft",
-               "replies, T 0.6": "--verifier-mode sample",
-               "replies, T 2": "--verifier-mode sample --verifier-temperature 2"},
-        orders=("Prism: probabilities > letters > replies, T 0.6 > replies, T 2",
-                "area: probabilities > letters > replies, T 0.6 > replies, T 2"),
-    ),
-    "groups": Study(
-        cells={
-            "G = 2": "--group-size 2 --prompts-per-step 48",
-            "G = 4": "--group-size 4 --prompts-per-step 24", "G = 8": "",
-            "G = 16": "--group-size 16 --prompts-per-step 6",
-            "no KL": "--kl-coef 0", "KL 0.1": "--kl-coef 0.1", "KL 0.4": "--kl-coef 0.4",
-        },
-        orders=("Prism: G = 16 > G = 8 > G = 4 > G = 2", "area: G = 16 > G = 8 > G = 4 > G = 2",
-                "Prism: no KL > G = 8 > KL 0.1 > KL 0.4"),
-    ),
-}
-"""A cell without flags is the toy preset: N = 4, G = 8, KL 0.01, all questions, letters."""
-
-UNNEEDED = [Question(*parts, needs_image=False) for parts in COMMON_KNOWLEDGE]
-SETS: dict[str, Callable[[list[Question]], list[Question]]] = {
-    "one": lambda asked: asked[:1], "two": lambda asked: asked[:2],
-    "three": lambda asked: asked[:3], "leaking": lambda asked: asked[:2] + UNNEEDED,
-}
-"""{sets}: the toy preset's images with some of their questions, which come in random order."""
-
-STARTS = {"praising": "-m data.toy.captioner {folder} --captions praising --steps 100 --batch 16"}
-"""{NAME}: a policy that a program makes."""
-
-ALWAYS = "--audit-every 0 --save-every 10 --eval-data toy:heldout:40 --eval-every 10"
-SMOKE = "--num-steps 2 --prompts-per-step 2 --group-size 2 --eval-images 1 --eval-every 2"
-
 
 @dataclass(frozen=True)
 class PaperConfig:
@@ -180,7 +78,7 @@ class PaperConfig:
     """Programs at a time, each with one thread."""
     folder: Path = Path("runs/paper")
     checker: str = "data/toy/looker"
-    """The folder of the model that judges claims in the study "true"."""
+    """The folder of a model that looks: it judges claims and captions, and filters questions."""
     checker_mode: Literal["yes", "likelihood"] = "yes"
     smoke: bool = False
     """Two steps and a few images: everything runs, nothing is learnt."""
@@ -207,50 +105,67 @@ class Task:
 
 
 def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
-    """What a cell needs with one seed, in order: starts, training, evaluation. Of the first two
-    only what it has."""
-    study = STUDIES[config.study]
+    """What a cell needs with one seed, in order, its evaluation last."""
+    study, tasks = STUDIES[config.study], []
     folder = config.folder / "smoke" if config.smoke else config.folder
-    tasks, names = [], {"sets": folder / "sets", "checker": config.checker,
-                        "checker_mode": config.checker_mode}
-    for name, command in STARTS.items():
-        words = (*split(command), *split("--steps 2 --batch 2" if config.smoke else ""))
-        names[name] = folder / f"{name}-{text_hash(repr(words))[:12]}"
-        if f"{{{name}}}" in study.cells[cell]:
-            words = tuple(word.format(folder=names[name]) for word in words)
-            tasks.append(Task(words, names[name] / "config.json"))
-    if "{sets}" in study.cells[cell]:
-        write_sets(folder / "sets", 4 if config.smoke else 480)
-
-    flags = split(study.cells[cell].format(**names))
-    is_trained = flags[:1] != [UNTRAINED]
-    words = ("toy", *split(ALWAYS), *flags[not is_trained :],
-             *split(SMOKE if config.smoke else ""), "--seed", str(seed))
-    settings = parse_train_config(list(words))
-    policy = Path(settings.policy)
-    if is_trained:
-        # By what they mean, not by their words: a run of other defaults is another run.
-        meant = settings.flat() | {"run_dir": ""}
-        run_dir = folder / f"run-{text_hash(repr(sorted(meant.items())))[:12]}"
-        policy = run_dir / "final"
-        words = ("train.py", *words, "--run-dir", str(run_dir), "--resume")
-        tasks.append(Task(words, policy, tuple(tasks)))
-
     images, captions = (3, 1) if config.smoke else (120, 4)
-    words = ("evaluate.py", *split(study.evaluation.format(**names)), "--policy", str(policy),
-             "--verifier", "data/toy/verifier", "--data", f"toy:heldout:{images}",
-             "--num-captions", str(captions), "--max-new-tokens", str(settings.max_new_tokens),
-             "--seed", str(seed), "--cache", "")
+    known = {"seed": seed, "checker": config.checker, "checker_mode": config.checker_mode,
+             "captions": captions, "folder": "{folder}"}
+
+    def words_of(text: str) -> tuple[str, ...]:
+        return tuple(re.sub(r"{(\w+)}", lambda name: str(value_of(name[1])), word)
+                     for word in split(text))
+
+    def value_of(name: str) -> str | int | Path:
+        if name == "sets":
+            write_sets(folder / "sets", 4 if config.smoke else None)
+            return folder / "sets"
+        if name == "caprl":
+            return trained(())
+        if name not in PRODUCTS:
+            return known[name]
+        product = PRODUCTS[name]
+        return made(name, words_of(product.command), product.file,
+                    split(product.smoke if config.smoke else ""))
+
+    def made(name: str, words: tuple[str, ...], file: str, smoke: Sequence[str]) -> Path:
+        words = (*words, *smoke)
+        made = folder / f"{name}-{text_hash(repr(words))[:12]}"
+        words = tuple(word.format(folder=made) for word in words)
+        tasks.append(Task(words, made / file, tuple(tasks)))
+        return made
+
+    def trained(flags: Sequence[str]) -> Path:
+        words = ("toy", *split(ALWAYS), *flags, *split(SMOKE if config.smoke else ""),
+                 "--seed", str(seed))
+        # By what they mean, not by their words: a run of other defaults is another run.
+        meant = parse_train_config(list(words)).flat() | {"run_dir": ""}
+        run_dir = folder / f"run-{text_hash(repr(sorted(meant.items())))[:12]}"
+        words = ("train.py", *words, "--run-dir", str(run_dir), "--resume")
+        tasks.append(Task(words, run_dir / "final", tuple(tasks)))
+        return run_dir / "final"
+
+    flags = words_of(study.cells[cell])
+    if flags[:1] == (UNTRAINED,):
+        policy = parse_train_config(["toy", *flags[1:]]).policy
+    elif study.program == TRAINING:
+        policy = trained(flags)
+    else:
+        policy = made(config.study, (*words_of(study.program), *flags), "config.json",
+                      split(study.smoke if config.smoke else ""))
+    words = ("evaluate.py", *words_of(study.evaluation), "--policy", str(policy),
+             "--data", f"toy:heldout:{images}", "--seed", str(seed))
     rows = folder / f"rows-{text_hash(repr(words))[:12]}.jsonl"
     return [*tasks, Task((*words, "--out", str(rows)), rows.with_suffix(".json"), tuple(tasks))]
 
 
-def write_sets(folder: Path, num_images: int) -> None:
-    for name, choose in SETS.items():
+def write_sets(folder: Path, num_images: int | None) -> None:
+    """num_images: None takes each set's own number."""
+    for name, (num, choose) in SETS.items():
         if (folder / name / "examples.jsonl").exists():
             continue
         examples = []
-        for example in toy_examples(f"toy:train:{num_images}"):
+        for example in toy_examples(f"toy:train:{num_images or num}"):
             order = random.Random(f"{example.id}:sets")  # the same for all sets
             asked = order.sample(example.questions, len(example.questions))
             examples.append(replace(example, questions=tuple(choose(asked))))
@@ -312,6 +227,9 @@ def values_of(tasks: Sequence[Task]) -> Values:
     """What training and evaluation of one seed have measured."""
     *before, evaluation = tasks
     rows = read_log(evaluation.product.with_suffix(".jsonl"))
+    if "direct" in evaluation.arguments:  # the policy answers itself
+        scores = question_means(rows).items()
+        return {"looking": {id: list(given.values()) for id, given in scores}}
     if "claims" not in rows[0]:  # unjudged, but the facts are known
         claims = [[claim_record(claim, math.nan) for claim in claims_of(row["caption"])]
                   for row in rows]
@@ -372,7 +290,7 @@ def differences(more: Sequence[Values], less: Sequence[Values],
 def report(study: Study, measured: dict[str, list[Values]]) -> str:
     """Two tables as Markdown: the cells, and the orders between those that are there.
     measured: cell -> `values_of` each seed."""
-    digits = {"Prism": 3, "area": 3, **DIGITS, "empty": 3}
+    digits = {"Prism": 3, "area": 3, **DIGITS, "empty": 3, "looking": 3}
 
     def shown(seeds: Sequence[dict[str, list[float]]], column: str, sign: str = "") -> str:
         numbers = over_seeds(seeds)
@@ -382,7 +300,7 @@ def report(study: Study, measured: dict[str, list[Values]]) -> str:
         return middle if math.isnan(numbers[1]) else f"{middle} ({low} to {high})"
 
     columns = [column for column in digits
-               if any(seed[column] for seeds in measured.values() for seed in seeds)]
+               if any(seed.get(column) for seeds in measured.values() for seed in seeds)]
     rows = [[cell, study.paper.get(cell, ""),
              *(shown([seed[column] for seed in seeds], column) for column in columns)]
             for cell, seeds in measured.items()]
@@ -413,9 +331,8 @@ def verdict(low: float, high: float) -> str:
 
 def main(config: PaperConfig) -> None:
     study = STUDIES[config.study]
-    if "{checker}" in study.evaluation and not Path(config.checker).is_dir():
-        raise ValueError(f"checker: expected the folder of a model, found none at {config.checker} "
-                         "(--checker data/toy/policy --checker-mode likelihood needs no other)")
+    if not Path(config.checker).is_dir():
+        raise ValueError(f"checker: expected the folder of a model, found none at {config.checker}")
     check_room(config.folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = [cell for cell in study.cells if cell in (config.cells or study.cells)]

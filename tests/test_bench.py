@@ -20,7 +20,15 @@ from bench.drafts import main as drafts
 from bench.gpu import training_work
 from bench.paper import PaperConfig
 from bench.step import StepConfig, measure
+from bench.studies import STUDIES, Study
+from caption import CaptionConfig
+from data.curate.filter import FilterConfig
+from data.toy.build import BuildConfig
+from data.toy.captioner import TeachConfig
+from data.toy.flawed_judge import JudgeConfig
+from data.toy.pretrain import PretrainConfig
 from data.toy.world import make_scene, perturb, write_caption
+from grpo.config import parse_train_config
 from reward.claims import claims_of
 from tools.stats import bootstrap_interval
 
@@ -160,6 +168,15 @@ def test_a_study_runs_small_and_is_not_made_again(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out == said
 
 
+def test_a_study_with_a_program_of_its_own_runs_small(tmp_path, capsys):
+    """Captions by the start, a model pretrained on them, what it answers from images: three products, one column."""
+    paper.main(PaperConfig("data", seeds=(0,), cells=("start", "facts"), folder=tmp_path, smoke=True))
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", "paper", "looking"]
+    assert [row.split("|")[1].strip() for row in rows] == ["start", "facts"]
+    assert all(re.fullmatch(r"[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)", row.split("|")[3].strip()) for row in rows)
+
+
 def test_what_prism_leaves_out_is_known_from_the_facts(tmp_path):
     """The card 2 of the held-out images: two of its seven facts, one mistake, and praise."""
     scene = make_scene("heldout", 2)
@@ -194,17 +211,28 @@ def test_a_run_is_known_by_what_its_settings_mean():
 
 def test_every_cell_of_every_study_is_taken_by_the_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "write_sets", lambda folder, num_images: None)
-    for name, study in paper.STUDIES.items():
+    known = {"prism": evaluate.PrismConfig, "claims": evaluate.ClaimsConfig, "direct": evaluate.DirectConfig,
+             "data.toy.captioner": TeachConfig, "data.toy.flawed_judge": JudgeConfig, "data.toy.pretrain": PretrainConfig,
+             "data.toy.build": BuildConfig, "filter": FilterConfig, "caption.py": CaptionConfig}
+    seen = set()
+    for name, study in STUDIES.items():
         config = PaperConfig(name, folder=tmp_path, checker="data/toy/policy")
         for cell in study.cells:
-            *_, evaluation = paper.plan(config, cell, 0)
-            program, kind, *flags = evaluation.arguments
-            known = {"prism": evaluate.PrismConfig, "claims": evaluate.ClaimsConfig}
-            assert program == "evaluate.py" and tyro.cli(known[kind], args=flags).seed == 0
-        measured = {cell: [paper_values(0.5, "a")] for cell in study.cells}
+            for task in paper.plan(config, cell, 3):
+                assert not any("{" in word for word in task.arguments)
+                program, *flags = [word for word in task.arguments if word not in ("-m", "evaluate.py", "data.curate")]
+                seen.add(program)
+                settings = parse_train_config(flags) if program == "train.py" else tyro.cli(known[program], args=flags)
+                assert settings.seed == (0 if task.product.parent.name.startswith(FIXED) else 3)
+        measured = {cell: [paper_values(0.5, "a") | {"looking": {"a": [0.5]}}] for cell in study.cells}
         rows = paper.report(study, measured).split("\n\n")[1].splitlines()[2:]
         assert len(rows) == sum(chain.count(">") for chain in study.orders)  # no order names a cell that is not there
         assert set(study.paper) <= set(study.cells)
+    assert seen == {"train.py", *known}
+
+
+FIXED = ("praising-", "short_judge-", "long_judge-", "filtered-", "half-", "verifier")
+"""Products that all seeds share."""
 
 
 def paper_values(value: float, *images: str) -> dict:
@@ -262,7 +290,7 @@ def test_intervals_over_seeds_and_images_by_hand():
 
 def test_orders_are_of_paired_differences():
     """Images differ by far more than the cells. Of the same images the difference is sure."""
-    study = paper.Study({"a": "", "b": "", "c": ""}, ("Prism: a > b > c", "empty: c > a"),
+    study = Study({"a": "", "b": "", "c": ""}, ("Prism: a > b > c", "empty: c > a"),
                         paper={"a": 48.4, "b": 47.3})
 
     def seeds(shift: float) -> list[dict]:

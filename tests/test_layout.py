@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 """By the folder of a file: modules of ours that it may import. Files are read and written, and
 programs ended, by data.io and data.program alone."""
-PROGRAMS = re.compile(r"data/(curate|toy/(build|captioner|demo|fit|looker|tokenizer|verifier|writer))")
+PROGRAMS = re.compile(r"data/(curate|toy/(build|captioner|demo|fit|flawed_judge|looker|pretrain|tokenizer|verifier|writer))")
 """Builders and programs, in data/ because of their subject. They import anything, and nobody but
 programs and tests imports them."""
 MOST_LINES = 4050

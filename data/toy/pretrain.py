@@ -1,0 +1,105 @@
+"""What captions are worth as training data: a tiny vision-language model is pretrained on them from
+random weights, then tuned on questions (arXiv 2509.22647, Tables 1 and 2).
+
+    python caption.py --images IMAGES --out runs/captions
+    python -m data.toy.pretrain runs/pretrained --captions runs/captions
+    python evaluate.py direct --policy runs/pretrained --data toy:heldout:120
+
+All sets of captions get the same weights to begin with, the same numbers of steps, and the same
+questions in the same order. It answers with the option's words, which takes far fewer steps to
+learn than a letter.
+"""
+
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from data.captions.exports import finished_rows
+from data.choices import LETTERS
+from data.io import check_room
+from data.program import check_range, run_program
+from data.toy.captioner import Lesson, build_policy, imitate_
+from data.toy.facts import scene_of
+from data.toy.tokenizer import build_tokenizer
+from data.toy.world import Scene, draw, make_scene, scene_questions, write_caption
+from grpo.export import export_policy
+from grpo.policy import CAPTION_INSTRUCTION, Policy
+from reward.caprl import ANSWER_START, shuffle_options
+from tools.prism import LETTER_FORM
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of pretraining on captions."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A folder for the model. It is refused if a model is there."""
+    captions: str = ""
+    """A folder that caption.py has written, of images of the toy world; "" takes all facts of each
+    image."""
+    images: int = 1440
+    """The first so many images; the steps stay the same."""
+    steps: int = 1000
+    """On captions."""
+    batch: int = 24
+    """Images of a step."""
+    tune_steps: int = 200
+    """On questions."""
+    tune_images: int = 240
+    """Training images whose questions are asked then."""
+    seed: int = 0
+
+    def __post_init__(self):
+        check_range(self, "images steps batch tune_steps tune_images", at_least=1)
+
+
+def captioned(config: PretrainConfig) -> list[tuple[Scene, str]]:
+    """Scenes with their captions. Raises ValueError if there are too few."""
+    if not config.captions:
+        scenes = [make_scene("train", index) for index in range(config.images)]
+        return [(scene, write_caption(scene.family, scene.facts)) for scene in scenes]
+    rows = [row for _, row in finished_rows(Path(config.captions)) if "caption" in row]
+    if len(rows) < config.images:
+        raise ValueError(f"{config.captions}: expected captions of {config.images} images, found "
+                         f"{len(rows)}")
+    return [(scene_of(row["id"]), row["caption"]) for row in rows[: config.images]]
+
+
+def question_lesson(policy: Policy, scene: Scene, rng: random.Random) -> Lesson:
+    """One of the questions that need the image, as `evaluate.py direct` asks it."""
+    question = rng.choice([question for question in scene_questions(scene) if question.needs_image])
+    asked = shuffle_options(question, 0, rng)
+    options = [f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options)]
+    prompt = policy.prompt(draw(scene), "\n".join([asked.question, *options, LETTER_FORM]),
+                           ANSWER_START)
+    return prompt, f" {asked.options[asked.gold]}"
+
+
+def main(config: PretrainConfig) -> None:
+    if (config.folder / "config.json").exists():
+        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
+    check_room(config.folder)
+    pairs = captioned(config)
+    policy = build_policy(build_tokenizer(), config.seed)
+
+    def captions(step: int, rng: random.Random) -> list[Lesson]:
+        return [(policy.prompt(draw(scene), CAPTION_INSTRUCTION), text)
+                for scene, text in rng.choices(pairs, k=config.batch)]
+
+    def questions(step: int, rng: random.Random) -> list[Lesson]:
+        scenes = [make_scene("train", rng.randrange(config.tune_images))
+                  for _ in range(config.batch)]
+        return [question_lesson(policy, scene, rng) for scene in scenes]
+
+    imitate_(policy, "captions", captions, config.steps, config.seed)
+    imitate_(policy, "questions", questions, config.tune_steps, config.seed, rate=1e-3)
+    export_policy(policy, config.folder, torch.float32)
+
+
+if __name__ == "__main__":
+    run_program(lambda arguments: main(tyro.cli(PretrainConfig, args=arguments)), sys.argv[1:])

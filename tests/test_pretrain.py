@@ -1,0 +1,108 @@
+"""Models for comparisons: one pretrained on captions, and judges with a flaw."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from data.benchmarks.benchmark import example_benchmark
+from data.replies import parse_choice
+from data.toy import flawed_judge, pretrain
+from data.toy.flawed_judge import JudgeConfig, flawed_rating
+from data.toy.pretrain import PretrainConfig, captioned, question_lesson
+from data.toy.world import make_scene, toy_example, write_caption
+from grpo.pretrained import load_policy
+from reward.judge import judge_rewards
+from tools import prism
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy("data/toy/policy", CPU)
+
+
+def captions_folder(folder, num):
+    """As caption.py leaves it."""
+    folder.mkdir()
+    (folder / "about.json").write_text(json.dumps({"shards": 1}))
+    rows = [{"id": f"train-{index:06d}", "caption": f"Caption {index}.", "tokens": 3} for index in range(num)]
+    rows.insert(1, {"id": "train-000999", "error": "cut off"})  # its picture could not be opened
+    (folder / "shard-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_captions_are_read_back_with_their_scenes(tmp_path):
+    folder = captions_folder(tmp_path / "captions", 3)
+    pairs = captioned(PretrainConfig(tmp_path / "model", folder, images=2))
+    assert pairs == [(make_scene("train", 0), "Caption 0."), (make_scene("train", 1), "Caption 1.")]
+    with pytest.raises(ValueError, match="captions: expected captions of 4 images, found 3"):
+        captioned(PretrainConfig(tmp_path / "model", folder, images=4))
+    (scene, caption), _ = captioned(PretrainConfig(tmp_path / "model", images=2))
+    assert scene == make_scene("train", 0) and caption == write_caption(scene.family, scene.facts)
+
+
+def test_questions_are_taught_as_the_evaluation_asks_them(policy, monkeypatch):
+    """The prompt is one of those that `evaluate.py direct` puts, and the text is read as the right option."""
+    prompts = []
+    monkeypatch.setattr(prism, "sample_rollouts", lambda policy, asked, *_: prompts.extend(asked) or 1 / 0)
+    monkeypatch.setattr(prism, "ask_item", lambda item, *_, **__: prism.shuffle_options(item.question, 0, random.Random(0)))
+    for index in range(6):
+        example = toy_example(make_scene("train", index))
+        with pytest.raises(ZeroDivisionError):  # enough was seen
+            prism.direct(example_benchmark("toy:train", [example]), policy, seed=0, answer_tokens=4, temperature=0.0,
+                         batch_size=64)
+        prompt, text = question_lesson(policy, make_scene("train", index), Second())
+        assert prompt.input_ids.tolist() == prompts[1].input_ids.tolist()
+        question, options = example.questions[1], prism.shuffle_options(example.questions[1], 0, random.Random(0)).options
+        assert options[parse_choice(text, options)] == question.choices[question.answer_index]
+        prompts.clear()
+
+
+class Second(random.Random):
+    """It draws the second question, then shuffles as Random(0)."""
+
+    def choice(self, asked):
+        self.seed(0)
+        return asked[1]
+
+
+def test_a_model_is_pretrained_from_random_weights(tmp_path):
+    settings = dict(images=3, steps=1, batch=2, tune_steps=1, tune_images=3)
+    pretrain.main(PretrainConfig(tmp_path / "facts", **settings))
+    pretrain.main(PretrainConfig(tmp_path / "said", captions_folder(tmp_path / "captions", 3), **settings))
+    facts, said = (load_policy(str(tmp_path / name), CPU).model.state_dict() for name in ("facts", "said"))
+    shipped = load_policy("data/toy/policy", CPU).model.state_dict()
+    assert facts.keys() == said.keys() == shipped.keys()
+    head = "lm_head.weight"
+    torch.testing.assert_close(facts[head], said[head], atol=0.05, rtol=0)  # the same start, other texts
+    assert not torch.equal(facts[head], said[head])
+    with pytest.raises(ValueError, match="facts: expected a new folder, found a model in it"):
+        pretrain.main(PretrainConfig(tmp_path / "facts"))
+
+
+def test_a_flawed_rating_by_hand():
+    """Half the fair one, half by words: 30 of 60 are 3 of 5."""
+    thirty, sixty = " ".join(["word"] * 30), " ".join(["word"] * 60)
+    assert [flawed_rating(caption, fair, "long") for caption, fair in ((thirty, 3), ("", 1), (sixty, 5), (sixty * 2, 1))] == [
+        3, 1, 5, 3]
+    assert [flawed_rating(caption, fair, "short") for caption, fair in ((thirty, 3), ("", 1), (sixty, 5), ("", 5))] == [
+        3, 3, 3, 5]
+
+
+def test_a_judge_is_taught_its_flaw_and_sees_as_before(tmp_path):
+    flawed_judge.main(JudgeConfig(tmp_path / "judge", "short", steps=12, batch=2))
+    before, after = (load_policy(path, CPU, writes=False) for path in ("data/toy/looker", str(tmp_path / "judge")))
+    changed = {name for name, weight in after.model.state_dict().items()
+               if not torch.equal(weight, before.model.state_dict()[name])}
+    assert changed and not any(".visual." in name for name in changed)
+    examples = [toy_example(make_scene("heldout", index)) for index in range(6)]
+    dense = [write_caption(scene.family, scene.facts) for scene in (make_scene("heldout", index) for index in range(6))]
+    old, new = (judge_rewards(dense, examples, [""] * 6, [0] * 6, judge).rewards.mean() for judge in (before, after))
+    assert new < old  # it likes short ones, and these are long
+    with pytest.raises(ValueError, match="steps 0: expected at least 1"):
+        JudgeConfig(tmp_path / "x", steps=0)
+    with pytest.raises(ValueError, match="judge: expected a new folder, found a model in it"):
+        flawed_judge.main(JudgeConfig(tmp_path / "judge"))
