@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.figure import Interval, points_svg
 from bench.studies import (
     ALWAYS,
     PRODUCTS,
@@ -52,7 +53,7 @@ from bench.studies import (
     Study,
 )
 from data.export import write_examples
-from data.io import check_room, text_hash
+from data.io import check_room, text_hash, write_whole
 from data.jsonl import read_log
 from data.program import check_range, run_program
 from data.toy.world import toy_examples
@@ -80,6 +81,8 @@ class PaperConfig:
     checker: str = "data/toy/looker"
     """The folder of a model that looks: it judges claims and captions, and filters questions."""
     checker_mode: Literal["yes", "likelihood"] = "yes"
+    figure: str = ""
+    """A file for a picture (SVG) of what the captions tell and how much of it is true."""
     smoke: bool = False
     """Two steps and a few images: everything runs, nothing is learnt."""
 
@@ -322,6 +325,17 @@ def report(study: Study, measured: dict[str, list[Values]]) -> str:
     return "\n\n".join(tables)
 
 
+def intervals(measured: dict[str, list[Values]]) -> dict[str, dict[str, Interval]]:
+    """cell -> column -> mean and interval, of what a figure shows and was measured."""
+    rows: dict[str, dict[str, Interval]] = {}
+    for cell, seeds in measured.items():
+        for column in ("Prism", "exact precision", "looking"):
+            numbers = over_seeds([seed.get(column, {}) for seed in seeds])
+            if not math.isnan(numbers[1]):
+                rows.setdefault(cell, {})[column] = numbers
+    return rows
+
+
 def verdict(low: float, high: float) -> str:
     """Of the interval of a difference; nothing where it was not measured."""
     if math.isnan(low):
@@ -341,6 +355,8 @@ def main(config: PaperConfig) -> None:
     carry_out([task for tasks in plans.values() for task in tasks], config.jobs)
     measured = {cell: [values_of(plans[cell, seed]) for seed in config.seeds] for cell in cells}
     print(report(study, measured))
+    if config.figure:
+        write_whole(Path(config.figure), points_svg(intervals(measured)).encode())
 
 
 if __name__ == "__main__":

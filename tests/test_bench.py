@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import evaluate
 from bench import claims, gpu, paper
 from bench.drafts import DraftConfig, count_steps
 from bench.drafts import main as drafts
+from bench.figure import points_svg
 from bench.gpu import training_work
 from bench.paper import PaperConfig
 from bench.step import StepConfig, measure
@@ -323,3 +325,18 @@ def test_area_under_a_curve_by_hand():
 def test_settings_of_a_study_are_refused_in_a_sentence(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         paper.main(PaperConfig(**{"study": "sampling"} | settings))
+
+
+def test_a_figure_by_hand():
+    """Two rows, from 0.5 to 0.7 on 210 pixels: a mean of 0.6 is in the middle. What was not measured has no point."""
+    seeds = {"start": [{"Prism": {"a": [0.5], "b": [0.5]}}], "a < b": [{"Prism": {"a": [0.7], "b": [0.7]}, "looking": {}}]}
+    assert paper.intervals(seeds) == {"start": {"Prism": (0.5, 0.5, 0.5)}, "a < b": {"Prism": (0.7, 0.7, 0.7)}}
+    svg = points_svg({"start": {"Prism": (0.5, 0.5, 0.6)}, "a < b": {"Prism": (0.6, 0.55, 0.7), "looking": (0.3, 0.2, 0.4)}})
+    root = ElementTree.fromstring(svg)
+    kind = "{http://www.w3.org/2000/svg}"
+    assert [(point.get("cx"), point.get("cy")) for point in root.iter(f"{kind}circle")] == [
+        ("250.0", "44"), ("355.0", "66"), ("605.0", "66")]
+    assert [line.get("d") for line in root.iter(f"{kind}path")] == [
+        "M250 78h210", "M250.0 44H355.0", "M302.5 66H460.0", "M500 78h210", "M500.0 66H710.0"]
+    assert [text.text for text in root.iter(f"{kind}text")] == [
+        "start", "a < b", "Prism", "0.50", "0.70", "looking", "0.20", "0.40"]
