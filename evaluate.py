@@ -38,6 +38,7 @@ from tools.budgets import asked_once, with_budgets
 from tools.caption_cache import CaptionsConfig, all_captions
 from tools.claims import CheckerConfig, add_claims, judged_rows
 from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
+from tools.reply_judge import reply_judge
 from tools.stats import summarize
 from tools.tables import Rows, append_rows, check_out, keep_thumbnails, report, write_tables
 
@@ -144,17 +145,17 @@ def prism_rows(config: PrismConfig,
     captions = all_captions(config, benchmarks, config.seed, device)
     with all_or_none("verifier"):
         verifier = verifier or load()
-    write = word_answerer(verifier, config.answer_tokens)
+    write, judge = word_answerer(verifier, config.answer_tokens), reply_judge(verifier)
     if config.max_words:
-        verifier, write = asked_once(verifier), asked_once(write)
+        verifier, write, judge = map(asked_once, (verifier, write, judge))
     for benchmark in benchmarks:
         own = {name: captions[benchmark.name, name] for name, _ in config.captioners}
         own = with_budgets(own, config.max_words)
         told = {} if only_floors else own
         if with_floors:
             told = told | floor_captions(own, len(benchmark.pictures), config.seed)
-        for name, groups in told.items():
-            yield benchmark.name, name, prism(benchmark, groups, verifier, config.seed, write)
+        for name, given in told.items():
+            yield benchmark.name, name, prism(benchmark, given, verifier, config.seed, write, judge)
 
 
 def direct_rows(config: DirectConfig,

@@ -386,7 +386,7 @@ def test_files_that_are_none(tmp_path):
             load_benchmark(f"chartqa:{tmp_path / name}")
     with pytest.raises(ValueError, match="toy:SPLIT:NUM, SHARE:PATH or KIND:PATH with KIND one of chartqa, chartqapro"):
         load_benchmark("chartq:x.parquet")
-    assert set(KINDS.values()) == {"choice", "captionqa", "capeval", "exact", "relaxed", "anls", "chartqapro"}
+    assert set(KINDS.values()) == {"choice", "captionqa", "capeval", "exact", "judged", "relaxed", "anls", "chartqapro"}
 
 
 def released_file(folder, rows: list, name: str = "lmm_eval_chartqa.json"):

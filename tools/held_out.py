@@ -45,6 +45,7 @@ from grpo.run_dir import check_writer
 from reward.caprl import Verifier
 from tools.caption_cache import CaptionsConfig, write_captions
 from tools.prism import prism, word_answerer
+from tools.reply_judge import reply_judge
 from tools.stats import summarize
 
 ANSWER_TOKENS = 32
@@ -153,7 +154,8 @@ class HeldOut:
         captions = write_captions(self.run.sampler, self.benchmark.pictures, self.captioning,
                                   self.config.seed)
         write = word_answerer(self.verifier, ANSWER_TOKENS)
-        answered = prism(self.benchmark, captions, self.verifier, self.config.seed, write)
+        answered = prism(self.benchmark, captions, self.verifier, self.config.seed, write,
+                         reply_judge(self.verifier))
         with all_or_none("held-out"), naming(self.path):
             rows = []
             if rank() == 0:

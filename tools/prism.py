@@ -37,6 +37,7 @@ from reward.caprl import (
     shuffle_options,
 )
 from reward.judge import as_plain_text
+from tools.reply_judge import judge_replies_
 from tools.stats import mean
 
 PICTURES_AT_A_TIME = 8
@@ -203,12 +204,14 @@ def _row(benchmark: Benchmark, picture: Picture, asked: Sequence[Asked],
 
 
 def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerifier, seed: int = 0,
-          write: AskVerifier | None = None) -> list[dict]:
+          write: AskVerifier | None = None, judge: AskVerifier | None = None) -> list[dict]:
     """A row for each caption: id and family of its picture, the caption, and each question as
     asked. `accuracy` is its mean score (NaN if none could be asked).
 
     `captions` has those of each picture. `choose` answers questions with options, `write` those
-    without, see `word_answerer`. Each rank asks on its share of the pictures, and returns all rows.
+    without, see `word_answerer`. `judge` compares replies with right answers, where the metric is
+    "judged", see tools/reply_judge.py. Each rank asks on its share of the pictures, and returns all
+    rows.
     """
     rows = []
     pairs = list(zip(benchmark.pictures, captions, strict=True))[rank() :: world_size()]
@@ -230,6 +233,8 @@ def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerif
             failed = [Answer(None, failure=caption.get("error", ""))] * len(questions)
             given = failed if "error" in caption else next(answers)
             rows.append(_row(benchmark, picture, questions, given) | caption)
+        if benchmark.metric == "judged" and judge:
+            judge_replies_(rows[-len(pictures) :], pictures, judge)
     return _gather(benchmark, rows)
 
 

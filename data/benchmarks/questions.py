@@ -19,17 +19,18 @@ from data.io import check_text, short
 from data.jsonl import filled
 from data.labels import find_answer, letter_place, strip_labels
 
-Metric = Literal["choice", "captionqa", "capeval", "exact", "relaxed", "anls", "chartqapro"]
+Metric = Literal["choice", "captionqa", "capeval", "exact", "judged", "relaxed", "anls",
+                 "chartqapro"]
 
 KINDS: dict[str, Metric] = {
     "chartqa": "relaxed", "chartqapro": "chartqapro", "chartqapro-script": "chartqapro",
     "docvqa": "anls", "infovqa": "anls", "seed": "choice", "ai2d": "choice",
     "mmstar": "choice", "mmmu": "choice", "mmmu-pro": "choice", "wemath": "choice",
-    "visulogic": "choice", "charxiv": "exact", "mathverse": "exact", "mathvision": "exact",
+    "visulogic": "choice", "charxiv": "judged", "mathverse": "judged", "mathvision": "judged",
     "captionqa": "captionqa", "capeval": "capeval", "choice": "choice", "exact": "exact",
 }
 """Kind -> metric. `choice` and `exact` are for any other file with options, or with an answer that
-has to be equal."""
+has to be equal. `judged`: what is not equal is judged by a model (tools/reply_judge.py)."""
 
 PUBLISHED_JUDGES = {kind: "Qwen/Qwen2.5-72B-Instruct" for kind in ("captionqa", "capeval")}
 """Kind -> the text-only model that its authors ask."""
@@ -51,8 +52,8 @@ class FreeQuestion:
 
     question: str
     answers: tuple[str, ...]
-    """Any of them is right (anls, exact, relaxed). For chartqapro there is an answer for each turn,
-    and the last of them counts."""
+    """Any of them is right (anls, exact, judged, relaxed). For chartqapro there is an answer for
+    each turn, and the last of them counts."""
     question_type: str = ""
     """ChartQAPro's question type, where it counts in the score."""
     year_flags: tuple[str, ...] = ()
@@ -63,7 +64,7 @@ class FreeQuestion:
     def score(self, metric: Metric, prediction: str) -> float:
         if metric == "relaxed":
             return float(any([relaxed_accuracy(prediction, answer) for answer in self.answers]))
-        if metric == "exact":
+        if metric in ("exact", "judged"):
             return float(any([exact_match(prediction, answer) for answer in self.answers]))
         if metric == "anls":
             return anls(prediction, self.answers)

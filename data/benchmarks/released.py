@@ -63,7 +63,7 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
         raise ValueError(f"expected answers in words, got {answers}")
     answers = [str(answer).strip() for answer in answers]
     choices: tuple[str, ...] = ()
-    if metric in ("choice", "exact") and re.fullmatch(r"\(?[A-J]\)?\.?", answers[0]):
+    if metric in ("choice", "exact", "judged") and re.fullmatch(r"\(?[A-J]\)?\.?", answers[0]):
         try:
             choices = tuple(inline_options(texts[0])[1])
         except ValueError:
