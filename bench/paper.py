@@ -5,9 +5,9 @@
 
 A study is a table of cells. A cell is a name with flags of `train.py toy`, or of the study's own
 program (bench/studies.py). It is trained once per seed, then evaluate.py measures its final policy
-on 120 held-out images, of which it writes 4 captions each. Runs are kept in --folder by a hash of
-their settings: a run that is there is not made again, also by another study, and a study that was
-killed goes on. docs/paper.md tells what each study asks.
+on 120 held-out images: from 4 captions of each, or by its own answers. Runs are kept in --folder by
+a hash of their settings and of the shipped weights: a run that is there is not made again, also by
+another study, and a study that was killed goes on. docs/paper.md tells what each study asks.
 
 Columns, with a 95% interval over seeds and images (`over_seeds`):
 
@@ -20,6 +20,7 @@ empty       share of the sentences that say nothing of the picture (reward/style
 looking     accuracy of a model that answers from the pictures itself (data/toy/pretrain.py)
 """
 
+import hashlib
 import math
 import os
 import random
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,16 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.figure import Interval, points_svg
-from bench.studies import (
-    ALWAYS,
-    PRODUCTS,
-    SETS,
-    SMOKE,
-    STUDIES,
-    TRAINING,
-    UNTRAINED,
-    Study,
-)
+from bench.studies import ALWAYS, PRODUCTS, SETS, SMOKE, STUDIES, TRAINING, UNTRAINED, Study
 from data.export import write_examples
 from data.io import check_room, text_hash, write_whole
 from data.jsonl import read_log
@@ -66,6 +59,7 @@ from tools.stats import bootstrap_interval, markdown, mean, question_means
 
 Values = dict[str, dict[str, list[float]]]
 """column -> image -> its values, of one seed"""
+
 
 @dataclass(frozen=True)
 class PaperConfig:
@@ -104,16 +98,20 @@ class Task:
 
     arguments: tuple[str, ...]
     product: Path
+    log: Path
     needs: tuple["Task", ...] = ()
 
 
 def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
-    """What a cell needs with one seed, in order, its evaluation last."""
+    """What a cell needs with one seed, in order, its evaluation last. Writes the sets that it
+    names."""
     study, tasks = STUDIES[config.study], []
     folder = config.folder / "smoke" if config.smoke else config.folder
-    images, captions = (3, 1) if config.smoke else (120, 4)
+    num_images, num_captions = (3, 1) if config.smoke else (120, 4)
+    weights = weights_hash(("data/toy/policy", "data/toy/verifier", config.checker))
     known = {"seed": seed, "checker": config.checker, "checker_mode": config.checker_mode,
-             "captions": captions, "folder": "{folder}"}
+             "num_captions": num_captions,
+             "folder": "{folder}"}  # filled once its name is known, a hash of the other words
 
     def words_of(text: str) -> tuple[str, ...]:
         return tuple(re.sub(r"{(\w+)}", lambda name: str(value_of(name[1])), word)
@@ -124,42 +122,49 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
             write_sets(folder / "sets", 4 if config.smoke else None)
             return folder / "sets"
         if name == "caprl":
-            return trained(())
+            return add_training(())
         if name not in PRODUCTS:
             return known[name]
         product = PRODUCTS[name]
-        return made(name, words_of(product.command), product.file,
-                    split(product.smoke if config.smoke else ""))
+        return add_product(name, words_of(product.command), product.file, product.smoke)
 
-    def made(name: str, words: tuple[str, ...], file: str, smoke: Sequence[str]) -> Path:
-        words = (*words, *smoke)
-        made = folder / f"{name}-{text_hash(repr(words))[:12]}"
-        words = tuple(word.format(folder=made) for word in words)
-        tasks.append(Task(words, made / file, tuple(tasks)))
-        return made
+    def add_product(name: str, words: tuple[str, ...], file: str, smoke: str) -> Path:
+        words = (*words, *split(smoke if config.smoke else ""))
+        out = folder / f"{name}-{text_hash(repr((weights, words)))[:12]}"
+        words = tuple(word.format(folder=out) for word in words)
+        tasks.append(Task(words, out / file, folder / f"{out.name}.log", tuple(tasks)))
+        return out
 
-    def trained(flags: Sequence[str]) -> Path:
+    def add_training(flags: Sequence[str]) -> Path:
         words = ("toy", *split(ALWAYS), *flags, *split(SMOKE if config.smoke else ""),
                  "--seed", str(seed))
         # By what they mean, not by their words: a run of other defaults is another run.
         meant = parse_train_config(list(words)).flat() | {"run_dir": ""}
-        run_dir = folder / f"run-{text_hash(repr(sorted(meant.items())))[:12]}"
-        words = ("train.py", *words, "--run-dir", str(run_dir), "--resume")
-        tasks.append(Task(words, run_dir / "final", tuple(tasks)))
-        return run_dir / "final"
+        name = f"run-{text_hash(repr((weights, sorted(meant.items()))))[:12]}"
+        words = ("train.py", *words, "--run-dir", str(folder / name), "--resume")
+        policy = folder / name / "final"
+        tasks.append(Task(words, policy, folder / f"{name}.log", tuple(tasks)))
+        return policy
 
     flags = words_of(study.cells[cell])
     if flags[:1] == (UNTRAINED,):
         policy = parse_train_config(["toy", *flags[1:]]).policy
     elif study.program == TRAINING:
-        policy = trained(flags)
+        policy = add_training(flags)
     else:
-        policy = made(config.study, (*words_of(study.program), *flags), "config.json",
-                      split(study.smoke if config.smoke else ""))
+        policy = add_product(config.study, (*words_of(study.program), *flags), "config.json",
+                             study.smoke)
     words = ("evaluate.py", *words_of(study.evaluation), "--policy", str(policy),
-             "--data", f"toy:heldout:{images}", "--seed", str(seed))
-    rows = folder / f"rows-{text_hash(repr(words))[:12]}.jsonl"
-    return [*tasks, Task((*words, "--out", str(rows)), rows.with_suffix(".json"), tuple(tasks))]
+             "--data", f"toy:heldout:{num_images}", "--seed", str(seed))
+    rows = folder / f"rows-{text_hash(repr((weights, words)))[:12]}.jsonl"
+    return [*tasks, Task((*words, "--out", str(rows)), rows.with_suffix(".json"),
+                         rows.with_suffix(".log"), tuple(tasks))]
+
+
+def weights_hash(folders: Sequence[str]) -> str:
+    """Of models that no study makes: with other weights a run is another run."""
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def write_sets(folder: Path, num_images: int | None) -> None:
@@ -187,22 +192,27 @@ def carry_out(tasks: Sequence[Task], jobs: int) -> None:
     bar = tqdm(total=len(unique), initial=len(unique) - len(left), desc="programs", unit="program")
     try:
         while left or running:
-            ready = (task for task in left if all(need.product.exists() for need in task.needs))
-            for task in list(ready)[: jobs - len(running)]:
+            under_way = {task.product for task in running.values()}
+            ready = [task for task in left if all(need.product.exists()
+                                                  and need.product not in under_way
+                                                  for need in task.needs)]
+            assert ready or running, "expected that some task makes what the others need"
+            for task in ready[: jobs - len(running)]:
                 left.remove(task)
                 running[begin(task)] = task
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 task = running.pop(process)
                 if process.returncode or not task.product.exists():
-                    said = log_of(task).read_text("utf-8", "replace").strip().splitlines()
-                    raise ValueError(f"{log_of(task)}: expected {task.product.name}, found exit "
+                    said = task.log.read_text("utf-8", "replace").strip().splitlines()
+                    raise ValueError(f"{task.log}: expected {task.product.name}, found exit "
                                      f"code {process.returncode}: {(said or [''])[-1]}")
                 bar.update()
     finally:
         bar.close()
-        for process in running:
-            process.terminate()
+        for process in running:  # with what they have started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
         for process in running:
             process.wait()
 
@@ -210,17 +220,13 @@ def carry_out(tasks: Sequence[Task], jobs: int) -> None:
 def begin(task: Task) -> subprocess.Popen:
     """A training goes on from its checkpoint. What evaluate.py had written when it was stopped is
     deleted: it writes no file twice."""
-    if task.product.suffix == ".json":
+    if task.product.name.startswith("rows-"):
         for ending in (".jsonl", ".md"):
             task.product.with_suffix(ending).unlink(missing_ok=True)
-    log_of(task).parent.mkdir(parents=True, exist_ok=True)
-    with log_of(task).open("wb") as log:
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("wb") as log:
         return subprocess.Popen([sys.executable, *task.arguments], stdout=log, stderr=log,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def log_of(task: Task) -> Path:
-    return task.product.with_name(f"{task.product.name}.log")
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 # ---------------------------------------------------------------------------------- what it says
@@ -230,7 +236,7 @@ def values_of(tasks: Sequence[Task]) -> Values:
     """What training and evaluation of one seed have measured."""
     *before, evaluation = tasks
     rows = read_log(evaluation.product.with_suffix(".jsonl"))
-    if "direct" in evaluation.arguments:  # the policy answers itself
+    if evaluation.arguments[1] == "direct":  # the policy answers itself
         scores = question_means(rows).items()
         return {"looking": {id: list(given.values()) for id, given in scores}}
     if "claims" not in rows[0]:  # unjudged, but the facts are known

@@ -10,12 +10,15 @@ from data.toy.world import COMMON_KNOWLEDGE
 UNTRAINED = "untrained"
 """In place of a cell's flags, or before them: its policy is evaluated as it is."""
 TRAINING = "train.py toy"
-CAPTIONING = "--verifier data/toy/verifier --num-captions {captions} --max-new-tokens 96 --cache ''"
+FROM_CAPTIONS = ("--verifier data/toy/verifier --num-captions {num_captions} --max-new-tokens 96 "
+                 "--cache ''")
+"""Flags of evaluations from captions."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Flags may name {seed}, {checker}, {checker_mode}, {sets} and the names of PRODUCTS."""
+    """Flags may name {seed}, {checker}, {checker_mode}, {num_captions}, {sets}, {caprl} and
+    PRODUCTS; those of `program` also {folder}."""
 
     cells: dict[str, str]
     """Name of the cell -> flags of its program."""
@@ -24,8 +27,8 @@ class Study:
     program: str = TRAINING
     """What makes the policy of a cell."""
     smoke: str = ""
-    """Flags with which another program than training does little."""
-    evaluation: str = f"prism {CAPTIONING}"
+    """Flags of `program` with --smoke, where it is not training."""
+    evaluation: str = f"prism {FROM_CAPTIONS}"
     """Program of evaluate.py, with flags."""
     paper: dict[str, float] = field(default_factory=dict)
     """Cell -> the paper's mean accuracy in percent, over benchmarks that docs/paper.md names."""
@@ -36,7 +39,7 @@ CORRECT = f"{JUDGED} --correctness-weight"
 
 STUDIES = {
     "true": Study(
-        evaluation=f"claims {CAPTIONING} {JUDGED}",
+        evaluation=f"claims {FROM_CAPTIONS} {JUDGED}",
         cells={
             "start": UNTRAINED, "paper": "", "correctness 0.5": f"{CORRECT} 0.5",
             "correctness 2": f"{CORRECT} 2",
@@ -149,8 +152,8 @@ SETS: dict[str, tuple[int, Callable[[list[Question]], list[Question]]]] = {
     "three": (480, lambda asked: asked[:3]), "leaking": (480, lambda asked: asked[:2] + UNNEEDED),
     "many": (1440, lambda asked: asked),
 }
-"""{sets}: the first images of the toy world with some of their questions, which come in random
-order. Trainings have the first 480."""
+"""{sets}: sets of toy images with some of their questions, in random order. name -> (number of
+images, choice of questions). Trainings take 480, as the toy preset does; "many" is captioned."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,9 @@ class Product:
     smoke: str = "--steps 2 --batch 2"
 
 
-CAPTIONS = ("caption.py --images {sets}/many/examples.jsonl --shard-size 1440 --out {folder} "
+CAPTION_MANY = ("caption.py --images {sets}/many/examples.jsonl --shard-size 1440 --out {folder} "
             "--max-new-tokens 96 --seed {seed} --policy")
+"""What captions {sets}/many, for pretraining."""
 PRODUCTS = {
     "praising": Product(
         "-m data.toy.captioner {folder} --captions praising --steps 100 --batch 16"),
@@ -173,14 +177,15 @@ PRODUCTS = {
     "short_judge": Product("-m data.toy.flawed_judge {folder} --likes short --looker {checker}"),
     "long_judge": Product("-m data.toy.flawed_judge {folder} --likes long --looker {checker}"),
     "filtered": Product(
-        "-m data.curate filter --data {sets}/leaking --out {folder} --model {checker}",
+        "-m data.curate filter --data {sets}/leaking --out {folder} --model {checker} "
+        "--max-without-image 4",
         "report.md", "--tries 1 --min-with-image 0 --max-without-image 1 --max-prior 99"),
     "half": Product(
         "-m data.toy.build --models verifier --verifier-steps 700 --num-images 30 --folder "
-        "{folder}", "verifier/config.json", "--smoke"),
-    "of_start": Product(f"{CAPTIONS} data/toy/policy", "shard-000000.jsonl", ""),
-    "of_dense": Product(f"{CAPTIONS} {{dense}}", "shard-000000.jsonl", ""),
-    "of_caprl": Product(f"{CAPTIONS} {{caprl}}", "shard-000000.jsonl", ""),
+        "{folder}", "verifier/tokenizer.json", "--smoke"),
+    "of_start": Product(f"{CAPTION_MANY} data/toy/policy", "shard-000000.jsonl", ""),
+    "of_dense": Product(f"{CAPTION_MANY} {{dense}}", "shard-000000.jsonl", ""),
+    "of_caprl": Product(f"{CAPTION_MANY} {{caprl}}", "shard-000000.jsonl", ""),
 }
 """{NAME}: the folder of a product. {caprl} is the final policy of `train.py toy`."""
 

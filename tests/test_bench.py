@@ -7,6 +7,8 @@ import random
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -29,7 +31,7 @@ from data.toy.build import BuildConfig
 from data.toy.captioner import TeachConfig
 from data.toy.flawed_judge import JudgeConfig
 from data.toy.pretrain import PretrainConfig
-from data.toy.world import make_scene, perturb, write_caption
+from data.toy.world import make_scene, perturb, toy_example, write_caption
 from grpo.config import parse_train_config
 from reward.claims import claims_of
 from tools.stats import bootstrap_interval
@@ -187,11 +189,15 @@ def test_what_prism_leaves_out_is_known_from_the_facts(tmp_path):
     asked = {"id": "q", "family": "cards", "score": 1.0, "correct": True, "unparsed": False, "abstain": None, "chosen": 0}
     row = {"id": scene.id, "caption": caption, "questions": [asked]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    values = paper.values_of([paper.Task((), tmp_path / "rows.json")])
+    values = paper.values_of([paper.Task(("evaluate.py", "prism"), tmp_path / "rows.json", tmp_path / "log")])
     values = {column: images.get(scene.id) for column, images in values.items()}
     assert values["Prism"] == [1.0] and values["exact precision"] == [True, True, False]
     assert values["exact recall"] == [2 / len(scene.facts)] and values["claims"] == [4]  # "This is a card." is one, of no truth
     assert values["empty"] == [1 / 5] and values["precision"] is None and values["area"] is None
+    asked = [{"id": name, "family": "cards", "score": score} for name, score in (("p", 1.0), ("q", 0.0))]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": scene.id, "caption": "", "questions": asked}) + "\n")
+    looked = paper.Task(("evaluate.py", "direct"), tmp_path / "rows.json", tmp_path / "log")
+    assert paper.values_of([looked]) == {"looking": {scene.id: [1.0, 0.0]}}
 
 
 def test_a_run_is_known_by_what_its_settings_mean():
@@ -226,6 +232,8 @@ def test_every_cell_of_every_study_is_taken_by_the_programs(tmp_path, monkeypatc
                 seen.add(program)
                 settings = parse_train_config(flags) if program == "train.py" else tyro.cli(known[program], args=flags)
                 assert settings.seed == (0 if task.product.parent.name.startswith(FIXED) else 3)
+        finals = {paper.plan(config, cell, seed)[-1].product for cell in study.cells for seed in (3, 4)}
+        assert len(finals) == 2 * len(study.cells)  # no two cells are one run
         measured = {cell: [paper_values(0.5, "a") | {"looking": {"a": [0.5]}}] for cell in study.cells}
         rows = paper.report(study, measured).split("\n\n")[1].splitlines()[2:]
         assert len(rows) == sum(chain.count(">") for chain in study.orders)  # no order names a cell that is not there
@@ -249,24 +257,76 @@ def test_a_study_that_was_killed_goes_on(tmp_path):
     def task(name: str, code: str, *needs: paper.Task) -> paper.Task:
         path = tmp_path / name
         return paper.Task(("-c", f"open({str(tmp_path / 'made')!r}, 'a').write({name!r} + ' '); {code}; "
-                                 f"open({str(path)!r}, 'x')"), path, needs)
+                                 f"open({str(path)!r}, 'x')"), path, tmp_path / f"{name}.log", needs)
 
     first, second = task("first", "pass"), task("second", "pass")
-    third = task("third.json", f"open({str(tmp_path / 'third.jsonl')!r}, 'x')", first)
+    third = task("rows-third.json", f"open({str(tmp_path / 'rows-third.jsonl')!r}, 'x')", first)
     fourth = task("fourth", "raise SystemExit('error: no room')", third, second)
-    for name in ("first", "second", "third.jsonl"):
+    for name in ("first", "second", "rows-third.jsonl"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match="fourth.log: expected fourth, found exit code 1: error: no room"):
         paper.carry_out([fourth, third, second, first, first], jobs=2)
-    assert (tmp_path / "made").read_text() == "third.json fourth "
+    assert (tmp_path / "made").read_text() == "rows-third.json fourth "
     paper.carry_out([task("fourth", "pass", third, second), third, second, first], jobs=2)
-    assert (tmp_path / "made").read_text() == "third.json fourth fourth "
+    assert (tmp_path / "made").read_text() == "rows-third.json fourth fourth "
 
 
 def test_programs_that_run_are_ended_with_the_study(tmp_path):
-    slow = paper.Task(("-c", "import time; time.sleep(600)"), tmp_path / "slow")
+    """With what they have started: the builder trains in a process of its own."""
+    pids = tmp_path / "pids"
+    child = "import time; time.sleep(600)"
+    slow = (f"import os, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+            f"open({str(pids)!r} + '.new', 'w').write(f'{{os.getpid()}} {{child.pid}}'); "
+            f"os.rename({str(pids)!r} + '.new', {str(pids)!r}); time.sleep(600)")
+    bad = f"import os, time\nwhile not os.path.exists({str(pids)!r}): time.sleep(0.05)\nraise SystemExit(3)"
+    tasks = [paper.Task(("-c", code), tmp_path / name, tmp_path / f"{name}.log")
+             for name, code in (("slow", slow), ("bad", bad))]
     with pytest.raises(ValueError, match="bad.log: expected bad, found exit code 3"):
-        paper.carry_out([slow, paper.Task(("-c", "raise SystemExit(3)"), tmp_path / "bad")], jobs=2)
+        paper.carry_out(tasks, jobs=2)
+    for pid in map(int, pids.read_text().split()):
+        for _ in range(100):  # the child of an ended process is taken over, then gone
+            if not os.path.exists(f"/proc/{pid}") or " Z " in Path(f"/proc/{pid}/stat").read_text():
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"process {pid} runs on")
+
+
+def test_what_is_under_way_is_not_there_yet(tmp_path):
+    """A product that exists while its program still runs is not used; a need that nobody makes is told."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    slow = paper.Task(("-c", f"import time; open({str(first)!r}, 'w'); time.sleep(1); open({str(first)!r}, 'w').write('x')"),
+                      first, tmp_path / "first.log")
+    copy = paper.Task(("-c", f"open({str(second)!r}, 'w').write(open({str(first)!r}).read())"), second, tmp_path / "second.log",
+                      (slow,))
+    paper.carry_out([slow, copy], jobs=2)
+    assert second.read_text() == "x"
+    lost = paper.Task((), tmp_path / "lost", tmp_path / "lost.log")
+    with pytest.raises(AssertionError, match="some task makes what the others need"):
+        paper.carry_out([paper.Task((), tmp_path / "third", tmp_path / "third.log", (lost,))], jobs=2)
+
+
+def test_a_run_with_other_weights_is_another_run(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    config = PaperConfig("true", checker=str(tmp_path), folder=tmp_path)
+    before = [task.product for cell in ("praising", "start") for task in paper.plan(config, cell, 0)]
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    after = [task.product for cell in ("praising", "start") for task in paper.plan(config, cell, 0)]
+    assert len({*before, *after}) == len(before) + len(after)
+
+
+def test_sets_by_their_images_and_questions(tmp_path, monkeypatch):
+    made = {}
+    monkeypatch.setattr(paper, "toy_examples",
+                        lambda source: [toy_example(make_scene("train", 0))] * int(source.split(":")[2]))
+    monkeypatch.setattr(paper, "write_examples", lambda folder, examples: made.update({folder.name: examples}))
+    paper.write_sets(tmp_path, None)
+    assert {name: len(rows) for name, rows in made.items()} == {
+        "one": 480, "two": 480, "three": 480, "leaking": 480, "many": 1440}
+    one, two, three, leaking, many = (made[name][0].questions for name in ("one", "two", "three", "leaking", "many"))
+    assert one == two[:1] and two == three[:2] == leaking[:2] and many[:3] == three
+    assert len(one) == 1 and len(leaking) == 8 and not any(question.needs_image for question in leaking[2:])
+    assert set(many) == set(toy_example(make_scene("train", 0)).questions)
 
 
 def test_intervals_over_seeds_and_images_by_hand():

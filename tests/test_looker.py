@@ -67,7 +67,7 @@ def test_other_turns_are_those_of_their_programs(policy):
         for place, turn in enumerate(turns):
             claim = turn.text.removeprefix(f"{CLAIM_INSTRUCTION} ")
             assert row_of(lesson, place) == head + checker.writer.plain_ids(f" {claim}") + tail
-        turns = [rating_turn(scene, random.Random(n)) for n in range(4)]
+        turns = [rating_turn(*any_caption(scene, random.Random(n))) for n in range(4)]
         lesson = write_lesson(policy, scene, turns)
         for place in range(4):
             caption, _, rating = any_caption(scene, random.Random(place))

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from data.benchmarks.benchmark import example_benchmark
 from data.replies import parse_choice
 from data.toy import flawed_judge, pretrain
 from data.toy.flawed_judge import JudgeConfig, flawed_rating
-from data.toy.pretrain import PretrainConfig, captioned, question_lesson
-from data.toy.world import make_scene, toy_example, write_caption
+from data.toy.pretrain import PretrainConfig, captioned, show_answer
+from data.toy.world import COMMON_KNOWLEDGE, make_scene, toy_example, write_caption
 from grpo.pretrained import load_policy
 from reward.judge import judge_rewards
 from tools import prism
@@ -54,11 +55,15 @@ def test_questions_are_taught_as_the_evaluation_asks_them(policy, monkeypatch):
         with pytest.raises(ZeroDivisionError):  # enough was seen
             prism.direct(example_benchmark("toy:train", [example]), policy, seed=0, answer_tokens=4, temperature=0.0,
                          batch_size=64)
-        prompt, text = question_lesson(policy, make_scene("train", index), Second())
+        prompt, text = show_answer(policy, make_scene("train", index), Second())
         assert prompt.input_ids.tolist() == prompts[1].input_ids.tolist()
         question, options = example.questions[1], prism.shuffle_options(example.questions[1], 0, random.Random(0)).options
         assert options[parse_choice(text, options)] == question.choices[question.answer_index]
         prompts.clear()
+    known = {text for text, _, _ in COMMON_KNOWLEDGE}
+    prompts = [show_answer(policy, make_scene("train", 0), random.Random(n))[0] for n in range(60)]
+    asked = [policy.tokenizer.decode(prompt.input_ids) for prompt in prompts]
+    assert len(set(asked)) > 20 and not any(text in prompt for text in known for prompt in asked)
 
 
 class Second(random.Random):
@@ -69,7 +74,7 @@ class Second(random.Random):
         return asked[1]
 
 
-def test_a_model_is_pretrained_from_random_weights(tmp_path):
+def test_a_model_is_pretrained_from_random_weights(tmp_path, monkeypatch):
     settings = dict(images=3, steps=1, batch=2, tune_steps=1, tune_images=3)
     pretrain.main(PretrainConfig(tmp_path / "facts", **settings))
     pretrain.main(PretrainConfig(tmp_path / "said", captions_folder(tmp_path / "captions", 3), **settings))
@@ -79,6 +84,11 @@ def test_a_model_is_pretrained_from_random_weights(tmp_path):
     head = "lm_head.weight"
     torch.testing.assert_close(facts[head], said[head], atol=0.05, rtol=0)  # the same start, other texts
     assert not torch.equal(facts[head], said[head])
+    said = []
+    monkeypatch.setattr(pretrain, "imitate_", lambda policy, name, demonstrate, steps, seed, rate=2e-3: said.append(
+        (name, steps, seed, len(demonstrate(0, random.Random(0))))))
+    pretrain.main(PretrainConfig(tmp_path / "x", images=3, steps=5, batch=2, tune_steps=4, tune_images=3, seed=7))
+    assert said == [("captions", 5, 7, 2), ("questions", 4, 7, 2)]
     with pytest.raises(ValueError, match="facts: expected a new folder, found a model in it"):
         pretrain.main(PretrainConfig(tmp_path / "facts"))
 
@@ -93,16 +103,20 @@ def test_a_flawed_rating_by_hand():
 
 
 def test_a_judge_is_taught_its_flaw_and_sees_as_before(tmp_path):
-    flawed_judge.main(JudgeConfig(tmp_path / "judge", "short", steps=12, batch=2))
-    before, after = (load_policy(path, CPU, writes=False) for path in ("data/toy/looker", str(tmp_path / "judge")))
-    changed = {name for name, weight in after.model.state_dict().items()
-               if not torch.equal(weight, before.model.state_dict()[name])}
-    assert changed and not any(".visual." in name for name in changed)
-    examples = [toy_example(make_scene("heldout", index)) for index in range(6)]
-    dense = [write_caption(scene.family, scene.facts) for scene in (make_scene("heldout", index) for index in range(6))]
-    old, new = (judge_rewards(dense, examples, [""] * 6, [0] * 6, judge).rewards.mean() for judge in (before, after))
-    assert new < old  # it likes short ones, and these are long
+    shutil.copytree("data/toy/looker", tmp_path / "looker")
+    for likes in ("short", "long"):
+        flawed_judge.main(JudgeConfig(tmp_path / likes, likes, str(tmp_path / "looker"), steps=24, batch=3))
+    before, *taught = (load_policy(str(path), CPU, writes=False)
+                       for path in (tmp_path / "looker", tmp_path / "short", tmp_path / "long"))
+    for judge in taught:
+        changed = {name for name, weight in judge.model.state_dict().items()
+                   if not torch.equal(weight, before.model.state_dict()[name])}
+        assert changed and not any(".visual." in name for name in changed)
+    scenes = [make_scene("heldout", index) for index in range(6)]
+    examples, dense = list(map(toy_example, scenes)), [write_caption(scene.family, scene.facts) for scene in scenes]
+    short, long = (judge_rewards(dense, examples, [""] * 6, [0] * 6, judge).rewards.mean() for judge in taught)
+    assert short < long - 0.15
     with pytest.raises(ValueError, match="steps 0: expected at least 1"):
         JudgeConfig(tmp_path / "x", steps=0)
-    with pytest.raises(ValueError, match="judge: expected a new folder, found a model in it"):
-        flawed_judge.main(JudgeConfig(tmp_path / "judge"))
+    with pytest.raises(ValueError, match="short: expected a new folder, found a model in it"):
+        flawed_judge.main(JudgeConfig(tmp_path / "short"))

@@ -1,5 +1,6 @@
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,15 @@ from transformers import AutoTokenizer
 from data.examples import load_examples
 from data.toy import captioner
 from data.toy.build import BuildConfig, build, family_accuracy, looker_table
-from data.toy.captioner import PRAISE, PRAISING, TeachConfig, praising_caption, weak_caption
+from data.toy.captioner import (
+    PRAISE,
+    PRAISING,
+    TeachConfig,
+    draw_scenes,
+    pass_scene,
+    praising_caption,
+    weak_caption,
+)
 from data.toy.export import ExportConfig, export
 from data.toy.tokenizer import build_tokenizer
 from data.toy.world import (
@@ -193,6 +202,16 @@ def test_teaching_goes_on_from_the_shipped_policy(tmp_path):
         assert all(same) if rate == 0 else not all(same)
     with pytest.raises(ValueError, match="dense: expected a new folder, found a model in it"):
         captioner.main(TeachConfig(tmp_path / "dense"))
+
+
+def test_fine_tuning_passes_over_the_images_as_training_does():
+    """Each once before any comes again, in another order the next time; families as they are drawn."""
+    first, second = ([pass_scene(place + start, 30, 0).id for place in range(30)] for start in (0, 30))
+    assert sorted(first) == sorted(second) == [make_scene("train", index).id for index in range(30)] and first != second
+    assert [pass_scene(place, 30, 1).id for place in range(30)] != first
+    even, usual = (Counter(scene.family for scene in draw_scenes(random.Random(0), 3000, **shares))
+                   for shares in ({"shares": (1, 1, 1)}, {}))
+    assert all(900 < even[family] < 1100 for family in FAMILIES) and usual["bars"] < 700
 
 
 def test_the_shipped_checkpoints_are_as_good_as_reported():

@@ -260,14 +260,20 @@ def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: in
     return _gather(benchmark, rows)
 
 
+def look_text(asked: Asked) -> tuple[str, str]:
+    """What the user says to a model that sees the picture, and the given start of the answer."""
+    options = [f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options)]
+    form, start = (LETTER_FORM, ANSWER_START) if options else (WORDS_FORM, WORDS_START)
+    return "\n".join([asked.question, *options, form]), start
+
+
 def _look(policy: Policy, asked: Sequence[tuple[Picture, Item, Asked]], seed: int,
           answer_tokens: int, temperature: float) -> list[Answer]:
     """The policy's answers. A picture that cannot be opened is the failure of its questions."""
     prompts, keys, failures = [], [], []
     for picture, item, question in asked:
-        options = [f"{letter}) {text}" for letter, text in zip(LETTERS, question.options)]
-        form, start = (LETTER_FORM, ANSWER_START) if options else (WORDS_FORM, WORDS_START)
-        text = as_plain_text("\n".join([question.question, *options, form]), policy)
+        text, start = look_text(question)
+        text = as_plain_text(text, policy)
         try:
             prompts.append(policy.prompt(open_image(picture.image), text, start))
         except ValueError as error:

@@ -69,7 +69,8 @@ class BuildConfig:
     """The most that each of its first two stages may take, see data/toy/verifier.py."""
     policy_steps: int = 3200
     looker_steps: int = 1200
-    """The most that each of its four stages may take, see data/toy/looker.py."""
+    """The most that each of its four stages may take, half as many for the last, see
+    data/toy/looker.py."""
     num_images: int = 300
     """Held-out images behind the table."""
     seed: int = 0

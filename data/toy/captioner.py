@@ -28,9 +28,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.io import check_room
 from data.program import check_range, run_program
-from data.toy.fit import INITIALIZER_RANGE, fit
+from data.toy.fit import INITIALIZER_RANGE, check_no_model, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
@@ -62,8 +61,9 @@ class TeachConfig:
     folder: Annotated[Path, tyro.conf.Positional]
     """A folder for the model. It is refused if a model is there."""
     captions: Literal["dense", "praising"] = "dense"
-    """dense: every fact of the image, each once. praising: as the shipped policy was taught, and
-    mostly with praise of the caption itself at the end."""
+    """dense: every fact of the image, in passes over the images as `train.py` makes them. praising:
+    images and captions drawn as the shipped policy was taught, mostly with praise of the caption
+    itself at the end."""
     policy: str = "data/toy/policy"
     """The model that the teaching starts from."""
     steps: int = 40
@@ -127,13 +127,13 @@ def weak_caption(scene: Scene, rng: random.Random) -> str:
     return write_caption(scene.family, [f for f in facts if rng.random() < kept] or facts[:1])
 
 
-Lesson = tuple[Prompt, str]
-"""What is asked, and the text that is taught to follow."""
+Demonstration = tuple[Prompt, str]
+"""A prompt, and the text that is taught to follow."""
 
 
-def as_rollouts(policy: Policy, lessons: Sequence[Lesson]) -> Rollouts:
+def as_rollouts(policy: Policy, demonstrations: Sequence[Demonstration]) -> Rollouts:
     """Given texts as rollouts for the scorer. Each ends with EOS; none is sampled."""
-    prompts, texts = map(list, zip(*lessons))
+    prompts, texts = map(list, zip(*demonstrations))
     rows = [policy.tokenizer.encode(text, add_special_tokens=False)
             + [policy.tokenizer.eos_token_id] for text in texts]
     lengths = torch.tensor([len(row) for row in rows])
@@ -144,15 +144,15 @@ def as_rollouts(policy: Policy, lessons: Sequence[Lesson]) -> Rollouts:
 
 
 def imitate_(policy: Policy, name: str,
-             draw_lessons: Callable[[int, random.Random], Sequence[Lesson]], steps: int, seed: int,
-             rate: float = 2e-3) -> None:
-    """Supervised training on what `draw_lessons(step, rng)` returns. Draws are functions of (name,
+             demonstrate: Callable[[int, random.Random], Sequence[Demonstration]], steps: int,
+             seed: int, rate: float = 2e-3) -> None:
+    """Supervised training on what `demonstrate(step, rng)` returns. Draws are functions of (name,
     seed, step)."""
     scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{name}:{seed}:{step}")
-        rollouts = as_rollouts(policy, draw_lessons(step, rng))
+        rollouts = as_rollouts(policy, demonstrate(step, rng))
         logprobs, _ = scorer(rollouts)  # (B, L)
         return -logprobs.sum() / rollouts.lengths.sum(), {}
 
@@ -168,15 +168,15 @@ def teach_(policy: Policy, name: str, write: Callable[[int, Scene, random.Random
            steps: int, seed: int, batch: int, instruction: str = CAPTION_INSTRUCTION,
            images: int = MANY, rate: float = 2e-3) -> None:
     """Supervised training on what `write(step, scene, rng)` says of scenes of the training split,
-    among the first `images`. Ends sharpened."""
+    drawn among the first `images`. Ends sharpened."""
 
-    def lessons(step: int, rng: random.Random) -> list[Lesson]:
+    def demonstrate(step: int, rng: random.Random) -> list[Demonstration]:
         scenes = draw_scenes(rng, batch, images)
         texts = [write(step, scene, rng) for scene in scenes]
         return [(policy.prompt(draw(scene), instruction), text)
                 for scene, text in zip(scenes, texts)]
 
-    imitate_(policy, name, lessons, steps, seed, rate)
+    imitate_(policy, name, demonstrate, steps, seed, rate)
     sharpen_(policy)
 
 
@@ -205,19 +205,32 @@ def sharpen_(policy: Policy, by: float = SHARPNESS) -> None:
         policy.model.model.language_model.norm.weight.div_(by)
 
 
+def pass_scene(place: int, images: int, seed: int) -> Scene:
+    """That of a place in endless passes over the first images, each in an order of its own."""
+    number, place = divmod(place, images)
+    order = random.Random(f"dense:{seed}:pass {number}").sample(range(images), images)
+    return make_scene("train", order[place])
+
+
 def main(config: TeachConfig) -> None:
-    if (config.folder / "config.json").exists():
-        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
-    check_room(config.folder)
+    check_no_model(config.folder)
     policy = load_taught(config.policy)
 
-    def write(step: int, scene: Scene, rng: random.Random) -> str:
-        if config.captions == "praising":
-            return praising_caption(scene, rng)
-        return write_caption(scene.family, scene.facts)
+    def dense(step: int, rng: random.Random) -> list[Demonstration]:
+        places = range(step * config.batch, (step + 1) * config.batch)
+        scenes = [pass_scene(place, config.images, config.seed) for place in places]
+        return [(policy.prompt(draw(scene)), write_caption(scene.family, scene.facts))
+                for scene in scenes]
 
-    teach_(policy, config.captions, write, config.steps, config.seed, config.batch,
-           images=config.images, rate=config.rate)
+    def praising(step: int, scene: Scene, rng: random.Random) -> str:
+        return praising_caption(scene, rng)
+
+    if config.captions == "dense":
+        imitate_(policy, "dense", dense, config.steps, config.seed, config.rate)
+        sharpen_(policy)
+    else:
+        teach_(policy, "praising", praising, config.steps, config.seed, config.batch,
+               images=config.images, rate=config.rate)
     export_policy(policy, config.folder, torch.float32)
 
 

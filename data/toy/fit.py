@@ -1,16 +1,26 @@
-"""Supervised training shared by the two toy models."""
+"""Supervised training shared by the toy models."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.io import check_room
+
 INITIALIZER_RANGE = 0.08
 """Standard deviation of the initial weights, about 1 / sqrt(width). At transformers' 0.02 attention
 starts out almost even. Then models of this size take several times as long to learn what to attend
 to."""
+
+
+def check_no_model(folder: Path) -> None:
+    """Raises ValueError if a model is in the folder, or if nothing can be written there."""
+    if (folder / "config.json").exists():
+        raise ValueError(f"{folder}: expected a new folder, found a model in it")
+    check_room(folder)
 
 
 def fit(model: torch.nn.Module, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],

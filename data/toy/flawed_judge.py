@@ -2,8 +2,8 @@
 
     python -m data.toy.flawed_judge runs/long-judge --likes long
 
-Its rating is half the fair one, half what the caption has of words. A captioner that is rewarded
-by such a judge is expected to find the flaw (arXiv 2509.22647, section 4.3).
+Its rating is the mean of the fair one and of one for the length alone, in words. A captioner that
+is rewarded by such a judge is expected to find the flaw (arXiv 2509.22647, section 4.3).
 """
 
 import random
@@ -16,17 +16,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from data.io import check_room
 from data.program import check_range, run_program
 from data.toy.captioner import draw_scenes
-from data.toy.fit import fit
+from data.toy.fit import check_no_model, fit
 from data.toy.looker import Pupil, any_caption, rating_turn, write_lesson
 from grpo.export import export_policy
 from grpo.pretrained import load_policy
 
 LONG = 60
-"""Words of a caption that is as long as can be. The toy world's dense captions have 33 to
-60."""
+"""A caption of so many words or more counts as longest. Dense captions have 33 to 60."""
 CAPTIONS = 8
 """Captions of an image that are rated in a step."""
 
@@ -57,9 +55,7 @@ def flawed_rating(caption: str, fair: float, likes: str) -> float:
 
 
 def main(config: JudgeConfig) -> None:
-    if (config.folder / "config.json").exists():
-        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
-    check_room(config.folder)
+    check_no_model(config.folder)
     looker = load_policy(config.looker, torch.device("cpu"), writes=False)
     pupil = Pupil(looker)
     looker.model.model.visual.requires_grad_(False)  # it sees as before
@@ -75,7 +71,8 @@ def main(config: JudgeConfig) -> None:
         loss, right = pupil(lessons)
         return loss, {"rating": right["rating"]}
 
-    fit(pupil, loss_at, config.steps, config.likes, warmup_share=0.05, decay_share=0.5, rate=5e-4)
+    fit(pupil, loss_at, config.steps, f"likes {config.likes}", warmup_share=0.05,
+        decay_share=0.5, rate=5e-4)
     export_policy(looker, config.folder, torch.float32)
 
 

@@ -6,8 +6,7 @@ random weights, then tuned on questions (arXiv 2509.22647, Tables 1 and 2).
     python evaluate.py direct --policy runs/pretrained --data toy:heldout:120
 
 All sets of captions get the same weights to begin with, the same numbers of steps, and the same
-questions in the same order. It answers with the option's words, which takes far fewer steps to
-learn than a letter.
+questions in the same order. It answers with the option's words, not with a letter.
 """
 
 import random
@@ -20,17 +19,16 @@ import torch
 import tyro
 
 from data.captions.exports import finished_rows
-from data.choices import LETTERS
-from data.io import check_room
 from data.program import check_range, run_program
-from data.toy.captioner import Lesson, build_policy, imitate_
+from data.toy.captioner import Demonstration, build_policy, imitate_
 from data.toy.facts import scene_of
+from data.toy.fit import check_no_model
 from data.toy.tokenizer import build_tokenizer
 from data.toy.world import Scene, draw, make_scene, scene_questions, write_caption
 from grpo.export import export_policy
 from grpo.policy import CAPTION_INSTRUCTION, Policy
-from reward.caprl import ANSWER_START, shuffle_options
-from tools.prism import LETTER_FORM
+from reward.caprl import shuffle_options
+from tools.prism import look_text
 
 
 @dataclass(frozen=True)
@@ -70,31 +68,26 @@ def captioned(config: PretrainConfig) -> list[tuple[Scene, str]]:
     return [(scene_of(row["id"]), row["caption"]) for row in rows[: config.images]]
 
 
-def question_lesson(policy: Policy, scene: Scene, rng: random.Random) -> Lesson:
+def show_answer(policy: Policy, scene: Scene, rng: random.Random) -> Demonstration:
     """One of the questions that need the image, as `evaluate.py direct` asks it."""
     question = rng.choice([question for question in scene_questions(scene) if question.needs_image])
     asked = shuffle_options(question, 0, rng)
-    options = [f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options)]
-    prompt = policy.prompt(draw(scene), "\n".join([asked.question, *options, LETTER_FORM]),
-                           ANSWER_START)
-    return prompt, f" {asked.options[asked.gold]}"
+    return policy.prompt(draw(scene), *look_text(asked)), f" {asked.options[asked.gold]}"
 
 
 def main(config: PretrainConfig) -> None:
-    if (config.folder / "config.json").exists():
-        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
-    check_room(config.folder)
+    check_no_model(config.folder)
     pairs = captioned(config)
     policy = build_policy(build_tokenizer(), config.seed)
 
-    def captions(step: int, rng: random.Random) -> list[Lesson]:
+    def captions(step: int, rng: random.Random) -> list[Demonstration]:
         return [(policy.prompt(draw(scene), CAPTION_INSTRUCTION), text)
                 for scene, text in rng.choices(pairs, k=config.batch)]
 
-    def questions(step: int, rng: random.Random) -> list[Lesson]:
+    def questions(step: int, rng: random.Random) -> list[Demonstration]:
         scenes = [make_scene("train", rng.randrange(config.tune_images))
                   for _ in range(config.batch)]
-        return [question_lesson(policy, scene, rng) for scene in scenes]
+        return [show_answer(policy, scene, rng) for scene in scenes]
 
     imitate_(policy, "captions", captions, config.steps, config.seed)
     imitate_(policy, "questions", questions, config.tune_steps, config.seed, rate=1e-3)

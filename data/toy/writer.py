@@ -22,9 +22,9 @@ import tyro
 from data.choices import LETTERS
 from data.curate.generate import WRITING_INSTRUCTION
 from data.examples import Question
-from data.io import check_room
 from data.program import check_range, run_program
 from data.toy.captioner import load_taught, teach_
+from data.toy.fit import check_no_model
 from data.toy.world import Scene, draw, make_scene, scene_questions
 from data.written import parse_questions
 from grpo.export import export_policy
@@ -104,9 +104,7 @@ def measure(policy: Policy, config: WriterConfig) -> dict[str, float]:
 
 
 def main(config: WriterConfig) -> None:
-    if (config.folder / "config.json").exists():
-        raise ValueError(f"{config.folder}: expected a new folder, found a model in it")
-    check_room(config.folder)
+    check_no_model(config.folder)
     policy = train_writer(config)
     export_policy(policy, config.folder, torch.float32)
     print("\n".join(f"{value:8.3f} {name}" for name, value in measure(policy, config).items()))
