@@ -45,6 +45,7 @@ STUDIES = {
             "correctness 2": f"{CORRECT} 2",
             "correctness 0.5, apart": f"{CORRECT} 0.5 --normalize-parts",
             "correctness 2, apart": f"{CORRECT} 2 --normalize-parts",
+            "caprl-true": f"{CORRECT} 0.5 --praise-weight 0.5",
             "one question": "--data {sets}/one",
             "one question, correctness 0.5": f"--data {{sets}}/one {CORRECT} 0.5",
             "one question, correctness 2, apart":
@@ -54,7 +55,8 @@ STUDIES = {
             "praising, penalty 0.5": "--policy {praising} --praise-weight 0.5",
         },
         orders=(
-            "Prism: correctness 0.5 > paper > start",
+            "Prism: correctness 0.5 > paper > start", "Prism: caprl-true > paper",
+            "exact precision: caprl-true > paper",
             "Prism: correctness 2, apart > correctness 2 > paper",
             "exact precision: correctness 2 > correctness 0.5 > paper > start",
             "exact precision: correctness 0.5, apart > correctness 0.5",

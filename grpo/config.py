@@ -109,8 +109,7 @@ class HeldOutConfig:
     eval_images: int = 0
     """Only the first so many images of eval_data; 0 for all. Ours."""
     eval_samples: int = 4
-    """Captions of each image, sampled as in training; 0 for one of the likeliest tokens. [P]'s
-    evaluation has 4."""
+    """Captions of each image, sampled as in training [P]; 0 for one of the likeliest tokens."""
     patience: int = 0
     """The run ends after this many evaluations without a better one; 0 for never. Ours."""
     stop_at: float = 0.0
@@ -160,8 +159,7 @@ class TrainConfig:
     """caprl: the share of questions that are answered right from the caption. judge: the baseline.
     A model that sees the image rates the caption. [P] has both."""
     judge: str = "Qwen/Qwen2.5-VL-3B-Instruct"
-    """The vision-language judge, read with reward "judge" only. [P] names Qwen2.5-VL; the size is
-    ours."""
+    """The vision-language judge, read with reward "judge" only. [P]; the size is ours."""
     reward_config: Annotated[RewardConfig, tyro.conf.OmitArgPrefixes] = RewardConfig()
     verifier_mode: Literal["sample", "logits"] = "sample"
     """How the verifier answers. sample: its sampled reply is parsed [C1]. logits: the likeliest of
@@ -171,8 +169,7 @@ class TrainConfig:
     verifier_max_new_tokens: int = 10
     """The longest reply in mode "sample", in tokens. [C1]"""
     max_failed_share: float = 0.1
-    """The run stops if a larger share of a step's questions could not be scored. It then prints the
-    reasons. Ours."""
+    """The run stops if a larger share of a step's questions could not be scored. Ours."""
     audit_every: int = 50
     """Steps between two audits on the probe images: floors of the reward, agreement of shuffles.
     0 for none. Ours."""
@@ -205,8 +202,7 @@ class TrainConfig:
     """Captions that were cut off at max_new_tokens do not enter the loss; their rewards still count
     in their group's mean (DAPO, section 3.4). Ours: off, [P] has none."""
     inner_epochs: int = 1
-    """Optimizer steps on each batch of rollouts. Ours: 1, so that the ratio is 1 and nothing is
-    clipped."""
+    """Optimizer steps on a batch of rollouts. Ours: 1, so the ratio is 1, nothing is clipped."""
     sampler_logprobs: bool = False
     """Use the sampler's log-probabilities as the old ones. Otherwise the trainer computes them at
     the start of the step."""
@@ -363,6 +359,11 @@ PRESETS = {
             abstain=True, length_weight=0.2, leave_one_out=True, scale_by_std=False, kl_coef=0.0,
             learning_rate=1e-5, num_steps=1764,
         ),
+    ),
+    "caprl-true": (
+        "as the paper, rewarded also for claims that hold and not for empty sentences; evidence: "
+        "docs/paper.md",
+        change(PAPER, run_dir="runs/caprl-true", correctness_weight=0.5, praise_weight=0.5),
     ),
     "toy": (
         "the tiny shipped models on the toy world, minutes on a CPU; every value ours",

@@ -40,14 +40,17 @@ def test_the_releases_settings():
     assert (plus.scale_by_std, plus.learning_rate) == (False, 1e-5)
     length = plus.reward_config
     assert (length.length_weight, length.length_full, length.length_zero) == (0.2, 2048, 3072)
+    paper, true = (PRESETS[name][1].flat() for name in ("paper", "caprl-true"))
+    assert {name: (paper[name], true[name]) for name in paper if paper[name] != true[name]} == {
+        "run_dir": ("runs/caprl", "runs/caprl-true"), "correctness_weight": (0.0, 0.5), "praise_weight": (0.0, 0.5)}
 
 
 def test_the_table_of_recipes_is_that_of_the_presets():
     lines = Path("docs/recipes.md").read_text().splitlines()
     table = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| `")]
     names = [cell.strip(" `") for cell in next(line for line in lines if line.startswith("| setting")).split("|")[2:-1]]
-    assert names[:4] == list(PRESETS)
-    written = {cells[0]: cells[1:5] for cells in table}
+    assert names[:5] == list(PRESETS)
+    written = {cells[0]: cells[1:6] for cells in table}
     settings = [config.flat() for _, config in PRESETS.values()]
     for name in settings[0]:
         values = [str(config[name]) for config in settings]
@@ -187,7 +190,8 @@ def test_bad_flags_end_with_exit_code_2_and_no_traceback(arguments, message, tmp
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("papper", "papper: expected a flag, or as the first word one of the presets paper, caprl-3b, caprl-plus, toy; "
+        ("papper", "papper: expected a flag, or as the first word one of the presets paper, caprl-3b, caprl-plus, "
+         "caprl-true, toy; "
                    "the nearest is paper"),
         ("caprl3b --num-steps 3", "; the nearest is caprl-3b"),
         ("--num-steps 3 caprl_plus", "; the nearest is caprl-plus"),
