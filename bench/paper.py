@@ -297,8 +297,9 @@ def differences(more: Sequence[Values], less: Sequence[Values],
 
 
 def report(study: Study, measured: dict[str, list[Values]]) -> str:
-    """Two tables as Markdown: the cells, and the orders between those that are there.
-    measured: cell -> `values_of` each seed."""
+    """Two tables as Markdown: the cells, and the orders between those that are there. The paper's
+    numbers have a column where it has any. measured: cell -> `values_of` each seed."""
+    paper = ["paper:"] * bool(study.paper)
     digits = {"Prism": 3, "area": 3, **DIGITS, "empty": 3, "looking": 3}
 
     def shown(seeds: Sequence[dict[str, list[float]]], column: str, sign: str = "") -> str:
@@ -310,7 +311,7 @@ def report(study: Study, measured: dict[str, list[Values]]) -> str:
 
     columns = [column for column in digits
                if any(seed.get(column) for seeds in measured.values() for seed in seeds)]
-    rows = [[cell, study.paper.get(cell, ""),
+    rows = [[cell, *(study.paper.get(cell, "") for _ in paper),
              *(shown([seed[column] for seed in seeds], column) for column in columns)]
             for cell, seeds in measured.items()]
     orders = []
@@ -321,13 +322,13 @@ def report(study: Study, measured: dict[str, list[Values]]) -> str:
                 pairs = differences(measured[more], measured[less], column)
                 _, low, high = over_seeds(pairs)
                 is_published = column == "Prism" and {more, less} <= study.paper.keys()
-                paper = study.paper[more] - study.paper[less] if is_published else math.nan
-                orders.append([f"{more} > {less}", column, f"{paper:+.1f}" if is_published else "",
-                               shown(pairs, column, "+"),
-                               verdict(low, high)])
-    tables = [markdown(" | ".join(["cell | paper:", *(f"{name}:" for name in columns)]), rows)]
+                published = (f"{study.paper[more] - study.paper[less]:+.1f}" if is_published
+                             else "")
+                orders.append([f"{more} > {less}", column, *(published for _ in paper),
+                               shown(pairs, column, "+"), verdict(low, high)])
+    tables = [markdown(" | ".join(["cell", *paper, *(f"{name}:" for name in columns)]), rows)]
     if orders:
-        tables.append(markdown("order | of | paper: | difference: | holds", orders))
+        tables.append(markdown(" | ".join(["order | of", *paper, "difference: | holds"]), orders))
     return "\n\n".join(tables)
 
 

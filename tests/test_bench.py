@@ -163,8 +163,8 @@ def test_a_study_runs_small_and_is_not_made_again(tmp_path, capsys, monkeypatch)
     paper.main(config)
     said = capsys.readouterr().out
     header, _, row = said.splitlines()
-    assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", "paper", *paper_values(0)]
-    name, _, prism, area, *_ = (cell.strip() for cell in row.split("|")[1:-1])
+    assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", *paper_values(0)]
+    name, prism, area, *_ = (cell.strip() for cell in row.split("|")[1:-1])
     assert name == "praising" and re.fullmatch(r"[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)", prism)
     assert re.fullmatch(r"[01]\.\d{3}", area)
     monkeypatch.setattr(paper, "begin", None)
@@ -176,9 +176,9 @@ def test_a_study_with_a_program_of_its_own_runs_small(tmp_path, capsys):
     """Captions by the start, a model pretrained on them, what it answers from images: three products, one column."""
     paper.main(PaperConfig("data", seeds=(0,), cells=("start", "facts"), folder=tmp_path, smoke=True))
     header, _, *rows = capsys.readouterr().out.splitlines()
-    assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", "paper", "looking"]
+    assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", "looking"]
     assert [row.split("|")[1].strip() for row in rows] == ["start", "facts"]
-    assert all(re.fullmatch(r"[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)", row.split("|")[3].strip()) for row in rows)
+    assert all(re.fullmatch(r"[01]\.\d{3} \([01]\.\d{3} to [01]\.\d{3}\)", row.split("|")[2].strip()) for row in rows)
 
 
 def test_what_prism_leaves_out_is_known_from_the_facts(tmp_path):
