@@ -231,7 +231,7 @@ def test_attacks_by_part():
 
 
 def test_it_is_off_and_loads_nothing_unless_asked():
-    assert all(preset.reward_config.correctness_weight == 0 for _, preset in PRESETS.values())
+    assert [name for name, (_, preset) in PRESETS.items() if preset.reward_config.correctness_weight] == ["caprl-true"]
     assert load_reward(toy_config(), torch.device("cpu")).image_models == {}
     with pytest.raises(ValueError, match=r"^correctness_weight -1.0: expected"):
         RewardConfig(correctness_weight=-1.0)
