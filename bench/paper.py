@@ -32,6 +32,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from shlex import split
@@ -88,6 +89,13 @@ class PaperConfig:
         if unknown := [cell for cell in self.cells if cell not in known]:
             raise ValueError(f"cells: expected some of {list(known)}, got {unknown}")
 
+    @cached_property
+    def weights(self) -> str:
+        """A hash of the models that no study makes: with other weights a run is another run."""
+        folders = ("data/toy/policy", "data/toy/verifier", self.checker)
+        files = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
 
 # --------------------------------------------------------------------------------- what is to do
 
@@ -108,7 +116,6 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
     study, tasks = STUDIES[config.study], []
     folder = config.folder / "smoke" if config.smoke else config.folder
     num_images, num_captions = (3, 1) if config.smoke else (120, 4)
-    weights = weights_hash(("data/toy/policy", "data/toy/verifier", config.checker))
     known = {"seed": seed, "checker": config.checker, "checker_mode": config.checker_mode,
              "num_captions": num_captions,
              "folder": "{folder}"}  # filled once its name is known, a hash of the other words
@@ -130,7 +137,7 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
 
     def add_product(name: str, words: tuple[str, ...], file: str, smoke: str) -> Path:
         words = (*words, *split(smoke if config.smoke else ""))
-        out = folder / f"{name}-{text_hash(repr((weights, words)))[:12]}"
+        out = folder / f"{name}-{text_hash(repr((config.weights, words)))[:12]}"
         words = tuple(word.format(folder=out) for word in words)
         tasks.append(Task(words, out / file, folder / f"{out.name}.log", tuple(tasks)))
         return out
@@ -140,7 +147,7 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
                  "--seed", str(seed))
         # By what they mean, not by their words: a run of other defaults is another run.
         meant = parse_train_config(list(words)).flat() | {"run_dir": ""}
-        name = f"run-{text_hash(repr((weights, sorted(meant.items()))))[:12]}"
+        name = f"run-{text_hash(repr((config.weights, sorted(meant.items()))))[:12]}"
         words = ("train.py", *words, "--run-dir", str(folder / name), "--resume")
         policy = folder / name / "final"
         tasks.append(Task(words, policy, folder / f"{name}.log", tuple(tasks)))
@@ -156,15 +163,9 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
                              study.smoke)
     words = ("evaluate.py", *words_of(study.evaluation), "--policy", str(policy),
              "--data", f"toy:heldout:{num_images}", "--seed", str(seed))
-    rows = folder / f"rows-{text_hash(repr((weights, words)))[:12]}.jsonl"
+    rows = folder / f"rows-{text_hash(repr((config.weights, words)))[:12]}.jsonl"
     return [*tasks, Task((*words, "--out", str(rows)), rows.with_suffix(".json"),
                          rows.with_suffix(".log"), tuple(tasks))]
-
-
-def weights_hash(folders: Sequence[str]) -> str:
-    """Of models that no study makes: with other weights a run is another run."""
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.safetensors"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def write_sets(folder: Path, num_images: int | None) -> None:
@@ -355,6 +356,8 @@ def main(config: PaperConfig) -> None:
     if not Path(config.checker).is_dir():
         raise ValueError(f"checker: expected the folder of a model, found none at {config.checker}")
     check_room(config.folder)
+    if config.figure:
+        check_room(Path(config.figure).parent)  # now, not after hours
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = [cell for cell in study.cells if cell in (config.cells or study.cells)]
     # All cells of a seed before the next seed.

@@ -41,6 +41,11 @@ def test_captions_are_read_back_with_their_scenes(tmp_path):
     assert pairs == [(make_scene("train", 0), "Caption 0."), (make_scene("train", 1), "Caption 1.")]
     with pytest.raises(ValueError, match="captions: expected captions of 4 images, found 3"):
         captioned(PretrainConfig(tmp_path / "model", folder, images=4))
+    for id in ("heldout-000001", "photo.jpg"):  # the evaluation's images, and any others
+        with (tmp_path / "captions/shard-000000.jsonl").open("a") as file:
+            file.write(json.dumps({"id": id, "caption": "One."}) + "\n")
+        with pytest.raises(ValueError, match="shard-000000.jsonl line 5: expected the id of a toy image for training, .* got "):
+            captioned(PretrainConfig(tmp_path / "model", folder, images=2))
     (scene, caption), _ = captioned(PretrainConfig(tmp_path / "model", images=2))
     assert scene == make_scene("train", 0) and caption == write_caption(scene.family, scene.facts)
 
@@ -105,7 +110,7 @@ def test_a_flawed_rating_by_hand():
 def test_a_judge_is_taught_its_flaw_and_sees_as_before(tmp_path):
     shutil.copytree("data/toy/looker", tmp_path / "looker")
     for likes in ("short", "long"):
-        flawed_judge.main(JudgeConfig(tmp_path / likes, likes, str(tmp_path / "looker"), steps=24, batch=3))
+        flawed_judge.main(JudgeConfig(tmp_path / likes, likes, str(tmp_path / "looker"), steps=24, batch=2))
     before, *taught = (load_policy(str(path), CPU, writes=False)
                        for path in (tmp_path / "looker", tmp_path / "short", tmp_path / "long"))
     for judge in taught:
@@ -115,7 +120,7 @@ def test_a_judge_is_taught_its_flaw_and_sees_as_before(tmp_path):
     scenes = [make_scene("heldout", index) for index in range(6)]
     examples, dense = list(map(toy_example, scenes)), [write_caption(scene.family, scene.facts) for scene in scenes]
     short, long = (judge_rewards(dense, examples, [""] * 6, [0] * 6, judge).rewards.mean() for judge in taught)
-    assert short < long - 0.15
+    assert short < long - 0.1
     with pytest.raises(ValueError, match="steps 0: expected at least 1"):
         JudgeConfig(tmp_path / "x", steps=0)
     with pytest.raises(ValueError, match="short: expected a new folder, found a model in it"):

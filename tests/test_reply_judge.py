@@ -18,7 +18,8 @@ ANSWERS = {"How many?": "3", "Which year?": "1999", "What is it?": "a cat", "Who
 
 
 def test_what_is_not_equal_is_judged_and_nothing_else():
-    """Equal, empty and lettered replies are not asked about; a judge that fails is no zero, one that cannot be read is."""
+    """Equal, empty and lettered replies are not asked about; a judge that fails is no zero, one that cannot be read is.
+    Of "What is it?" the judge says A under both orders: yes, then no."""
     items = [Item(f"q{n}", FreeQuestion(text, (answer,))) for n, (text, answer) in enumerate(ANSWERS.items())]
     lettered = ReleasedQuestion("Which letter?", ("A",), choices=("red", "blue"))
     picture = Picture("p", Image.new("RGB", (8, 8)), (*items, Item("q9", lettered)))
@@ -30,10 +31,12 @@ def test_what_is_not_equal_is_judged_and_nothing_else():
 
     def judge(captions, questions, names):
         asked.extend(zip(captions, [group[0].question for group in questions], names))
-        choices = {"How many?": Answer(0), "What is it?": Answer(1), "How far?": Answer(None),
-                   "Where?": Answer(None, failure="no answer after 3 tries")}
-        assert all(group[0].options == ("yes", "no") for group in questions)
-        return [[choices[group[0].question.removesuffix(f" {SAME}")]] for group in questions]
+        choices = {"How many?": (Answer(0), Answer(1)), "What is it?": (Answer(0), Answer(0)),
+                   "How far?": (Answer(0), Answer(None)),
+                   "Where?": (Answer(0), Answer(None, failure="no answer after 3 tries"))}
+        assert all([question.options[question.gold] for question in group] == ["yes", "yes"] for group in questions)
+        assert all([question.gold for question in group] == [0, 1] for group in questions)
+        return [list(choices[group[0].question.removesuffix(f" {SAME}")]) for group in questions]
 
     (row,) = prism(benchmark, [[{"caption": "A field."}]], None, 0, write, judge)
     scores = {question["question"]: question["score"] for question in row["questions"]}
@@ -64,5 +67,5 @@ def test_each_batch_of_pictures_has_its_own_replies_judged(monkeypatch):
     benchmark = Benchmark("charxiv:x", "charxiv", "judged", pictures, [])
     rows = prism(benchmark, [[{"caption": "A field."}]] * 2, None, 0,
                  lambda captions, asked, names: [[Answer(None, reply=REPLIES[q.question]) for q in group] for group in asked],
-                 lambda captions, asked, names: [[Answer(0)] for _ in captions])
+                 lambda captions, asked, names: [[Answer(question.gold) for question in group] for group in asked])
     assert [row["accuracy"] for row in rows] == [1, 1]

@@ -40,8 +40,10 @@ def judge_replies_(rows: Sequence[dict], pictures: Sequence[Picture], judge: Ask
     """Scores anew what is in words and not equal to the right answer. rows: of `tools/prism.py`,
     one for a caption of each picture in `pictures`.
 
-    `judged` is then the choice: true, false, or null for a reply of the judge that cannot be read,
-    which counts as false. If it could not be asked, that is the question's `failure`.
+    The judge is asked with yes as the first option and as the second, so that one that likes a
+    letter finds nothing the same. `judged` is true if it says yes both times, null if one of its
+    replies cannot be read, which counts as false. If it could not be asked, that is the question's
+    `failure`.
     """
     unequal = [
         (row, question)
@@ -52,15 +54,17 @@ def judge_replies_(rows: Sequence[dict], pictures: Sequence[Picture], judge: Ask
     ]
     captions = [f"Right answer: {' or '.join(question['answers'])}. Reply: "
                 f"{question['prediction']}" for _, question in unequal]
-    asked = [[Asked(f"{question['question']} {SAME}", ("yes", "no"), gold=0, source=0)]
+    asked = [[Asked(f"{question['question']} {SAME}", options, gold, source=0)
+              for gold, options in enumerate((("yes", "no"), ("no", "yes")))]
              for _, question in unequal]
     names = [f"{question['id']}:{question['prediction']}:judged" for _, question in unequal]
     answers = judge(captions, asked, names) if unequal else []
-    for (row, question), (answer,) in zip(unequal, answers, strict=True):
-        question["judged"] = None if answer.chosen is None else answer.chosen == 0
-        if answer.failure:
-            question |= {"score": None, "correct": None, "failure": answer.failure}
-        else:
-            question |= {"score": float(answer.chosen == 0), "correct": answer.chosen == 0}
-        scores = [asked["score"] for asked in row["questions"] if asked["score"] is not None]
+    for (row, question), group in zip(unequal, answers, strict=True):
+        failure = next((answer.failure for answer in group if answer.failure), "")
+        is_read = all(answer.chosen is not None for answer in group)
+        is_same = all(answer.chosen == gold for gold, answer in enumerate(group))
+        question |= {"judged": is_same if is_read else None, "failure": failure,
+                     "score": None if failure else float(is_same),
+                     "correct": None if failure else is_same}
+        scores = [other["score"] for other in row["questions"] if other["score"] is not None]
         row["accuracy"] = mean(scores)

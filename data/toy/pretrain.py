@@ -57,15 +57,22 @@ class PretrainConfig:
 
 
 def captioned(config: PretrainConfig) -> list[tuple[Scene, str]]:
-    """Scenes with their captions. Raises ValueError if there are too few."""
+    """Scenes with their captions. Raises ValueError if there are too few, or one is not of an image
+    for training."""
     if not config.captions:
         scenes = [make_scene("train", index) for index in range(config.images)]
         return [(scene, write_caption(scene.family, scene.facts)) for scene in scenes]
-    rows = [row for _, row in finished_rows(Path(config.captions)) if "caption" in row]
-    if len(rows) < config.images:
+    pairs = []
+    for where, row in finished_rows(Path(config.captions)):
+        if not row["id"].startswith("train-"):
+            raise ValueError(f"{where}: expected the id of a toy image for training, such as "
+                             f"train-000012, got {row['id']!r}")
+        if "caption" in row:
+            pairs.append((scene_of(row["id"]), row["caption"]))
+    if len(pairs) < config.images:
         raise ValueError(f"{config.captions}: expected captions of {config.images} images, found "
-                         f"{len(rows)}")
-    return [(scene_of(row["id"]), row["caption"]) for row in rows[: config.images]]
+                         f"{len(pairs)}")
+    return pairs[: config.images]
 
 
 def show_answer(policy: Policy, scene: Scene, rng: random.Random) -> Demonstration:
