@@ -19,7 +19,8 @@ def describe_start(num_ranks: int) -> dict:
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text) or [platform.machine()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    libraries = {name: version(name) for name in ("torch", "transformers")}
+    # torch's own name of its version also says for which CUDA it was built
+    libraries = {"torch": torch.__version__, "transformers": version("transformers")}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
