@@ -152,12 +152,10 @@ class Decoder:
         tried again."""
         if self.recording is None:
             batch, room = self.num_groups * self.group_size, self.suffix[0][0].shape[3]
-            inputs = tokens.new_zeros(batch), positions.new_zeros(batch), self.device_ages.clone()
-            all_rows = torch.arange(batch, device=rows.device)
+            inputs = (tokens.new_zeros(batch), positions.new_zeros(batch),
+                      torch.arange(batch, device=rows.device), self.device_ages.clone())
             try:
-                replay, logits = record(
-                    lambda: self._forward(*inputs[:2], all_rows, inputs[2], room)
-                )
+                replay, logits = record(lambda: self._forward(*inputs, room))
             except RuntimeError as error:
                 warnings.warn(f"decoding without CUDA graphs, several times slower ({error})",
                               stacklevel=2)
@@ -237,10 +235,12 @@ class Decoder:
 
 @dataclass(frozen=True)
 class _Recording:
-    """A step of all B rows with fixed addresses: inputs, replay and output."""
+    """A step of all B rows with fixed addresses: inputs, replay and output. A replay reads the
+    memory of every tensor that the recording read, and does not keep it. So all are kept here."""
 
     tokens: Tensor  # (B,)
     positions: Tensor  # (B,)
+    rows: Tensor  # (B,) from 0
     ages: Tensor  # (P,)
     replay: Callable[[], None]
     logits: Tensor  # (B, V)

@@ -3,6 +3,7 @@ import itertools
 import math
 import random
 import re
+import weakref
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import keys, widen
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
@@ -259,6 +261,42 @@ def test_decoding_by_recordings_draws_the_same(policy, groups_at_a_time, monkeyp
     if groups_at_a_time == 9:  # nobody waits: 9 groups, then at most 4, 2 and 1, and twice as much room after 64 tokens
         assert sizes[0] == 18 and len(sizes) <= 5 and sizes == sorted(sizes, reverse=True)
         assert want.lengths.view(9, 2).amax(1).unique().numel() > 5  # more ends than recordings
+
+
+def test_what_a_recording_reads_is_kept_as_long_as_the_recording(policy, prompts, monkeypatch):
+    """A graph knows addresses and keeps no tensor. On an H200 the rows were freed, and a replay read other numbers."""
+
+    class Reads(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.made, self.read = set(), {}
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            for part in pytree.tree_leaves(arguments):
+                if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() not in self.made:
+                    self.read[part.untyped_storage().data_ptr()] = weakref.ref(part)
+            out = function(*arguments, **(options or {}))
+            self.made |= {part.untyped_storage().data_ptr() for part in pytree.tree_leaves(out)}
+            return out
+
+    reads, kept = Reads(), []
+
+    def spy(function):
+        with reads:
+            result = function()
+        kept.append(result)  # none of its memory is used again
+        return (lambda: None), result
+
+    monkeypatch.setattr("grpo.decode.record", spy)
+    decoder = RecordingDecoder(policy.model, 2, 30)
+    _, cache, mask = read_prompts(policy, prompts)
+    decoder.add(cache, mask)
+    rows = torch.arange(8)
+    with torch.no_grad():
+        decoder.step(torch.full_like(rows, 40), rows + 100, rows)
+    assert len(reads.read) > 20 and decoder.recording is not None
+    lost = [address for address, tensor in reads.read.items() if tensor() is None]
+    assert not lost
 
 
 def test_the_cache_gives_room_back_and_its_prompts_are_a_multiple_of_8_long_for_recordings(policy, prompts):
