@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
+from types import ModuleType
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of the tests too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a network
@@ -21,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+import grpo.flash
 from data.toy.captioner import build_policy
 from data.toy.verifier import build_verifier
 from data.toy.world import draw, make_scene
@@ -147,3 +150,35 @@ def tiny_run(tmp_path_factory) -> Path:
         tensorboard=True,
     ))
     return run_dir
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False):
+    """A stand-in with the signature of flash-attn: its definition, row by row. It notes lengths and masks."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and cu_seqlens_q.device == q.device
+    lengths, key_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert (max_seqlen_q, max_seqlen_k) == (max(lengths), max(key_lengths)) and min(lengths) > 0 == dropout_p
+    assert (sum(lengths), sum(key_lengths)) == (len(q), len(k))
+    flash_attn_varlen_func.calls.append((lengths, key_lengths, causal))
+    shared, out = q.shape[1] // k.shape[1], []
+    for queries, keys, values in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths)):
+        keys, values = (part.repeat_interleave(shared, 1) for part in (keys, values))
+        scores = torch.einsum("ihd,jhd->hij", queries, keys) * (softmax_scale or q.shape[-1] ** -0.5)
+        if causal:
+            seen = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries))
+            scores = scores.masked_fill(~seen, -torch.inf)
+        out.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), values))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """(lengths of queries, of keys, whether causal) of each call of flash-attn, which is there as on a GPU."""
+    flash_attn_varlen_func.calls = []
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr("grpo.flash.can_use_flash_attention", lambda params: True)
+    grpo.flash._attention.cache_clear()
+    yield flash_attn_varlen_func.calls
+    grpo.flash._attention.cache_clear()

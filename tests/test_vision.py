@@ -1,9 +1,7 @@
 """The vision tower: what transformers' own computes, in one attention call a layer and a length, without waiting for a GPU."""
 
 import copy
-import sys
 from collections import Counter
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,9 +14,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-import grpo.vision
 from grpo.distributed import empty_model
-from grpo.vision import PatchProduct, prepare_vision_, window_attention
+from grpo.vision import WINDOW_ATTENTION, AlignedLinear, PatchProduct, prepare_vision_, window_attention
 
 TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1)
@@ -96,44 +93,12 @@ class Calls(TorchDispatchMode):
         return sum(count for name, count in self.counts.items() if name.startswith("_scaled_dot_product"))
 
 
-def flash_attn(lengths: list) -> ModuleType:
-    """A stand-in with the signature of flash-attn, which notes what it is given."""
-
-    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-                               softmax_scale=None, causal=False, window_size=(-1, -1)):
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and cu_seqlens_q.device == q.device
-        assert q.shape == k.shape == v.shape == (sum(IMAGES), 2, 16)
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q)
-        assert dropout_p == 0 and not causal and isinstance(max_seqlen_q, int)
-        lengths.append(cu_seqlens_q.diff().tolist())
-        assert max_seqlen_q == max_seqlen_k == max(lengths[-1])
-        scores = torch.einsum("ihd,jhd->hij", q, k) * (softmax_scale or q.shape[-1] ** -0.5)
-        window = torch.repeat_interleave(torch.arange(len(lengths[-1])), torch.tensor(lengths[-1]))
-        scores = scores.masked_fill(window[:, None] != window, -torch.inf)
-        return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
-
-    module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    return module
-
-
-@pytest.fixture
-def flash_lengths(monkeypatch):
-    """The lengths of each call of flash-attn, which is there as on a GPU."""
-    lengths = []
-    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(lengths))
-    monkeypatch.setattr("grpo.vision.can_use_flash_attention", lambda params: True)
-    grpo.vision._varlen_attention.cache_clear()
-    yield lengths
-    grpo.vision._varlen_attention.cache_clear()
-
-
 def test_window_attention_is_its_definition():
     """Windows of 2, 1, 3 and 2 patches: lengths that come back, one window alone."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 8, 4)
     ends = torch.tensor([0, 2, 3, 6, 8], dtype=torch.int32)
-    out, weights = window_attention(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=ends, max_length_q=3)
+    out, weights = window_attention(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=ends)
     assert out.shape == (1, 8, 2, 4) and weights is None
     owners = [0, 0, 1, 2, 2, 2, 3, 3]
     for head in range(2):
@@ -186,9 +151,9 @@ def test_one_call_for_a_layer_and_a_length(make, models, pixels):
     assert mode.attention == 4  # layers
 
 
-def test_flash_attn_is_called_once_a_layer(make, models, pixels, flash_lengths):
+def test_flash_attn_is_called_once_a_layer(make, models, pixels, flash_calls):
     own, ours = (features(model, pixels) for model in models)
-    assert flash_lengths == LAYERS[make]
+    assert flash_calls == [(lengths, lengths, False) for lengths in LAYERS[make]]
     assert torch.allclose(ours, own, rtol=1e-4, atol=1e-5 * own.abs().max().item())
     own.square().sum().backward()
     ours.square().sum().backward()
@@ -196,22 +161,13 @@ def test_flash_attn_is_called_once_a_layer(make, models, pixels, flash_lengths):
         assert torch.allclose(got.grad, want.grad, rtol=1e-4, atol=1e-5 * want.grad.abs().max().item()), name
 
 
-def test_without_flash_attn_torch_takes_its_place(models, pixels, flash_lengths, monkeypatch):
-    """torch's own, which runs on GPUs only, is given the same arguments."""
-    stand_in = sys.modules["flash_attn"].flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
-    own, ours = (features(model, pixels) for model in models)
-    assert len(flash_lengths) == 4 and torch.allclose(ours, own, rtol=1e-4, atol=1e-5 * own.abs().max().item())
-
-
 @pytest.mark.parametrize("with_flash", [False, True])
 def test_nothing_waits_for_the_device(models, pixels, monkeypatch, with_flash):
     """On the meta device no number can be read, only shapes are known, and tensors of the host do not mix in. transformers' own
     tower asks for the lengths in every layer."""
     if with_flash:
-        monkeypatch.setattr("grpo.vision.can_use_flash_attention", lambda params: True)
-        monkeypatch.setattr("grpo.vision._varlen_attention", lambda: lambda q, k, v, ends, *_: torch.empty_like(q + ends.sum()))
+        monkeypatch.setattr("grpo.flash.can_use_flash_attention", lambda params: True)
+        monkeypatch.setattr("grpo.flash._attention", lambda: lambda q, k, v, ends, *_: torch.empty_like(q + ends.sum()))
     own, ours = (model.to("meta") for model in models)
     assert features(ours, pixels.to("meta")).shape[0] == sum(IMAGES) // 4
     with pytest.raises(Exception, match="meta"):
@@ -234,6 +190,27 @@ def test_a_patch_is_a_product():
             results.append([out, patches.grad, *(p.grad for p in module.parameters())])
         for got, want in zip(*results):
             assert got.shape == want.shape and torch.allclose(got, want, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype, inner, wide", [(torch.bfloat16, 20, 24), (torch.float32, 18, 20), (torch.float32, 20, 20)])
+def test_the_products_of_the_towers_mlp_have_aligned_sides(bias, dtype, inner, wide):
+    """Qwen2.5-VL's inner width of 3,420 has 6,840 bytes, no multiple of 16. Values and gradients are those of its own."""
+    torch.manual_seed(0)
+    own = nn.ModuleList([nn.Linear(16, inner, bias), nn.Linear(16, inner, bias), nn.Linear(inner, 16, bias)]).to(dtype)
+    ours = copy.deepcopy(own)
+    for layer in ours:
+        layer.__class__ = AlignedLinear
+    results = []
+    for gate, up, down in (own, ours):
+        x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        widths = [layer(x).shape[1] for layer in (gate, up)]
+        out = down(nn.functional.silu(gate(x)) * up(x))
+        out.square().sum().backward()
+        results.append([out, x.grad, *(p.grad for layer in (gate, up, down) for p in layer.parameters())])
+    assert widths == [wide, wide]
+    for want, got in zip(*results):
+        assert got.shape == want.shape and torch.allclose(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
 def test_what_is_saved_and_the_text_model_stay(models, tmp_path):
@@ -259,6 +236,6 @@ def test_a_copy_for_training_and_a_deep_copy_have_the_same_tower(models, pixels)
     for model in (copy.deepcopy(ours), empty):
         tower = model.model.visual
         assert type(tower.patch_embed.proj) is PatchProduct and len(tower._forward_pre_hooks) == 1
-        assert {block.attn.config._attn_implementation for block in tower.blocks} == {grpo.vision.WINDOW_ATTENTION}
+        assert {block.attn.config._attn_implementation for block in tower.blocks} == {WINDOW_ATTENTION}
         assert tower.config._attn_implementation == model.config.text_config._attn_implementation == "sdpa"
     assert features(empty, pixels.to("meta")).dtype == torch.bfloat16
