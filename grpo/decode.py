@@ -4,10 +4,11 @@ The G captions of an image share its prompt. The prompt's keys and values are ke
 read them in one matrix product. The captions' own are kept per row. Linear layers and head run on
 the rows that are still being written, attention runs on whole groups.
 
-A GPU takes longer to launch the step's thousand small kernels than to run them. So there the step
-is recorded once as a CUDA graph and replayed. A recording has fixed addresses and sizes. So all
-rows take part, and after every change of the cache it is made again. To keep changes rare, room for
-captions comes in few sizes, and groups should be dropped seldom.
+A GPU takes longer to launch the step's thousand small kernels than to run them. So there a layer's
+small kernels are compiled into few, and the step is recorded once as a CUDA graph and replayed. A
+recording has fixed addresses and sizes. So all rows take part, and after every change of the cache
+it is made again. To keep changes rare, room for captions comes in few sizes, and groups should be
+dropped seldom.
 
 Shape letters: H hidden size, D head size, K key-value heads, R query heads per key-value head. T
 longest prompt, A longest caption so far, B = P * G rows; n of them are still being written.
@@ -33,9 +34,11 @@ class Decoder:
     one product, for which the model's weights are laid side by side in memory (`stack_`).
     """
 
+    compiles = True  # False once a layer could not be compiled in this process
+
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
         # here: where weights lie is a page apart
-        from grpo.layers import LayerWeights, check_layers
+        from grpo.layers import LayerWeights, check_layers, compiled_step, layer_step
 
         check_layers(model)
         text = model.model.language_model
@@ -43,11 +46,10 @@ class Decoder:
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.eps = config.rms_norm_eps
         self.num_kv = config.num_key_value_heads
-        self.num_heads = config.num_attention_heads
         self.embed, self.norm = text.embed_tokens.weight, text.norm.weight
         self.head = model.lm_head
         self.rotary = text.rotary_emb
-        self.layers = [LayerWeights(layer) for layer in text.layers]
+        self.layers = [LayerWeights(layer, self.eps) for layer in text.layers]
         # Per layer: the prompts' keys and values, each (P, K, T, D).
         self.prefix: list[tuple[Tensor, Tensor]] = []
         # Per layer: the captions' keys and values, each (P, K, G, room, D).
@@ -56,6 +58,8 @@ class Decoder:
         self.ages: list[int] = []  # of each group: caption tokens so far
         self.device_ages = torch.empty(0)  # (P,) int64, the same for the device
         self.uses_graphs = self.embed.device.type == "cuda"
+        self.layer_step = layer_step
+        self.compiled_step = compiled_step() if self.uses_graphs and Decoder.compiles else None
         self.recording: _Recording | None = None
 
     @property
@@ -157,6 +161,11 @@ class Decoder:
             try:
                 replay, logits = record(lambda: self._forward(*inputs, room))
             except RuntimeError as error:
+                if self.compiled_step:
+                    warnings.warn(f"decoding by layers that are not compiled, slower ({error})",
+                                  stacklevel=2)
+                    self.compiled_step, Decoder.compiles = None, False
+                    return self._replay(tokens, positions, rows)
                 warnings.warn(f"decoding without CUDA graphs, several times slower ({error})",
                               stacklevel=2)
                 self.uses_graphs = False
@@ -170,56 +179,17 @@ class Decoder:
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor,
                  longest: int) -> Tensor:
         """Logits (n, V). ages: (P,). The first `longest` places of the captions' room are read."""
-        num_p, num_g, num_kv = self.num_groups, self.group_size, self.num_kv
-        shape = (num_p, num_kv, num_g, self.num_heads // num_kv)  # P, K, G, R
-        group, member = rows // num_g, rows % num_g
-        written = ages[group]
-        has_all_rows = len(rows) == num_p * num_g  # then they are in order, since rows ascend
+        written = ages[rows // self.group_size]
         late = torch.arange(longest, device=ages.device) > ages[:, None]  # (P, A): not written yet
         late = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)
         bias = torch.cat([self.prefix_bias, late[:, None, None, None]], -1)  # (P, 1, 1, 1, T + A)
-        width = self.prefix_bias.shape[-1]
         x = F.embedding(tokens, self.embed)  # (n, H)
         angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
         scaling = self.rotary.attention_scaling
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
-        for layer, prefix, (keys, values) in zip(self.layers, self.prefix, self.suffix):
-            head_dim = keys.shape[-1]
-            normed = F.rms_norm(x, x.shape[-1:], layer.norm1, self.eps)
-            heads = layer.qkv(normed)
-            heads = heads.view(len(x), -1, head_dim)  # (n, R * K + 2 * K, D)
-            qk, v = heads[:, :-num_kv], heads[:, -num_kv:]
-            if layer.q_norm is not None:
-                q, k = qk.split([self.num_heads, num_kv], dim=1)
-                q = F.rms_norm(q, (head_dim,), layer.q_norm, self.eps)
-                qk = torch.cat([q, F.rms_norm(k, (head_dim,), layer.k_norm, self.eps)], dim=1)
-            low, high = qk.chunk(2, dim=-1)
-            qk = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-            q = qk[:, : self.num_heads]
-            keys[group, :, member, written] = qk[:, self.num_heads :]
-            values[group, :, member, written] = v
-            if not has_all_rows:
-                q = x.new_zeros(num_p * num_g, *q.shape[1:]).index_copy(0, rows, q)
-            q = q.view(num_p, num_g, num_kv, shape[3], head_dim)
-            q = q.transpose(1, 2).contiguous()  # (P, K, G, R, D)
-            # A group's queries all read the prompt's keys; on captions each row reads its own.
-            prefix_keys, prefix_values = prefix
-            on_prompt = _scores(q.flatten(2, 3).flatten(0, 1),
-                                prefix_keys.flatten(0, 1).transpose(1, 2))
-            own_keys = keys.flatten(0, 2)[:, :longest]  # (P * K * G, A, D)
-            own_values = values.flatten(0, 2)[:, :longest]
-            on_caption = _scores(q.flatten(0, 2), own_keys.transpose(1, 2))
-            scores = torch.cat([on_prompt.view(*shape, -1), on_caption.view(*shape, -1)], dim=-1)
-            scores = torch.add(bias, scores, alpha=head_dim**-0.5)
-            probs = scores.softmax(-1).to(x.dtype)  # (P, K, G, R, T + A)
-            shared = probs[..., :width].flatten(2, 3) @ prefix_values  # (P, K, G * R, D)
-            own = probs[..., width:].flatten(0, 2) @ own_values  # (P * K * G, R, D)
-            out = (shared.view(q.shape) + own.view(q.shape)).transpose(1, 2)
-            out = out.flatten(2, 4).flatten(0, 1)  # (B, R * K * D)
-            x = x + layer.out(out if has_all_rows else out[rows])
-            normed = F.rms_norm(x, x.shape[-1:], layer.norm2, self.eps)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+        layer_step = self.compiled_step or self.layer_step
+        for layer, prefix, suffix in zip(self.layers, self.prefix, self.suffix):
+            x = layer_step(x, layer, prefix, suffix, (cos, sin), bias, rows, written)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:
@@ -259,14 +229,6 @@ def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
-
-
-def _scores(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products (rows, n, T) of (rows, n, D) and (rows, D, T). They are float32 for any dtype, as in
-    the trainer's kernels."""
-    if queries.dtype != torch.float32 and queries.is_cuda:
-        return torch.bmm(queries, keys, out_dtype=torch.float32)
-    return torch.bmm(queries.float(), keys.float())
 
 
 def _join_left(first: Tensor, second: Tensor, dim: int, value: float = 0.0) -> Tensor:

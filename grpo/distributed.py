@@ -205,11 +205,16 @@ def shard(scorer: CompletionScorer, device: torch.device, replicas: int = 1,
 
 def empty_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model like `model` in `dtype`, in eval mode and without memory: shard it, then `fill_`."""
-    from grpo.vision import prepare_vision_  # here: a reader of training need not meet it
+    # here: a reader of training need not meet it
+    from grpo.layers import fuse_norms_, plain_norms
+    from grpo.vision import prepare_vision_
 
     with torch.device("meta"):
         config = copy.deepcopy(model.config)
-        return prepare_vision_(AutoModelForImageTextToText.from_config(config, dtype=dtype).eval())
+        empty = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+    if model.device.type == "cuda":
+        fuse_norms_(empty, plain_norms(model))
+    return prepare_vision_(empty)
 
 
 @torch.no_grad()

@@ -1,7 +1,11 @@
 """The text layers that grpo/decode.py computes, those of Qwen2.5-VL and Qwen3-VL: a check that they
-are these, and their weights as it reads them."""
+are these, their weights as it reads them, and a layer's step.
 
-from collections.abc import Sequence
+Shape letters are those of grpo/decode.py.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -68,10 +72,37 @@ def check_layers(model: PreTrainedModel) -> None:
     if model.lm_head.bias is not None:
         raise ValueError(f"expected a head without a bias, found one in {name}")
     for norm in norms:
-        x = torch.linspace(-1, 1, len(norm.weight)).to(norm.weight)
-        normed = F.rms_norm(x, x.shape, norm.weight, config.rms_norm_eps)
-        if not torch.allclose(norm(x), normed, rtol=0.05, atol=1e-3):
+        if not _is_plain(norm, config.rms_norm_eps):
             raise ValueError(f"expected plain RMS norms, found {type(norm).__name__} in {name}")
+
+
+def _is_plain(norm: nn.Module, eps: float) -> bool:
+    """Whether it is F.rms_norm with this eps. Gemma's, for one, adds 1 to the weight."""
+    x = torch.linspace(-1, 1, len(norm.weight)).to(norm.weight)
+    wanted = F.rms_norm(x, x.shape, norm.weight, eps)
+    return torch.allclose(norm(x), wanted, rtol=0.05, atol=1e-3)
+
+
+@torch.no_grad()
+def plain_norms(model: nn.Module) -> dict[str, float]:
+    """The epsilons of its RMS norms by name, of those that compute no more than that."""
+    found = {}
+    for name, norm in model.named_modules():
+        weights = [key for key, _ in norm.named_parameters()]
+        eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+        if type(norm).__name__.endswith("RMSNorm") and weights == ["weight"]:
+            found |= {name: eps} if _is_plain(norm, eps) else {}
+    return found
+
+
+def fuse_norms_(model: nn.Module, norms: dict[str, float]) -> None:
+    """Makes one kernel of each of these norms, where transformers has six; weights and names stay.
+    norms: `plain_norms` of the model, or of one that it is an empty copy of."""
+    for name, eps in norms.items():
+        norm = model.get_submodule(name)
+        fused = nn.RMSNorm(norm.weight.shape, eps, device="meta").train(norm.training)
+        fused.weight = norm.weight
+        model.set_submodule(name, fused)
 
 
 def stack_(linears: Sequence[nn.Linear]) -> Tensor:
@@ -112,11 +143,85 @@ class StackedLinear:
 class LayerWeights:
     """Weights of a transformer layer."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, eps: float):
         attention, mlp = layer.self_attn, layer.mlp
+        self.eps = eps
         self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.qkv = StackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
         self.q_norm = attention.q_norm.weight if hasattr(attention, "q_norm") else None
         self.k_norm = attention.k_norm.weight if hasattr(attention, "k_norm") else None
         self.out, self.down = StackedLinear(attention.o_proj), StackedLinear(mlp.down_proj)
         self.gate_up = StackedLinear(mlp.gate_proj, mlp.up_proj)
+
+
+def layer_step(x: Tensor, layer: LayerWeights, prefix: Sequence[Tensor], suffix: Sequence[Tensor],
+               angles: Sequence[Tensor], bias: Tensor, rows: Tensor, written: Tensor) -> Tensor:
+    """A layer for the next token of n rows, (n, H) -> (n, H). Its keys and values are written.
+
+    prefix: the prompts' keys and values, each (P, K, T, D). suffix: the captions', each
+    (P, K, G, room, D), of which the first A places are read. angles: cosines and sines, each
+    (n, 1, D / 2). bias: (P, 1, 1, 1, T + A) float32, added to the scores. rows: (n,) ascending
+    places among the P * G rows. written: (n,) place of each row's new token in the suffix.
+    """
+    keys, values = suffix
+    num_p, num_kv, num_g, _, head_dim = keys.shape
+    width = prefix[0].shape[2]
+    longest = bias.shape[-1] - width
+    group, member = rows // num_g, rows % num_g
+    has_all_rows = len(rows) == num_p * num_g  # then they are in order, since rows ascend
+    heads = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.norm1, layer.eps))
+    heads = heads.view(len(x), -1, head_dim)  # (n, R * K + 2 * K, D)
+    qk, v = heads[:, :-num_kv], heads[:, -num_kv:]
+    if layer.q_norm is not None:
+        q = F.rms_norm(qk[:, :-num_kv], (head_dim,), layer.q_norm, layer.eps)
+        k = F.rms_norm(qk[:, -num_kv:], (head_dim,), layer.k_norm, layer.eps)
+        qk = torch.cat([q, k], dim=1)
+    (cos, sin), (low, high) = angles, qk.chunk(2, dim=-1)
+    qk = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    q = qk[:, :-num_kv]
+    keys[group, :, member, written] = qk[:, -num_kv:]
+    values[group, :, member, written] = v
+    if not has_all_rows:
+        q = x.new_zeros(num_p * num_g, *q.shape[1:]).index_copy(0, rows, q)
+    q = q.view(num_p, num_g, num_kv, -1, head_dim)
+    q = q.transpose(1, 2).contiguous()  # (P, K, G, R, D)
+    # A group's queries all read the prompt's keys; on captions each row reads its own.
+    on_prompt = _scores(q.flatten(2, 3).flatten(0, 1), prefix[0].flatten(0, 1).transpose(1, 2))
+    own_keys, own_values = (part.flatten(0, 2)[:, :longest] for part in suffix)  # (P * K * G, A, D)
+    on_caption = _scores(q.flatten(0, 2), own_keys.transpose(1, 2))
+    scores = [part.view(*q.shape[:4], -1) for part in (on_prompt, on_caption)]
+    scores = torch.add(bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)
+    probs = scores.softmax(-1).to(x.dtype)  # (P, K, G, R, T + A)
+    shared = probs[..., :width].flatten(2, 3) @ prefix[1]  # (P, K, G * R, D)
+    own = probs[..., width:].flatten(0, 2) @ own_values  # (P * K * G, R, D)
+    out = (shared.view(q.shape) + own.view(q.shape)).transpose(1, 2)
+    out = out.flatten(2, 4).flatten(0, 1)  # (P * G, R * K * D)
+    x = x + layer.out(out if has_all_rows else out[rows])
+    normed = F.rms_norm(x, x.shape[-1:], layer.norm2, layer.eps)
+    gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+    return x + layer.down(F.silu(gate) * up)
+
+
+@cache
+def compiled_step() -> Callable[..., Tensor]:
+    """`layer_step` by torch.compile, which joins its small kernels into few. It is compiled once
+    for all sizes that change in a run, and once more for a single group."""
+    compiled = torch.compile(layer_step, fullgraph=True)
+
+    def step(x, layer, prefix, suffix, angles, bias, rows, written):
+        changing = [(x, [0]), (bias, [0, 4]), (rows, [0]), (written, [0])]
+        changing += [(part, [0, 2]) for part in prefix] + [(part, [0, 3]) for part in suffix]
+        changing += [(part, [0]) for part in angles]
+        for tensor, places in changing:
+            torch._dynamo.maybe_mark_dynamic(tensor, places)
+        return compiled(x, layer, prefix, suffix, angles, bias, rows, written)
+
+    return step
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products (rows, n, T) of (rows, n, D) and (rows, D, T). They are float32 for any dtype, as in
+    the trainer's kernels."""
+    if queries.dtype != torch.float32 and queries.is_cuda:
+        return torch.bmm(queries, keys, out_dtype=torch.float32)
+    return torch.bmm(queries.float(), keys.float())

@@ -207,10 +207,13 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         except AttributeError:
             raise ValueError("expected the layout of Qwen2.5-VL or Qwen3-VL, found "
                              f"{type(owner).__name__} without {name}") from None
-    if writes:
-        from grpo.layers import check_layers  # here: a reader of training need not meet it
+    # here: a reader of training need not meet it
+    from grpo.layers import check_layers, fuse_norms_, plain_norms
 
+    if writes:
         check_layers(model)
+    if model.device.type == "cuda":
+        fuse_norms_(model, plain_norms(model))
     prepare_vision_(model)
     ends = eos_ids(model, tokenizer)
     if not ends:
