@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from data.examples import Example, Question
 from data.export import example_row
@@ -36,7 +35,7 @@ from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, TrainConfig, toy_config
 from grpo.decode import Decoder
 from grpo.distributed import local_device
-from grpo.logprobs import CompletionScorer
+from grpo.logprobs import CompletionScorer, group_attention
 from grpo.lora import adapters_off, add_adapters_
 from grpo.policy import Policy, Prompt
 from grpo.pretrained import make_policy
@@ -342,12 +341,13 @@ def attention(config: GpuConfig, device: torch.device) -> None:
         say(name, errors=" ".join(f"{error:.1g}" for error in errors),
             forward_ms=1e3 * seconds(call, config.repeats))
 
-    length, keys = config.tokens, prompt + config.tokens
-    inputs = states(config.group_size, length, keys)
-    bias = causal_lower_right(length, keys)
-    sees = torch.ones(length, keys, dtype=torch.bool, device=device).tril(keys - length)
-    compare("captions behind a prompt, flash attention",
-            lambda: F.scaled_dot_product_attention(*inputs, bias, enable_gqa=True), inputs, sees)
+    segment = [prompt, *[config.tokens] * config.group_size]
+    inputs = states(1, sum(segment), sum(segment))
+    part = torch.repeat_interleave(torch.tensor(segment)).to(device)
+    sees = ((part[:, None] == part) | (part == 0)).tril()
+    scaling = width**-0.5
+    compare("a packed group", lambda: group_attention(
+        torch.nn.Identity(), *inputs, None, scaling, [segment])[0].transpose(1, 2), inputs, sees)
 
     from grpo.vision import window_attention
 
@@ -358,7 +358,7 @@ def attention(config: GpuConfig, device: torch.device) -> None:
     places = torch.arange(windows * size, device=device) // size
     scaling = inputs[0].shape[-1] ** -0.5
     compare(f"{windows} windows of the tower", lambda: window_attention(
-        torch.nn.Identity(), *inputs, None, scaling, bounds, size)[0].transpose(1, 2),
+        torch.nn.Identity(), *inputs, None, scaling, bounds)[0].transpose(1, 2),
         inputs, places[:, None] == places)
 
     for length in (1, 64):  # the verifier's reply, and its questions
@@ -406,17 +406,20 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
     rows = torch.arange(len(keys), device=device)
     starts = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     starts, kept = starts.repeat_interleave(config.group_size), []
-    for uses_graphs in sorted({device.type == "cuda", False}, reverse=True):
+    for way in ("compiled", "recorded", "plain"):  # each without what the one before has
         decoder = Decoder(policy.model, config.group_size, config.tokens)
-        decoder.uses_graphs = uses_graphs
+        decoder.uses_graphs &= way != "plain"
+        if way != "compiled":
+            decoder.compiled_step = None
         _, cache, mask = read_prompts(policy, prompts)
         decoder.add(cache, mask)
         step = lambda d=decoder: d.step(rows % 500, starts + d.longest, rows)  # noqa: E731
         first = seconds(step, 1, warm_ups=0)
         kept.append([step().float().clone() for _ in range(2)][-1])
-        say("a token of all rows", recorded=decoder.uses_graphs, first_ms=1e3 * first,
+        say(f"a token of all rows, {way}", first_ms=1e3 * first,
             again_ms=1e3 * seconds(step, config.tokens // 4), peak_gib=peak_gib())
-    say("recorded against plain", logits=error_of(kept[0], kept[-1]))
+    say("errors of logits against plain", compiled=error_of(kept[0], kept[-1]),
+        recorded=error_of(kept[1], kept[-1]))
     rollouts = sample_rollouts(policy, prompts[:2], keys[: 2 * config.group_size], config.tokens)
     logprobs, _ = make_scorer(policy)(rollouts)
     gaps = (logprobs - rollouts.logprobs)[rollouts.completion_mask]
@@ -501,32 +504,51 @@ def adapters(config: GpuConfig, device: torch.device) -> None:
         say(name, seconds=spent, peak_gib=peak_gib(), aim="below 22 GiB")
 
 
+def write_run(config: GpuConfig, device: torch.device, folder: Path) -> TrainConfig:
+    """Writes models and images into the folder. Returns settings of a run on them."""
+    policy, _, verifier = build_models(config, device)
+    # One in tokens / 2 of the ids that can be drawn ends a caption.
+    ends = range(0, len(policy.tokenizer), max(2, config.tokens // 2))
+    policy.model.generation_config.eos_token_id = list(ends)
+    policy.image_processor.save_pretrained(folder / "policy")
+    for part, model in (("policy", policy.model), ("verifier", verifier.model)):
+        model.save_pretrained(folder / part)
+        policy.tokenizer.save_pretrained(folder / part)
+    with (folder / "data.jsonl").open("w") as file:
+        for example in make_examples(config):
+            example.image.save(folder / f"{example.id}.png")
+            file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
+    peak_gib()
+    return toy_config(
+        policy=f"{folder}/policy", verifier=f"{folder}/verifier", data=f"{folder}/data.jsonl",
+        run_dir=f"{folder}/run", num_steps=config.repeats, prompts_per_step=config.prompts,
+        group_size=config.group_size, max_new_tokens=config.tokens, kl_coef=0.04,
+        micro_batch_tokens=config.micro_batch_tokens, gradient_checkpointing=True,
+        verifier_mode="sample", audit_every=100, probe_images=2,
+    )
+
+
+def memory_folder() -> TemporaryDirectory:
+    """In the host's memory where that has a folder: a checkpoint of 20 GB takes a disk too long."""
+    return TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+
+
+def check(config: GpuConfig, device: torch.device) -> None:
+    """What train.py --check says of a run with all layers: does it fit, and how long is a step."""
+    from tools.check import check as check_run
+
+    with memory_folder() as name:
+        try:
+            check_run(replace(write_run(config, device, Path(name)), check=True))
+        except SystemExit as end:
+            say("check", exit_code=end.code)
+
+
 def training(config: GpuConfig, device: torch.device) -> None:
     """Steps of train.py with FSDP2, AdamW and all records, where captions have unlike lengths."""
-    sizes = replace(config, layers=config.trained_layers)
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        policy, reference, verifier = build_models(sizes, device)
-        # One in tokens / 2 of the ids that can be drawn ends a caption.
-        ends = range(0, len(policy.tokenizer), max(2, config.tokens // 2))
-        policy.model.generation_config.eos_token_id = list(ends)
-        policy.image_processor.save_pretrained(folder / "policy")
-        for part, model in (("policy", policy.model), ("verifier", verifier.model)):
-            model.save_pretrained(folder / part)
-            policy.tokenizer.save_pretrained(folder / part)
-        del policy, reference, verifier, model  # train.py loads its own
-        with (folder / "data.jsonl").open("w") as file:
-            for example in make_examples(config):
-                example.image.save(folder / f"{example.id}.png")
-                file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
-        peak_gib()
-        run_training(toy_config(
-            policy=f"{folder}/policy", verifier=f"{folder}/verifier", data=f"{folder}/data.jsonl",
-            run_dir=f"{folder}/run", num_steps=config.repeats, prompts_per_step=config.prompts,
-            group_size=config.group_size, max_new_tokens=config.tokens, kl_coef=0.04,
-            micro_batch_tokens=config.micro_batch_tokens, gradient_checkpointing=True,
-            verifier_mode="sample", audit_every=100, probe_images=2,
-        ))
+    with memory_folder() as name:
+        sizes = replace(config, layers=config.trained_layers)
+        run_training(write_run(sizes, device, Path(name)))
 
 
 def profile(config: GpuConfig, device: torch.device) -> None:
@@ -550,7 +572,7 @@ def profile(config: GpuConfig, device: torch.device) -> None:
 
 
 STAGES = {environment: 40, toy: 150, patches: 40, attention: 60, products: 40, decoding: 90,
-          step: 160, adapters: 60, training: 150, profile: 50}
+          step: 160, adapters: 60, training: 150, check: 100, profile: 50}
 """In this order; each with the most seconds that it may take."""
 
 
