@@ -126,9 +126,10 @@ def test_the_releases_own_scores_known(prediction, golds, rule, expected):
 
 
 @pytest.mark.parametrize(("prediction", "gold", "rule", "expected"), [
-    ("0.12", "12", "char", 1), ("0.12", "12", "", 0), ("0.333", "1/3", "", 0), ("1, 2", "1, 2, 3", "", 0)])
+    ("0.12", "12", "char", 1), ("0.12", "12", "", 0), ("0.333", "1/3", "", 0), ("1, 2", "1, 2, 3", "", 0),
+    ("x^2 + 2x + 1", "(x + 1)^2", "", 1), ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", "", 1), ("x^2", "x^3", "", 0)])
 def test_the_releases_own_scores_by_their_definition(prediction, gold, rule, expected):
-    """A hundred times too small; not equal to six digits; a list that lacks one."""
+    """A hundred times too small; not equal to six digits; a list that lacks one; formulas that are equal."""
     assert released_score(prediction, (gold,), rule) == expected
 
 

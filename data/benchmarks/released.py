@@ -80,16 +80,20 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
 def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> float:
     """What the release's script (Prism_Evaluation/Eval_CapRL.py) gives for an answer in its box.
 
-    1 if answer and gold are equal as expressions: see `same_expression`, of a single gold. With
-    "char" and "info" also if they agree by relaxed accuracy. But the 5% are of the answer, and a
-    number may be a hundred times too large or too small. With "info" it is the ANLS, if more.
+    1 if answer and gold are the same LaTeX expression to math_verify, as the script calls it: equal
+    numbers, and letters in any order ("listen", "silent"), since they are multiplied. With "char"
+    and "info" also if they agree by relaxed accuracy. But the 5% are of the answer, and a number
+    may be a hundred times too large or too small. With "info" it is the ANLS, if more.
     """
+    from math_verify import verify  # here: it takes a second to load, and few ask for it
+
     prediction = prediction.strip()
-    if not prediction:
-        return 0.0
-    if len(answers) == 1 and same_expression(prediction, answers[0]):
+    gold = _expression(answers[0] if len(answers) == 1 else str(list(answers)))
+    expression = _expression(prediction)
+    if any(gold and verify(first, gold) for first in (prediction, expression)):
         return 1.0
-    if not rule:
+    prediction = str(expression[-1]).strip() if expression else ""
+    if not rule or not prediction:
         return 0.0
     try:
         texts = [str(scale * float(prediction)) for scale in (1, 0.01, 100)]
@@ -100,43 +104,8 @@ def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> flo
     return anls(prediction, answers) if rule == "info" else 0.0
 
 
-def same_expression(first: str, second: str) -> bool:
-    """Whether the release's script takes both for the same LaTeX expression, in the forms that
-    answers have: equal texts; equal numbers, with fractions, percents and units; the same letters
-    in any order, whatever their case ("listen", "silent"), since it multiplies them; lists of such
-    in any order. Other formulas have to be equal as texts here. The script simplifies them
-    (math_verify)."""
-    first, second = (re.sub(r"\\text\s*{([^{}]*)}|\\[!,;]|\$", r"\1", text).strip()
-                     for text in (first, second))
-    if first == second:
-        return True
-    lists = [re.split(r",(?!\d{3}(?!\d))\s*|\s+and\s+", text) for text in (first, second)]
-    if len(lists[0]) == len(lists[1]) > 1:
-        return all(any(same_expression(part, other) for other in lists[1])
-                   for part in lists[0])
-    values = [_values(text) for text in (first, second)]
-    if all(values):
-        return any(round(a, 6) == round(b, 6) for a in values[0] for b in values[1])
-    letters = [re.fullmatch(r"\(?([A-Za-z ]+)\)?", text) for text in (first, second)]
-    if not all(letters):
-        return False
-    products = [sorted(match[1].lower().replace(" ", "")) for match in letters]
-    return products[0] == products[1]
+def _expression(text: str) -> list:
+    """What math_verify reads in the text: a formula and its text; empty if it reads nothing."""
+    from math_verify import LatexExtractionConfig, parse
 
-
-_SIGNED = r"([+-]?\s?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+))"
-_NUMBER = re.compile(  # 12.5, 1,234, 3/4, \frac{3}{4}, 45%, 60^\circ, 12 cm
-    rf"(?:\\d?frac{{)?{_SIGNED}(?:(?:\s?[/:]\s?|}}{{){_SIGNED}}}?)?"
-    r"(?:\s?\\?(%)|\^{?\\circ}?|\s?[cmk]?m)?"
-)
-
-
-def _values(text: str) -> list[float]:
-    """The number that the text means; of a percent also its hundredth; of anything else none."""
-    match = _NUMBER.fullmatch(text)
-    if not match:
-        return []
-    number, under = (float(re.sub(r"[,\s]", "", part or "1")) for part in match.groups()[:2])
-    if not under:
-        return []
-    return [number / under / scale for scale in ((1, 100) if match[3] else (1,))]
+    return parse(f"${text}$", [LatexExtractionConfig()], extraction_mode="first_match")
