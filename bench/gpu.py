@@ -35,6 +35,7 @@ from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, TrainConfig, toy_config
 from grpo.decode import Decoder
 from grpo.distributed import local_device
+from grpo.layers import layer_step
 from grpo.logprobs import CompletionScorer, group_attention
 from grpo.lora import adapters_off, add_adapters_
 from grpo.policy import Policy, Prompt
@@ -410,7 +411,7 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
         decoder = Decoder(policy.model, config.group_size, config.tokens)
         decoder.uses_graphs &= way != "plain"
         if way != "compiled":
-            decoder.compiled_step = None
+            decoder.layer_step = layer_step
         _, cache, mask = read_prompts(policy, prompts)
         decoder.add(cache, mask)
         step = lambda d=decoder: d.step(rows % 500, starts + d.longest, rows)  # noqa: E731

@@ -34,8 +34,6 @@ class Decoder:
     one product, for which the model's weights are laid side by side in memory (`stack_`).
     """
 
-    compiles = True  # False once a layer could not be compiled in this process
-
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
         # here: where weights lie is a page apart
         from grpo.layers import LayerWeights, check_layers, compiled_step, layer_step
@@ -58,8 +56,7 @@ class Decoder:
         self.ages: list[int] = []  # of each group: caption tokens so far
         self.device_ages = torch.empty(0)  # (P,) int64, the same for the device
         self.uses_graphs = self.embed.device.type == "cuda"
-        self.layer_step = layer_step
-        self.compiled_step = compiled_step() if self.uses_graphs and Decoder.compiles else None
+        self.layer_step = compiled_step() if self.uses_graphs else layer_step
         self.recording: _Recording | None = None
 
     @property
@@ -161,11 +158,6 @@ class Decoder:
             try:
                 replay, logits = record(lambda: self._forward(*inputs, room))
             except RuntimeError as error:
-                if self.compiled_step:
-                    warnings.warn(f"decoding by layers that are not compiled, slower ({error})",
-                                  stacklevel=2)
-                    self.compiled_step, Decoder.compiles = None, False
-                    return self._replay(tokens, positions, rows)
                 warnings.warn(f"decoding without CUDA graphs, several times slower ({error})",
                               stacklevel=2)
                 self.uses_graphs = False
@@ -187,9 +179,8 @@ class Decoder:
         angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
         scaling = self.rotary.attention_scaling
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
-        layer_step = self.compiled_step or self.layer_step
         for layer, prefix, suffix in zip(self.layers, self.prefix, self.suffix):
-            x = layer_step(x, layer, prefix, suffix, (cos, sin), bias, rows, written)
+            x = self.layer_step(x, layer, prefix, suffix, (cos, sin), bias, rows, written)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:

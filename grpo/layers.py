@@ -4,6 +4,8 @@ are these, their weights as it reads them, and a layer's step.
 Shape letters are those of grpo/decode.py.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
@@ -77,22 +79,25 @@ def check_layers(model: PreTrainedModel) -> None:
 
 
 def _is_plain(norm: nn.Module, eps: float) -> bool:
-    """Whether it is F.rms_norm with this eps. Gemma's, for one, adds 1 to the weight."""
-    x = torch.linspace(-1, 1, len(norm.weight)).to(norm.weight)
-    wanted = F.rms_norm(x, x.shape, norm.weight, eps)
-    return torch.allclose(norm(x), wanted, rtol=0.05, atol=1e-3)
+    """Whether it is F.rms_norm with this eps. Gemma's, for one, adds 1 to the weight. A copy is
+    tried, with weights that tell: beside large ones a 1 would not be seen."""
+    trial = copy.deepcopy(norm).float()
+    trial.weight.copy_(torch.linspace(0.5, 1.5, len(trial.weight)))
+    x = torch.linspace(-1, 1, len(trial.weight)).to(trial.weight)
+    return torch.allclose(trial(x), F.rms_norm(x, x.shape, trial.weight, eps), rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
-def plain_norms(model: nn.Module) -> dict[str, float]:
-    """The epsilons of its RMS norms by name, of those that compute no more than that."""
-    found = {}
+def plain_norms(model: PreTrainedModel) -> dict[str, float]:
+    """The epsilons of its RMS norms by name: of those that compute no more than that, and have the
+    model's data type (others return their own)."""
+    norms = {}
     for name, norm in model.named_modules():
-        weights = [key for key, _ in norm.named_parameters()]
+        weights = [(key, weight.dtype) for key, weight in norm.named_parameters()]
         eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-        if type(norm).__name__.endswith("RMSNorm") and weights == ["weight"]:
-            found |= {name: eps} if _is_plain(norm, eps) else {}
-    return found
+        if type(norm).__name__.endswith("RMSNorm") and weights == [("weight", model.dtype)]:
+            norms |= {name: eps} if _is_plain(norm, eps) else {}
+    return norms
 
 
 def fuse_norms_(model: nn.Module, norms: dict[str, float]) -> None:
@@ -205,16 +210,32 @@ def layer_step(x: Tensor, layer: LayerWeights, prefix: Sequence[Tensor], suffix:
 @cache
 def compiled_step() -> Callable[..., Tensor]:
     """`layer_step` by torch.compile, which joins its small kernels into few. It is compiled once
-    for all sizes that change in a run, and once more for a single group."""
+    for all sizes that change in a run, and anew for a single group and for each kind of layer
+    (with adapters, say). Where it cannot be compiled, one warning says so, and it runs as it is."""
     compiled = torch.compile(layer_step, fullgraph=True)
+    from torch._dynamo import config, exc, maybe_mark_dynamic  # which torch.compile has loaded
+
+    config.recompile_limit = max(config.recompile_limit, 64)
+    failed = False
 
     def step(x, layer, prefix, suffix, angles, bias, rows, written):
+        nonlocal failed
+        arguments = x, layer, prefix, suffix, angles, bias, rows, written
+        if failed:
+            return layer_step(*arguments)
         changing = [(x, [0]), (bias, [0, 4]), (rows, [0]), (written, [0])]
         changing += [(part, [0, 2]) for part in prefix] + [(part, [0, 3]) for part in suffix]
         changing += [(part, [0]) for part in angles]
         for tensor, places in changing:
-            torch._dynamo.maybe_mark_dynamic(tensor, places)
-        return compiled(x, layer, prefix, suffix, angles, bias, rows, written)
+            maybe_mark_dynamic(tensor, places)
+        try:
+            return compiled(*arguments)
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"decoding by layers that are not compiled, slower ({reason})",
+                          stacklevel=3)
+            failed = True
+        return layer_step(*arguments)
 
     return step
 

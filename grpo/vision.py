@@ -42,9 +42,8 @@ def prepare_vision_(model: PreTrainedModel) -> PreTrainedModel:
     if type(tower.patch_embed.proj) is nn.Conv3d:
         tower.patch_embed.proj.__class__ = PatchProduct
     for block in tower.blocks:
-        for layer in block.mlp.children():
-            if type(layer) is nn.Linear:
-                layer.__class__ = AlignedLinear
+        if hasattr(block.mlp, "gate_proj"):  # Qwen2.5-VL
+            block.mlp.__class__ = AlignedMLP
     if _read_grid not in tower._forward_pre_hooks.values():
         tower.register_forward_pre_hook(_read_grid, with_kwargs=True)
     return model
@@ -59,18 +58,23 @@ class PatchProduct(nn.Conv3d):
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
 
 
-class AlignedLinear(nn.Linear):
-    """A linear layer of the tower's MLP, as the products that are fast on a GPU: their sides are
-    multiples of 16 bytes. Qwen2.5-VL's inner width is 3,420, so it is 3,424 here, and the last 4
-    are 0."""
+class AlignedMLP(nn.Module):
+    """The tower's MLP, as products that are fast on a GPU: their sides are multiples of 16 bytes.
+    Qwen2.5-VL's inner width is 3,420, so it is 3,424 here, and the last 4 are 0. Layers with
+    adapters stay as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(S, in or more) -> (S, out or more)."""
-        more, beyond = -self.out_features % (16 // x.itemsize), x.shape[-1] - self.in_features
-        if not more and not beyond:
-            return super().forward(x)
-        bias = None if self.bias is None else F.pad(self.bias, (0, more))
-        return F.linear(x, F.pad(self.weight, (0, beyond, 0, more)), bias)
+        """(S, hidden) -> (S, hidden)."""
+        gate, up, down = layers = self.gate_proj, self.up_proj, self.down_proj
+        more = -gate.out_features % (16 // x.itemsize)
+        if not more or any(type(layer) is not nn.Linear for layer in layers):
+            return down(self.act_fn(gate(x)) * up(x))
+        first, second = (
+            F.linear(x, F.pad(layer.weight, (0, 0, 0, more)),
+                     None if layer.bias is None else F.pad(layer.bias, (0, more)))
+            for layer in (gate, up)
+        )
+        return F.linear(self.act_fn(first) * second, F.pad(down.weight, (0, more)), down.bias)
 
 
 def _read_grid(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

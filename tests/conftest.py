@@ -4,10 +4,11 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
 
@@ -56,10 +57,26 @@ class Forked(ForkServerProcess):
             os.dup2(os.open(self.out, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
         super().run()
 
+    def poll(self) -> int | None:
+        """As of a Popen."""
+        return self.exitcode
+
+    returncode = property(poll)
+
     def said(self) -> str:
         """All that it and the other ranks have printed, after its end."""
         self.join(300)
         return self.out.read_text()
+
+
+def run_as_program(words: Sequence[str]) -> None:
+    """python WORDS: a file, or a module after -m."""
+    if words[0] == "-m":
+        sys.argv = list(words[1:])
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(words)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def all_ranks(folder: Path, num_ranks: int, function: Callable, *arguments) -> str:

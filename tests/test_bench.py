@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import tyro
+from conftest import Forked, run_as_program
 
 import evaluate
 from bench import claims, gpu, paper
@@ -69,8 +70,8 @@ def test_gpu_runs_small_on_a_cpu():
     assert re.search(r"forward \+ backward: [\d.]+ TFLOP/s, \d+% of the product's", done.stdout)
     stages = re.findall(r"^## (\w+): at most \d+ s$", done.stdout, re.MULTILINE)
     assert stages == [function.__name__ for function in gpu.STAGES]
-    refused = subprocess.run([sys.executable, "bench/gpu.py"], capture_output=True, text=True, env=environment)
-    assert refused.returncode == 1 and "expected a GPU, found none" in refused.stderr
+    with pytest.raises(SystemExit, match="expected a GPU, found none"):
+        gpu.main(gpu.GpuConfig())
 
 
 def test_a_stage_that_fails_costs_only_itself(monkeypatch, capsys):
@@ -157,7 +158,20 @@ def test_steps_with_drafts_by_hand():
 # -------------------------------------------------------------------------------------- bench/paper.py
 
 
-def test_a_study_runs_small_and_is_not_made_again(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def forks(monkeypatch):
+    """A study's programs are forks: they need not import torch again."""
+
+    def begin(task):
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        process = Forked(task.log, run_as_program, task.arguments)
+        process.start()
+        return process
+
+    monkeypatch.setattr(paper, "begin", begin)
+
+
+def test_a_study_runs_small_and_is_not_made_again(tmp_path, capsys, monkeypatch, forks):
     """A start is taught, trained from and evaluated, by the programs themselves."""
     config = PaperConfig("true", seeds=(0,), cells=("praising",), folder=tmp_path, checker="data/toy/policy",
                          checker_mode="likelihood", smoke=True)
@@ -173,7 +187,7 @@ def test_a_study_runs_small_and_is_not_made_again(tmp_path, capsys, monkeypatch)
     assert capsys.readouterr().out == said
 
 
-def test_a_study_with_a_program_of_its_own_runs_small(tmp_path, capsys):
+def test_a_study_with_a_program_of_its_own_runs_small(tmp_path, capsys, forks):
     """Captions by the start, a model pretrained on them, what it answers from images: three products, one column."""
     paper.main(PaperConfig("data", seeds=(0,), cells=("start", "facts"), folder=tmp_path, smoke=True))
     header, _, *rows = capsys.readouterr().out.splitlines()

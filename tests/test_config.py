@@ -1,12 +1,10 @@
 import json
-import runpy
 import shutil
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import Forked
+from conftest import Forked, run_as_program
 
 import caption
 import evaluate
@@ -165,11 +163,6 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
         run_program(program.main, arguments.split())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith(f"error: {message}")
-
-
-def run_as_program(words: list[str]) -> None:
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import keys
 from torch import nn
+from torch._dynamo import exc as dynamo
 from transformers import GemmaConfig, GemmaForCausalLM
 
 import grpo.layers
@@ -41,17 +42,24 @@ def test_fused_norms_change_neither_logits_nor_gradients_nor_names(policy, promp
     assert sum(type(module) is nn.RMSNorm for module in empty.modules()) == len(norms)
 
 
-def test_norms_that_are_not_plain_stay():
-    """Gemma's adds 1 to its weight."""
+def test_norms_that_are_not_plain_stay(policy):
+    """Gemma's adds 1 to its weight, however large that is. A norm in another data type returns its own."""
     gemma = GemmaForCausalLM(GemmaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=1, head_dim=8))
-    assert "model.norm" in dict(gemma.named_modules()) and plain_norms(gemma) == {}
+    with torch.no_grad():
+        gemma.model.norm.weight.fill_(40)
+    assert plain_norms(gemma) == {}
+    norm = policy.model.model.language_model.norm.float()
+    norms = plain_norms(policy.model.to(torch.bfloat16))
+    assert "model.language_model.norm" in norms
+    norm.float()
+    assert plain_norms(policy.model) == {name: eps for name, eps in norms.items() if name != "model.language_model.norm"}
 
 
 class Recording(Decoder):
     def __init__(self, *args):
         super().__init__(*args)
-        self.uses_graphs, self.compiled_step = True, compiled_step() if Decoder.compiles else None
+        self.uses_graphs, self.layer_step = True, compiled_step()
 
 
 @pytest.fixture
@@ -88,16 +96,29 @@ def test_a_compiled_layer_is_compiled_once_and_draws_the_same(policy, recordings
     assert torch.equal(got.tokens, want.tokens) and torch.allclose(got.logprobs, want.logprobs, atol=1e-5)
 
 
-def test_decoding_goes_on_without_a_compiled_layer_and_says_so_once(policy, prompts, recordings, monkeypatch, recwarn):
+@pytest.mark.parametrize("error", [dynamo.InternalTorchDynamoError("no compiler found"),
+                                   dynamo.FailOnRecompileLimitHit("no compiler found")])
+def test_decoding_goes_on_without_a_compiled_layer_and_says_so_once(policy, prompts, recordings, monkeypatch, recwarn, error):
+    tries = []
+
     def fail(*args):
-        raise RuntimeError("no compiler found")
+        tries.append(args)
+        raise error
 
     monkeypatch.setattr(grpo.layers.torch, "compile", lambda function, **options: fail)
-    monkeypatch.setattr(Decoder, "compiles", True)
     sample_rollouts(policy, prompts, keys(4, 2), 6)
     got = sample_rollouts(policy, prompts, keys(4, 2), 6)  # which does not try again
-    assert [str(warning.message) for warning in recwarn if "compile" in str(warning.message)] == [
+    assert len(tries) == 1 and [str(warning.message) for warning in recwarn if "compile" in str(warning.message)] == [
         "decoding by layers that are not compiled, slower (no compiler found)"
     ]
     monkeypatch.setattr("grpo.rollout.Decoder", Decoder)
     assert torch.equal(got.tokens, sample_rollouts(policy, prompts, keys(4, 2), 6).tokens)
+
+
+def test_memory_that_is_short_is_not_the_compilers_fault(policy, prompts, recordings, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(grpo.layers.torch, "compile", lambda function, **options: fail)
+    with pytest.warns(UserWarning, match="without CUDA graphs"), pytest.raises(torch.OutOfMemoryError):
+        sample_rollouts(policy, prompts, keys(4, 2), 6)

@@ -123,12 +123,16 @@ def test_each_layer_has_a_draw_of_its_own_that_the_seed_names(policy):
 
 @pytest.mark.parametrize(("targets", "freeze", "count"), [
     (r"language_model\..*_proj", "none", 7), (r"[qv]_proj", "none", 2), (r"visual\..*", "vision", None),
+    (r".*_proj", "none", 0),
 ])
 def test_targets_and_freeze_name_the_layers(policy, targets, freeze, count):
     add_adapters_(policy.model, LoraConfig(lora_rank=2, lora_targets=targets), freeze, seed=0)
     names = list(adapters(policy.model))
     depth = policy.model.config.get_text_config().num_hidden_layers
-    if count:
+    if count == 0:  # the tower's too
+        towers = policy.model.config.vision_config.depth
+        assert len(names) == 7 * depth + 3 * towers
+    elif count:
         assert len(names) == count * depth and all("language_model.layers" in name for name in names)
     else:
         assert names and all("visual.merger" in name for name in names)

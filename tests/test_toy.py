@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FORKS
 from transformers import AutoTokenizer
 
 from data.examples import load_examples
@@ -157,7 +158,8 @@ def test_export_is_what_the_loader_reads(tmp_path):
         export(ExportConfig(tmp_path / "out"))
 
 
-def test_the_builder_runs_from_nothing(tmp_path, capsys):
+def test_the_builder_runs_from_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data.toy.build.get_context", lambda kind: FORKS)  # as fresh as spawned ones, and sooner there
     build(BuildConfig(folder=tmp_path, smoke=True))
     table = capsys.readouterr().out
     for row in ("true dense captions", "no caption", "one wrong fact", "abstains on a fact", "well-formed captions", "| all |",

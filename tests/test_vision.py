@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from grpo.distributed import empty_model
-from grpo.vision import WINDOW_ATTENTION, AlignedLinear, PatchProduct, prepare_vision_, window_attention
+from grpo.lora import LoraLinear
+from grpo.vision import WINDOW_ATTENTION, AlignedMLP, PatchProduct, prepare_vision_, window_attention
 
 TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1)
@@ -195,22 +196,26 @@ def test_a_patch_is_a_product():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype, inner, wide", [(torch.bfloat16, 20, 24), (torch.float32, 18, 20), (torch.float32, 20, 20)])
 def test_the_products_of_the_towers_mlp_have_aligned_sides(bias, dtype, inner, wide):
-    """Qwen2.5-VL's inner width of 3,420 has 6,840 bytes, no multiple of 16. Values and gradients are those of its own."""
+    """Qwen2.5-VL's inner width of 3,420 has 6,840 bytes, no multiple of 16. Values and gradients are those of its own. Layers
+    with an adapter are called as they are."""
     torch.manual_seed(0)
-    own = nn.ModuleList([nn.Linear(16, inner, bias), nn.Linear(16, inner, bias), nn.Linear(inner, 16, bias)]).to(dtype)
+    widths, results = [], []
+    own = nn.Module()
+    own.gate_proj, own.up_proj = nn.Linear(16, inner, bias), nn.Linear(16, inner, bias)
+    own.down_proj = nn.Linear(inner, 16, bias)
+    own.to(dtype).act_fn = lambda x: widths.append(x.shape[1]) or nn.functional.silu(x)
     ours = copy.deepcopy(own)
-    for layer in ours:
-        layer.__class__ = AlignedLinear
-    results = []
-    for gate, up, down in (own, ours):
+    ours.__class__ = AlignedMLP
+    for module in (own, ours):
         x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-        widths = [layer(x).shape[1] for layer in (gate, up)]
-        out = down(nn.functional.silu(gate(x)) * up(x))
+        out = module(x) if module is ours else own.down_proj(own.act_fn(own.gate_proj(x)) * own.up_proj(x))
         out.square().sum().backward()
-        results.append([out, x.grad, *(p.grad for layer in (gate, up, down) for p in layer.parameters())])
-    assert widths == [wide, wide]
+        results.append([out, x.grad, *(p.grad for p in module.parameters())])
     for want, got in zip(*results):
         assert got.shape == want.shape and torch.allclose(got, want, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    ours.up_proj.__class__ = LoraLinear
+    ours.up_proj.is_on = False
+    assert torch.allclose(ours(x), results[0][0], rtol=1e-2, atol=1e-6) and widths == [inner, wide, inner]
 
 
 def test_what_is_saved_and_the_text_model_stay(models, tmp_path):

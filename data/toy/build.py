@@ -232,7 +232,7 @@ def build(config: BuildConfig) -> None:
         if config.folder == BuildConfig.folder:
             raise ValueError(f"smoke: expected a folder other than {config.folder}, whose "
                              "checkpoints it would overwrite")
-        config = replace(config, verifier_steps=4, policy_steps=4, looker_steps=1, num_images=6)
+        config = replace(config, verifier_steps=1, policy_steps=1, looker_steps=1, num_images=6)
     check_room(config.folder)
     # Fresh processes: a fork of a process that has used torch's threads can hang.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
