@@ -1,9 +1,9 @@
 """What a short loan of a GPU should answer, in the order of what matters: does all run, how near to
 the hardware's limits, and where does the time go?
 
-    python bench/gpu.py                          # all stages, on one GPU of 80 GB
-    python bench/gpu.py --stages decoding step   # some of them
     python bench/gpu.py --smoke                  # tiny, on whatever there is: shows that it runs
+    python bench/gpu.py --stages decoding step   # some stages, on one GPU of 80 GB
+    python bench/gpu.py                          # all of them
 
 Models have the shapes of Qwen2.5-VL-3B and Qwen2.5-3B, and random weights in bfloat16. Each stage
 prints what it measures at once. It runs in a process of its own and ends after its limit of seconds
@@ -573,7 +573,7 @@ def profile(config: GpuConfig, device: torch.device) -> None:
 
 
 STAGES = {environment: 40, toy: 150, patches: 40, attention: 60, products: 40, decoding: 90,
-          step: 160, adapters: 60, training: 150, check: 100, profile: 50}
+          step: 160, adapters: 60, training: 150, check: 150, profile: 50}
 """In this order; each with the most seconds that it may take."""
 
 

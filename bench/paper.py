@@ -21,6 +21,7 @@ looking     accuracy of a model that answers from the pictures itself (data/toy/
 """
 
 import hashlib
+import json
 import math
 import os
 import random
@@ -35,7 +36,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from shlex import split
+from shlex import join, split
 from typing import Annotated, Literal
 
 import numpy as np
@@ -45,7 +46,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.figure import Interval, points_svg
-from bench.studies import ALWAYS, PRODUCTS, SETS, SMOKE, STUDIES, TRAINING, UNTRAINED, Study
+from bench.studies import (
+    ALWAYS,
+    NOISE_SMOKE,
+    PRODUCTS,
+    SETS,
+    SMOKE,
+    STUDIES,
+    TRAINING,
+    UNTRAINED,
+    Study,
+)
 from data.export import write_examples
 from data.io import check_room, text_hash, write_whole
 from data.jsonl import read_log
@@ -161,6 +172,12 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
     else:
         policy = add_product(config.study, (*words_of(study.program), *flags), "config.json",
                              study.smoke)
+    if study.has_noise and flags[:1] != (UNTRAINED,):
+        words = ("bench/reward_noise.py", f"--flags={join(flags)}",
+                 *split(NOISE_SMOKE if config.smoke else ""))
+        noise = folder / f"noise-{text_hash(repr((config.weights, words)))[:12]}.json"
+        tasks.insert(0, Task((*words, "--out", str(noise)), noise, noise.with_suffix(".log"),
+                             tuple(tasks[:-1])))  # not the training
     words = ("evaluate.py", *words_of(study.evaluation), "--policy", str(policy),
              "--data", f"toy:heldout:{num_images}", "--seed", str(seed))
     rows = folder / f"rows-{text_hash(repr((config.weights, words)))[:12]}.jsonl"
@@ -244,10 +261,12 @@ def values_of(tasks: Sequence[Task]) -> Values:
         claims = [[claim_record(claim, math.nan) for claim in claims_of(row["caption"])]
                   for row in rows]
         rows = [row | exact(row | {"claims": said}) for row, said in zip(rows, claims)]
-    values = image_values(rows) | {"area": {}, "empty": {}}
+    values = image_values(rows) | {"area": {}, "empty": {}, "noise": {}}
     for row in rows:
         values["empty"].setdefault(row["id"], []).append(empty_share(row["caption"]))
     for task in before:
+        if task.arguments[0] == "bench/reward_noise.py":
+            values["noise"] = json.loads(task.product.read_text())
         if task.arguments[0] == "train.py":
             values["area"]["all"] = [area_under(read_log(task.product.parent / EVAL_LOG))]
     return values
@@ -301,7 +320,7 @@ def report(study: Study, measured: dict[str, list[Values]]) -> str:
     """Two tables as Markdown: the cells, and the orders between those that are there. The paper's
     numbers have a column where it has any. measured: cell -> `values_of` each seed."""
     paper = ["paper:"] * bool(study.paper)
-    digits = {"Prism": 3, "area": 3, **DIGITS, "empty": 3, "looking": 3}
+    digits = {"Prism": 3, "area": 3, **DIGITS, "empty": 3, "noise": 3, "looking": 3}
 
     def shown(seeds: Sequence[dict[str, list[float]]], column: str, sign: str = "") -> str:
         numbers = over_seeds(seeds)

@@ -2,6 +2,7 @@
 measured.
 
     python bench/reward_noise.py
+    python bench/reward_noise.py --flags="--num-questions 2" --out noise.json    # of one setting
 
 Groups of captions by the shipped policy are scored again and again under every setting. Each time
 other questions, shuffles and replies are drawn. The truth of a caption is its accuracy over all of
@@ -15,10 +16,13 @@ whose rewards
 seconds    for the captions of one draw
 """
 
+import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import split
 
 import numpy as np
 import torch
@@ -27,11 +31,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.examples import load_examples
-from grpo.config import RewardConfig
+from data.examples import Example, load_examples
+from data.io import write_whole
+from data.program import check_range, run_program
+from grpo.config import RewardConfig, parse_train_config
 from grpo.pretrained import load_policy
 from grpo.rollout import sample_rollouts
-from reward.caprl import caption_rewards, load_verifier
+from reward.caprl import Verifier, caption_rewards, load_verifier
 from tools.audit import rank_correlation
 
 
@@ -46,6 +52,36 @@ class BenchConfig:
     policy: str = "data/toy/policy"
     verifier: str = "data/toy/verifier"
     num_questions: tuple[int, ...] = (1, 2, 4, 8)
+    flags: str | None = None
+    """Only the accuracy that `train.py toy FLAGS` rewards, by its verifier."""
+    out: Path = Path("noise.json")
+    """With `flags`: a file for the noise in the group, image -> that of each caption."""
+
+    def __post_init__(self):
+        check_range(self, "images", at_least=1)
+        check_range(self, "group_size draws", at_least=2)
+
+
+def relative_to_group(scores: np.ndarray, group_size: int) -> np.ndarray:
+    """Rewards (draws, B) less the mean of their group in the draw."""
+    means = scores.reshape(len(scores), -1, group_size).mean(2)
+    return scores - means.repeat(group_size, 1)
+
+
+def measure_flags(config: BenchConfig, score: Callable, by_caption: Sequence[Example]) -> None:
+    """Writes the noise of one setting. score: (verifier, reward's settings, draw) -> (B,)."""
+    trained = parse_train_config(["toy", *split(config.flags)])
+    verifier = load_verifier(
+        trained.verifier, torch.device("cpu"), mode=trained.verifier_mode,
+        temperature=trained.verifier_temperature, max_new_tokens=1,
+    )
+    scores = np.stack([score(verifier, trained.reward_config, draw)
+                       for draw in tqdm(range(config.draws), desc="draws")])
+    deviations = relative_to_group(scores, config.group_size).std(0, ddof=1)
+    noise: dict[str, list[float]] = {}
+    for example, value in zip(by_caption, deviations):
+        noise.setdefault(example.id, []).append(float(value))
+    write_whole(config.out, json.dumps(noise).encode())
 
 
 def main(config: BenchConfig) -> None:
@@ -57,14 +93,21 @@ def main(config: BenchConfig) -> None:
                                96).captions
     by_caption = [e for e in examples for _ in range(config.group_size)]
     groups = [e.id for e in by_caption]
+
+    def score_by(verifier: Verifier, settings: RewardConfig, draw: int | str) -> np.ndarray:
+        drawn = [f"{draw}:{e.id}" for e in by_caption]
+        return caption_rewards(captions, by_caption, drawn, [0] * len(captions), verifier,
+                               settings).rewards.numpy()
+
+    if config.flags is not None:
+        measure_flags(config, score_by, by_caption)
+        return
     # The toy verifier was taught to say a letter, and nothing after it: a reply is one token.
     verifiers = {mode: load_verifier(config.verifier, device, mode=mode, max_new_tokens=1)
                  for mode in ("sample", "logits")}
 
     def score(mode: str, settings: RewardConfig, draw: int | str) -> np.ndarray:
-        drawn = [f"{draw}:{e.id}" for e in by_caption]
-        return caption_rewards(captions, by_caption, drawn, [0] * len(captions), verifiers[mode],
-                               settings).rewards.numpy()
+        return score_by(verifiers[mode], settings, draw)
 
     truth = score("logits", RewardConfig(num_questions=0, num_shuffles=config.truth_shuffles),
                   "truth")
@@ -87,8 +130,7 @@ def main(config: BenchConfig) -> None:
         scores = np.stack([score("sample" if name == "sample" else "logits", asking, draw)
                            for draw in range(config.draws)])
         seconds = (time.perf_counter() - started) / config.draws
-        means = scores.reshape(config.draws, -1, config.group_size).mean(2)
-        relative = scores - means.repeat(config.group_size, 1)
+        relative = relative_to_group(scores, config.group_size)
         ranks = [rank_correlation(groups, list(row), list(truth)) for row in scores]
         rank = np.mean([value * count / num_varied if count else 0.0 for value, count in ranks])
         noise, in_group = (values.std(0, ddof=1).mean() for values in (scores, relative))
@@ -97,4 +139,4 @@ def main(config: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchConfig))
+    run_program(lambda arguments: main(tyro.cli(BenchConfig, args=arguments)), sys.argv[1:])

@@ -30,6 +30,8 @@ class Study:
     """Flags of `program` with --smoke, where it is not training."""
     evaluation: str = f"prism {FROM_CAPTIONS}"
     """Program of evaluate.py, with flags."""
+    has_noise: bool = False
+    """Whether the noise of each cell's reward is measured, by bench/reward_noise.py."""
     paper: dict[str, float] = field(default_factory=dict)
     """Cell -> the paper's mean accuracy in percent, over benchmarks that docs/paper.md names."""
 
@@ -98,7 +100,9 @@ STUDIES = {
             "Prism: N = 4 > N = 4, independent > N = 4, independent, sampled",
             "Prism: N = 1 > N = 1, independent",
             "Prism: N = 4, two shuffles > N = 4 > N = 4, unshuffled",
+            "noise: N = 1 > N = 2 > N = 4 > N = 8", "noise: N = 4, independent > N = 4",
         ),
+        has_noise=True,
         paper={"start": 40.6, "N = 1": 47.3, "N = 2": 47.6, "N = 4": 48.4, "N = 8": 48.3},
     ),
     "questions": Study(
@@ -121,7 +125,9 @@ STUDIES = {
                "half-trained": "--verifier {half}/verifier"},
         orders=("Prism: letters > half-trained", "area: letters > half-trained",
                 "Prism: probabilities > letters > replies, T 0.6 > replies, T 2",
-                "area: probabilities > letters > replies, T 0.6 > replies, T 2"),
+                "area: probabilities > letters > replies, T 0.6 > replies, T 2",
+                "noise: replies, T 2 > replies, T 0.6 > letters > probabilities"),
+        has_noise=True,
     ),
     "data": Study(
         program="-m data.toy.pretrain {folder} --seed {seed}", evaluation="direct",
@@ -192,4 +198,5 @@ PRODUCTS = {
 """{NAME}: the folder of a product. {caprl} is the final policy of `train.py toy`."""
 
 ALWAYS = "--audit-every 0 --save-every 10 --eval-data toy:heldout:40 --eval-every 10"
+NOISE_SMOKE = "--images 1 --group-size 2 --draws 2"
 SMOKE = "--num-steps 2 --prompts-per-step 2 --group-size 2 --eval-images 1 --eval-every 2"

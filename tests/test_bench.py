@@ -10,16 +10,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from shlex import split
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 import tyro
 from conftest import Forked, run_as_program
 
 import evaluate
-from bench import claims, gpu, paper
+from bench import claims, gpu, paper, reward_noise
 from bench.drafts import DraftConfig, count_steps
 from bench.drafts import main as drafts
 from bench.figure import points_svg
@@ -242,7 +244,8 @@ def test_every_cell_of_every_study_is_taken_by_the_programs(tmp_path, monkeypatc
     monkeypatch.setattr(paper, "write_sets", lambda folder, num_images: None)
     known = {"prism": evaluate.PrismConfig, "claims": evaluate.ClaimsConfig, "direct": evaluate.DirectConfig,
              "data.toy.captioner": TeachConfig, "data.toy.flawed_judge": JudgeConfig, "data.toy.pretrain": PretrainConfig,
-             "data.toy.build": BuildConfig, "filter": FilterConfig, "caption.py": CaptionConfig}
+             "data.toy.build": BuildConfig, "filter": FilterConfig, "caption.py": CaptionConfig,
+             "bench/reward_noise.py": reward_noise.BenchConfig}
     seen = set()
     for name, study in STUDIES.items():
         config = PaperConfig(name, folder=tmp_path, checker="data/toy/policy")
@@ -252,10 +255,14 @@ def test_every_cell_of_every_study_is_taken_by_the_programs(tmp_path, monkeypatc
                 program, *flags = [word for word in task.arguments if word not in ("-m", "evaluate.py", "data.curate")]
                 seen.add(program)
                 settings = parse_train_config(flags) if program == "train.py" else tyro.cli(known[program], args=flags)
+                if program == "bench/reward_noise.py":
+                    parse_train_config(["toy", *split(settings.flags)])  # the same for all seeds
+                    continue
                 assert settings.seed == (0 if task.product.parent.name.startswith(FIXED) else 3)
         finals = {paper.plan(config, cell, seed)[-1].product for cell in study.cells for seed in (3, 4)}
         assert len(finals) == 2 * len(study.cells)  # no two cells are one run
-        measured = {cell: [paper_values(0.5, "a") | {"looking": {"a": [0.5]}}] for cell in study.cells}
+        measured = {cell: [paper_values(0.5, "a") | {"looking": {"a": [0.5]}, "noise": {"a": [0.5]}}]
+                    for cell in study.cells}
         rows = paper.report(study, measured).split("\n\n")[1].splitlines()[2:]
         assert len(rows) == sum(chain.count(">") for chain in study.orders)  # no order names a cell that is not there
         assert set(study.paper) <= set(study.cells)
@@ -349,6 +356,26 @@ def test_sets_by_their_images_and_questions(tmp_path, monkeypatch):
     assert one == two[:1] and two == three[:2] == leaking[:2] and many[:3] == three
     assert len(one) == 1 and len(leaking) == 8 and not any(question.needs_image for question in leaking[2:])
     assert set(many) == set(toy_example(make_scene("train", 0)).questions)
+
+
+def test_noise_in_a_group_by_hand(tmp_path):
+    """Two groups of two in two draws: what both captions of a group gain is no noise."""
+    scores = np.array([[0.0, 1.0, 0.5, 0.5], [0.5, 1.5, 1.0, 0.0]])
+    relative = reward_noise.relative_to_group(scores, 2)
+    assert relative.tolist() == [[-0.5, 0.5, 0.0, 0.0], [-0.5, 0.5, 0.5, -0.5]]
+    settings = reward_noise.BenchConfig(images=1, group_size=3, draws=3, flags="--num-questions 1", out=tmp_path / "noise.json")
+    reward_noise.main(settings)
+    noise = json.loads(settings.out.read_text())
+    assert list(noise) == ["heldout-000000"] and len(noise["heldout-000000"]) == 3 and max(noise["heldout-000000"]) > 0
+    number = len(toy_example(make_scene("heldout", 0)).questions)
+    reward_noise.main(replace(settings, flags=f"--num-shuffles 0 --num-questions {number}"))
+    # all questions, each as it is written: nothing is drawn
+    assert json.loads(settings.out.read_text()) == {"heldout-000000": [0.0] * 3}
+    settings.out.write_text(json.dumps(noise))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "heldout-000000", "caption": "", "questions": []}) + "\n")
+    measured = paper.Task(("bench/reward_noise.py",), settings.out, tmp_path / "log")
+    evaluated = paper.Task(("evaluate.py", "prism"), tmp_path / "rows.json", tmp_path / "log")
+    assert paper.values_of([measured, evaluated])["noise"] == noise
 
 
 def test_intervals_over_seeds_and_images_by_hand():
