@@ -35,7 +35,7 @@ from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, TrainConfig, toy_config
 from grpo.decode import Decoder
 from grpo.distributed import local_device
-from grpo.layers import layer_step
+from grpo.layers import layer_step_
 from grpo.logprobs import CompletionScorer, group_attention
 from grpo.lora import adapters_off, add_adapters_
 from grpo.policy import Policy, Prompt
@@ -388,10 +388,11 @@ def products(config: GpuConfig, device: torch.device) -> None:
             lambda k=key: torch.bmm(query, k.transpose(1, 2), **wide), 10 * config.repeats),
             values_us=1e6 * seconds(lambda k=key, p=probs: p @ k, 10 * config.repeats),
             reading_allows_us=1e6 * key.nbytes / bandwidth)
-    hidden, head = draw(groups * rows // config.key_heads, config.hidden), draw(config.vocab,
-                                                                              config.hidden)
+    hidden, head = (draw(size, config.hidden) for size in
+                    (config.prompts * config.group_size, config.vocab))
     out = torch.empty(len(hidden), config.vocab, device=device)
-    say("head", cast_ms=1e3 * seconds(lambda: out.copy_(hidden @ head.T), config.repeats),
+    say("head", rows=len(hidden),
+        cast_ms=1e3 * seconds(lambda: out.copy_(hidden @ head.T), config.repeats),
         float32_ms=1e3 * seconds(lambda: torch.mm(hidden, head.T, **wide), config.repeats))
 
 
@@ -407,18 +408,19 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
     rows = torch.arange(len(keys), device=device)
     starts = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     starts, kept = starts.repeat_interleave(config.group_size), []
-    for way in ("compiled", "recorded", "plain"):  # each without what the one before has
+    for way in ("compiled", "recorded", "plain"):  # "recorded" is not compiled, "plain" is neither
         decoder = Decoder(policy.model, config.group_size, config.tokens)
         decoder.uses_graphs &= way != "plain"
         if way != "compiled":
-            decoder.layer_step = layer_step
+            decoder.layer_step_ = layer_step_
         _, cache, mask = read_prompts(policy, prompts)
         decoder.add(cache, mask)
         step = lambda d=decoder: d.step(rows % 500, starts + d.longest, rows)  # noqa: E731
         first = seconds(step, 1, warm_ups=0)
         kept.append([step().float().clone() for _ in range(2)][-1])
-        say(f"a token of all rows, {way}", first_ms=1e3 * first,
-            again_ms=1e3 * seconds(step, config.tokens // 4), peak_gib=peak_gib())
+        say(f"a token of all rows, {way}", recorded=decoder.recording is not None,
+            first_ms=1e3 * first, again_ms=1e3 * seconds(step, config.tokens // 4),
+            peak_gib=peak_gib())
     say("errors of logits against plain", compiled=error_of(kept[0], kept[-1]),
         recorded=error_of(kept[1], kept[-1]))
     rollouts = sample_rollouts(policy, prompts[:2], keys[: 2 * config.group_size], config.tokens)
@@ -519,7 +521,6 @@ def write_run(config: GpuConfig, device: torch.device, folder: Path) -> TrainCon
         for example in make_examples(config):
             example.image.save(folder / f"{example.id}.png")
             file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
-    peak_gib()
     return toy_config(
         policy=f"{folder}/policy", verifier=f"{folder}/verifier", data=f"{folder}/data.jsonl",
         run_dir=f"{folder}/run", num_steps=config.repeats, prompts_per_step=config.prompts,
@@ -549,7 +550,9 @@ def training(config: GpuConfig, device: torch.device) -> None:
     """Steps of train.py with FSDP2, AdamW and all records, where captions have unlike lengths."""
     with memory_folder() as name:
         sizes = replace(config, layers=config.trained_layers)
-        run_training(write_run(sizes, device, Path(name)))
+        settings = write_run(sizes, device, Path(name))
+        peak_gib()  # the models that were written are gone
+        run_training(settings)
 
 
 def profile(config: GpuConfig, device: torch.device) -> None:

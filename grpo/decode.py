@@ -36,7 +36,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
         # here: where weights lie is a page apart
-        from grpo.layers import LayerWeights, check_layers, compiled_step, layer_step
+        from grpo.layers import LayerWeights, check_layers, compiled_step_, layer_step_
 
         check_layers(model)
         text = model.model.language_model
@@ -56,7 +56,7 @@ class Decoder:
         self.ages: list[int] = []  # of each group: caption tokens so far
         self.device_ages = torch.empty(0)  # (P,) int64, the same for the device
         self.uses_graphs = self.embed.device.type == "cuda"
-        self.layer_step = compiled_step() if self.uses_graphs else layer_step
+        self.layer_step_ = compiled_step_() if self.uses_graphs else layer_step_
         self.recording: _Recording | None = None
 
     @property
@@ -171,7 +171,7 @@ class Decoder:
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor,
                  longest: int) -> Tensor:
         """Logits (n, V). ages: (P,). The first `longest` places of the captions' room are read."""
-        written = ages[rows // self.group_size]
+        slots = ages[rows // self.group_size]
         late = torch.arange(longest, device=ages.device) > ages[:, None]  # (P, A): not written yet
         late = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)
         bias = torch.cat([self.prefix_bias, late[:, None, None, None]], -1)  # (P, 1, 1, 1, T + A)
@@ -180,7 +180,7 @@ class Decoder:
         scaling = self.rotary.attention_scaling
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
         for layer, prefix, suffix in zip(self.layers, self.prefix, self.suffix):
-            x = self.layer_step(x, layer, prefix, suffix, (cos, sin), bias, rows, written)
+            x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), bias, rows, slots)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _grow(self, length: int) -> None:
@@ -201,7 +201,7 @@ class _Recording:
 
     tokens: Tensor  # (B,)
     positions: Tensor  # (B,)
-    rows: Tensor  # (B,) from 0
+    rows: Tensor  # (B,) int64: 0 to B - 1
     ages: Tensor  # (P,)
     replay: Callable[[], None]
     logits: Tensor  # (B, V)

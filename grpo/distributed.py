@@ -206,14 +206,13 @@ def shard(scorer: CompletionScorer, device: torch.device, replicas: int = 1,
 def empty_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model like `model` in `dtype`, in eval mode and without memory: shard it, then `fill_`."""
     # here: a reader of training need not meet it
-    from grpo.layers import fuse_norms_, plain_norms
+    from grpo.norms import fuse_norms_
     from grpo.vision import prepare_vision_
 
     with torch.device("meta"):
         config = copy.deepcopy(model.config)
         empty = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    if model.device.type == "cuda":
-        fuse_norms_(empty, plain_norms(model))
+    fuse_norms_(empty, model)
     return prepare_vision_(empty)
 
 

@@ -4,7 +4,6 @@ are these, their weights as it reads them, and a layer's step.
 Shape letters are those of grpo/decode.py.
 """
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,6 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.lora import LoraLinear, stack_adapters
+from grpo.norms import is_plain_norm
+
+Pair = tuple[Tensor, Tensor]
 
 LAYER_WEIGHTS = {
     f"{name}.weight" for name in (
@@ -74,40 +76,8 @@ def check_layers(model: PreTrainedModel) -> None:
     if model.lm_head.bias is not None:
         raise ValueError(f"expected a head without a bias, found one in {name}")
     for norm in norms:
-        if not _is_plain(norm, config.rms_norm_eps):
+        if not is_plain_norm(norm, config.rms_norm_eps):
             raise ValueError(f"expected plain RMS norms, found {type(norm).__name__} in {name}")
-
-
-def _is_plain(norm: nn.Module, eps: float) -> bool:
-    """Whether it is F.rms_norm with this eps. Gemma's, for one, adds 1 to the weight. A copy is
-    tried, with weights that tell: beside large ones a 1 would not be seen."""
-    trial = copy.deepcopy(norm).float()
-    trial.weight.copy_(torch.linspace(0.5, 1.5, len(trial.weight)))
-    x = torch.linspace(-1, 1, len(trial.weight)).to(trial.weight)
-    return torch.allclose(trial(x), F.rms_norm(x, x.shape, trial.weight, eps), rtol=1e-3, atol=1e-5)
-
-
-@torch.no_grad()
-def plain_norms(model: PreTrainedModel) -> dict[str, float]:
-    """The epsilons of its RMS norms by name: of those that compute no more than that, and have the
-    model's data type (others return their own)."""
-    norms = {}
-    for name, norm in model.named_modules():
-        weights = [(key, weight.dtype) for key, weight in norm.named_parameters()]
-        eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-        if type(norm).__name__.endswith("RMSNorm") and weights == [("weight", model.dtype)]:
-            norms |= {name: eps} if _is_plain(norm, eps) else {}
-    return norms
-
-
-def fuse_norms_(model: nn.Module, norms: dict[str, float]) -> None:
-    """Makes one kernel of each of these norms, where transformers has six; weights and names stay.
-    norms: `plain_norms` of the model, or of one that it is an empty copy of."""
-    for name, eps in norms.items():
-        norm = model.get_submodule(name)
-        fused = nn.RMSNorm(norm.weight.shape, eps, device="meta").train(norm.training)
-        fused.weight = norm.weight
-        model.set_submodule(name, fused)
 
 
 def stack_(linears: Sequence[nn.Linear]) -> Tensor:
@@ -159,14 +129,16 @@ class LayerWeights:
         self.gate_up = StackedLinear(mlp.gate_proj, mlp.up_proj)
 
 
-def layer_step(x: Tensor, layer: LayerWeights, prefix: Sequence[Tensor], suffix: Sequence[Tensor],
-               angles: Sequence[Tensor], bias: Tensor, rows: Tensor, written: Tensor) -> Tensor:
-    """A layer for the next token of n rows, (n, H) -> (n, H). Its keys and values are written.
+def layer_step_(x: Tensor, layer: LayerWeights, prefix: Pair, suffix: Pair, angles: Pair,
+                bias: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """A layer for the next token of n rows: (n, H) -> (n, H), in the model's data type. Writes the
+    token's keys and values into `suffix`.
 
     prefix: the prompts' keys and values, each (P, K, T, D). suffix: the captions', each
     (P, K, G, room, D), of which the first A places are read. angles: cosines and sines, each
-    (n, 1, D / 2). bias: (P, 1, 1, 1, T + A) float32, added to the scores. rows: (n,) ascending
-    places among the P * G rows. written: (n,) place of each row's new token in the suffix.
+    (n, 1, D / 2). bias: (P, 1, 1, 1, T + A) float32, added to the scores. rows: (n,) int64,
+    ascending places among the P * G rows. slots: (n,) int64, the place in the suffix that each row
+    writes.
     """
     keys, values = suffix
     num_p, num_kv, num_g, _, head_dim = keys.shape
@@ -184,8 +156,8 @@ def layer_step(x: Tensor, layer: LayerWeights, prefix: Sequence[Tensor], suffix:
     (cos, sin), (low, high) = angles, qk.chunk(2, dim=-1)
     qk = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
     q = qk[:, :-num_kv]
-    keys[group, :, member, written] = qk[:, -num_kv:]
-    values[group, :, member, written] = v
+    keys[group, :, member, slots] = qk[:, -num_kv:]
+    values[group, :, member, slots] = v
     if not has_all_rows:
         q = x.new_zeros(num_p * num_g, *q.shape[1:]).index_copy(0, rows, q)
     q = q.view(num_p, num_g, num_kv, -1, head_dim)
@@ -208,22 +180,23 @@ def layer_step(x: Tensor, layer: LayerWeights, prefix: Sequence[Tensor], suffix:
 
 
 @cache
-def compiled_step() -> Callable[..., Tensor]:
-    """`layer_step` by torch.compile, which joins its small kernels into few. It is compiled once
+def compiled_step_() -> Callable[..., Tensor]:
+    """`layer_step_` by torch.compile, which joins its small kernels into few. It is compiled once
     for all sizes that change in a run, and anew for a single group and for each kind of layer
     (with adapters, say). Where it cannot be compiled, one warning says so, and it runs as it is."""
-    compiled = torch.compile(layer_step, fullgraph=True)
-    from torch._dynamo import config, exc, maybe_mark_dynamic  # which torch.compile has loaded
+    compiled = torch.compile(layer_step_, fullgraph=True)
+    from torch._dynamo import config, exc, maybe_mark_dynamic  # here: to import it takes seconds
 
+    # torch's own is 8. A kind of layer takes up to 4: one group or more, one caption or more each.
     config.recompile_limit = max(config.recompile_limit, 64)
     failed = False
 
-    def step(x, layer, prefix, suffix, angles, bias, rows, written):
+    def step(x, layer, prefix, suffix, angles, bias, rows, slots):
         nonlocal failed
-        arguments = x, layer, prefix, suffix, angles, bias, rows, written
+        arguments = x, layer, prefix, suffix, angles, bias, rows, slots
         if failed:
-            return layer_step(*arguments)
-        changing = [(x, [0]), (bias, [0, 4]), (rows, [0]), (written, [0])]
+            return layer_step_(*arguments)
+        changing = [(x, [0]), (bias, [0, 4]), (rows, [0]), (slots, [0])]
         changing += [(part, [0, 2]) for part in prefix] + [(part, [0, 3]) for part in suffix]
         changing += [(part, [0]) for part in angles]
         for tensor, places in changing:
@@ -235,7 +208,7 @@ def compiled_step() -> Callable[..., Tensor]:
             warnings.warn(f"decoding by layers that are not compiled, slower ({reason})",
                           stacklevel=3)
             failed = True
-        return layer_step(*arguments)
+        return layer_step_(*arguments)
 
     return step
 

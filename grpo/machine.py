@@ -19,7 +19,7 @@ def describe_start(num_ranks: int) -> dict:
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text) or [platform.machine()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # torch's own name of its version also says for which CUDA it was built
+    # torch.__version__ names the CUDA build (2.11.0+cu130); the package's version may not
     libraries = {"torch": torch.__version__, "transformers": version("transformers")}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -27,6 +27,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, find_adapter_config_file
 
 from data.io import text_hash
+from grpo.norms import fuse_norms_
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
 from grpo.vision import prepare_vision_
 
@@ -207,13 +208,11 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         except AttributeError:
             raise ValueError("expected the layout of Qwen2.5-VL or Qwen3-VL, found "
                              f"{type(owner).__name__} without {name}") from None
-    # here: a reader of training need not meet it
-    from grpo.layers import check_layers, fuse_norms_, plain_norms
-
     if writes:
+        from grpo.layers import check_layers  # here: a reader of training need not meet it
+
         check_layers(model)
-    if model.device.type == "cuda":
-        fuse_norms_(model, plain_norms(model))
+    fuse_norms_(model)
     prepare_vision_(model)
     ends = eos_ids(model, tokenizer)
     if not ends:

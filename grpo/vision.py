@@ -24,7 +24,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from grpo.flash import can_flash, flash_rows
+from grpo.flash import can_flash, flash_varlen
 from grpo.policy import send
 
 WINDOW_ATTENTION = "flash_windows"
@@ -65,16 +65,17 @@ class AlignedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(S, hidden) -> (S, hidden)."""
-        gate, up, down = layers = self.gate_proj, self.up_proj, self.down_proj
-        more = -gate.out_features % (16 // x.itemsize)
-        if not more or any(type(layer) is not nn.Linear for layer in layers):
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        padding = -gate.out_features % (16 // x.itemsize)
+        if not padding or any(type(layer) is not nn.Linear for layer in (gate, up, down)):
             return down(self.act_fn(gate(x)) * up(x))
-        first, second = (
-            F.linear(x, F.pad(layer.weight, (0, 0, 0, more)),
-                     None if layer.bias is None else F.pad(layer.bias, (0, more)))
+        wide_gate, wide_up = (
+            F.linear(x, F.pad(layer.weight, (0, 0, 0, padding)),
+                     None if layer.bias is None else F.pad(layer.bias, (0, padding)))
             for layer in (gate, up)
         )
-        return F.linear(self.act_fn(first) * second, F.pad(down.weight, (0, more)), down.bias)
+        inner = self.act_fn(wide_gate) * wide_up  # (S, inner width and the padding)
+        return F.linear(inner, F.pad(down.weight, (0, padding)), down.bias)
 
 
 def _read_grid(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
@@ -109,8 +110,8 @@ def window_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     """
     states = [part[0].transpose(0, 1) for part in (query, key, value)]  # (S, heads, D)
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]
-    if can_flash(query, key, value):
-        return flash_rows(*states, lengths, lengths)[None], None
+    if can_flash(query, key, value) and scaling == query.shape[-1] ** -0.5:
+        return flash_varlen(*states, lengths, lengths)[None], None
 
     places = defaultdict(list)  # by length
     for place, length in enumerate(lengths):

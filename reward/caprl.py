@@ -429,12 +429,11 @@ class Verifier:
 
     def _prepare_(self) -> None:
         # here: what they do is transformers' own, faster
-        from grpo.layers import fuse_norms_, plain_norms
+        from grpo.norms import fuse_norms_
         from reward.attention import share_heads_
 
         share_heads_(self.model)
-        if self.model.device.type == "cuda":
-            fuse_norms_(self.model, plain_norms(self.model))
+        fuse_norms_(self.model)
         text = self.model.config.get_text_config()
         self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
         rope = getattr(text, "rope_parameters", None) or {}

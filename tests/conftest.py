@@ -29,6 +29,7 @@ from data.toy.captioner import build_policy
 from data.toy.verifier import build_verifier
 from data.toy.world import draw, make_scene
 from grpo.config import toy_config
+from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt
 from grpo.rollout import Rollouts, sample_rollouts
 from train import train
@@ -169,12 +170,26 @@ def tiny_run(tmp_path_factory) -> Path:
     return run_dir
 
 
+def run_now(function):
+    """Stands for a CUDA graph: a replay computes again from the same inputs into the same result."""
+    result = function()
+    return lambda: result.copy_(function()), result
+
+
+class RecordingDecoder(Decoder):
+    """On a CPU as on a GPU, where `grpo.decode.record` is replaced, but not compiled."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.uses_graphs = True
+
+
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
                            softmax_scale=None, causal=False):
     """A stand-in with the signature of flash-attn: its definition, row by row. It notes lengths and masks."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and cu_seqlens_q.device == q.device
     lengths, key_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    assert (max_seqlen_q, max_seqlen_k) == (max(lengths), max(key_lengths)) and min(lengths) > 0 == dropout_p
+    assert (max_seqlen_q, max_seqlen_k) == (max(lengths), max(key_lengths)) and min(lengths) > 0 and dropout_p == 0
     assert (sum(lengths), sum(key_lengths)) == (len(q), len(k))
     flash_attn_varlen_func.calls.append((lengths, key_lengths, causal))
     shared, out = q.shape[1] // k.shape[1], []
@@ -196,6 +211,6 @@ def flash_calls(monkeypatch):
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr("grpo.flash.can_use_flash_attention", lambda params: True)
-    grpo.flash._attention.cache_clear()
+    grpo.flash._varlen_attention.cache_clear()
     yield flash_attn_varlen_func.calls
-    grpo.flash._attention.cache_clear()
+    grpo.flash._varlen_attention.cache_clear()

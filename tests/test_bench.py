@@ -64,7 +64,7 @@ def test_claims_are_timed_beside_answers(capsys):
     assert [len(claims_of(caption)) for caption in own + shared] == [4] * 16 and len(set(own)) == 8 and len(set(shared)) == 1
 
 
-def test_gpu_runs_small_on_a_cpu():
+def test_gpu_runs_small_on_a_cpu(monkeypatch):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "bench/gpu.py", "--smoke"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -72,6 +72,7 @@ def test_gpu_runs_small_on_a_cpu():
     assert re.search(r"forward \+ backward: [\d.]+ TFLOP/s, \d+% of the product's", done.stdout)
     stages = re.findall(r"^## (\w+): at most \d+ s$", done.stdout, re.MULTILINE)
     assert stages == [function.__name__ for function in gpu.STAGES]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="expected a GPU, found none"):
         gpu.main(gpu.GpuConfig())
 

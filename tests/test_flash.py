@@ -7,9 +7,10 @@ import torch
 from conftest import flash_attn_varlen_func, keys
 
 import grpo.flash
-from grpo.flash import RepeatedTokens, flash_rows
+from grpo.flash import RepeatedTokens, flash_varlen
 from grpo.logprobs import CompletionScorer, group_attention
 from grpo.rollout import sample_rollouts
+from grpo.vision import window_attention
 
 
 def test_all_groups_are_one_call(flash_calls):
@@ -29,6 +30,15 @@ def test_all_groups_are_one_call(flash_calls):
     assert flash_calls == [([2, 2, 1, 3, 1, 3, 2], [2, 4, 3, 3, 4, 6, 5], True)]
     for got, want in zip(*results):
         assert got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
+
+
+def test_another_scaling_goes_the_other_way(flash_calls):
+    """flash attention is asked for 1 / sqrt(D) only."""
+    query, key, value = torch.randn(3, 1, 2, 5, 8)
+    for scaling in (0.3, 8**-0.5):
+        group_attention(None, query, key, value, None, scaling=scaling, segments=[[2, 3]])
+        window_attention(None, query, key, value, None, scaling, torch.tensor([0, 2, 5]))
+    assert [causal for *_, causal in flash_calls] == [True, False]
 
 
 def test_copies_of_a_token_sum_their_gradients_in_float32():
@@ -54,11 +64,11 @@ def test_without_flash_attn_torch_takes_its_place(flash_calls, monkeypatch, rele
         return old(*args, window_size=window_size)
 
     parts = torch.randn(5, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    want = flash_rows(*parts, [2, 3], [5, 4], causal)
+    want = flash_varlen(*parts, [2, 3], [5, 4], causal)
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # as if not installed
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", old if release == "2.11" else new)
-    grpo.flash._attention.cache_clear()
-    assert torch.equal(flash_rows(*parts, [2, 3], [5, 4], causal), want)
+    grpo.flash._varlen_attention.cache_clear()
+    assert torch.equal(flash_varlen(*parts, [2, 3], [5, 4], causal), want)
     assert flash_calls == [([2, 3], [5, 4], causal)] * 2
 
 

@@ -1,34 +1,44 @@
-"""The text layers as grpo/decode.py and a GPU compute them."""
+"""The text layers as grpo/decode.py and a GPU compute them: norms, and the compiled step."""
 
 import copy
+import math
 
 import pytest
 import torch
-from conftest import keys
+from conftest import RecordingDecoder, keys, run_now
 from torch import nn
 from torch._dynamo import exc as dynamo
 from transformers import GemmaConfig, GemmaForCausalLM
 
-import grpo.layers
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
 from grpo.distributed import empty_model
-from grpo.layers import compiled_step, fuse_norms_, plain_norms
+from grpo.layers import compiled_step_, layer_step_
+from grpo.norms import plain_norms
+from grpo.pretrained import make_policy
 from grpo.rollout import sample_rollouts
+from reward.caprl import Verifier
 
 
-def test_fused_norms_change_neither_logits_nor_gradients_nor_names(policy, prompts):
-    own, fused = policy.model, copy.deepcopy(policy.model)
-    for norm in (module for name, module in fused.named_modules() if name.endswith("norm")):
-        with torch.no_grad():
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr("grpo.norms.is_on_gpu", lambda model: True)
+
+
+def num_fused(model: nn.Module) -> int:
+    return sum(type(module) is nn.RMSNorm for module in model.modules())
+
+
+def test_fused_norms_change_neither_logits_nor_gradients_nor_names(policy, prompts, on_gpu):
+    own = policy.model
+    with torch.no_grad():
+        for norm in map(own.get_submodule, plain_norms(own)):
             norm.weight.add_(torch.linspace(-0.5, 0.5, len(norm.weight)))
-    own.load_state_dict(fused.state_dict())
-    norms = plain_norms(fused)
-    layers = own.config.text_config.num_hidden_layers
-    assert {eps for eps in norms.values()} == {own.config.text_config.rms_norm_eps, 1e-6}
-    assert len([name for name in norms if "language_model" in name]) == 2 * layers + 1
-    fuse_norms_(fused, norms)
-    assert sum(type(module) is nn.RMSNorm for module in fused.modules()) == len(norms) > 2 * layers + 1
+    fused = make_policy(copy.deepcopy(own), policy.tokenizer, policy.image_processor).model
+    text, vision = own.config.text_config, own.config.vision_config
+    norms = plain_norms(own)
+    assert num_fused(fused) == len(norms) == 2 * text.num_hidden_layers + 1 + 2 * vision.depth + 1 and num_fused(own) == 0
+    assert set(norms.values()) == {text.rms_norm_eps, 1e-6}  # the tower's is fixed
     assert list(fused.state_dict()) == list(own.state_dict()) and plain_norms(fused) == norms
     results = []
     for model in (own, fused):
@@ -37,9 +47,13 @@ def test_fused_norms_change_neither_logits_nor_gradients_nor_names(policy, promp
         results.append([logits, *(p.grad for p in model.model.language_model.parameters())])
     for want, got in zip(*results):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
-    empty = empty_model(own, torch.bfloat16)  # for training: no numbers to try its norms with
-    fuse_norms_(empty, norms)
-    assert sum(type(module) is nn.RMSNorm for module in empty.modules()) == len(norms)
+
+
+def test_all_models_on_a_gpu_have_fused_norms(policy, verifier_model, tokenizer, on_gpu):
+    """The copy for training has no numbers to try its norms with."""
+    layers = verifier_model.config.num_hidden_layers
+    assert num_fused(Verifier(verifier_model, tokenizer).model) == 2 * layers + 1
+    assert num_fused(empty_model(policy.model, torch.bfloat16)) == len(plain_norms(policy.model)) > 0
 
 
 def test_norms_that_are_not_plain_stay(policy):
@@ -49,36 +63,29 @@ def test_norms_that_are_not_plain_stay(policy):
     with torch.no_grad():
         gemma.model.norm.weight.fill_(40)
     assert plain_norms(gemma) == {}
-    norm = policy.model.model.language_model.norm.float()
     norms = plain_norms(policy.model.to(torch.bfloat16))
     assert "model.language_model.norm" in norms
-    norm.float()
+    policy.model.model.language_model.norm.float()
     assert plain_norms(policy.model) == {name: eps for name, eps in norms.items() if name != "model.language_model.norm"}
 
 
-class Recording(Decoder):
+class CompiledDecoder(RecordingDecoder):
     def __init__(self, *args):
         super().__init__(*args)
-        self.uses_graphs, self.layer_step = True, compiled_step()
+        self.layer_step_ = compiled_step_()
 
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Graphs are made as on a GPU: a replay computes again."""
-
-    def run_now(function):
-        result = function()
-        return lambda: result.copy_(function()), result
-
-    monkeypatch.setattr("grpo.rollout.Decoder", Recording)
+    monkeypatch.setattr("grpo.rollout.Decoder", CompiledDecoder)
     monkeypatch.setattr("grpo.decode.record", run_now)
-    compiled_step.cache_clear()
+    compiled_step_.cache_clear()
     yield
-    compiled_step.cache_clear()
+    compiled_step_.cache_clear()
 
 
 def test_a_compiled_layer_is_compiled_once_and_draws_the_same(policy, recordings, monkeypatch):
-    """Three groups, then four, other prompts, and room that grows from 64 to 72: one compilation, which has no break."""
+    """Four groups, then three with room that grows from 64 to 72: one compilation, without a break."""
     compiled, original = [], torch.compile
 
     def count(graph, inputs):
@@ -89,7 +96,7 @@ def test_a_compiled_layer_is_compiled_once_and_draws_the_same(policy, recordings
     prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(4)]
     more = sample_rollouts(policy, prompts, keys(4, 2), 5)
     got = sample_rollouts(policy, prompts[1:], keys(3, 2), 70)
-    assert len(compiled) == 1 and len(more.captions) == 8
+    assert len(compiled) == 1 and len(more.captions) == 8 and torch._dynamo.config.recompile_limit >= 64
     with monkeypatch.context() as patch:
         patch.setattr("grpo.rollout.Decoder", Decoder)
         want = sample_rollouts(policy, prompts[1:], keys(3, 2), 70)
@@ -105,7 +112,7 @@ def test_decoding_goes_on_without_a_compiled_layer_and_says_so_once(policy, prom
         tries.append(args)
         raise error
 
-    monkeypatch.setattr(grpo.layers.torch, "compile", lambda function, **options: fail)
+    monkeypatch.setattr("torch.compile", lambda function, **options: fail)
     sample_rollouts(policy, prompts, keys(4, 2), 6)
     got = sample_rollouts(policy, prompts, keys(4, 2), 6)  # which does not try again
     assert len(tries) == 1 and [str(warning.message) for warning in recwarn if "compile" in str(warning.message)] == [
@@ -119,6 +126,20 @@ def test_memory_that_is_short_is_not_the_compilers_fault(policy, prompts, record
     def fail(*args):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(grpo.layers.torch, "compile", lambda function, **options: fail)
+    monkeypatch.setattr("torch.compile", lambda function, **options: fail)
     with pytest.warns(UserWarning, match="without CUDA graphs"), pytest.raises(torch.OutOfMemoryError):
         sample_rollouts(policy, prompts, keys(4, 2), 6)
+
+
+def test_a_decoder_compiles_on_a_gpu_only(policy, monkeypatch):
+    assert Decoder(policy.model, 2, 8).layer_step_ is layer_step_
+    monkeypatch.setattr("grpo.layers.check_layers", lambda model: None)
+    monkeypatch.setattr("grpo.layers.compiled_step_", lambda: math.inf)
+    monkeypatch.setattr(policy.model.model.language_model.embed_tokens, "weight", OnGpu())
+    assert Decoder(policy.model, 2, 8).layer_step_ == math.inf
+
+
+class OnGpu(nn.Parameter):
+    """Claims to be on one."""
+
+    device = torch.device("cuda")

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import keys, widen
+from conftest import RecordingDecoder, keys, run_now, widen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
@@ -220,18 +220,6 @@ def test_waiting_groups_take_the_place_of_finished_ones(policy, groups_at_a_time
     assert sum(rows for _, _, rows in held) == (whole.lengths - 1).sum()
     if groups_at_a_time > 1:  # groups of different ages and prompt lengths have met
         assert any(len(set(ages)) > 1 and is_padded for ages, is_padded, _ in held)
-
-
-def run_now(function):
-    """Stands for a CUDA graph: a replay computes again from the same inputs into the same result."""
-    result = function()
-    return lambda: result.copy_(function()), result
-
-
-class RecordingDecoder(Decoder):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.uses_graphs = True
 
 
 @pytest.mark.parametrize("groups_at_a_time", [3, 9])

@@ -168,7 +168,7 @@ def test_nothing_waits_for_the_device(models, pixels, monkeypatch, with_flash):
     tower asks for the lengths in every layer."""
     if with_flash:
         monkeypatch.setattr("grpo.flash.can_use_flash_attention", lambda params: True)
-        monkeypatch.setattr("grpo.flash._attention", lambda: lambda q, k, v, ends, *_: torch.empty_like(q + ends.sum()))
+        monkeypatch.setattr("grpo.flash._varlen_attention", lambda: lambda q, k, v, ends, *_: torch.empty_like(q + ends.sum()))
     own, ours = (model.to("meta") for model in models)
     assert features(ours, pixels.to("meta")).shape[0] == sum(IMAGES) // 4
     with pytest.raises(Exception, match="meta"):

@@ -80,17 +80,18 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
 def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> float:
     """What the release's script (Prism_Evaluation/Eval_CapRL.py) gives for an answer in its box.
 
-    1 if answer and gold are the same LaTeX expression to math_verify, as the script calls it: equal
-    numbers, and letters in any order ("listen", "silent"), since they are multiplied. With "char"
-    and "info" also if they agree by relaxed accuracy. But the 5% are of the answer, and a number
-    may be a hundred times too large or too small. With "info" it is the ANLS, if more.
+    1 if prediction and gold are the same LaTeX expression to math_verify, as the script calls it:
+    equal numbers, and letters in any order ("listen", "silent"), since they are multiplied. With
+    "char" and "info" also if they agree by relaxed accuracy. But the 5% are of the prediction, and
+    a number may be a hundred times too large or too small. With "info" it is the ANLS, if more.
     """
     from math_verify import verify  # here: it takes a second to load, and few ask for it
 
     prediction = prediction.strip()
     gold = _expression(answers[0] if len(answers) == 1 else str(list(answers)))
     expression = _expression(prediction)
-    if any(gold and verify(first, gold) for first in (prediction, expression)):
+    # The script hands over the prediction first, where math_verify has the gold.
+    if any(gold and verify(form, gold) for form in (prediction, expression)):
         return 1.0
     prediction = str(expression[-1]).strip() if expression else ""
     if not rule or not prediction:
@@ -99,7 +100,8 @@ def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> flo
         texts = [str(scale * float(prediction)) for scale in (1, 0.01, 100)]
     except ValueError:
         texts = [prediction]
-    if any(relaxed_accuracy(gold, text) for gold in answers for text in texts):
+    # The other way round here too: so the 5% are of the prediction.
+    if any(relaxed_accuracy(answer, text) for answer in answers for text in texts):
         return 1.0
     return anls(prediction, answers) if rule == "info" else 0.0
 
