@@ -17,6 +17,7 @@ area        its mean over the training, on fewer images: intervals are over seed
 precision   share of the claims that the checker holds for true; the exact one by the scene's facts
 recall      share of the scene's facts that the caption says
 empty       share of the sentences that say nothing of the picture (reward/style.py)
+noise       standard deviation of a reward in its group, over draws (bench/reward_noise.py)
 looking     accuracy of a model that answers from the pictures itself (data/toy/pretrain.py)
 """
 

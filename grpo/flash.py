@@ -23,7 +23,7 @@ def can_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def flash_varlen(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int],
-               key_lengths: Sequence[int], causal: bool = False) -> Tensor:
+                 key_lengths: Sequence[int], causal: bool = False) -> Tensor:
     """Attention within each sequence, scaled by 1 / sqrt(D): (S, heads, D).
 
     query (S, heads, D), key and value (Z, K, D). lengths, key_lengths: tokens of each sequence,

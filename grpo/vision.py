@@ -2,7 +2,8 @@
 
 The tower's attention sees windows, 64 in an image of 896 pixels, and in some layers whole images.
 transformers calls it once for each window, whose length it asks the GPU for in every layer. Here
-the sizes of the images stay on the host, and all windows are one call.
+the sizes of the images stay on the host, and all windows are one call. Patches and MLP are products
+in the shapes that a GPU is fast at.
 
 S patches of all images in a row, W windows, D head size.
 """
@@ -39,11 +40,10 @@ def prepare_vision_(model: PreTrainedModel) -> PreTrainedModel:
     config._attn_implementation = WINDOW_ATTENTION
     for block in tower.blocks:
         block.attn.config = config
-    if type(tower.patch_embed.proj) is nn.Conv3d:
-        tower.patch_embed.proj.__class__ = PatchProduct
-    for block in tower.blocks:
         if hasattr(block.mlp, "gate_proj"):  # Qwen2.5-VL
             block.mlp.__class__ = AlignedMLP
+    if type(tower.patch_embed.proj) is nn.Conv3d:
+        tower.patch_embed.proj.__class__ = PatchProduct
     if _read_grid not in tower._forward_pre_hooks.values():
         tower.register_forward_pre_hook(_read_grid, with_kwargs=True)
     return model
@@ -106,7 +106,7 @@ def window_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
     query, key, value (1, heads, S, D); cu_seq_lens_q (W + 1,) int32: where windows begin, and S; it
     should be on the host. Returns (1, S, heads, D). On a GPU in half precision this is one call of
-    flash attention, elsewhere one for each length. `scaling` must be 1 / sqrt(D).
+    flash attention, if `scaling` is 1 / sqrt(D). Elsewhere it is one call for each length.
     """
     states = [part[0].transpose(0, 1) for part in (query, key, value)]  # (S, heads, D)
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q.tolist())]

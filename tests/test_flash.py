@@ -41,12 +41,16 @@ def test_another_scaling_goes_the_other_way(flash_calls):
     assert [causal for *_, causal in flash_calls] == [True, False]
 
 
-def test_copies_of_a_token_sum_their_gradients_in_float32():
-    """1 and 600 times 1 / 256: bfloat16 alone would stop at 2, where 1 / 256 is less than half a step."""
+def test_copies_of_a_token_sum_their_gradients_in_float32(monkeypatch):
+    """1 and 600 times 1 / 256: bfloat16 alone would stop at 1, where 1 / 256 is half a step. A CPU's sum is wider by itself, so
+    the data type is looked at too."""
+    summed, original = [], torch.Tensor.index_add_
+    monkeypatch.setattr(torch.Tensor, "index_add_", lambda total, *rest: summed.append(total.dtype) or original(total, *rest))
     states = torch.zeros(2, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     copies = RepeatedTokens.apply(states, torch.tensor([0] * 601 + [1]))
     assert copies.shape == (602, 1, 1)
     copies.backward(torch.tensor([1.0] + [1 / 256] * 600 + [3.0]).to(torch.bfloat16)[:, None, None])
+    assert summed == [torch.float32]
     assert states.grad.flatten().tolist() == [3.34375, 3.0]  # 3.34375 = 1 + 600 / 256
 
 

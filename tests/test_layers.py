@@ -61,7 +61,7 @@ def test_norms_that_are_not_plain_stay(policy):
     gemma = GemmaForCausalLM(GemmaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2, num_key_value_heads=1, head_dim=8))
     with torch.no_grad():
-        gemma.model.norm.weight.fill_(40)
+        gemma.model.norm.weight.fill_(4000)
     assert plain_norms(gemma) == {}
     norms = plain_norms(policy.model.to(torch.bfloat16))
     assert "model.language_model.norm" in norms
