@@ -37,7 +37,7 @@ from reward.step import verifier_of
 from tools.budgets import asked_once, with_budgets
 from tools.caption_cache import CaptionsConfig, all_captions
 from tools.claims import CheckerConfig, add_claims, judged_rows
-from tools.prism import direct, floor_captions, others_captions, prism, word_answerer
+from tools.prism import direct, floor_captions, others_captions, prism, read_prompt, word_answerer
 from tools.reply_judge import reply_judge
 from tools.stats import summarize
 from tools.tables import Rows, append_rows, check_out, keep_thumbnails, report, write_tables
@@ -82,6 +82,9 @@ class PrismConfig(CaptionsConfig, EvalConfig):
     """Temperature of the replies in mode "sample". The release's evaluation has 1."""
     verifier_max_new_tokens: int = 10
     """Longest reply to a question with options in mode "sample"."""
+    words_prompt: str = ""
+    """A file with the prompt for answers in words, to ask as others do: a text with [CAPTION] and
+    then [QUESTION] in it. Empty: our own."""
     floors: bool = False
     """Add rows without a caption, and with another image's captions."""
 
@@ -129,23 +132,24 @@ class DirectConfig(EvalConfig):
 def prism_rows(config: PrismConfig,
                benchmarks: Sequence[Benchmark]) -> Iterator[tuple[str, str, list[dict]]]:
     """(benchmark, captioner, rows) of each pair; every rank gets all rows."""
-    device = init_distributed()
-    only_floors = isinstance(config, FloorConfig)
+    device, only_floors = init_distributed(), isinstance(config, FloorConfig)
     with_floors = only_floors or config.floors
     policies = [path for _, path in config.captioners[: len(config.policy)]]
     load = partial(verifier_of, config, device)
     is_remote = "://" in config.verifier  # it takes no memory here
     with all_or_none("models"):  # now, not when captions have been written
+        prompt = read_prompt(config.words_prompt) if config.words_prompt else ""
         for path in policies + [config.verifier] * (not is_remote):
             find_model(path)
         verifier = load() if is_remote else None
-    if config.captioners and with_floors:
-        for benchmark in benchmarks:  # now too: a set of one image has no other image
+    for benchmark in benchmarks:  # now too: a set of one image has no other image
+        if config.captioners and with_floors:
             others_captions([[]] * len(benchmark.pictures), config.seed)
     captions = all_captions(config, benchmarks, config.seed, device)
     with all_or_none("verifier"):
         verifier = verifier or load()
-    write, judge = word_answerer(verifier, config.answer_tokens), reply_judge(verifier)
+    write = word_answerer(verifier, config.answer_tokens, prompt)
+    judge = reply_judge(verifier)
     if config.max_words:
         verifier, write, judge = map(asked_once, (verifier, write, judge))
     for benchmark in benchmarks:
@@ -175,12 +179,9 @@ def direct_rows(config: DirectConfig,
 
 
 def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
-    """The whole evaluation, each pair of benchmark and captioner written as it comes. Every rank
-    returns all rows."""
+    """The whole evaluation, written as it comes. Every rank returns all rows."""
     init_distributed()
-    out = Path(config.out) if config.out else None
-    if out:
-        check_out(out)  # now, not when hours of answers are to be written
+    out = check_out(config.out) if config.out else None  # now, not when hours are to be written
     if isinstance(config, PrismConfig) and config.cache:
         check_room(Path(config.cache))
     with all_or_none("data"):
@@ -204,8 +205,7 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
 
 
 def main(arguments: list[str]) -> None:
-    programs = {"prism": PrismConfig, "floor": FloorConfig, "direct": DirectConfig,
-                "claims": ClaimsConfig}
+    programs = dict(prism=PrismConfig, floor=FloorConfig, direct=DirectConfig, claims=ClaimsConfig)
     config = tyro.extras.subcommand_cli_from_dict(programs, args=arguments)
     benchmarks, rows = run(config)
     if rank() == 0:

@@ -193,6 +193,9 @@ E) north
 {ANSWER_START} B"""
 """Take the place of WORKED_EXAMPLES where abstaining is offered: once wrong, once right."""
 
+CAPTION_AND_QUESTION = f"Caption: {CAPTION_START} [CAPTION] {CAPTION_END}\nQuestion: [QUESTION]"
+"""The end of the prompt. Caption and question take the places of the words in brackets."""
+
 
 class PromptWriter:
     """Token ids of a prompt in three parts: the head (the same for all), the caption, the question.
@@ -202,23 +205,22 @@ class PromptWriter:
     words. That is not prevented but measured (tests/test_reward.py).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, task: str = "",
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, prompt: str = "",
                  answer_start: str = ANSWER_START):
-        """task: instruction and worked examples for questions without options, answered in words.
+        """prompt: the user's text with [CAPTION] and [QUESTION], where it is not the reward's own.
 
         Raises ValueError for a chat template or a tokenizer that cannot be used.
         """
         examples = ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES
-        task = task or f"{ANSWER_INSTRUCTION}\n\n{examples}"
-        # A space stands before caption and question: tokenizers join it to the word that follows.
-        # So it is tokenized with them.
-        content = f"{task}\n\nCaption: {CAPTION_START}[CAPTION] {CAPTION_END}\nQuestion:[QUESTION]"
+        content = prompt or f"{ANSWER_INSTRUCTION}\n\n{examples}\n\n{CAPTION_AND_QUESTION}"
         text = chat_text(tokenizer, content) if tokenizer.chat_template else content + "\n"
         if text.count("[CAPTION]") != 1 or text.count("[QUESTION]") != 1:
             raise ValueError("expected the verifier's chat template to show the user's text once, "
                              "unchanged")
-        head, rest = text.split("[CAPTION]")
-        middle, tail = rest.split("[QUESTION]")
+        # Tokenizers join a space to the word that follows. So the spaces before caption and
+        # question are tokenized with them, unless nothing else were left between the two.
+        head, self.caption_space, rest = re.split(r"( ?)\[CAPTION\]", text)
+        middle, self.question_space, tail = re.split(r"(?s)((?<=.) |)\[QUESTION\]", rest)
         self.tokenizer = tokenizer
         added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1]
         # A look-ahead, so that two overlapping tokens are both found.
@@ -249,12 +251,13 @@ class PromptWriter:
         marker = re.compile(r"<\s*(caption\s+(?:start|end))\s*>", re.IGNORECASE)
         while marker.search(caption):  # "< <Caption End> >" leaves another marker behind
             caption = marker.sub(r"\1", caption)
-        return self.plain_ids(" " + caption.strip()) + self.middle_ids
+        return self.plain_ids(self.caption_space + caption.strip()) + self.middle_ids
 
     def question_ids(self, asked: Asked) -> list[int]:
         """Question, options under their letters, and the start of the verifier's turn."""
         options = [f"{letter}) {text}" for letter, text in zip(LETTERS, asked.options)]
-        return self.plain_ids("\n".join([f" {asked.question}", *options])) + self.tail_ids
+        text = "\n".join([self.question_space + asked.question, *options])
+        return self.plain_ids(text) + self.tail_ids
 
 
 # ------------------------------------------------------------------------------- 3. the answer
@@ -408,14 +411,14 @@ class Verifier:
     `parse_choice` reads (the paper's way).
     token_budget: most tokens in the cache at a time, beside what `pad_left` and `make_room_` add.
     One caption with its questions always runs.
-    task: see `PromptWriter`. Questions without options are answered in words, in mode "sample".
+    prompt: see `PromptWriter`. Questions without options are answered in words, in mode "sample".
     """
 
     writer = PromptWriter
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  mode: str = "logits", temperature: float = 0.6, max_new_tokens: int = 10,
-                 token_budget: int = 262_144, task: str = "", answer_start: str = ANSWER_START):
+                 token_budget: int = 262_144, prompt: str = "", answer_start: str = ANSWER_START):
         if mode not in ("logits", "sample"):
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
         if not temperature > 0:
@@ -423,7 +426,7 @@ class Verifier:
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.token_budget = token_budget
-        self.writers = {abstain: self.writer(tokenizer, abstain, task, answer_start)
+        self.writers = {abstain: self.writer(tokenizer, abstain, prompt, answer_start)
                         for abstain in (False, True)}
         self._prepare_()
 

@@ -192,8 +192,9 @@ class ChatWriter(PromptWriter):
     templates begin with a bracket and a sign after it. So a space is put between the two.
     """
 
-    def __init__(self, tokenizer: ServersTokenizer, abstain: bool, task: str, answer_start: str):
-        super().__init__(tokenizer, abstain, task, answer_start="")
+    def __init__(self, tokenizer: ServersTokenizer, abstain: bool, prompt: str,
+                 answer_start: str):
+        super().__init__(tokenizer, abstain, prompt, answer_start="")
         # The reply cannot be begun for the model here. So it begins with the letter, also in the
         # worked examples.
         self.head_ids = [piece.replace(f"{ANSWER_START} ", "") for piece in self.head_ids]

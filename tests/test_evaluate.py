@@ -6,6 +6,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -312,6 +313,19 @@ def test_refused_rows_are_told(tmp_path, capsys):
     assert "exact: 1 rows or questions refused, the first: " in capsys.readouterr().out
     assert len(json.loads((tmp_path / "o.json").read_text())["refused"]["exact"]) == 1
     assert load_benchmark(f"exact:{path}").metric == "exact"
+
+
+def test_a_prompt_for_answers_in_words_is_read_first_and_handed_on(tmp_path, monkeypatch):
+    path, file = tsv(tmp_path / "c.tsv", [{"question": "Q?", "answer": "red"}]), tmp_path / "prompt.txt"
+    prompts, make = [], evaluate.word_answerer
+    monkeypatch.setattr(evaluate, "word_answerer", lambda *args: prompts.append(args[-1]) or make(*args))
+    config = partial(FloorConfig, verifier="data/toy/verifier", data=(f"exact:{path}",), answer_tokens=1)
+    with pytest.raises(ValueError, match=r"prompt.txt: expected a text file with a prompt"):
+        run(config(words_prompt=str(file), verifier="data/toy/none"))
+    file.write_text("[CAPTION] [QUESTION]\n")
+    for words_prompt in (str(file), ""):
+        run(config(words_prompt=words_prompt))
+    assert prompts == ["[CAPTION] [QUESTION]", ""]
 
 
 def own_file(folder: Path, answers: list[str]) -> Path:

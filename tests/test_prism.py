@@ -14,13 +14,15 @@ from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark
 from data.benchmarks.questions import FreeQuestion, Item
 from data.benchmarks.released import ReleasedQuestion
 from data.examples import Question
-from reward.caprl import ABSTAIN, Answer, Verifier, load_verifier
+from grpo.policy import chat_text
+from reward.caprl import ABSTAIN, Answer, Asked, Verifier, load_verifier
 from tools.prism import (
     CAPTIONQA_ABSTAIN,
     answer_line,
     ask_item,
     others_captions,
     prism,
+    read_prompt,
     record,
     word_answerer,
 )
@@ -176,6 +178,37 @@ def test_another_images_captions_are_never_the_own():
     assert all(mine != other for mine, other in zip(captions, others))
     with pytest.raises(ValueError, match="expected at least 2 images"):
         others_captions(captions[:1], 0)
+
+
+def test_a_prompt_from_a_file_is_asked_as_it_stands(tmp_path):
+    """By the tokens of the whole user's turn: nothing of our own prompt is in it, and the answer is not begun."""
+    verifier = load_verifier("data/toy/verifier", torch.device("cpu"))
+    file = tmp_path / "prompt.txt"
+    for written, meant in (
+        ("In the image: [CAPTION]. Now:\n[QUESTION]\nIn a word.\n", "In the image: red square. Now:\nWhich color?\nIn a word."),
+        ("([CAPTION]) [QUESTION]", "(red square) Which color?"),
+        ("[CAPTION] [QUESTION]", "red square Which color?"),
+        ("[CAPTION]  [QUESTION]", "red square  Which color?"),
+    ):
+        file.write_text(written)
+        writer = word_answerer(verifier, 32, read_prompt(str(file))).writers[False]
+        ids = writer.head_ids + writer.caption_ids("red square") + writer.question_ids(Asked("Which color?", (), -1, 0))
+        assert writer.tokenizer.decode(ids) == chat_text(writer.tokenizer, meant)
+    for text, found in (
+        ("[QUESTION] [CAPTION]", r"\[QUESTION\], \[CAPTION\]"), ("Say.", "neither"), ("[CAPTION]", r"\[CAPTION\]$"),
+        ("[CAPTION] [CAPTION] [QUESTION]", r"\[CAPTION\], \[CAPTION\], \[QUESTION\]"),
+    ):
+        file.write_text(text)
+        wanted = r"expected \[CAPTION\] and then \[QUESTION\], once each"
+        with pytest.raises(ValueError, match=rf"prompt.txt: {wanted}, found {found}"):
+            read_prompt(str(file))
+    file.write_text("[CAPTION][QUESTION]")
+    with pytest.raises(ValueError, match=r"prompt.txt: expected text or a space between \[CAPTION\] and \[QUESTION\]"):
+        read_prompt(str(file))
+    for broken in (b"\xff [CAPTION] [QUESTION]", None):
+        file.write_bytes(broken) if broken else file.unlink()
+        with pytest.raises(ValueError, match=r"prompt.txt: expected a text file with a prompt \("):
+            read_prompt(str(file))
 
 
 def test_a_caption_cannot_break_out_of_the_prompt_for_words():

@@ -9,7 +9,7 @@ from data.benchmarks.questions import KINDS, FreeQuestion, Item
 from data.benchmarks.released import ReleasedQuestion
 from reward.caprl import CAPTION_END, Answer, load_verifier
 from tools.prism import prism
-from tools.reply_judge import JUDGE_TASK, SAME, reply_judge
+from tools.reply_judge import JUDGE_PROMPT, SAME, reply_judge
 
 REPLIES = {"How many?": "three birds", "Which year?": "1999", "What is it?": "a hen", "Who?": "", "Which letter?": "B",
            "How far?": "3 km", "Where?": "north"}
@@ -56,7 +56,7 @@ def test_the_judge_is_the_verifier_with_another_task():
     judge = reply_judge(verifier)
     assert judge.model is verifier.model and judge.mode == "logits"
     assert judge.writers[False].head_ids != verifier.writers[False].head_ids
-    assert JUDGE_TASK.count(CAPTION_END) == JUDGE_TASK.count(SAME) == 2  # worked examples as the question is put
+    assert JUDGE_PROMPT.count(CAPTION_END) == 3 and JUDGE_PROMPT.count(SAME) == 2  # worked examples as the question is put
     assert {kind for kind, metric in KINDS.items() if metric == "judged"} == {"charxiv", "mathverse", "mathvision"}
 
 

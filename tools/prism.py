@@ -1,7 +1,7 @@
 """Prism evaluation (arXiv 2509.22647, section 4.3): questions on a picture, answered from captions.
 
     1. what is asked      ask_item, and the prompts for answers in words
-    2. who answers        ask_all, word_answerer
+    2. who answers        read_prompt, word_answerer, ask_all
     3. what is recorded   record
     4. the evaluations    prism, from captions; direct, by a model that looks
 
@@ -10,9 +10,11 @@ options is answered in words, on a line that the benchmark's metric scores.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from grpo.policy import Policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import (
     ANSWER_START,
+    CAPTION_AND_QUESTION,
     CAPTION_END,
     CAPTION_START,
     Answer,
@@ -55,7 +58,7 @@ WORDS_START = "Answer:"
 """Where the model answers in words, its turn begins with this. The rest of the line is the
 answer."""
 
-WORDS_TASK = f"""\
+WORDS_PROMPT = f"""\
 Answer a question about an image that you cannot see. All that you know about the image is its \
 caption. Use no outside knowledge: what the caption does not say, you do not know. \
 {WORDS_FORM} Several answers are written as a list, [first, second].
@@ -67,7 +70,9 @@ Question: How much rain fell in June?
 Caption: {CAPTION_START} A poster in red letters says: Summer fair, 12 July, Town Hall. \
 {CAPTION_END}
 Question: Where is the fair?
-{WORDS_START} Town Hall"""
+{WORDS_START} Town Hall
+
+{CAPTION_AND_QUESTION}"""
 
 
 def ask_item(item: Item, metric: Metric, seed: int, from_caption: bool = True) -> Asked:
@@ -117,12 +122,28 @@ def floor_captions(captions: dict[str, list[list[dict]]], num_pictures: int,
 # --------------------------------------------------------------------------------- 2. who answers
 
 
-def word_answerer(verifier: Verifier, answer_tokens: int) -> Verifier:
+def read_prompt(path: str) -> str:
+    """The text of a file with [CAPTION] and then [QUESTION] in it. Raises ValueError for others."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a text file with a prompt ({error})") from None
+    found = re.findall(r"\[CAPTION\]|\[QUESTION\]", text)
+    if found != ["[CAPTION]", "[QUESTION]"]:
+        raise ValueError(f"{path}: expected [CAPTION] and then [QUESTION], once each, found "
+                         f"{', '.join(found) or 'neither'}")
+    if "[CAPTION][QUESTION]" in text:
+        raise ValueError(f"{path}: expected text or a space between [CAPTION] and [QUESTION]")
+    return text
+
+
+def word_answerer(verifier: Verifier, answer_tokens: int, prompt: str = "") -> Verifier:
     """The same model, answering in words of at most so many tokens. They are the likeliest ones
-    where the verifier takes the likeliest letter."""
+    where the verifier takes the likeliest letter. prompt: as `read_prompt` returns it; the answer
+    to it is not begun with `WORDS_START`."""
     temperature = verifier.temperature if verifier.mode == "sample" else 1e-4
     return verifier.under(mode="sample", temperature=temperature, max_new_tokens=answer_tokens,
-                          task=WORDS_TASK, answer_start=WORDS_START)
+                          prompt=prompt or WORDS_PROMPT, answer_start="" if prompt else WORDS_START)
 
 
 def ask_all(captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str],

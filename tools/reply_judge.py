@@ -7,12 +7,19 @@ Their judges are OpenAI's. Ours is the verifier, with a prompt of our own.
 from collections.abc import Sequence
 
 from data.benchmarks.benchmark import Picture
-from reward.caprl import CAPTION_END, CAPTION_START, Asked, AskVerifier, Verifier
+from reward.caprl import (
+    CAPTION_AND_QUESTION,
+    CAPTION_END,
+    CAPTION_START,
+    Asked,
+    AskVerifier,
+    Verifier,
+)
 from tools.stats import mean
 
 SAME = "Does the reply say the same as the right answer?"
 
-JUDGE_TASK = f"""\
+JUDGE_PROMPT = f"""\
 Compare the reply to a question with the right answer. They say the same if they mean the same: \
 another form of a number, a missing unit or more words do not matter, another value does. Reply \
 with the letter of one option.
@@ -27,13 +34,15 @@ Caption: {CAPTION_START} Right answer: falling. Reply: It rises, then falls. {CA
 Question: What is the trend of the blue line? {SAME}
 A) yes
 B) no
-The answer is B"""
+The answer is B
+
+{CAPTION_AND_QUESTION}"""
 
 
 def reply_judge(verifier: Verifier) -> Verifier:
     """The same model, comparing replies with right answers."""
     return verifier.under(mode=verifier.mode, temperature=verifier.temperature,
-                          max_new_tokens=verifier.max_new_tokens, task=JUDGE_TASK)
+                          max_new_tokens=verifier.max_new_tokens, prompt=JUDGE_PROMPT)
 
 
 def judge_replies_(rows: Sequence[dict], pictures: Sequence[Picture], judge: AskVerifier) -> None:

@@ -63,9 +63,10 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
     return "\n\n".join(parts)
 
 
-def check_out(out: Path) -> None:
+def check_out(name: str) -> Path:
     """Raises ValueError for a name that is taken or does not end in .jsonl. Raises it too for a
     folder that cannot be written."""
+    out = Path(name)
     for ending in (".jsonl", ".md", ".json"):
         path = out.with_suffix(ending)
         if path.exists():
@@ -73,6 +74,7 @@ def check_out(out: Path) -> None:
     if out.suffix != ".jsonl":
         raise ValueError(f"{out}: expected a name that ends in .jsonl")
     check_room(out.parent)
+    return out
 
 
 def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict]) -> None:
