@@ -30,7 +30,8 @@ from data.captions.leases import take_leases, write_shard
 from data.captions.shards import Shard, contents_hash, plan_shards
 from data.images import open_image
 from data.io import agree_on, check_room, naming, text_hash
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from grpo.captioning import Captioning, caption_batches
 from grpo.distributed import compute_dtype, local_device
 from grpo.policy import Policy

@@ -30,7 +30,8 @@ import tyro
 
 from data.benchmarks.benchmark import Benchmark, judge_of, load_benchmarks
 from data.io import check_room, naming
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from grpo.distributed import all_or_none, compute_dtype, init_distributed, print0, rank
 from grpo.pretrained import find_model, load_policy
 from reward.step import verifier_of

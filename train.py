@@ -32,24 +32,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.examples import Example, load_examples
-from data.images import image_size, open_image
 from data.io import ahead, check_room, naming
-from data.program import run_program
-from grpo.config import TrainConfig, parse_train_config
-from grpo.distributed import (
-    Phases,
-    all_or_none,
-    deal,
-    gather_rows,
-    init_distributed,
-    print0,
-    rank,
-    world_size,
-)
-from grpo.log import alarms, count_skipped, log_step, step_timing
+from grpo.config import TrainConfig
+from grpo.distributed import Phases, all_or_none, deal, init_distributed, print0, rank, world_size
 from grpo.policy import Policy, Prompt
 from grpo.run import Run, begin, export, load_run, sample_step, save_step
-from grpo.signals import catch_stop_signals
 from grpo.update import update_policy, warm_up_
 from reward.step import (
     Reward,
@@ -121,6 +108,11 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
     """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint. It then raises
     SystemExit with the shell's code for that signal. watch: tools/held_out.py measures the policy
     between steps."""
+    # here: records, logs and signals are no part of the algorithm
+    from grpo.log import alarms, count_skipped, log_step, step_timing
+    from grpo.signals import catch_stop_signals
+    from tools.records import gather_records
+
     phases = Phases(run.device, config.timeout_minutes)
     saved_at, num_skipped, step = time.monotonic(), 0, first_step
     steps = range(first_step, config.num_steps)
@@ -193,6 +185,8 @@ def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,
               step: int) -> tuple[list[Example], list[Example], list[Prompt]]:
     """The P images of a step, this rank's share, and its prompts. Every rank gets as many images,
     and about as many image tokens. Runs in a thread, so no rank waits for another here."""
+    from data.images import image_size, open_image  # here: a page of its own
+
     mine = batch = step_examples(examples, step, config.prompts_per_step, config.seed)
     if world_size() > 1:
         sizes = [sampler.image_tokens(*image_size(example.image)) for example in batch]
@@ -200,28 +194,9 @@ def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,
     return batch, mine, [sampler.prompt(open_image(example.image)) for example in mine]
 
 
-def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],
-                   batch: Sequence[Example], rows: list[dict], step: int,
-                   config: TrainConfig) -> tuple[list[dict], dict]:
-    """All ranks' rows in the order of the batch, and on rank 0 their audit. Keeps thumbnails."""
-    from grpo.run_dir import check_writer  # here: a reader of training need not meet them
-    from tools.audit import audit_step
-    from tools.thumbnails import SHOWN_GROUPS, keep_thumbnail
-
-    rows, audit = gather_rows(rows), {}
-    with all_or_none("records"):
-        if rank() == 0:
-            check_writer(run_dir)
-            order = {example.id: place for place, example in enumerate(batch)}
-            rows.sort(key=lambda row: order[row["id"]])  # as on one rank
-            probes = examples[: config.probe_images]
-            audit = audit_step(rows, step, run.sampler, reward.verifier, probes, config)
-            for example in batch[:SHOWN_GROUPS]:
-                keep_thumbnail(run_dir, example.id, partial(open_image, example.image))
-    return rows, audit
-
-
 def main(arguments: list[str]) -> None:
+    from grpo.recipes import parse_train_config  # here: presets are no part of the algorithm
+
     config = parse_train_config(arguments)
     with naming(Path(config.run_dir)):
         if config.check:
@@ -233,4 +208,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    from data.program import run_program
+
     run_program(main, sys.argv[1:])

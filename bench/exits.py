@@ -24,9 +24,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import data.images
 import train
 from data.program import run_program
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 
 TINY = dict(data="toy:train:4", num_steps=1, prompts_per_step=2, group_size=2, max_new_tokens=8,
             probe_images=2, audit_every=0, save_every=1)
@@ -72,7 +73,7 @@ def one_rank(number: int, kind: str, run_dir: Path, port: int, is_brittle: bool)
         def open_image(image):
             raise ValueError("no picture")
 
-        train.open_image = open_image
+        data.images.open_image = open_image
     config = toy_config(run_dir=str(run_dir), **TINY | KINDS[kind][1])
     run_program(lambda _: train.train(config), [])
     sys.exit(0)

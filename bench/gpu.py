@@ -32,7 +32,7 @@ from torch import Tensor
 from data.examples import Example, Question
 from data.export import example_row
 from data.toy.tokenizer import build_tokenizer
-from grpo.config import RewardConfig, TrainConfig, toy_config
+from grpo.config import RewardConfig, TrainConfig
 from grpo.decode import Decoder
 from grpo.distributed import local_device
 from grpo.layers import layer_step_
@@ -40,6 +40,7 @@ from grpo.logprobs import CompletionScorer, group_attention
 from grpo.lora import adapters_off, add_adapters_
 from grpo.policy import Policy, Prompt
 from grpo.pretrained import make_policy
+from grpo.recipes import toy_config
 from grpo.rollout import Rollouts, read_prompts, sample_rollouts
 from grpo.update import prepare_training_, update_policy
 from reward.attention import shared_heads

@@ -28,8 +28,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import parquet
-from data.examples import load_examples
-from data.images import StoredImage, open_image
+from data.examples import StoredImage, load_examples
+from data.images import open_image
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ from transformers import (
 from data.examples import load_examples
 from data.export import example_row
 from data.images import open_image
-from grpo.config import PAPER, TrainConfig, change, toy_config
+from grpo.config import TrainConfig, change
+from grpo.recipes import PAPER, toy_config
 from grpo.run import load_run
 from grpo.update import update_policy
 from reward.step import load_reward

@@ -61,10 +61,11 @@ from bench.studies import (
 from data.export import write_examples
 from data.io import check_room, text_hash, write_whole
 from data.jsonl import read_log
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from data.toy.world import toy_examples
-from grpo.config import parse_train_config
 from grpo.log import EVAL_LOG
+from grpo.recipes import parse_train_config
 from reward.claims import claim_record, claims_of
 from reward.style import empty_share
 from tools.claims import DIGITS, exact, image_values

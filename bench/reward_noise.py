@@ -33,9 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.examples import Example, load_examples
 from data.io import write_whole
-from data.program import check_range, run_program
-from grpo.config import RewardConfig, parse_train_config
+from data.program import run_program
+from data.ranges import check_range
+from grpo.config import RewardConfig
 from grpo.pretrained import load_policy
+from grpo.recipes import parse_train_config
 from grpo.rollout import sample_rollouts
 from reward.caprl import Verifier, caption_rewards, load_verifier
 from tools.audit import rank_correlation

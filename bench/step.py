@@ -50,10 +50,11 @@ from transformers.utils import logging as transformers_logging
 
 from data.examples import Example, Question
 from data.toy.tokenizer import build_tokenizer
-from grpo.config import RewardConfig, toy_config
+from grpo.config import RewardConfig
 from grpo.logprobs import CompletionScorer
 from grpo.policy import CAPTION_INSTRUCTION
 from grpo.pretrained import load_policy
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.update import update_policy
 from reward.caprl import PromptWriter, ask, caption_rewards, load_verifier

@@ -24,12 +24,28 @@ only if the set's manifest lists it:
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from PIL import Image
 
 from data.choices import MAX_CHOICES, plain_text
-from data.images import ImageSource
 from data.io import check_text
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture inside a larger file, such as a row of a parquet file or a member of a tar file. It
+    is read when it is needed."""
+
+    name: str
+    """How messages and records call it: "train-00000.parquet row 17"."""
+    read: Callable[[], bytes]
+
+
+ImageSource = Path | StoredImage | Image.Image
+"""A file, a picture inside one, or one in memory."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from data.examples import Example, Question
-from data.images import ImageSource, image_bytes
+from data.examples import Example, ImageSource, Question
+from data.images import image_bytes
 from data.io import json_lines, naming, text_hash, write_whole
 
 

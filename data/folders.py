@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from data.examples import ImageSource
 from data.formats import contents, data_files, row_image
-from data.images import IMAGE_SUFFIXES, ImageSource, printable
+from data.images import IMAGE_SUFFIXES, printable
 
 
 def list_images(folder: Path) -> list[Path]:

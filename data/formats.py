@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, image_path
+from data.examples import ImageSource, StoredImage
+from data.images import IMAGE_SUFFIXES, image_path
 from data.io import short
 from data.jsonl import Line, json_rows, row_at
 

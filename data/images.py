@@ -4,13 +4,14 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.examples import ImageSource, StoredImage
 
 FORMATS = {
     "PNG": (".png", ".apng"),
@@ -49,20 +50,6 @@ MAX_ASPECT_RATIO = 200
 # A picture opens, or a sentence says why not. Pillow's own warnings would add a line for each.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """A picture inside a larger file, such as a row of a parquet file or a member of a tar file. It
-    is read when it is needed."""
-
-    name: str
-    """How messages and records call it: "train-00000.parquet row 17"."""
-    read: Callable[[], bytes]
-
-
-ImageSource = Path | StoredImage | Image.Image
-"""A file, a picture inside one, or one in memory."""
 
 
 def open_image(image: ImageSource) -> Image.Image:

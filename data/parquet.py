@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.images import StoredImage
+from data.examples import StoredImage
 
 CACHE_BYTES = 1 << 28
 """Most bytes of row groups kept, over all files. The one in use is kept however large it is."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.examples import Example, Question
-from data.images import ImageSource, picture_hash
+from data.examples import Example, ImageSource, Question
+from data.images import picture_hash
 
 
 def merge_pictures(examples: Sequence[Example]) -> list[Example]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
 
-from data.images import ImageSource, decoding, read_head
+from data.examples import ImageSource
+from data.images import decoding, read_head
 
 STRIP_PIXELS = 1 << 20
 """Pixels that are converted at a time, so that no step needs memory for a whole picture more."""

@@ -7,7 +7,7 @@ from itertools import islice
 from PIL import Image
 
 from data.io import ahead
-from data.program import check_range
+from data.ranges import check_range
 from grpo.policy import CAPTION_INSTRUCTION, Policy, Prompt
 from grpo.rollout import sample_rollouts
 

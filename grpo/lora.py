@@ -11,11 +11,12 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo.config import LoraConfig
+from grpo.distributed import world_size
 
 
 class LoraLinear(nn.Linear):
@@ -245,3 +247,16 @@ def target_layers(modules: dict[str, nn.Module], settings: dict) -> set[str]:
     ends = tuple(f".{target}" for target in targets or ())
     return {name for name, module in modules.items()
             if isinstance(module, nn.Linear) and f".{name}".endswith(ends)}
+
+
+def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages the adapters' gradients over ranks, each of which has them whole. Every rank must
+    call this."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(whole)
+    parts = whole.div_(world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))

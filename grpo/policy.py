@@ -7,7 +7,6 @@ Qwen2.5-VL *processor* of transformers would do both, but needs torchvision, for
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 
 import torch
 from PIL import Image
@@ -19,23 +18,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-# From its module: `transformers.AutoImageProcessor` of 5.17 needs torchvision for any backend.
-
-
 CAPTION_INSTRUCTION = "Please describe this image in detail."
 """The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
-
-TEMPLATE_DATE = date(2025, 1, 1)
-"""The date for chat templates that ask for today's. So a run that is resumed tomorrow has the same
-prompts. Ours."""
-
-_DIRECTIVES = [f"%{flag}{letter}" for letter in "aAbBcdDeFHIjmMpSuwxXyYzZ" for flag in ("", "-")]
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace({part!r}, {TEMPLATE_DATE.strftime(part)!r})" for part in _DIRECTIVES)
-    + " }}{%- endmacro %}\n"
-)
-"""Put before a template, this macro replaces transformers' function of the same name."""
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -166,7 +150,9 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, 
         raise ValueError(f"expected a chat template in {places}, found none")
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
-        template = _FIXED_DATE + template
+        from grpo.template_date import FIXED_DATE  # here: few templates tell the date
+
+        template = FIXED_DATE + template
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], chat_template=template, tokenize=False,
         add_generation_prompt=True,

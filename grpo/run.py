@@ -13,20 +13,15 @@ from data.io import naming
 from grpo.config import TrainConfig
 from grpo.distributed import (
     all_or_none,
-    cast_weights_,
     compute_dtype,
-    copy_weights_,
-    empty_model,
-    fill_,
     gather_rows,
     print0,
     rank,
-    shard,
     sum_across_ranks,
     world_size,
 )
 from grpo.logprobs import CompletionScorer
-from grpo.policy import TEMPLATE_DATE, Policy, Prompt, encode_images
+from grpo.policy import Policy, Prompt, encode_images
 from grpo.rollout import Rollouts, sample_rollouts
 from grpo.update import init_moments_, prepare_training_
 
@@ -56,6 +51,8 @@ class Run:
     def update_sampler_(self) -> None:
         """Copies the trainer's weights into the sampler. Every rank must call this."""
         if self.scorer.model is not self.sampler.model:
+            from grpo.sharding import copy_weights_  # here: as in `load_run`
+
             copy_weights_(self.scorer, self.sampler.model)
 
 
@@ -78,11 +75,6 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
     def scorer_of(model: PreTrainedModel) -> CompletionScorer:
         return CompletionScorer(model, sampler.pad_id, sampler.forbidden_ids, config.temperature)
 
-    def sharded(model: PreTrainedModel, offload: bool = False) -> CompletionScorer:
-        scorer = shard(scorer_of(model), device, config.replicas, offload)
-        fill_(scorer, sampler.model, device, offload)
-        return scorer
-
     reference = None
     if has_adapters or has_one_model:
         prepare_training_(sampler.model, config)
@@ -93,6 +85,14 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
             model = load_policy(config.policy, device).model
             reference = scorer_of(model.requires_grad_(False))
     else:
+        # here: how a model is sharded is a page of its own
+        from grpo.sharding import cast_weights_, empty_model, fill_, shard
+
+        def sharded(model: PreTrainedModel, offload: bool = False) -> CompletionScorer:
+            scorer = shard(scorer_of(model), device, config.replicas, offload)
+            fill_(scorer, sampler.model, device, offload)
+            return scorer
+
         model = empty_model(sampler.model, torch.float32)
         prepare_training_(model, config)
         scorer = sharded(model)
@@ -128,6 +128,7 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
         saved_config,
         start_run,
     )
+    from grpo.template_date import TEMPLATE_DATE
 
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):

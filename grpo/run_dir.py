@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from data.io import heartbeat, read_json, to_json, write_whole
-from grpo.config import PAPER, TrainConfig
+from grpo.config import TrainConfig
 from grpo.log import EVAL_LOG, LOGS
+from grpo.recipes import PAPER
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
-from grpo.distributed import average_gradients_, gather_rows, sum_across_ranks, world_size
+from grpo.distributed import gather_rows, sum_across_ranks, world_size
 from grpo.logprobs import CompletionScorer
 from grpo.loss import policy_loss, token_weights
 from grpo.rollout import Rollouts
@@ -143,7 +143,10 @@ def update_policy(scorer: CompletionScorer,
                 del stats["ratio"], stats["clip_share"]
             for key, value in stats.items():
                 totals[key] = totals.get(key, 0.0) + value.item()
-        average_gradients_(scorer)
+        if config.lora.lora_rank:
+            from grpo.lora import average_gradients_  # here: FSDP2 does it for sharded weights
+
+            average_gradients_(scorer.parameters())
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # All ranks decide together: a single NaN would spread to every weight.

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from data.images import ImageSource, open_image
+from data.examples import ImageSource
+from data.images import open_image
 from grpo.policy import Policy, chat_text
 from reward.caprl import pad_left
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from data.choices import fold_choice
-from data.examples import Example
-from data.images import ImageSource
+from data.examples import Example, ImageSource
 from grpo.config import TrainConfig
 from grpo.distributed import compute_dtype
 from grpo.logprobs import HEAD_ROWS, HeadLogprobs

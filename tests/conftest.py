@@ -28,9 +28,9 @@ import grpo.flash
 from data.toy.captioner import build_policy
 from data.toy.verifier import build_verifier
 from data.toy.world import draw, make_scene
-from grpo.config import toy_config
 from grpo.decode import Decoder
 from grpo.policy import Policy, Prompt
+from grpo.recipes import toy_config
 from grpo.rollout import Rollouts, sample_rollouts
 from train import train
 

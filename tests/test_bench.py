@@ -36,7 +36,7 @@ from data.toy.captioner import TeachConfig
 from data.toy.flawed_judge import JudgeConfig
 from data.toy.pretrain import PretrainConfig
 from data.toy.world import make_scene, perturb, toy_example, write_caption
-from grpo.config import parse_train_config
+from grpo.recipes import parse_train_config
 from reward.claims import claims_of
 from tools.stats import bootstrap_interval
 

@@ -13,9 +13,10 @@ from conftest import keys
 from data.examples import load_examples
 from data.images import open_image
 from data.toy.export import ExportConfig, export
-from grpo.config import RewardConfig, toy_config
+from grpo.config import RewardConfig
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import load_policy
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.run import load_run
 from reward.caprl import Answer

@@ -30,8 +30,9 @@ from grpo.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from grpo.config import TrainConfig, toy_config
+from grpo.config import TrainConfig
 from grpo.pretrained import weights_hash
+from grpo.recipes import toy_config
 from grpo.run_dir import check_run_dir
 from grpo.signals import catch_stop_signals
 from grpo.update import init_moments_

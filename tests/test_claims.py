@@ -17,9 +17,10 @@ from data.examples import Example
 from data.images import open_image
 from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene, perturb, write_caption
-from grpo.config import PRESETS, RewardConfig, toy_config
+from grpo.config import RewardConfig
 from grpo.policy import CAPTION_INSTRUCTION
 from grpo.pretrained import load_policy, weights_hash
+from grpo.recipes import PRESETS, toy_config
 from reward import claims as claims_page
 from reward.caprl import Rewards
 from reward.claims import (

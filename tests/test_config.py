@@ -10,7 +10,8 @@ import caption
 import evaluate
 import train
 from data.program import run_program
-from grpo.config import PRESETS, RewardConfig, TrainConfig, change, parse_train_config, toy_config
+from grpo.config import RewardConfig, TrainConfig, change
+from grpo.recipes import PRESETS, parse_train_config, toy_config
 from tools import audit
 
 

@@ -42,7 +42,7 @@ from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
 from data.toy.writer import write_blocks
 from data.written import parse_questions
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 from reward.caprl import Answer, Asked, PromptWriter, shuffle_options
 from train import train
 

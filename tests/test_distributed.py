@@ -18,11 +18,9 @@ from torch.distributed.tensor import DTensor
 import train
 from data.io import naming
 from data.program import run_program
-from grpo.config import toy_config
 from grpo.distributed import (
     Phases,
     all_or_none,
-    copy_weights_,
     deal,
     gather_rows,
     init_distributed,
@@ -33,8 +31,10 @@ from grpo.distributed import (
 )
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import load_policy
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.run import load_run
+from grpo.sharding import copy_weights_
 from grpo.update import update_policy
 
 PROMPTS, GROUP = 4, 3

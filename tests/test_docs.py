@@ -302,7 +302,7 @@ from PIL import Image
 from data.examples import Example, Question
 from grpo.advantage import rank_advantages
 from data.program import run_program
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 from reward.priced import priced_rewards
 from reward.recall import recall_rewards
 from reward.step import load_reward

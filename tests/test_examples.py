@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from data import parquet
-from data.examples import Example, Question, load_examples
+from data.examples import Example, Question, StoredImage, load_examples
 from data.export import example_row
 from data.folders import load_images
-from data.images import StoredImage, open_image, picture_hash
+from data.images import open_image, picture_hash
 from data.pictures import merge_pictures, picture_keys
 from data.rows import scan_examples
 from tools.inspect import InspectConfig, inspect

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, TiffImagePlugin
 
+from data.examples import StoredImage
 from data.folders import list_images
-from data.images import FEWER_PIXELS, FORMATS, MAX_PIXELS, StoredImage, image_path, image_size, open_image
+from data.images import FEWER_PIXELS, FORMATS, MAX_PIXELS, image_path, image_size, open_image
 from data.tones import seen_otherwise
 
 

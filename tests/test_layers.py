@@ -12,11 +12,11 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
-from grpo.distributed import empty_model
 from grpo.layers import compiled_step_, layer_step_
 from grpo.norms import plain_norms
 from grpo.pretrained import make_policy
 from grpo.rollout import sample_rollouts
+from grpo.sharding import empty_model
 from reward.caprl import Verifier
 
 

@@ -15,17 +15,16 @@ FILES = sorted(
 )
 MAY_IMPORT = {
     "data": r"data",
-    "grpo": r"grpo|data\.io|data\.program",
+    "grpo": r"grpo|data\.io|data\.ranges",
     "reward": r"reward|grpo|data",
     "tools": r"tools|reward|grpo|data",
 }
 """By the folder of a file: modules of ours that it may import. Files are read and written, and
-programs ended, by data.io and data.program alone."""
+settings held in their ranges, by data.io and data.ranges alone."""
 PROGRAMS = re.compile(r"data/(curate|toy/(build|captioner|demo|fit|flawed_judge|looker|pretrain|tokenizer|verifier|writer))")
 """Builders and programs, in data/ because of their subject. They import anything, and nobody but
 programs and tests imports them."""
-MOST_LINES = 4050
-"""The aim is 3,400."""
+MOST_LINES = 3400
 
 
 def imported(file: str, only_loaded: bool = False) -> set[str]:

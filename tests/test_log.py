@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from grpo.config import toy_config
 from grpo.log import alarms, count_skipped, finite_numbers, log_step
+from grpo.recipes import toy_config
 
 
 def test_the_console_line_shows_the_few_that_matter(tmp_path):

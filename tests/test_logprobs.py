@@ -8,11 +8,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.toy.world import draw, make_scene
 from grpo.config import LoraConfig
-from grpo.distributed import cast_weights_
 from grpo.logprobs import CompletionScorer, HeadLogprobs, group_attention, pack_groups
 from grpo.lora import adapters, add_adapters_
 from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
+from grpo.sharding import cast_weights_
 
 
 def given(policy, prompts, rows: list[list[int]]) -> Rollouts:

@@ -15,7 +15,7 @@ from torch import nn
 
 from data.program import run_program
 from data.toy.captioner import build_policy
-from grpo.config import LoraConfig, toy_config
+from grpo.config import LoraConfig
 from grpo.export import export_policy
 from grpo.logprobs import CompletionScorer
 from grpo.lora import (
@@ -30,6 +30,7 @@ from grpo.lora import (
     save_adapter,
 )
 from grpo.pretrained import find_model, load_policy
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.run import load_run
 from train import main

@@ -8,10 +8,10 @@ from conftest import keys
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from bench.estimate import estimate_memory
-from grpo.config import toy_config
 from grpo.logprobs import CompletionScorer
 from grpo.lora import add_adapters_
 from grpo.pretrained import load_policy
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 
 

@@ -20,8 +20,8 @@ from PIL import Image
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.benchmarks.questions import Item
 from data.examples import Question
-from grpo.config import toy_config
 from grpo.log import log_step
+from grpo.recipes import toy_config
 from grpo.run_dir import start_run
 from reward.caprl import Answer
 from tools.prism import prism

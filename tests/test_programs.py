@@ -24,7 +24,7 @@ from data.curate import generate as curate_generate
 from data.curate.__main__ import main as curate
 from data.program import run_program
 from data.toy.demo import DemoConfig, demo
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 
 
 @pytest.fixture

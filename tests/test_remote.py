@@ -23,7 +23,8 @@ import reward.remote as remote
 from bench.serve import make_server
 from data.examples import Example, Question, load_examples
 from evaluate import PrismConfig, run
-from grpo.config import RewardConfig, change, toy_config
+from grpo.config import RewardConfig, change
+from grpo.recipes import toy_config
 from grpo.run_dir import check_resumes
 from reward.caprl import Asked, ask, caption_rewards, load_verifier
 from reward.remote import (

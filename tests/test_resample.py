@@ -9,7 +9,7 @@ from conftest import all_ranks, keys, shallow
 from test_reward_step import record
 
 from data.examples import Example, Question
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from reward import resample
 from reward.caprl import Rewards

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 from reward.caprl import Rewards
 from reward.step import measure_step, reward_metrics
 

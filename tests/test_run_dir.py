@@ -7,8 +7,8 @@ import torch
 
 from data.io import heartbeat
 from data.jsonl import read_log
-from grpo.config import toy_config
 from grpo.log import LOGS, log_step
+from grpo.recipes import toy_config
 from grpo.run_dir import check_resumes, check_writer, log_start, only_writer, rewind, saved_config, start_run
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from grpo.advantage import group_advantages, part_advantages
-from grpo.config import RewardConfig, toy_config
+from grpo.config import RewardConfig
+from grpo.recipes import toy_config
 from reward.caprl import Rewards
 from reward.step import compare_siblings
 from reward.style import empty_kinds, empty_share, length_reward, repetition, sentences, style_parts

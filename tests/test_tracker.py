@@ -8,7 +8,7 @@ import pytest
 
 from data.io import text_hash
 from data.jsonl import read_log
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 from tools.tracker import Tracker
 from train import train
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from data.examples import Example, Question
 from data.export import example_row
-from grpo.config import toy_config
 from grpo.pretrained import load_policy
+from grpo.recipes import toy_config
 from grpo.update import prepare_training_
 from tools.check import check
 from train import step_examples, train

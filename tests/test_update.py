@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import keys
 
-from grpo.config import toy_config
 from grpo.log import alarms
 from grpo.logprobs import CompletionScorer
 from grpo.policy import encode_images
 from grpo.pretrained import load_policy
+from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.update import group_sizes, micro_batches, prepare_training_, split_evenly, update_policy
 from reward.caprl import Rewards

@@ -14,8 +14,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from grpo.distributed import empty_model
 from grpo.lora import LoraLinear
+from grpo.sharding import empty_model
 from grpo.vision import WINDOW_ATTENTION, AlignedMLP, PatchProduct, prepare_vision_, window_attention
 
 TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

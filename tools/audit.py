@@ -28,7 +28,7 @@ from data.choices import LETTERS
 from data.examples import Example
 from data.images import open_image
 from data.jsonl import read_jsonl, read_log
-from data.program import check_range
+from data.ranges import check_range
 from grpo.config import RewardConfig, TrainConfig
 from grpo.distributed import compute_dtype, local_device
 from grpo.policy import Policy

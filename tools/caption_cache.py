@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.captions.exports import caption_rows
-from data.images import ImageSource, image_name, open_image, picture_hash
+from data.examples import ImageSource
+from data.images import image_name, open_image, picture_hash
 from data.io import json_lines, naming, text_hash, write_whole
 from data.jsonl import read_log
-from data.program import check_range
+from data.ranges import check_range
 from grpo.captioning import Captioning, caption_batches
 from grpo.distributed import all_or_none, compute_dtype, gather_rows, rank, world_size
 from grpo.policy import Policy

@@ -9,10 +9,11 @@ from torch import nn
 from data.examples import Example, examples_hash
 from data.io import text_hash
 from data.rows import read_manifest
-from grpo.config import PRESETS, TrainConfig
+from grpo.config import TrainConfig
 from grpo.distributed import print0, rank, world_size
 from grpo.policy import Policy
 from grpo.pretrained import weights_hash
+from grpo.recipes import PRESETS
 from grpo.run import Run
 from reward.step import Reward
 from tools.check import check_sampling

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from data.benchmarks.files import file_rows
 from data.benchmarks.questions import KINDS, PUBLISHED_JUDGES, Item, Metric, row_items
-from data.examples import Example, load_examples
-from data.images import ImageSource, picture_hash
+from data.examples import Example, ImageSource, load_examples
+from data.images import picture_hash
 from data.pictures import merge_pictures
 
 

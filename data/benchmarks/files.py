@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.examples import ImageSource, StoredImage
 from data.formats import row_image
-from data.images import ImageSource, StoredImage, image_path, picture_hash
+from data.images import image_path, picture_hash
 from data.io import check_text, read_json, short
 from data.jsonl import filled, json_rows
 from data.parquet import parquet_rows

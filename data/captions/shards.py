@@ -14,8 +14,9 @@ from itertools import chain, count
 from pathlib import Path
 
 from data.benchmarks.files import IMAGE_COLUMNS, picture_rows
+from data.examples import ImageSource, StoredImage
 from data.folders import list_files, print_left_out
-from data.images import IMAGE_SUFFIXES, ImageSource, StoredImage, printable
+from data.images import IMAGE_SUFFIXES, printable
 from data.io import text_hash
 from data.jsonl import read_jsonl
 from data.parquet import parquet_columns, parquet_groups

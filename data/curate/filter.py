@@ -19,7 +19,7 @@ from data.examples import Example, Question, load_examples
 from data.export import question_row
 from data.io import text_hash
 from data.pictures import merge_pictures
-from data.program import check_range
+from data.ranges import check_range
 from grpo.distributed import all_or_none, compute_dtype, init_distributed
 from grpo.pretrained import load_policy
 from reward.caprl import Answer, Asked, PromptWriter, shuffle_options

@@ -13,7 +13,7 @@ from data.examples import Example, Question
 from data.export import question_row
 from data.folders import load_images
 from data.images import open_image
-from data.program import check_range
+from data.ranges import check_range
 from data.rows import Dropped, read_question
 from data.written import parse_questions
 from grpo.distributed import all_or_none, compute_dtype, init_distributed

@@ -16,7 +16,7 @@ from data.curate.work import A_WEEK, Inputs, count_table, finish, work_through
 from data.examples import Example
 from data.folders import load_images
 from data.images import open_image
-from data.program import check_range
+from data.ranges import check_range
 from grpo.distributed import all_or_none, init_distributed, rank
 
 

@@ -22,7 +22,8 @@ from data.benchmarks.benchmark import example_benchmark
 from data.curate.answers import answer_by_options
 from data.examples import Question
 from data.io import check_room
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from data.toy.captioner import train_policy
 from data.toy.looker import any_caption, any_claim, train_looker
 from data.toy.tokenizer import build_tokenizer

@@ -28,7 +28,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from data.toy.fit import INITIALIZER_RANGE, check_no_model, fit
 from data.toy.world import FAMILIES, Scene, draw, make_scene, perturb, write_caption
 from grpo.export import export_policy

@@ -15,7 +15,7 @@ import tyro
 
 from data.program import run_program
 from evaluate import PrismConfig, run
-from grpo.config import toy_config
+from grpo.recipes import toy_config
 from tools.report.page import write_page
 from tools.stats import summarize
 from train import train

@@ -16,7 +16,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from data.toy.captioner import draw_scenes
 from data.toy.fit import check_no_model, fit
 from data.toy.looker import Pupil, any_caption, rating_turn, write_lesson

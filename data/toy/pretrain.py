@@ -19,7 +19,8 @@ import torch
 import tyro
 
 from data.captions.exports import finished_rows
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from data.toy.captioner import Demonstration, build_policy, imitate_
 from data.toy.facts import scene_of
 from data.toy.fit import check_no_model

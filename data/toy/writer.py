@@ -22,7 +22,8 @@ import tyro
 from data.choices import LETTERS
 from data.curate.generate import WRITING_INSTRUCTION
 from data.examples import Question
-from data.program import check_range, run_program
+from data.program import run_program
+from data.ranges import check_range
 from data.toy.captioner import load_taught, teach_
 from data.toy.fit import check_no_model
 from data.toy.world import Scene, draw, make_scene, scene_questions

@@ -24,7 +24,7 @@ import jinja2
 import tyro
 
 from data.io import naming, write_whole
-from data.program import check_range
+from data.ranges import check_range
 from tools.report import curves
 from tools.report.captions import browser_data
 from tools.report.sources import HELD_OUT, Source, known, load_sources
