@@ -41,5 +41,13 @@ def shared_heads(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     return out.reshape(rows, length, heads, -1), None
 
 
+def room_mask(*args, **settings) -> Tensor | None:
+    """transformers' mask for "sdpa". It leaves the mask out where no token is padding. But a cache
+    with room (`RoomyLayer` in reward/caprl.py) has places without a token, which must be masked."""
+    if settings["kv_length"] > settings["q_offset"] + settings["q_length"]:
+        settings["allow_is_causal_skip"] = False
+    return sdpa_mask(*args, **settings)
+
+
 AttentionInterface.register("shared_heads", shared_heads)
-AttentionMaskInterface.register("shared_heads", sdpa_mask)
+AttentionMaskInterface.register("shared_heads", room_mask)

@@ -29,6 +29,7 @@ from reward.caprl import (
     PromptWriter,
     Rewards,
     RoomyLayer,
+    RowSampler,
     Verifier,
     ask,
     caption_rewards,
@@ -433,6 +434,25 @@ def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer, 
                 reply.append(verifier_model(torch.tensor([ids + reply])).logits[0, -1].argmax().item())
             assert answer.reply == tokenizer.decode(reply, skip_special_tokens=True)
     assert len({id(layer) for layer in written}) >= verifier_model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_room_without_a_token_is_masked_where_no_token_is_padding(monkeypatch, repeats):
+    """transformers leaves the mask out there. The scores of each token are those of a forward without a cache."""
+    verifier = load_verifier("data/toy/verifier", torch.device("cpu")).under(
+        mode="sample", temperature=1e-6, max_new_tokens=6, prompt="[CAPTION]: [QUESTION]")
+    scores, sample = [], RowSampler.__call__
+    monkeypatch.setattr(RowSampler, "__call__", lambda self, ids, row: scores.append(row[0].clone()) or sample(self, ids, row))
+    monkeypatch.setattr("reward.caprl.repeats_shapes", lambda device: repeats)
+    monkeypatch.setattr("reward.caprl.pad_left", lambda rows, device: (torch.tensor(rows), torch.ones(1, len(rows[0])).long()))
+    writer, asked = verifier.writers[False], Asked("Why?", (), gold=-1, source=0)
+    verifier(["red"], [[asked]], ["a"])
+    ids = writer.head_ids + writer.caption_ids("red") + writer.question_ids(asked)
+    for row in scores:
+        wanted = verifier.model(torch.tensor([ids])).logits[0, -1]
+        assert torch.allclose(row, wanted, atol=1e-4), (row - wanted).abs().max()
+        ids = [*ids, int(wanted.argmax())]
+    assert len(scores) > 1
 
 
 SMALL = dict(vocab_size=751, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
