@@ -602,7 +602,9 @@ def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[i
 def run_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
     """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run
     once."""
-    _, cache, seen = run_rows_(model, [head], [0], *_empty_cache(model))
+    cache, seen = _empty_cache(model)
+    if head:
+        _, cache, seen = run_rows_(model, [head], [0], cache, seen)
     return run_rows_(model, captions, [0] * len(captions), cache, seen)
 
 

@@ -197,7 +197,8 @@ class ChatWriter(PromptWriter):
         super().__init__(tokenizer, abstain, prompt, answer_start="")
         # The reply cannot be begun for the model here. So it begins with the letter, also in the
         # worked examples.
-        self.head_ids = [piece.replace(f"{ANSWER_START} ", "") for piece in self.head_ids]
+        begun = re.compile(rf"^{ANSWER_START} (?=[{LETTERS}]$)", re.MULTILINE)
+        self.head_ids = [begun.sub("", piece) for piece in self.head_ids]
 
     def plain_ids(self, text: str) -> list[str]:
         return [re.sub(r"([<\[])(?=\S)", r"\1 ", text)]

@@ -127,9 +127,12 @@ def test_the_releases_own_scores_known(prediction, golds, rule, expected):
 
 @pytest.mark.parametrize(("prediction", "gold", "rule", "expected"), [
     ("0.12", "12", "char", 1), ("0.12", "12", "", 0), ("0.333", "1/3", "", 0), ("1, 2", "1, 2, 3", "", 0),
-    ("x^2 + 2x + 1", "(x + 1)^2", "", 1), ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", "", 1), ("x^2", "x^3", "", 0)])
+    ("x^2 + 2x + 1", "(x + 1)^2", "", 1), ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", "", 1), ("x^2", "x^3", "", 0),
+    ("2001", "[2001, 2005]", "char", 1), ("beta", "['alpha', 'beta']", "char", 1), ("2002", "[2001]", "char", 1),
+    ("gamma", "['alpha', 'beta']", "char", 0), ("beta", "['alpha', 'beta']", "", 0), ("x", "[]", "info", 0), ("x", "$", "", 1)])
 def test_the_releases_own_scores_by_their_definition(prediction, gold, rule, expected):
-    """A hundred times too small; not equal to six digits; a list that lacks one; formulas that are equal."""
+    """A hundred times too small; not equal to six digits; a list that lacks one; formulas that are equal; lists that are
+    written as text; a gold that is no expression."""
     assert released_score(prediction, (gold,), rule) == expected
 
 

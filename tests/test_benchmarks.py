@@ -411,11 +411,11 @@ def released_row(question: str, answer, color: str = "red", **more) -> dict:
 def test_caprls_own_files_are_asked_as_they_are_and_scored_twice(tmp_path):
     """The two scores by hand: 11.77 is off by 5.1% of 11.2, and by 4.8% of itself; "1120" is a hundred times 11.2."""
     rows = [released_row("How much?", 11.2, id="same"), released_row("And here?", "11.2", "blue", id="same"),
-            released_row("Which?", "Asia", "red") | {"image": "bench_image_folder/red.png"}]
+            released_row("Which <image> place?", "Asia", "red") | {"image": "bench_image_folder/red.png"}]
     found = load_benchmark(f"chartqa:{released_file(tmp_path, rows)}")
     assert not found.refused and found.metric == "relaxed"
     assert [(color, id, question.question, question.answers) for color, id, _, question in asked(found)] == [
-        (RED, "0", "How much?", ("11.2",)), (RED, "2", "Which?", ("Asia",)), (BLUE, "1", "And here?", ("11.2",))]
+        (RED, "0", "How much?", ("11.2",)), (RED, "2", "Which <image> place?", ("Asia",)), (BLUE, "1", "And here?", ("11.2",))]
     question = found.pictures[0].items[0].question
     for prediction, own, released in (("11.2", 1, 1), ("1120", 0, 1), ("10.7", 1, 1), ("11.77", 0, 1), ("12", 0, 0)):
         assert (question.score("relaxed", prediction), question.released_score(prediction)) == (own, released)

@@ -58,6 +58,7 @@ def test_captionqa_protocol():
 
 @pytest.mark.parametrize(("reply", "line"), [
     (" 42\nBecause", "42"), ("Answer: Town Hall", "Town Hall"), ("", None), ("\n \n", None), ("Answer:", None),
+    ("<answer>\\boxed{\n4\n}</answer> So {x}", "4"), ("\\boxed{4} (see {x})", "4"), ("\\boxed{4", None), ("\\boxed{}", None),
     ("\n 5%", "5%"), ("It is 42", "It is 42"), ("I see 3.\nSo \\boxed{4} or \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
 ])
 def test_answer_line(reply, line):
@@ -194,6 +195,10 @@ def test_a_prompt_from_a_file_is_asked_as_it_stands(tmp_path):
         writer = word_answerer(verifier, 32, read_prompt(str(file))).writers[False]
         ids = writer.head_ids + writer.caption_ids("red square") + writer.question_ids(Asked("Which color?", (), -1, 0))
         assert writer.tokenizer.decode(ids) == chat_text(writer.tokenizer, meant)
+    file.write_bytes(b"\xef\xbb\xbf[CAPTION] [QUESTION]\r\n")
+    assert read_prompt(str(file)) == "[CAPTION] [QUESTION]"
+    with pytest.raises(ValueError, match=r"prompt and answer have 15\d\d\d tokens without .*, the verifier has room for 4096"):
+        word_answerer(verifier, 32, "word " * 5000 + "[CAPTION] [QUESTION]")
     for text, found in (
         ("[QUESTION] [CAPTION]", r"\[QUESTION\], \[CAPTION\]"), ("Say.", "neither"), ("[CAPTION]", r"\[CAPTION\]$"),
         ("[CAPTION] [CAPTION] [QUESTION]", r"\[CAPTION\], \[CAPTION\], \[QUESTION\]"),
@@ -209,6 +214,20 @@ def test_a_prompt_from_a_file_is_asked_as_it_stands(tmp_path):
         file.write_bytes(broken) if broken else file.unlink()
         with pytest.raises(ValueError, match=r"prompt.txt: expected a text file with a prompt \("):
             read_prompt(str(file))
+
+
+def test_a_prompt_that_begins_with_the_caption_is_answered_without_a_chat_template():
+    """There is no head to be shared. By transformers' own generation from the whole prompt."""
+    verifier = load_verifier("data/toy/verifier", torch.device("cpu"))
+    verifier.tokenizer.chat_template = None
+    words = word_answerer(verifier, 4, "[CAPTION] Now: [QUESTION]")
+    assert words.writers[False].head_ids == [] and not words.tokenizer.bos_token_id
+    for caption in ("A red square.", ""):
+        ((answer,),) = words([caption], [[Asked("Which color?", (), -1, 0)]], ["a"])
+        ids = [words.tokenizer.encode(text) for text in (caption, " Now:", " Which color?", "\n")]
+        ids = [token for part in ids for token in part]
+        out = words.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4)[0, len(ids) :]
+        assert answer.reply == words.tokenizer.decode(out, skip_special_tokens=True)
 
 
 def test_a_caption_cannot_break_out_of_the_prompt_for_words():

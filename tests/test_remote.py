@@ -494,6 +494,12 @@ def test_of_ten_thousand_questions_none_is_lost_none_counts_twice_and_no_fault_s
     assert all(model.http.attempts[number] == (1 if number % 2 else 5) for number in range(0, 10_000, 97))
 
 
+def test_the_message_writer_takes_the_start_of_answers_out_of_examples_alone():
+    prompt = "The answer is the value alone.\nThe answer is B\nThe answer is B, C\n[CAPTION]: [QUESTION]"
+    writer = ChatWriter(ServersTokenizer(), False, prompt, "The answer is")
+    assert "".join(writer.head_ids) == "The answer is the value alone.\nB\nThe answer is B, C\n"
+
+
 def test_the_message_writer_wraps_as_the_prompt_does():
     writer = ChatWriter(ServersTokenizer(), True, "", "The answer is")
     text = "".join(writer.head_ids + writer.caption_ids("red") + writer.question_ids(question()))

@@ -125,7 +125,7 @@ def floor_captions(captions: dict[str, list[list[dict]]], num_pictures: int,
 def read_prompt(path: str) -> str:
     """The text of a file with [CAPTION] and then [QUESTION] in it. Raises ValueError for others."""
     try:
-        text = Path(path).read_text(encoding="utf-8").strip()
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a text file with a prompt ({error})") from None
     found = re.findall(r"\[CAPTION\]|\[QUESTION\]", text)
@@ -140,10 +140,18 @@ def read_prompt(path: str) -> str:
 def word_answerer(verifier: Verifier, answer_tokens: int, prompt: str = "") -> Verifier:
     """The same model, answering in words of at most so many tokens. They are the likeliest ones
     where the verifier takes the likeliest letter. prompt: as `read_prompt` returns it; the answer
-    to it is not begun with `WORDS_START`."""
+    to it is not begun with `WORDS_START`. Raises ValueError for one that leaves no room."""
     temperature = verifier.temperature if verifier.mode == "sample" else 1e-4
-    return verifier.under(mode="sample", temperature=temperature, max_new_tokens=answer_tokens,
-                          prompt=prompt or WORDS_PROMPT, answer_start="" if prompt else WORDS_START)
+    answerer = verifier.under(
+        mode="sample", temperature=temperature, max_new_tokens=answer_tokens,
+        prompt=prompt or WORDS_PROMPT, answer_start="" if prompt else WORDS_START,
+    )
+    writer = answerer.writers[False]
+    length = len(writer.head_ids + writer.middle_ids + writer.tail_ids) + answer_tokens
+    if length >= answerer.context:
+        raise ValueError(f"prompt and answer have {length} tokens without caption and question, "
+                         f"the verifier has room for {answerer.context}")
+    return answerer
 
 
 def ask_all(captions: Sequence[str], asked: Sequence[Sequence[Asked]], names: Sequence[str],
@@ -181,9 +189,15 @@ def answer_line(reply: str) -> str | None:
     """The answer: the line that was asked for, or what the last \\boxed{} has. None if there is
     none."""
     _, box, rest = reply.rpartition("\\boxed{")
-    lines = rest.strip().splitlines() or [""]
-    line = lines[0].rpartition("}")[0] if box else lines[0].strip().removeprefix(WORDS_START)
-    return line.strip() or None
+    if not box:
+        lines = rest.strip().splitlines() or [""]
+        return lines[0].strip().removeprefix(WORDS_START).strip() or None
+    depth = 1
+    for place, sign in enumerate(rest):
+        depth += (sign == "{") - (sign == "}")
+        if not depth:
+            return " ".join(rest[:place].split()) or None
+    return None  # cut off before the box was closed
 
 
 def record(item: Item, asked: Asked, answer: Answer, metric: Metric) -> dict:

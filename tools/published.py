@@ -2,7 +2,7 @@
 
 A score depends on the benchmark's rows, on the model that answers (the judge) and on the metric.
 Only where all three are the same does the last column of the table say so. Prompts are ours and so
-always another: see docs/formats.md for each benchmark.
+always another, unless `--words-prompt` has theirs: see docs/formats.md for each benchmark.
 """
 
 import math

@@ -58,8 +58,10 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
     published = published_table(benchmarks, rows, tables, judge_name(config), bool(limit))
     if published:
         parts.append("Published, and whether benchmark, judge and metric are those of this run "
-                     "(prompts never are; the paper's Table 3 is a mean over 4 captions at "
-                     f"temperature 1):\n\n{published}")
+                     "(prompts are ours or --words-prompt's; the paper's Table 3 is a mean over 4 "
+                     f"captions at temperature 1):\n\n{published}")
+    if asked := getattr(config, "words_prompt", ""):
+        parts.append(f"Answers in words were asked for with the prompt of {asked}.")
     return "\n\n".join(parts)
 
 
