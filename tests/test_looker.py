@@ -18,6 +18,7 @@ from data.toy.looker import (
     question_turn,
     rating_turn,
     sights,
+    train_looker,
     turns_of,
     write_lesson,
 )
@@ -232,3 +233,24 @@ def test_each_kind_teaches_the_layers_below_its_own_alone(policy):
         pupil([lesson])[0].backward()
         taught = [layer.mlp.down_proj.weight.grad is not None for layer in looker.model.model.language_model.layers]
         assert taught == [True] * num + [False] * (8 - num), kind
+
+
+def test_a_training_that_was_stopped_goes_on_with_its_next_stage(policy, tmp_path, monkeypatch):
+    stages, last = [], ["answers"]
+
+    def fit(pupil, loss_at, steps, name, **settings):
+        stages.append(name)
+        if name == last[0]:
+            raise KeyboardInterrupt
+        with torch.no_grad():
+            pupil.model.lm_head.weight.mul_(len(stages) + 1)
+
+    monkeypatch.setattr("data.toy.looker.fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        train_looker(policy, 1, 0, tmp_path / "a")
+    last[0] = ""
+    resumed = train_looker(policy, 1, 0, tmp_path / "a").model.lm_head.weight
+    assert stages == ["sights", "lookups", "letters", "answers", "answers"]
+    stages.clear()
+    whole = train_looker(policy, 1, 0, tmp_path / "b").model.lm_head.weight
+    assert stages == ["sights", "lookups", "letters", "answers"] and torch.allclose(whole * 6 / 5, resumed)

@@ -6,6 +6,7 @@
 """
 
 import random
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ class BuildConfig:
     policy_steps: int = 3200
     looker_steps: int = 1200
     """The most that each of its four stages may take, half as many for the last, see
-    data/toy/looker.py."""
+    data/toy/looker.py. The same command goes on after the stage that was done last."""
     num_images: int = 300
     """Held-out images behind the table."""
     seed: int = 0
@@ -102,8 +103,10 @@ def make_policy(config: BuildConfig) -> None:
 def make_looker(config: BuildConfig) -> None:
     torch.set_num_threads(1)
     policy = load_policy(str(config.folder / "policy"), torch.device("cpu"))
-    looker = train_looker(policy, config.looker_steps, config.seed)
+    unfinished = config.folder / f"looker.{config.looker_steps}-{config.seed}.unfinished"
+    looker = train_looker(policy, config.looker_steps, config.seed, unfinished)
     export_policy(looker, config.folder / "looker", torch.bfloat16)
+    shutil.rmtree(unfinished)
 
 
 # --------------------------------------------------------------------------------------- the tables

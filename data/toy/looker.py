@@ -20,6 +20,8 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from data.choices import LETTERS
 from data.curate.answers import BLIND, SEEING
 from data.examples import Question
+from data.io import write_whole
 from data.toy.captioner import SHARPNESS, draw_scenes, sharpen_
 from data.toy.fit import fit
 from data.toy.world import (
@@ -403,8 +406,9 @@ def grow(policy: Policy, seed: int) -> Policy:
     return looker
 
 
-def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
-    """At most `steps` steps for each stage, half as many for the last."""
+def train_looker(policy: Policy, steps: int, seed: int, folder: Path) -> Policy:
+    """At most `steps` steps for each stage, half as many for the last. The weights after each are
+    kept in `folder`: there a training that was stopped goes on with its next stage."""
     looker = grow(policy, seed)
     pupil = Pupil(looker)
 
@@ -431,13 +435,22 @@ def train_looker(policy: Policy, steps: int, seed: int) -> Policy:
             return loss, {kind: right[kind] for kind in shown}
         return loss_at
 
-    fit(pupil, sight_loss, steps, "sights", warmup_share=0.02, decay_share=0.1, rate=1e-3,
-        enough=ENOUGH)
-    fit(pupil, turn_loss("lookups", LOOKUPS, ("value", "truth")), steps, "lookups",
-        warmup_share=0.02, decay_share=0.1, rate=1.5e-3, enough=ENOUGH)
+    def stage(name: str, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int,
+              **settings: float) -> None:
+        file, content = folder / f"{name}.pt", BytesIO()
+        if file.exists():
+            pupil.load_state_dict(torch.load(file, weights_only=True))
+            return
+        fit(pupil, loss_at, steps, name, warmup_share=0.02, **settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(pupil.state_dict(), content)
+        write_whole(file, content.getvalue())
+
+    stage("sights", sight_loss, steps, decay_share=0.1, rate=1e-3, enough=ENOUGH)
+    stage("lookups", turn_loss("lookups", LOOKUPS, ("value", "truth")), steps,
+          decay_share=0.1, rate=1.5e-3, enough=ENOUGH)
     told = ("value", "truth", "letter", "claim")
-    fit(pupil, turn_loss("letters", LETTERING, told), steps, "letters",
-        warmup_share=0.02, decay_share=0.6, rate=1e-3)
-    fit(pupil, turn_loss("answers", ANSWERS, told), max(1, steps // 2), "answers",
-        warmup_share=0.02, decay_share=0.6, rate=8e-4)
+    stage("letters", turn_loss("letters", LETTERING, told), steps, decay_share=0.6, rate=1e-3)
+    stage("answers", turn_loss("answers", ANSWERS, told), max(1, steps // 2),
+          decay_share=0.6, rate=8e-4)
     return looker
