@@ -5,7 +5,6 @@
     python evaluate.py prism --policy base=Qwen/Qwen2.5-VL-3B-Instruct ours=runs/caprl-3b/final \\
         --captions gpt=captions --floors --out table3.jsonl \\
         --data chartqa:ChartQA/data/test-*.parquet mmstar:MMStar.tsv heldout.jsonl
-    python evaluate.py floor --policy ours=runs/caprl-3b/final --data mmstar:MMStar.tsv
     python evaluate.py direct --policy Qwen/Qwen2.5-VL-3B-Instruct --data mmstar:MMStar.tsv
     torchrun --nproc-per-node 8 evaluate.py claims --policy runs/caprl-3b/final --data qa.jsonl
 
@@ -133,7 +132,8 @@ class DirectConfig(EvalConfig):
 def prism_rows(config: PrismConfig,
                benchmarks: Sequence[Benchmark]) -> Iterator[tuple[str, str, list[dict]]]:
     """(benchmark, captioner, rows) of each pair; every rank gets all rows."""
-    device, only_floors = init_distributed(), isinstance(config, FloorConfig)
+    device = init_distributed()
+    only_floors = isinstance(config, FloorConfig)
     with_floors = only_floors or config.floors
     policies = [path for _, path in config.captioners[: len(config.policy)]]
     load = partial(verifier_of, config, device)
@@ -143,14 +143,13 @@ def prism_rows(config: PrismConfig,
         for path in policies + [config.verifier] * (not is_remote):
             find_model(path)
         verifier = load() if is_remote else None
-    for benchmark in benchmarks:  # now too: a set of one image has no other image
-        if config.captioners and with_floors:
+    if config.captioners and with_floors:
+        for benchmark in benchmarks:  # now too: a set of one image has no other image
             others_captions([[]] * len(benchmark.pictures), config.seed)
     captions = all_captions(config, benchmarks, config.seed, device)
     with all_or_none("verifier"):
         verifier = verifier or load()
-    write = word_answerer(verifier, config.answer_tokens, prompt)
-    judge = reply_judge(verifier)
+    write, judge = word_answerer(verifier, config.answer_tokens, prompt), reply_judge(verifier)
     if config.max_words:
         verifier, write, judge = map(asked_once, (verifier, write, judge))
     for benchmark in benchmarks:
@@ -182,7 +181,7 @@ def direct_rows(config: DirectConfig,
 def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
     """The whole evaluation, written as it comes. Every rank returns all rows."""
     init_distributed()
-    out = check_out(config.out) if config.out else None  # now, not when hours are to be written
+    out = check_out(config.out) if config.out else None  # now: answers take hours
     if isinstance(config, PrismConfig) and config.cache:
         check_room(Path(config.cache))
     with all_or_none("data"):

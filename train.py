@@ -108,7 +108,7 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
     """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint. It then raises
     SystemExit with the shell's code for that signal. watch: tools/held_out.py measures the policy
     between steps."""
-    # here: records, logs and signals are no part of the algorithm
+    # here: a reader of the algorithm need not meet them
     from grpo.log import alarms, count_skipped, log_step, step_timing
     from grpo.signals import catch_stop_signals
     from tools.records import gather_records
@@ -185,7 +185,7 @@ def open_step(sampler: Policy, examples: Sequence[Example], config: TrainConfig,
               step: int) -> tuple[list[Example], list[Example], list[Prompt]]:
     """The P images of a step, this rank's share, and its prompts. Every rank gets as many images,
     and about as many image tokens. Runs in a thread, so no rank waits for another here."""
-    from data.images import image_size, open_image  # here: a page of its own
+    from data.images import image_size, open_image  # here: files, as above
 
     mine = batch = step_examples(examples, step, config.prompts_per_step, config.seed)
     if world_size() > 1:

@@ -25,6 +25,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data.images
+import tools.records
+import tools.settings  # noqa: F401  all of these are loaded before the forks
 import train
 from data.program import run_program
 from grpo.recipes import toy_config

@@ -41,11 +41,10 @@ from data.export import example_row
 from data.images import open_image
 from grpo.config import TrainConfig, change
 from grpo.recipes import PAPER, toy_config
-from grpo.run import load_run
+from grpo.run import load_run, sample_step
 from grpo.update import update_policy
 from reward.step import load_reward
 from tools.memory import status
-from train import sample_step
 
 CASES = {
     "default": (StepConfig(), {}),

@@ -1,4 +1,4 @@
-"""Settings of programs, within their ranges."""
+"""A check that settings are within their ranges."""
 
 import math
 from typing import Any

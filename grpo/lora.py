@@ -123,6 +123,19 @@ def stack_adapters(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor] | None:
     return torch.cat(downs).to(weight.dtype), torch.block_diag(*ups).to(weight.dtype)
 
 
+def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages the gradients of adapters over ranks: each rank has them whole. FSDP2 averages those
+    of sharded parameters itself. Every rank must call this."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if world_size() == 1 or not gradients:
+        return
+    whole = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(whole)
+    parts = whole.div_(world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
+
+
 @torch.no_grad()
 def merge_adapters_(model: nn.Module) -> None:
     """Adds the adapters to the base's weights, in float32, and takes them off."""
@@ -247,16 +260,3 @@ def target_layers(modules: dict[str, nn.Module], settings: dict) -> set[str]:
     ends = tuple(f".{target}" for target in targets or ())
     return {name for name, module in modules.items()
             if isinstance(module, nn.Linear) and f".{name}".endswith(ends)}
-
-
-def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
-    """Averages the adapters' gradients over ranks, each of which has them whole. Every rank must
-    call this."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if world_size() == 1 or not gradients:
-        return
-    whole = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(whole)
-    parts = whole.div_(world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))

@@ -1,6 +1,6 @@
 """Presets of train.py, one per recipe, and its command line.
 
-Sources are those of grpo/config.py. docs/recipes.md shows the presets side by side.
+grpo/config.py says what [C1] and [C++] are. docs/recipes.md shows the presets side by side.
 """
 
 import tyro

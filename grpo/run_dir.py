@@ -15,7 +15,6 @@ from typing import TextIO
 from data.io import heartbeat, read_json, to_json, write_whole
 from grpo.config import TrainConfig
 from grpo.log import EVAL_LOG, LOGS
-from grpo.recipes import PAPER
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -74,7 +73,7 @@ def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) ->
     setting that came later its default: a new feature is off.
     """
     settings = config.flat()
-    begun_with = PAPER.flat() | saved if saved else settings
+    begun_with = TrainConfig().flat() | saved if saved else settings
     for name, value in settings.items():
         if name == "verifier" and "://" in value and "://" in str(begun_with[name]):
             continue  # a server may move; the model's name there is in the contents

@@ -144,7 +144,7 @@ def update_policy(scorer: CompletionScorer,
             for key, value in stats.items():
                 totals[key] = totals.get(key, 0.0) + value.item()
         if config.lora.lora_rank:
-            from grpo.lora import average_gradients_  # here: FSDP2 does it for sharded weights
+            from grpo.lora import average_gradients_  # here: for who has adapters
 
             average_gradients_(scorer.parameters())
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)

@@ -205,20 +205,22 @@ class PromptWriter:
     words. That is not prevented but measured (tests/test_reward.py).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False, prompt: str = "",
-                 answer_start: str = ANSWER_START):
-        """prompt: the user's text with [CAPTION] and [QUESTION], where it is not the reward's own.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False,
+                 prompt_text: str = "", answer_start: str = ANSWER_START):
+        """prompt_text: the user's turn with [CAPTION] and then [QUESTION], once each, where it is
+        not the reward's own.
 
         Raises ValueError for a chat template or a tokenizer that cannot be used.
         """
         examples = ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES
-        content = prompt or f"{ANSWER_INSTRUCTION}\n\n{examples}\n\n{CAPTION_AND_QUESTION}"
+        content = prompt_text or f"{ANSWER_INSTRUCTION}\n\n{examples}\n\n{CAPTION_AND_QUESTION}"
         text = chat_text(tokenizer, content) if tokenizer.chat_template else content + "\n"
         if text.count("[CAPTION]") != 1 or text.count("[QUESTION]") != 1:
             raise ValueError("expected the verifier's chat template to show the user's text once, "
                              "unchanged")
         # Tokenizers join a space to the word that follows. So the spaces before caption and
-        # question are tokenized with them, unless nothing else were left between the two.
+        # question are tokenized with them. If a space alone is between the two, it stays there: an
+        # empty caption needs a token.
         head, self.caption_space, rest = re.split(r"( ?)\[CAPTION\]", text)
         middle, self.question_space, tail = re.split(r"(?s)((?<=.) |)\[QUESTION\]", rest)
         self.tokenizer = tokenizer
@@ -411,14 +413,16 @@ class Verifier:
     `parse_choice` reads (the paper's way).
     token_budget: most tokens in the cache at a time, beside what `pad_left` and `make_room_` add.
     One caption with its questions always runs.
-    prompt: see `PromptWriter`. Questions without options are answered in words, in mode "sample".
+    prompt_text: see `PromptWriter`. Questions without options are answered in words, in mode
+    "sample".
     """
 
     writer = PromptWriter
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  mode: str = "logits", temperature: float = 0.6, max_new_tokens: int = 10,
-                 token_budget: int = 262_144, prompt: str = "", answer_start: str = ANSWER_START):
+                 token_budget: int = 262_144, prompt_text: str = "",
+                 answer_start: str = ANSWER_START):
         if mode not in ("logits", "sample"):
             raise ValueError(f"expected verifier mode 'logits' or 'sample', got {mode!r}")
         if not temperature > 0:
@@ -426,7 +430,7 @@ class Verifier:
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.token_budget = token_budget
-        self.writers = {abstain: self.writer(tokenizer, abstain, prompt, answer_start)
+        self.writers = {abstain: self.writer(tokenizer, abstain, prompt_text, answer_start)
                         for abstain in (False, True)}
         self._prepare_()
 

@@ -192,13 +192,14 @@ class ChatWriter(PromptWriter):
     templates begin with a bracket and a sign after it. So a space is put between the two.
     """
 
-    def __init__(self, tokenizer: ServersTokenizer, abstain: bool, prompt: str,
+    def __init__(self, tokenizer: ServersTokenizer, abstain: bool, prompt_text: str,
                  answer_start: str):
-        super().__init__(tokenizer, abstain, prompt, answer_start="")
-        # The reply cannot be begun for the model here. So it begins with the letter, also in the
-        # worked examples.
-        begun = re.compile(rf"^{ANSWER_START} (?=[{LETTERS}]$)", re.MULTILINE)
-        self.head_ids = [begun.sub("", piece) for piece in self.head_ids]
+        super().__init__(tokenizer, abstain, prompt_text, answer_start="")
+        if answer_start == ANSWER_START:
+            # The reply cannot be begun for the model here. So it begins with the letter, also in
+            # the worked examples.
+            begun = re.compile(rf"^{ANSWER_START} (?=[{LETTERS}]$)", re.MULTILINE)
+            self.head_ids = [begun.sub("", piece) for piece in self.head_ids]
 
     def plain_ids(self, text: str) -> list[str]:
         return [re.sub(r"([<\[])(?=\S)", r"\1 ", text)]

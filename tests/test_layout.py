@@ -25,6 +25,7 @@ PROGRAMS = re.compile(r"data/(curate|toy/(build|captioner|demo|fit|flawed_judge|
 """Builders and programs, in data/ because of their subject. They import anything, and nobody but
 programs and tests imports them."""
 MOST_LINES = 3400
+"""Of our files that `import train` loads, together."""
 
 
 def imported(file: str, only_loaded: bool = False) -> set[str]:

@@ -496,8 +496,9 @@ def test_of_ten_thousand_questions_none_is_lost_none_counts_twice_and_no_fault_s
 
 def test_the_message_writer_takes_the_start_of_answers_out_of_examples_alone():
     prompt = "The answer is the value alone.\nThe answer is B\nThe answer is B, C\n[CAPTION]: [QUESTION]"
-    writer = ChatWriter(ServersTokenizer(), False, prompt, "The answer is")
-    assert "".join(writer.head_ids) == "The answer is the value alone.\nB\nThe answer is B, C\n"
+    writers = [ChatWriter(ServersTokenizer(), False, prompt, start) for start in ("The answer is", "")]
+    assert "".join(writers[0].head_ids) == "The answer is the value alone.\nB\nThe answer is B, C\n"
+    assert "".join(writers[1].head_ids) == prompt[: prompt.index("[")]
 
 
 def test_the_message_writer_wraps_as_the_prompt_does():

@@ -51,7 +51,7 @@ def test_what_is_not_equal_is_judged_and_nothing_else():
     assert row["accuracy"] == pytest.approx(1 / 7)
 
 
-def test_the_judge_is_the_verifier_with_another_task():
+def test_the_judge_is_the_verifier_with_another_prompt():
     verifier = load_verifier("data/toy/verifier", torch.device("cpu"), mode="logits")
     judge = reply_judge(verifier)
     assert judge.model is verifier.model and judge.mode == "logits"

@@ -440,7 +440,7 @@ def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer, 
 def test_room_without_a_token_is_masked_where_no_token_is_padding(monkeypatch, repeats):
     """transformers leaves the mask out there. The scores of each token are those of a forward without a cache."""
     verifier = load_verifier("data/toy/verifier", torch.device("cpu")).under(
-        mode="sample", temperature=1e-6, max_new_tokens=6, prompt="[CAPTION]: [QUESTION]")
+        mode="sample", temperature=1e-6, max_new_tokens=6, prompt_text="[CAPTION]: [QUESTION]")
     scores, sample = [], RowSampler.__call__
     monkeypatch.setattr(RowSampler, "__call__", lambda self, ids, row: scores.append(row[0].clone()) or sample(self, ids, row))
     monkeypatch.setattr("reward.caprl.repeats_shapes", lambda device: repeats)

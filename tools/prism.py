@@ -132,7 +132,7 @@ def read_prompt(path: str) -> str:
     if found != ["[CAPTION]", "[QUESTION]"]:
         raise ValueError(f"{path}: expected [CAPTION] and then [QUESTION], once each, found "
                          f"{', '.join(found) or 'neither'}")
-    if "[CAPTION][QUESTION]" in text:
+    if "[CAPTION][QUESTION]" in text:  # an empty caption would have no token
         raise ValueError(f"{path}: expected text or a space between [CAPTION] and [QUESTION]")
     return text
 
@@ -140,15 +140,15 @@ def read_prompt(path: str) -> str:
 def word_answerer(verifier: Verifier, answer_tokens: int, prompt: str = "") -> Verifier:
     """The same model, answering in words of at most so many tokens. They are the likeliest ones
     where the verifier takes the likeliest letter. prompt: as `read_prompt` returns it; the answer
-    to it is not begun with `WORDS_START`. Raises ValueError for one that leaves no room."""
+    to it is not begun with `WORDS_START`. Raises ValueError if it leaves no room for a caption."""
     temperature = verifier.temperature if verifier.mode == "sample" else 1e-4
     answerer = verifier.under(
         mode="sample", temperature=temperature, max_new_tokens=answer_tokens,
-        prompt=prompt or WORDS_PROMPT, answer_start="" if prompt else WORDS_START,
+        prompt_text=prompt or WORDS_PROMPT, answer_start="" if prompt else WORDS_START,
     )
     writer = answerer.writers[False]
     length = len(writer.head_ids + writer.middle_ids + writer.tail_ids) + answer_tokens
-    if length >= answerer.context:
+    if prompt and length >= answerer.context:
         raise ValueError(f"prompt and answer have {length} tokens without caption and question, "
                          f"the verifier has room for {answerer.context}")
     return answerer

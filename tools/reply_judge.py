@@ -42,7 +42,7 @@ The answer is B
 def reply_judge(verifier: Verifier) -> Verifier:
     """The same model, comparing replies with right answers."""
     return verifier.under(mode=verifier.mode, temperature=verifier.temperature,
-                          max_new_tokens=verifier.max_new_tokens, prompt=JUDGE_PROMPT)
+                          max_new_tokens=verifier.max_new_tokens, prompt_text=JUDGE_PROMPT)
 
 
 def judge_replies_(rows: Sequence[dict], pictures: Sequence[Picture], judge: AskVerifier) -> None:

@@ -58,16 +58,16 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
     published = published_table(benchmarks, rows, tables, judge_name(config), bool(limit))
     if published:
         parts.append("Published, and whether benchmark, judge and metric are those of this run "
-                     "(prompts are ours or --words-prompt's; the paper's Table 3 is a mean over 4 "
-                     f"captions at temperature 1):\n\n{published}")
+                     "(prompts are ours, but for --words-prompt; the paper's Table 3 is a mean "
+                     f"over 4 captions at temperature 1):\n\n{published}")
     if asked := getattr(config, "words_prompt", ""):
-        parts.append(f"Answers in words were asked for with the prompt of {asked}.")
+        parts.append(f"Prompt for answers in words: {asked}")
     return "\n\n".join(parts)
 
 
 def check_out(name: str) -> Path:
-    """Raises ValueError for a name that is taken or does not end in .jsonl. Raises it too for a
-    folder that cannot be written."""
+    """The path of a new file. Raises ValueError for a name that is taken or does not end in .jsonl,
+    and for a folder that cannot be written."""
     out = Path(name)
     for ending in (".jsonl", ".md", ".json"):
         path = out.with_suffix(ending)

@@ -53,6 +53,7 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
     """Raises ValueError for a prompt or an answer that cannot be used."""
     turns = TURN.findall(str(row.cell("prompt"))) or [("user", str(row.cell("prompt")))]
     texts = [text for role, text in turns if role == "user"]
+    # Where the chat template's own marks stand, an "<image>" is a part of the question.
     mark = IMAGE_MARK if IMAGE_MARK.search("".join(texts)) else "<image>"
     texts = [re.sub(mark, "", text).strip() for text in texts]
     if len(texts) != 1 or not texts[0]:
@@ -86,8 +87,9 @@ def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> flo
     1 if prediction and gold are the same LaTeX expression to math_verify, as the script calls it:
     equal numbers, and letters in any order ("listen", "silent"), since they are multiplied. With
     "char" and "info" also if they agree by relaxed accuracy. But the 5% are of the prediction, and
-    a number may be a hundred times too large or too small. With "info" it is the ANLS, if more. A
-    gold that math_verify cannot read makes every prediction right.
+    a number may be a hundred times too large or too small. With "info" it is the ANLS, if more. Of
+    several answers, also of a list that is written as text, one is enough. A gold that math_verify
+    cannot read makes every prediction right.
     """
     from math_verify import verify  # here: it takes a second to load, and few ask for it
 
@@ -106,8 +108,9 @@ def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> flo
         texts = [str(scale * float(prediction)) for scale in (1, 0.01, 100)]
     except ValueError:
         texts = [prediction]
-    with suppress(ValueError):  # a list, also where it is written as text
-        answers = tuple(text_list(answers[0])) or answers if len(answers) == 1 else answers
+    if len(answers) == 1:
+        with suppress(ValueError):  # not a list that is written as text
+            answers = tuple(text_list(answers[0])) or answers
     # The other way round here too: so the 5% are of the prediction.
     if any(relaxed_accuracy(answer, text) for answer in answers for text in texts):
         return 1.0
