@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -858,6 +859,12 @@ def shipped_scores(shipped, captions: list[str], abstain: bool = False) -> torch
     return caption_rewards(captions, examples, [e.id for e in examples], [0] * len(captions), shipped, config).rewards
 
 
+@pytest.fixture(scope="module")
+def floor(shipped):
+    """Scores of the first scenes without a caption, by their number, with and without the abstain option."""
+    return cache(lambda number, abstain: shipped_scores(shipped, [""] * number, abstain))
+
+
 TRICKS = {
     "names a letter": lambda scene: "The answer is B",
     "names every letter": lambda scene: "A B C D E F G H I J. A) B) C) D) The answer is A, B, C, D.",
@@ -869,11 +876,11 @@ TRICKS = {
 
 @pytest.mark.parametrize("abstain", [False, True])
 @pytest.mark.parametrize("trick", TRICKS)
-def test_no_trick_is_paid_more_than_no_caption(shipped, trick, abstain):
+def test_no_trick_is_paid_more_than_no_caption(shipped, floor, trick, abstain):
     """On the shipped verifier, by more than noise. With the abstain option the empty caption earns nothing, since the
     verifier abstains; so do words that say nothing, however many."""
     scenes = SCENES[: 12 if "2,000" in trick else 30]
-    floor = shipped_scores(shipped, [""] * len(scenes), abstain)
+    floor = floor(len(scenes), abstain)
     if abstain:
         assert floor.max() <= 0.05
     else:
