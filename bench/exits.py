@@ -25,8 +25,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data.images
+import grpo.sharding  # noqa: F401  as the next two: loaded before the forks
 import tools.records
-import tools.settings  # noqa: F401  all of these are loaded before the forks
+import tools.settings  # noqa: F401
 import train
 from data.program import run_program
 from grpo.recipes import toy_config

@@ -128,7 +128,7 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
         saved_config,
         start_run,
     )
-    from grpo.template_date import TEMPLATE_DATE  # here: few templates tell the date
+    from grpo.template_date import TEMPLATE_DATE  # here: for config.json alone
 
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):

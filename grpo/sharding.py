@@ -26,10 +26,8 @@ def shard(scorer: CompletionScorer, device: torch.device, replicas: int = 1,
     Weights are sharded over all ranks. With `replicas` over 1 (HSDP), neighbouring ranks form that
     many equal groups. Each group shards the whole model, and gradients are summed over the groups.
     On GPUs the master weights are float32, compute is bfloat16 and gradients are summed in float32.
-    `offload` keeps the shards in the host's memory. A single CPU process is left as it is.
+    `offload` keeps the shards in the host's memory.
     """
-    if world_size() == 1 and device.type == "cpu":
-        return scorer
     if world_size() % replicas:
         raise ValueError(f"replicas {replicas}: expected a divisor of the {world_size()} ranks")
     shape = (world_size(),) if replicas == 1 else (replicas, world_size() // replicas)

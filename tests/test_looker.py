@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from data.curate.answers import BLIND, SEEING
 from data.toy.facts import is_true
@@ -254,3 +255,8 @@ def test_a_training_that_was_stopped_goes_on_with_its_next_stage(policy, tmp_pat
     stages.clear()
     whole = train_looker(policy, 1, 0, tmp_path / "b").model.lm_head.weight
     assert stages == ["sights", "lookups", "letters", "answers"] and torch.allclose(whole * 6 / 5, resumed)
+    file = tmp_path / "b/lookups.safetensors"
+    for content in (b"", b"junk", file.read_bytes()[:9000], save({"weight": torch.zeros(2)})):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"lookups.safetensors: expected weights of this looker, found others; delete it"):
+            train_looker(policy, 1, 0, tmp_path / "b")

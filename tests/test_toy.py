@@ -167,6 +167,7 @@ def test_the_builder_runs_from_nothing(tmp_path, capsys, monkeypatch):
         assert row in table
     for name in ("policy", "verifier", "looker"):
         assert (tmp_path / name / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("*.unfinished"))
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))
 

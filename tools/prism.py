@@ -149,8 +149,8 @@ def word_answerer(verifier: Verifier, answer_tokens: int, prompt: str = "") -> V
     writer = answerer.writers[False]
     length = len(writer.head_ids + writer.middle_ids + writer.tail_ids) + answer_tokens
     if prompt and length >= answerer.context:
-        raise ValueError(f"prompt and answer have {length} tokens without caption and question, "
-                         f"the verifier has room for {answerer.context}")
+        raise ValueError(f"words_prompt: expected less than the verifier's {answerer.context} "
+                         f"tokens, found {length} without caption and question")
     return answerer
 
 

@@ -20,11 +20,12 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -437,14 +438,18 @@ def train_looker(policy: Policy, steps: int, seed: int, folder: Path) -> Policy:
 
     def stage(name: str, loss_at: Callable[[int], tuple[Tensor, dict[str, float]]], steps: int,
               **settings: float) -> None:
-        file, content = folder / f"{name}.pt", BytesIO()
+        file = folder / f"{name}.safetensors"
         if file.exists():
-            pupil.load_state_dict(torch.load(file, weights_only=True))
+            try:
+                pupil.load_state_dict(load_file(file))
+            except (RuntimeError, SafetensorError):
+                raise ValueError(f"{file}: expected weights of this looker, found others; delete "
+                                 "it to make that stage again") from None
             return
         fit(pupil, loss_at, steps, name, warmup_share=0.02, **settings)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(pupil.state_dict(), content)
-        write_whole(file, content.getvalue())
+        # Copies: safetensors keeps no two names of one tensor, such as the tied embedding.
+        write_whole(file, save({key: part.clone() for key, part in pupil.state_dict().items()}))
 
     stage("sights", sight_loss, steps, decay_share=0.1, rate=1e-3, enough=ENOUGH)
     stage("lookups", turn_loss("lookups", LOOKUPS, ("value", "truth")), steps,
