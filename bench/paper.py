@@ -59,7 +59,7 @@ from bench.studies import (
     Study,
 )
 from data.export import write_examples
-from data.io import check_room, text_hash, write_whole
+from data.io import check_room, json_lines, text_hash, write_whole
 from data.jsonl import read_log
 from data.program import run_program
 from data.ranges import check_range
@@ -130,7 +130,7 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
     folder = config.folder / "smoke" if config.smoke else config.folder
     num_images, num_captions = (3, 1) if config.smoke else (120, 4)
     known = {"seed": seed, "checker": config.checker, "checker_mode": config.checker_mode,
-             "num_captions": num_captions,
+             "num_images": num_images, "num_captions": num_captions,
              "folder": "{folder}"}  # filled once its name is known, a hash of the other words
 
     def words_of(text: str) -> tuple[str, ...]:
@@ -140,6 +140,7 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
     def value_of(name: str) -> str | int | Path:
         if name == "sets":
             write_sets(folder / "sets", 4 if config.smoke else None)
+            write_questions(folder / "sets/heldout", num_images)
             return folder / "sets"
         if name == "caprl":
             return add_training(())
@@ -181,7 +182,7 @@ def plan(config: PaperConfig, cell: str, seed: int) -> list[Task]:
         tasks.insert(0, Task((*words, "--out", str(noise)), noise, noise.with_suffix(".log"),
                              tuple(tasks[:-1])))  # not the training
     words = ("evaluate.py", *words_of(study.evaluation), "--policy", str(policy),
-             "--data", f"toy:heldout:{num_images}", "--seed", str(seed))
+             "--seed", str(seed))
     rows = folder / f"rows-{text_hash(repr((config.weights, words)))[:12]}.jsonl"
     return [*tasks, Task((*words, "--out", str(rows)), rows.with_suffix(".json"),
                          rows.with_suffix(".log"), tuple(tasks))]
@@ -198,6 +199,20 @@ def write_sets(folder: Path, num_images: int | None) -> None:
             asked = order.sample(example.questions, len(example.questions))
             examples.append(replace(example, questions=tuple(choose(asked))))
         write_examples(folder / name, examples)
+
+
+def write_questions(folder: Path, num_images: int) -> None:
+    """What `evaluate.py direct` asks of held-out images for answers in words."""
+    if (folder / "questions.jsonl").exists():
+        return
+    write_examples(folder, toy_examples(f"toy:heldout:{num_images}"))
+    rows = [
+        {"id": f"{image['id']}-{place}", "image": image["image"], "question": asked["question"],
+         "answer": asked["choices"][asked["answer_index"]]}
+        for image in read_log(folder / "examples.jsonl")
+        for place, asked in enumerate(image["questions"])
+    ]
+    write_whole(folder / "questions.jsonl", json_lines(rows))
 
 
 # ------------------------------------------------------------------------------------ doing it

@@ -10,15 +10,15 @@ from data.toy.world import COMMON_KNOWLEDGE
 UNTRAINED = "untrained"
 """In place of a cell's flags, or before them: its policy is evaluated as it is."""
 TRAINING = "train.py toy"
-FROM_CAPTIONS = ("--verifier data/toy/verifier --num-captions {num_captions} --max-new-tokens 96 "
-                 "--cache ''")
+FROM_CAPTIONS = ("--data toy:heldout:{num_images} --verifier data/toy/verifier "
+                 "--num-captions {num_captions} --max-new-tokens 96 --cache ''")
 """Flags of evaluations from captions."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Flags may name {seed}, {checker}, {checker_mode}, {num_captions}, {sets}, {caprl} and
-    PRODUCTS; those of `program` also {folder}."""
+    """Flags may name {seed}, {checker}, {checker_mode}, {num_images}, {num_captions}, {sets},
+    {caprl} and PRODUCTS; those of `program` also {folder}."""
 
     cells: dict[str, str]
     """Name of the cell -> flags of its program."""
@@ -130,7 +130,8 @@ STUDIES = {
         has_noise=True,
     ),
     "data": Study(
-        program="-m data.toy.pretrain {folder} --seed {seed}", evaluation="direct",
+        program="-m data.toy.pretrain {folder} --seed {seed}",
+        evaluation="direct --data chartqa:{sets}/heldout/questions.jsonl",
         smoke="--images 4 --steps 2 --batch 2 --tune-steps 2",
         cells={
             "start": "--captions {of_start}", "SFT": "--captions {of_dense}",

@@ -243,6 +243,7 @@ def test_a_run_is_known_by_what_its_settings_mean():
 
 def test_every_cell_of_every_study_is_taken_by_the_programs(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "write_sets", lambda folder, num_images: None)
+    monkeypatch.setattr(paper, "write_questions", lambda folder, num_images: None)
     known = {"prism": evaluate.PrismConfig, "claims": evaluate.ClaimsConfig, "direct": evaluate.DirectConfig,
              "data.toy.captioner": TeachConfig, "data.toy.flawed_judge": JudgeConfig, "data.toy.pretrain": PretrainConfig,
              "data.toy.build": BuildConfig, "filter": FilterConfig, "caption.py": CaptionConfig,

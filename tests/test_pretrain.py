@@ -3,12 +3,13 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
-from data.benchmarks.benchmark import example_benchmark
-from data.replies import parse_choice
+from bench.paper import write_questions
+from data.benchmarks.benchmark import load_benchmark
 from data.toy import flawed_judge, pretrain
 from data.toy.flawed_judge import JudgeConfig, flawed_rating
 from data.toy.pretrain import PretrainConfig, captioned, show_answer
@@ -50,33 +51,39 @@ def test_captions_are_read_back_with_their_scenes(tmp_path):
     assert scene == make_scene("train", 0) and caption == write_caption(scene.family, scene.facts)
 
 
-def test_questions_are_taught_as_the_evaluation_asks_them(policy, monkeypatch):
-    """The prompt is one of those that `evaluate.py direct` puts, and the text is read as the right option."""
+def test_questions_are_taught_as_the_evaluation_asks_them(policy, tmp_path, monkeypatch):
+    """Prompt by prompt those that `evaluate.py direct` puts for the study's questions, with the file's answers."""
     prompts = []
     monkeypatch.setattr(prism, "sample_rollouts", lambda policy, asked, *_: prompts.extend(asked) or 1 / 0)
-    monkeypatch.setattr(prism, "ask_item", lambda item, *_, **__: prism.shuffle_options(item.question, 0, random.Random(0)))
-    for index in range(6):
-        example = toy_example(make_scene("train", index))
-        with pytest.raises(ZeroDivisionError):  # enough was seen
-            prism.direct(example_benchmark("toy:train", [example]), policy, seed=0, answer_tokens=4, temperature=0.0,
-                         batch_size=64)
-        prompt, text = show_answer(policy, make_scene("train", index), Second())
-        assert prompt.input_ids.tolist() == prompts[1].input_ids.tolist()
-        question, options = example.questions[1], prism.shuffle_options(example.questions[1], 0, random.Random(0)).options
-        assert options[parse_choice(text, options)] == question.choices[question.answer_index]
-        prompts.clear()
+    write_questions(tmp_path, 3)
+    benchmark = load_benchmark(f"chartqa:{tmp_path}/questions.jsonl")
+    assert len(benchmark.pictures) == 3 and not benchmark.refused
     known = {text for text, _, _ in COMMON_KNOWLEDGE}
-    prompts = [show_answer(policy, make_scene("train", 0), random.Random(n))[0] for n in range(60)]
-    asked = [policy.tokenizer.decode(prompt.input_ids) for prompt in prompts]
-    assert len(set(asked)) > 20 and not any(text in prompt for text in known for prompt in asked)
+    for index, picture in enumerate(benchmark.pictures):
+        with pytest.raises(ZeroDivisionError):  # enough was seen
+            prism.direct(replace(benchmark, pictures=[picture]), policy, seed=0, answer_tokens=4, temperature=0.0,
+                         batch_size=64)
+        scene = make_scene("heldout", index)
+        assert len(prompts) == len(scene.facts) == len(picture.items)
+        for place, (asked, item, fact) in enumerate(zip(prompts, picture.items, scene.facts)):
+            prompt, text = show_answer(policy, scene, Chosen(place))
+            assert prompt.input_ids.tolist() == asked.input_ids.tolist()
+            torch.testing.assert_close(prompt.pixel_values, asked.pixel_values)
+            assert text == f" {fact.value}" and item.question.answers == (fact.value,)
+            assert item.question.question not in known and f"A) {fact.value}" not in policy.tokenizer.decode(prompt.input_ids)
+        prompts.clear()
 
 
-class Second(random.Random):
-    """It draws the second question, then shuffles as Random(0)."""
+class Chosen(random.Random):
+    """It draws the question at a place."""
+
+    def __init__(self, place):
+        super().__init__(0)
+        self.place = place
 
     def choice(self, asked):
-        self.seed(0)
-        return asked[1]
+        assert all(question.needs_image for question in asked)
+        return asked[self.place]
 
 
 def test_a_model_is_pretrained_from_random_weights(tmp_path, monkeypatch):

@@ -3,10 +3,12 @@ random weights, then tuned on questions (arXiv 2509.22647, Tables 1 and 2).
 
     python caption.py --images IMAGES --out runs/captions
     python -m data.toy.pretrain runs/pretrained --captions runs/captions
-    python evaluate.py direct --policy runs/pretrained --data toy:heldout:120
+    python evaluate.py direct --policy runs/pretrained --data chartqa:QUESTIONS.jsonl
 
 All sets of captions get the same weights to begin with, the same numbers of steps, and the same
-questions in the same order. It answers with the option's words, not with a letter.
+questions in the same order. It answers in words, without options to choose from. To choose by
+letters, or among options, it would first have to learn to compare them. That takes a model of this
+size far longer than to look (docs/paper.md).
 """
 
 import random
@@ -28,7 +30,7 @@ from data.toy.tokenizer import build_tokenizer
 from data.toy.world import Scene, draw, make_scene, scene_questions, write_caption
 from grpo.export import export_policy
 from grpo.policy import CAPTION_INSTRUCTION, Policy
-from reward.caprl import shuffle_options
+from reward.caprl import Asked
 from tools.prism import look_text
 
 
@@ -47,7 +49,7 @@ class PretrainConfig:
     """On captions."""
     batch: int = 24
     """Images of a step."""
-    tune_steps: int = 200
+    tune_steps: int = 400
     """On questions."""
     tune_images: int = 240
     """Training images whose questions are asked then."""
@@ -77,10 +79,12 @@ def captioned(config: PretrainConfig) -> list[tuple[Scene, str]]:
 
 
 def show_answer(policy: Policy, scene: Scene, rng: random.Random) -> Demonstration:
-    """One of the questions that need the image, as `evaluate.py direct` asks it."""
+    """One of the questions that need the image, as `evaluate.py direct` asks for an answer in
+    words."""
     question = rng.choice([question for question in scene_questions(scene) if question.needs_image])
-    asked = shuffle_options(question, 0, rng)
-    return policy.prompt(draw(scene), *look_text(asked)), f" {asked.options[asked.gold]}"
+    asked = Asked(question.question, (), gold=-1, source=0)
+    return (policy.prompt(draw(scene), *look_text(asked)),
+            f" {question.choices[question.answer_index]}")
 
 
 def main(config: PretrainConfig) -> None:
