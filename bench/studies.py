@@ -134,12 +134,12 @@ STUDIES = {
         evaluation="direct --data chartqa:{sets}/heldout/questions.jsonl",
         smoke="--images 4 --steps 2 --batch 2 --tune-steps 2",
         cells={
-            "start": "--captions {of_start}", "SFT": "--captions {of_dense}",
+            "none": "--steps 1", "start": "--captions {of_start}", "SFT": "--captions {of_dense}",
             "CapRL": "--captions {of_caprl}", "facts": "",
             "CapRL, half": "--captions {of_caprl} --images 720",
             "CapRL, a quarter": "--captions {of_caprl} --images 360",
         },
-        orders=("looking: CapRL > start", "looking: facts > CapRL > SFT",
+        orders=("looking: CapRL > start > none", "looking: facts > CapRL > SFT",
                 "looking: CapRL > CapRL, half > CapRL, a quarter"),
     ),
     "groups": Study(
