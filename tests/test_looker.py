@@ -89,13 +89,18 @@ def test_marks_stand_on_the_words_they_are_about(policy):
     word, num_options = policy.tokenizer.decode, 0
     for scene in SCENES[:12]:
         rng = random.Random(scene.id)
-        for form in ("question", "statement", "filter", "claim", "rating"):
+        for form in ("question", "statement", "filter", "blind", "claim", "rating"):
             lesson = write_lesson(policy, scene, turns_of(scene, form, 6, rng))
             for rest, marks in zip(lesson.rests, lesson.marks):
+                recalled = [(place, target) for place, kind, target in marks if kind == "recall"]
+                answered = [place for place, kind, _ in marks if kind == "letter"]
+                values = [target for _, kind, target in marks if kind == "value"]
+                # where the letter is said; not where the value cannot be known
+                assert recalled == list(zip(answered, values if answered else []))
                 for place, kind, target in marks:
                     if kind == "value":
                         assert word(rest[place]).strip() == "?"
-                    elif kind == "truth" and form == "filter":  # the end of an option
+                    elif kind == "truth" and form in ("filter", "blind"):  # the end of an option
                         line = word(rest[: place + 1]).splitlines()[-1]
                         letter, _, value = line.partition(") ")
                         asked = next(t for p, k, t in marks if k == "value")
@@ -225,7 +230,7 @@ def test_a_lesson_is_scored_as_its_turns_alone_are(policy):
 def test_each_kind_teaches_the_layers_below_its_own_alone(policy):
     """What an option is compared with is known two layers before the answer, how it compares one."""
     lessons = turns_of(SCENES[0], "filter", 3, random.Random(0))
-    for kind, num in (("value", 6), ("truth", 7), ("letter", 8)):
+    for kind, num in (("value", 6), ("truth", 7), ("recall", 7), ("letter", 8)):
         looker = grow(policy, 0)
         pupil = Pupil(looker)
         lesson = write_lesson(looker, SCENES[0], lessons)
@@ -251,10 +256,10 @@ def test_a_training_that_was_stopped_goes_on_with_its_next_stage(policy, tmp_pat
         train_looker(policy, 1, 0, tmp_path / "a")
     last[0] = ""
     resumed = train_looker(policy, 1, 0, tmp_path / "a").model.lm_head.weight
-    assert stages == ["sights", "lookups", "letters", "answers", "answers"]
+    assert stages == ["sights", "lookups", "names", "letters", "answers", "answers"]
     stages.clear()
     whole = train_looker(policy, 1, 0, tmp_path / "b").model.lm_head.weight
-    assert stages == ["sights", "lookups", "letters", "answers"] and torch.allclose(whole * 6 / 5, resumed)
+    assert stages == ["sights", "lookups", "names", "letters", "answers"] and torch.allclose(whole * 7 / 6, resumed)
     file = tmp_path / "b/lookups.safetensors"
     for content in (b"", b"junk", file.read_bytes()[:9000], save({"weight": torch.zeros(2)})):
         file.write_bytes(content)

@@ -70,8 +70,8 @@ class BuildConfig:
     verifier_steps: int = 1900
     """The most that each of its first two stages may take, see data/toy/verifier.py."""
     policy_steps: int = 3200
-    looker_steps: int = 1200
-    """The most that each of its four stages may take, half as many for the last, see
+    looker_steps: int = 2400
+    """The most that each of its first three stages may take, half as many for the last two, see
     data/toy/looker.py. The same command goes on after the stage that was done last."""
     num_images: int = 300
     """Held-out images behind the table."""

@@ -4,9 +4,10 @@ questions, judges claims and rates captions.
 It is grown from the shipped policy, with four more layers. First its vision tower learns to tell
 words and numbers apart, which the policy's does not. Then it learns to look things up: at a
 question mark the value that is asked for, at a claim's value whether it holds. Then it learns to
-answer by letters, and last all that programs ask of it: `data.curate filter` (with the image and
-without), `evaluate.py direct`, the part `correctness` (reward/claims.py), the judge
-(reward/judge.py).
+give the letter of an option that the question names outright. That needs no image, so a step is
+short. Then it answers from images by letters, and last it learns all that programs ask of it:
+`data.curate filter` (with the image and without), `evaluate.py direct`, the part `correctness`
+(reward/claims.py), the judge (reward/judge.py).
 
 Probes teach each step of the way and are thrown away afterwards. The image's tokens tell what is
 drawn where they are. At a question mark and at a claim's value the states tell the subject, and
@@ -62,17 +63,18 @@ from tools.prism import LETTER_FORM
 
 NUM_LAYERS = 8
 """Layers of the language model; the policy has 4. The added ones begin as doing nothing."""
-EARLY = {"value": 2, "true value": 2, "subject": 2, "truth": 1}
-"""Kinds of target that are taught so many layers before the last. An option is compared with the
-value that the question asks for. Then the answer takes the letter of the option that fits. Each
-needs a layer of its own after what it reads. With all kinds at the last layer, letters came to 0.36
-to 0.45 only (docs/results.md)."""
-LOOKUPS = ("question",) * 7 + ("statement",) * 3
-LETTERING = (("filter",) * 3 + ("named",) * 6
-             + ("direct", "blind", "claim", "claim", "rating"))
+EARLY = {"value": 2, "true value": 2, "subject": 2, "truth": 1, "recall": 1}
+"""Kinds of target that are taught so many layers before the last. The value that is asked for is
+told at the question mark. Options are compared with it, and it is recalled where the answer begins.
+Then the answer takes the letter of the option that fits. Each needs a layer of its own after what
+it reads. With all kinds at the last layer, letters came to 0.36 to 0.45 only (docs/results.md)."""
+LOOKUPS = ("question",) * 5 + ("statement",) * 5
+NAMES = ("named",) * 8 + ("question",)  # so that the tower is not forgotten
+LETTERING = (("filter",) * 5 + ("named",) * 2
+             + ("direct", "direct", "blind", "claim", "claim", "claim", "rating"))
 ANSWERS = ("filter", "filter", "direct", "direct", "blind") + ("claim",) * 6 + ("rating",) * 3
-"""Forms of the turns in a step of the last three stages, an image each."""
-TURNS = {LOOKUPS: 12, LETTERING: 6, ANSWERS: 6}
+"""Forms of the turns in a step of the last four stages, an image each."""
+TURNS = {LOOKUPS: 12, NAMES: 6, LETTERING: 6, ANSWERS: 6}
 """Turns on an image."""
 SIGHTS = 32
 """Images in a step that teaches the vision tower alone."""
@@ -202,7 +204,7 @@ def turns_of(scene: Scene, form: str, num: int, rng: random.Random) -> list[Turn
     """`num` turns of one form on a scene."""
     if form == "rating":
         return [rating_turn(*any_caption(scene, rng)) for _ in range(num)]
-    if form == "named":  # the letter of an option that is named: letters are found sooner
+    if form == "named":  # letters are found sooner where the value needs no looking
         drawn = [tuple(rng.sample(values, rng.choice((2, 3, min(4, len(values))))))
                  for values in rng.choices(list(DOMAINS.values()), k=num)]
         return [question_turn(Question(f"Which option is {choices[0]}?", choices, 0), choices[0],
@@ -246,7 +248,11 @@ def write_lesson(policy: Policy, scene: Scene | None, turns: Sequence[Turn]) -> 
         places = [(bisect_left(ends, start + end), *taught) for end, *taught in turn.marks]
         row = encoded["input_ids"]
         if turn.answer:
-            places += [(bisect_left(ends, len(text)), turn.kind, turn.answer),
+            last = bisect_left(ends, len(text))  # before the answer
+            if turn.kind == "letter":
+                places += [(last, "recall", value) for _, kind, value in turn.marks
+                           if kind == "value"]
+            places += [(last, turn.kind, turn.answer),
                        (len(row) - 1, "end", {tokenizer.eos_token: 1.0})]
         else:  # cut after the last mark
             row = row[: max(places)[0] + 1]
@@ -408,8 +414,9 @@ def grow(policy: Policy, seed: int) -> Policy:
 
 
 def train_looker(policy: Policy, steps: int, seed: int, folder: Path) -> Policy:
-    """At most `steps` steps for each stage, half as many for the last. The weights after each are
-    kept in `folder`: there a training that was stopped goes on with its next stage."""
+    """At most `steps` steps for each of the first three stages, half as many for the last two. The
+    weights after each are kept in `folder`: there a training that was stopped goes on with its next
+    stage."""
     looker = grow(policy, seed)
     pupil = Pupil(looker)
 
@@ -454,8 +461,11 @@ def train_looker(policy: Policy, steps: int, seed: int, folder: Path) -> Policy:
     stage("sights", sight_loss, steps, decay_share=0.1, rate=1e-3, enough=ENOUGH)
     stage("lookups", turn_loss("lookups", LOOKUPS, ("value", "truth")), steps,
           decay_share=0.1, rate=1.5e-3, enough=ENOUGH)
-    told = ("value", "truth", "letter", "claim")
-    stage("letters", turn_loss("letters", LETTERING, told), steps, decay_share=0.6, rate=1e-3)
+    told = ("value", "truth", "recall", "letter", "claim")
+    stage("names", turn_loss("names", NAMES, ("recall", "letter")), steps,
+          decay_share=0.1, rate=1e-3, enough=ENOUGH)
+    stage("letters", turn_loss("letters", LETTERING, told), max(1, steps // 2),
+          decay_share=0.6, rate=1e-3)
     stage("answers", turn_loss("answers", ANSWERS, told), max(1, steps // 2),
           decay_share=0.6, rate=8e-4)
     return looker
