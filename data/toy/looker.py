@@ -69,7 +69,7 @@ told at the question mark. Options are compared with it, and it is recalled wher
 Then the answer takes the letter of the option that fits. Each needs a layer of its own after what
 it reads. With all kinds at the last layer, letters came to 0.36 to 0.45 only (docs/results.md)."""
 LOOKUPS = ("question",) * 5 + ("statement",) * 5
-NAMES = ("named",) * 8 + ("question",)  # so that the tower is not forgotten
+NAMES = ("named",) * 8 + ("question",)  # one with an image: looking is not forgotten
 LETTERING = (("filter",) * 5 + ("named",) * 2
              + ("direct", "direct", "blind", "claim", "claim", "claim", "rating"))
 ANSWERS = ("filter", "filter", "direct", "direct", "blind") + ("claim",) * 6 + ("rating",) * 3

@@ -6,9 +6,9 @@ random weights, then tuned on questions (arXiv 2509.22647, Tables 1 and 2).
     python evaluate.py direct --policy runs/pretrained --data chartqa:QUESTIONS.jsonl
 
 All sets of captions get the same weights to begin with, the same numbers of steps, and the same
-questions in the same order. It answers in words, without options to choose from. To choose by
-letters, or among options, it would first have to learn to compare them. That takes a model of this
-size far longer than to look (docs/paper.md).
+questions in the same order. It answers in words, without options to choose from: so small a model
+does not learn to compare options in these steps (docs/paper.md). QUESTIONS.jsonl has a line with
+id, image, question and answer for each question; bench/paper.py writes one.
 """
 
 import random
