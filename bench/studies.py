@@ -134,7 +134,8 @@ STUDIES = {
         evaluation="direct --data chartqa:{sets}/heldout/questions.jsonl",
         smoke="--images 4 --steps 2 --batch 2 --tune-steps 2",
         cells={
-            "none": "--steps 1", "start": "--captions {of_start}", "SFT": "--captions {of_dense}",
+            "none": "--steps 1",  # the tuning alone, but for one step
+            "start": "--captions {of_start}", "SFT": "--captions {of_dense}",
             "CapRL": "--captions {of_caprl}", "facts": "",
             "CapRL, half": "--captions {of_caprl} --images 720",
             "CapRL, a quarter": "--captions {of_caprl} --images 360",
