@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from data.examples import load_examples
 from data.toy import captioner
-from data.toy.build import BuildConfig, build, family_accuracy, looker_table
+from data.toy.build import BuildConfig, build, family_accuracy, looker_table, policy_table
 from data.toy.captioner import (
     PRAISE,
     PRAISING,
@@ -170,6 +170,17 @@ def test_the_builder_runs_from_nothing(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("*.unfinished"))
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))
+
+
+def test_the_policy_alone_is_measured_with_the_shipped_verifier(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("data.toy.build.load_policy", lambda *_: None)
+    monkeypatch.setattr("data.toy.build.load_verifier", lambda path, _: asked.append(path) or 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            policy_table(tmp_path, [], 0)
+        (tmp_path / "verifier").mkdir(exist_ok=True)
+    assert asked == ["data/toy/verifier", str(tmp_path / "verifier")]
 
 
 @pytest.mark.parametrize("make, message", [

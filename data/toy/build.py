@@ -171,7 +171,8 @@ def policy_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
     """The policy before reinforcement learning, 4 captions per held-out image at temperature 1."""
     device = torch.device("cpu")
     policy = load_policy(str(folder / "policy"), device)
-    verifier = load_verifier(str(folder / "verifier"), device)
+    own = folder / "verifier"  # else the shipped one
+    verifier = load_verifier(str(own if own.exists() else BuildConfig.folder / "verifier"), device)
     examples = [toy_example(scene) for scene in scenes]
     config = CaptionsConfig(num_captions=4, max_new_tokens=96, cache="")
     benchmark = example_benchmark("toy:heldout", examples)
