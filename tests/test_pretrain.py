@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_a_model_is_pretrained_from_random_weights(tmp_path, monkeypatch):
     assert said == [("captions", 5, 7, 2), ("questions", 4, 7, 2)]
     with pytest.raises(ValueError, match="facts: expected a new folder, found a model in it"):
         pretrain.main(PretrainConfig(tmp_path / "facts"))
+
+
+def test_the_sentences_of_a_caption_stand_in_a_new_order_each_time(tmp_path, monkeypatch):
+    """Three sentences have six orders. What is shown is of the caption's own image."""
+    shown = {}
+    monkeypatch.setattr(pretrain, "imitate_", lambda policy, name, demonstrate, *_, **__: shown.setdefault(
+        name, [taught for step in range(60) for taught in demonstrate(step, random.Random(step))]))
+    monkeypatch.setattr(pretrain, "captioned", lambda config: [
+        (make_scene("train", 0), "The star is red. The star is low. The ring is red."), (make_scene("train", 1), "One.")])
+    pretrain.main(PretrainConfig(tmp_path / "model", batch=2))
+    orders = {text for _, text in shown["captions"]} - {"One."}
+    parts = ["The star is red.", "The star is low.", "The ring is red."]
+    assert orders == {" ".join(order) for order in permutations(parts)}
+    images = [{prompt.pixel_values.sum().item() for prompt, text in shown["captions"] if (text == "One.") == is_one}
+              for is_one in (True, False)]
+    assert [len(sums) for sums in images] == [1, 1] and images[0] != images[1]
 
 
 def test_a_flawed_rating_by_hand():

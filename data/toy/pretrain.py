@@ -6,9 +6,11 @@ random weights, then tuned on questions (arXiv 2509.22647, Tables 1 and 2).
     python evaluate.py direct --policy runs/pretrained --data chartqa:QUESTIONS.jsonl
 
 All sets of captions get the same weights to begin with, the same numbers of steps, and the same
-questions in the same order. It answers in words, without options to choose from: so small a model
-does not learn to compare options in these steps (docs/paper.md). QUESTIONS.jsonl has a line with
-id, image, question and answer for each question; bench/paper.py writes one.
+questions in the same order. The sentences of a caption stand in a new order each time. Otherwise
+the model counts sentences: it learns which value comes next, but not of what it is the value, and
+questions find nothing. It answers in words, without options to choose from: so small a model does
+not learn to compare options in these steps. docs/paper.md has both measured. QUESTIONS.jsonl has a
+line with id, image, question and answer for each question; bench/paper.py writes one.
 """
 
 import random
@@ -31,6 +33,7 @@ from data.toy.world import Scene, draw, make_scene, scene_questions, write_capti
 from grpo.export import export_policy
 from grpo.policy import CAPTION_INSTRUCTION, Policy
 from reward.caprl import Asked
+from reward.style import sentences
 from tools.prism import look_text
 
 
@@ -78,6 +81,11 @@ def captioned(config: PretrainConfig) -> list[tuple[Scene, str]]:
     return pairs[: config.images]
 
 
+def reordered(caption: str, rng: random.Random) -> str:
+    parts = sentences(caption)
+    return " ".join(rng.sample(parts, len(parts)))
+
+
 def show_answer(policy: Policy, scene: Scene, rng: random.Random) -> Demonstration:
     """One of the questions that need the image, as `evaluate.py direct` asks for an answer in
     words."""
@@ -93,7 +101,7 @@ def main(config: PretrainConfig) -> None:
     policy = build_policy(build_tokenizer(), config.seed)
 
     def captions(step: int, rng: random.Random) -> list[Demonstration]:
-        return [(policy.prompt(draw(scene), CAPTION_INSTRUCTION), text)
+        return [(policy.prompt(draw(scene), CAPTION_INSTRUCTION), reordered(text, rng))
                 for scene, text in rng.choices(pairs, k=config.batch)]
 
     def questions(step: int, rng: random.Random) -> list[Demonstration]:
