@@ -162,6 +162,7 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
                 rows = rollout_rows(mine, rollouts, result, advantages)
                 rows, audit = gather_records(run_dir, run, reward, examples, batch, rows, step,
                                              config)
+            del rollouts  # its images' pixels are not held beside the next step's
             timing = step_timing(phases.take(), started, metrics["length"] * config.num_captions)
             with all_or_none("log"), naming(run_dir):
                 if rank() == 0:

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 
 from grpo.config import TrainConfig
 from grpo.logprobs import HEAD_ROWS
-from tools.memory import cache_bytes, head_dim, num_parameters, pixel_bytes, rollout_bytes
+from tools.memory import (
+    cache_bytes,
+    head_dim,
+    num_parameters,
+    pixel_bytes,
+    rollout_bytes,
+    step_pixels,
+)
 
 
 def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, config: TrainConfig,
@@ -45,6 +52,9 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
         parts |= {"sampler's weights": width * parameters, "masters and moments": 12 * adapters}
     if config.kl_coef == 0 or config.offload_reference or adapters:
         parts["reference"] = 0
+    is_tower_frozen = bool(adapters) or config.freeze == "vision+merger"
+    parts["images"] = step_pixels(policy, config, num_ranks, width, image_tokens, is_gpu,
+                                  is_tower_frozen)
     if is_sharded and not adapters:
         blocks = [num_parameters(block)
                   for block in [*policy.model.language_model.layers, *visual.blocks]]

@@ -11,6 +11,19 @@ from grpo.policy import Prompt
 
 PREFILL_PROMPTS = 16
 """Most prompts, with their images, in a forward of the model."""
+PREFILL_TOKENS = 1 << 15
+"""Most tokens in it, padding included, unless a prompt alone has more."""
+
+
+def count_together(lengths: Sequence[int]) -> int:
+    """How many of the first of these prompts, by their tokens, a forward takes."""
+    longest, num = 0, 0
+    for length in lengths[:PREFILL_PROMPTS]:
+        longest = max(longest, length)
+        if num and (num + 1) * longest > PREFILL_TOKENS:
+            break
+        num += 1
+    return num
 
 
 class Batch:
@@ -35,7 +48,8 @@ class Batch:
         self.where = torch.empty(4, 0, dtype=torch.long)
         """(4, n) on the device. For each of these rows: the number of its completion and its place
         in the decoder. Also its next token's place in the completion and position in the model."""
-        self.longest_prompt = max(len(prompt.input_ids) for prompt in prompts)
+        self.lengths = [len(prompt.input_ids) for prompt in prompts]
+        self.longest_prompt = max(self.lengths)
         self.num_ended, self.longest_ended, self.patience = 0, 0, 1
 
     def slots(self, length: int) -> int:
@@ -53,7 +67,10 @@ class Batch:
         # Several at a time: each time the cache is copied, and a forward over several prompts is
         # cheaper than several forwards.
         self.patience = max(1, slots // 4)
-        return self.waiting[: min(num_free, PREFILL_PROMPTS)] if num_free >= self.patience else []
+        if num_free < self.patience:
+            return []
+        together = count_together([self.lengths[number] for number in self.waiting])
+        return self.waiting[: min(num_free, together)]
 
     def add(self, new: list[int], cache: DynamicCache, mask: Tensor) -> None:
         """Adds the groups of the first of the waiting prompts, after their forward."""

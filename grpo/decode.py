@@ -17,6 +17,7 @@ longest prompt, A longest caption so far, B = P * G rows; n of them are still be
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -90,33 +91,33 @@ class Decoder:
         return self.prompt_room(prompt_length) + self.group_size * self.room_for(length)
 
     def add(self, cache: DynamicCache, mask: Tensor) -> None:
-        """Adds groups. cache: of their prompts' forward; mask: (P, T), 1 on prompt tokens, with
-        padding on the left."""
+        """Adds groups. cache: of their prompts' forward, which this empties; mask: (P, T), 1 on
+        prompt tokens, with padding on the left."""
         self.recording = None
-        padding = self.prompt_room(mask.shape[1]) - mask.shape[1]
-        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
-        bias = F.pad(bias, (padding, 0), value=-torch.inf)[:, None, None, None]
-        new = [(layer.keys, layer.values) for layer in cache.layers]
-        if padding:
-            room = (0, 0, padding, 0)
-            new = [(F.pad(keys, room), F.pad(values, room)) for keys, values in new]
-        self.ages, old_ages = self.ages + [0] * len(mask), self.ages
-        self.device_ages = self.to_device(self.ages)
-        if not old_ages:
-            self.prefix, self.prefix_bias = new, bias
-            values = new[0][1]
-            shape = (len(mask), self.num_kv, self.group_size, 0, values.shape[-1])
-            self.suffix = [(values.new_empty(shape), values.new_empty(shape)) for _ in new]
-            return
-        for i, (keys, values) in enumerate(new):  # a layer at a time, as in _grow
-            old_keys, old_values = self.prefix[i]
-            self.prefix[i] = (_join_left(old_keys, keys, dim=-2),
-                              _join_left(old_values, values, dim=-2))
+        bias = mask.float().log()[:, None, None, None]  # 0 on prompt tokens, -inf on padding
+        if not self.ages:
+            self.prefix = [(layer.keys[:0], layer.values[:0]) for layer in cache.layers]
+            shape = (0, self.num_kv, self.group_size, 0, cache.layers[0].values.shape[-1])
+            empty = cache.layers[0].values.new_empty(shape)
+            self.suffix, self.prefix_bias = [(empty, empty) for _ in cache.layers], bias[:0]
+        for i, layer in enumerate(cache.layers):  # a layer at a time, as in _grow
+            self.prefix[i] = tuple(map(self._join, self.prefix[i], (layer.keys, layer.values)))
             self.suffix[i] = tuple(
                 torch.cat([part, part.new_zeros(len(mask), *part.shape[1:])])
                 for part in self.suffix[i]
             )
-        self.prefix_bias = _join_left(self.prefix_bias, bias, dim=-1, value=-torch.inf)
+            layer.keys = layer.values = None
+        self.prefix_bias = self._join(self.prefix_bias, bias, dim=-1, value=-torch.inf)
+        self.ages = self.ages + [0] * len(mask)
+        self.device_ages = self.to_device(self.ages)
+
+    def _join(self, first: Tensor, second: Tensor, dim: int = -2, value: float = 0.0) -> Tensor:
+        """Both along dimension 0, padded on the left of `dim` (-1 or -2) to the prompts' room."""
+        width = self.prompt_room(max(first.shape[dim], second.shape[dim]))
+        return torch.cat([
+            F.pad(part, (0, 0) * (-1 - dim) + (width - part.shape[dim], 0), value=value)
+            for part in (first, second)
+        ])
 
     def keep(self, groups: list[int]) -> None:
         """Keeps only these groups, in this order, and no more room than the oldest needs."""
@@ -207,10 +208,15 @@ class _Recording:
     logits: Tensor  # (B, V)
 
 
+@lru_cache(maxsize=1)
+def _warm_up_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one: cuBLAS keeps 32 MiB for each that it has met (H100)
+
+
 def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Records `function` as a CUDA graph. Returns its replay, and the tensor that a replay fills.
     Raises RuntimeError if it cannot be recorded."""
-    stream = torch.cuda.Stream()
+    stream = _warm_up_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function()  # on the first call libraries choose kernels and allocate memory
@@ -220,13 +226,3 @@ def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
-
-
-def _join_left(first: Tensor, second: Tensor, dim: int, value: float = 0.0) -> Tensor:
-    """Both along dimension 0, with the shorter one padded on the left of `dim` (-1 or -2)."""
-    width = max(first.shape[dim], second.shape[dim])
-    padded = []
-    for part in (first, second):
-        padding = (0, 0) * (-1 - dim) + (width - part.shape[dim], 0)
-        padded.append(F.pad(part, padding, value=value))
-    return torch.cat(padded)

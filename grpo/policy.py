@@ -108,8 +108,8 @@ class Policy:
 
 @torch.no_grad()
 def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts with their features, for a vision tower that no step changes. Qwen3-VL's prompts
-    come back without: its tower feeds several layers, and so it runs in every pass."""
+    """The prompts with their features in place of pixels, for a vision tower that no step changes.
+    Qwen3-VL's come back as they are: its tower feeds several layers, so it runs in every pass."""
     inner = policy.model.model
     if hasattr(inner.visual, "deepstack_merger_list"):
         return list(prompts)
@@ -118,7 +118,7 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         pixels = prompt.pixel_values.to(device)
         features = inner.get_image_features(pixels, prompt.grid).pooler_output[0]
-        encoded.append(replace(prompt, features=features))
+        encoded.append(replace(prompt, pixel_values=pixels[:0].clone(), features=features))
     return encoded
 
 

@@ -86,10 +86,12 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
             reference = scorer_of(model.requires_grad_(False))
     else:
         # here: how a model is sharded is a page of its own
-        from grpo.sharding import cast_weights_, empty_model, fill_, shard
+        from grpo.sharding import cast_weights_, empty_model, fill_, rank_mesh, shard
+
+        mesh = rank_mesh(device, config.replicas)  # one: each keeps buffers for its messages
 
         def sharded(model: PreTrainedModel, offload: bool = False) -> CompletionScorer:
-            scorer = shard(scorer_of(model), device, config.replicas, offload)
+            scorer = shard(scorer_of(model), mesh, offload)
             fill_(scorer, sampler.model, device, offload)
             return scorer
 

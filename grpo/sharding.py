@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -18,25 +18,28 @@ from grpo.distributed import compute_dtype, world_size
 from grpo.logprobs import CompletionScorer
 
 
-def shard(scorer: CompletionScorer, device: torch.device, replicas: int = 1,
-          offload: bool = False) -> CompletionScorer:
-    """Shards with FSDP2: each transformer block of text and vision by itself, the rest with the
-    root. The head is in the root: if tied to the embedding, the two must stay one parameter.
-
-    Weights are sharded over all ranks. With `replicas` over 1 (HSDP), neighbouring ranks form that
-    many equal groups. Each group shards the whole model, and gradients are summed over the groups.
-    On GPUs the master weights are float32, compute is bfloat16 and gradients are summed in float32.
-    `offload` keeps the shards in the host's memory.
-    """
+def rank_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
+    """All ranks. With `replicas` over 1 (HSDP), neighbouring ranks form that many equal groups.
+    Each group shards the whole model, and gradients are summed over the groups."""
     if world_size() % replicas:
         raise ValueError(f"replicas {replicas}: expected a divisor of the {world_size()} ranks")
     shape = (world_size(),) if replicas == 1 else (replicas, world_size() // replicas)
     names = ("replicate", "shard")[-len(shape) :]
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def shard(scorer: CompletionScorer, mesh: DeviceMesh, offload: bool = False) -> CompletionScorer:
+    """Shards with FSDP2: each transformer block of text and vision by itself, the rest with the
+    root. The head is in the root: if tied to the embedding, the two must stay one parameter.
+
+    On GPUs the master weights are float32, compute is bfloat16 and gradients are summed in float32.
+    `offload` keeps the shards in the host's memory.
+    """
     settings = dict(
-        mesh=init_device_mesh(device.type, shape, mesh_dim_names=names),
+        mesh=mesh,
         # Inputs keep their dtype: the vision tower gives its blocks float32 angles, as it does in
         # the sampler's copy.
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(device),
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype(torch.device(mesh.device_type)),
                                        reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy(),
     )

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 import train
 from data.io import naming
 from data.program import run_program
+from grpo import sharding
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -36,6 +38,7 @@ from grpo.rollout import sample_rollouts
 from grpo.run import load_run
 from grpo.sharding import copy_weights_
 from grpo.update import update_policy
+from tools.check import check_policy
 
 PROMPTS, GROUP = 4, 3
 
@@ -58,6 +61,8 @@ def step_on_rank(out: Path, policy: str, replicas: int, freeze: str) -> None:
     device = init_distributed()
     config = toy_config(policy=policy, group_size=GROUP, max_grad_norm=0.5, micro_batch_tokens=1, replicas=replicas,
                         freeze=freeze)
+    meshes, make = [], sharding.init_device_mesh
+    sharding.init_device_mesh = lambda *args, **kwargs: meshes.append(make(*args, **kwargs)) or meshes[-1]
     run = load_run(config, device)
     sampler, scorer = run.sampler, run.scorer
     rollouts, advantages, valid = whole_batch(sampler)
@@ -74,10 +79,12 @@ def step_on_rank(out: Path, policy: str, replicas: int, freeze: str) -> None:
     with torch.no_grad():
         sampled, _ = CompletionScorer(sampler.model, sampler.pad_id, sampler.forbidden_ids)(mine)
     gap = sum_across_ranks({"gap": (logprobs - sampled).abs().max().item()})["gap"]
-    sharded = any(isinstance(p, DTensor) for p in scorer.parameters())
+    check_policy(mine, scorer, sampler.forbidden_ids)
+    sharded = all(isinstance(p, DTensor) for p in scorer.parameters())  # after a forward alone too
     ranks = gather_rows([rank()])
     if rank() == 0:
-        torch.save({"metrics": metrics, "change": change, "gap": gap, "sharded": sharded, "ranks": ranks}, out)
+        torch.save({"metrics": metrics, "change": change, "gap": gap, "sharded": sharded, "ranks": ranks,
+                    "meshes": len(meshes)}, out)
 
 
 RANKS = {
@@ -99,7 +106,7 @@ def steps(tmp_path_factory):
 @pytest.mark.parametrize("name", ["two", "four", "two times two"])
 def test_ranks_take_the_step_of_one(steps, name):
     one, more = steps["one"], steps[name]
-    assert more["sharded"] and more["ranks"] == list(range(RANKS[name][0]))
+    assert more["sharded"] and more["meshes"] == 1 and more["ranks"] == list(range(RANKS[name][0]))
     assert more["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
     for key, change in one["change"].items():
         assert change.abs().max() > 0, key
@@ -174,6 +181,19 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         files = [(tmp_path / n / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines() for n in ("1", "2")]
         ids = [[json.loads(line)["id"] for line in lines] for lines in files]
         assert ids[0] == ids[1]
+
+
+def test_programs_that_share_work_wait_a_week_for_each_other(monkeypatch):
+    """A rank's share of an evaluation may take hours longer than another's. Training waits as its setting says."""
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("grpo.distributed._control", None)
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *args, timeout, **kwargs: waits.append(timeout))
+    init_distributed()
+    assert waits == [timedelta(days=7)] * 2
+    init_distributed(3)
+    assert waits[2:] == [timedelta(minutes=3)] * 2
 
 
 def leave_early(phase: str) -> None:

@@ -13,6 +13,7 @@ from grpo.lora import add_adapters_
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
+from tools.memory import step_pixels
 
 
 @pytest.mark.parametrize("changes", [
@@ -79,6 +80,16 @@ def test_a_verifier_that_replies_holds_logits_of_every_row(policy, verifier_mode
     keys = 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
     activations = 4 * (3 * text.intermediate_size + 6 * text.hidden_size)
     assert sizes[1] - sizes[0] == 64 * text.vocab_size * 12 + 64 * 10 * keys + 8 * 10 * activations
+
+
+def test_pixels_of_a_step_by_hand(policy):
+    """A token is of 4 patches, a patch of 2 x 3 x 14 x 14 numbers. In the host's memory are those of the next step too."""
+    config, token = toy_config(prompts_per_step=8), 4 * 2 * 3 * 14 * 14
+    assert step_pixels(policy.model, config, 4, 2, 20, is_gpu=True, is_tower_frozen=False) == 2 * 20 * token * 2
+    assert step_pixels(policy.model, config, 4, 2, 20, is_gpu=True, is_tower_frozen=True) == 0
+    assert step_pixels(policy.model, config, 1, 4, 20, is_gpu=False, is_tower_frozen=True) == 2 * 8 * 20 * token * 4
+    four = estimate_memory(policy.model, None, config, 4, True, 40, 20, 100)
+    assert four["images"] == 2 * 20 * token * 2
 
 
 def test_static_memory_hand_computed(policy):

@@ -6,6 +6,7 @@ import re
 import weakref
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from transformers import GenerationConfig
 from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene
 from grpo import rollout
-from grpo.decode import Decoder
+from grpo.batch import count_together
+from grpo.decode import Decoder, _warm_up_stream, record
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import make_policy
 from grpo.rollout import draw_tokens, read_prompts, sample_rollouts, temper_logits_
@@ -305,8 +307,40 @@ def test_the_cache_gives_room_back_and_its_prompts_are_a_multiple_of_8_long_for_
     assert decoder.ages == decoder.device_ages.tolist() == [5] and decoder.suffix[0][0].shape[3] == 64
     assert mask.shape[1] % 8 and RecordingDecoder(policy.model, 1, 200).prompt_room(mask.shape[1]) % 8 == 0
     recording = RecordingDecoder(policy.model, 1, 200)
+    _, cache, mask = read_prompts(policy, prompts[1:2])
     recording.add(cache, mask)
     assert recording.prefix[0][0].shape[2] == recording.prefix_bias.shape[-1] == recording.prompt_room(mask.shape[1])
+
+
+@torch.no_grad()
+def test_the_prompts_cache_is_not_held_beside_the_decoders(policy, prompts):
+    decoder, held = Decoder(policy.model, 2, 30), []
+    for part in (prompts[:2], prompts[2:]):  # into an empty decoder, and beside other groups
+        _, cache, mask = read_prompts(policy, part)
+        held += [weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        decoder.add(cache, mask)
+    assert len(held) > 8 and not any(tensor() is not None for tensor in held)
+
+
+def test_all_recordings_warm_up_on_one_stream(monkeypatch):
+    """A graph's replay is left out here: cuBLAS keeps memory for every stream that it has met."""
+    made = []
+    for name in ("current_stream", "CUDAGraph", "graph", "stream"):
+        monkeypatch.setattr(f"torch.cuda.{name}", MagicMock())
+    monkeypatch.setattr("torch.cuda.Stream", lambda: made.append(MagicMock()) or made[-1])
+    _warm_up_stream.cache_clear()
+    calls = itertools.count(1)
+    assert [record(lambda: next(calls))[1] for _ in range(3)] == [2, 4, 6]  # once to warm up, once to record
+    _warm_up_stream.cache_clear()
+    assert len(made) == 1
+    assert torch.cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
+
+
+def test_a_forward_of_prompts_is_bounded_in_tokens_by_hand():
+    """At most 16 prompts, and 32,768 tokens with the padding, but always one."""
+    assert count_together([100] * 20) == 16 and count_together([100] * 3) == 3
+    assert count_together([16_384] * 4) == 2 and count_together([40_000, 5]) == 1
+    assert count_together([1000] * 8 + [16_384]) == 8 and count_together([16_384, 1000, 1000]) == 2
 
 
 def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, monkeypatch, recwarn):

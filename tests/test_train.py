@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from data.examples import Example, Question
 from data.export import example_row
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
+from grpo.run import sample_step
 from grpo.update import prepare_training_
 from tools.check import check
 from train import step_examples, train
@@ -58,6 +60,21 @@ def test_a_pass_shows_a_picture_once_however_many_rows_it_has(tmp_path, monkeypa
         # q4 asks what q0 asks
         assert [q.question for q in examples[0].questions] == ["What 0?", "What 2?", "What 3?"]
     assert len(seen) == 2
+
+
+def test_the_pixels_of_a_step_are_gone_when_the_next_one_is_sampled(tmp_path, monkeypatch):
+    held = []
+
+    def watched(*args):
+        assert not any(rollouts() for rollouts in held)
+        rollouts = sample_step(*args)
+        held.append(weakref.ref(rollouts))
+        return rollouts
+
+    monkeypatch.setattr("train.sample_step", watched)
+    train(toy_config(data="toy:train:6", prompts_per_step=2, group_size=2, num_steps=3, max_new_tokens=8,
+                     run_dir=str(tmp_path / "run"), audit_every=2))
+    assert len(held) == 3
 
 
 def test_steps_without_a_finite_gradient_are_named_and_then_stop_the_run(tmp_path, monkeypatch, capsys):

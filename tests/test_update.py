@@ -62,6 +62,7 @@ def test_a_frozen_tower_runs_once_an_image_with_the_same_step(policy, batch, mon
 
     monkeypatch.setattr(tower, "forward", spy)
     prompts = encode_images(policy, rollouts.prompts)
+    assert all(prompt.pixel_values.untyped_storage().nbytes() == 0 for prompt in prompts)  # the features stand for them
     again = sample_rollouts(policy, prompts, keys(4, 2), 10)
     metrics, change = one_update(policy, (again, *rest), **frozen)
     assert num_images == [1] * 4 and "get_image_features" not in vars(policy.model.model)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from data.choices import LETTERS
@@ -38,6 +39,7 @@ from tools.memory import (
     measure,
     num_parameters,
     rollout_bytes,
+    step_pixels,
     weights_held,
 )
 from tools.tracker import Tracker
@@ -215,9 +217,11 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
         return [Finding("memory", facts, f"too much: {LESS_MEMORY}")]
     sampling = rollout_bytes(run.sampler.model, config, world_size(),
                              run.sampler.model.dtype.itemsize, len(prompt.input_ids), image_tokens)
-    parts |= {"phase rollout": sampling, "phase verifier": reward_peak - before,
+    pixels = step_pixels(run.sampler.model, config, world_size(), run.sampler.model.dtype.itemsize,
+                         image_tokens, device.type == "cuda", run.is_tower_frozen)
+    parts |= {"images": pixels, "phase rollout": sampling, "phase verifier": reward_peak - before,
               "phase update": update_peak - before,
-              "peak": max(before + sampling, reward_peak, update_peak)}
+              "peak": pixels + max(before + sampling, reward_peak, update_peak)}
     group_tokens = len(prompt.input_ids) + config.group_size * length
     rounds = math.ceil(share / max(1, config.rollout_tokens // group_tokens))
     longest = {"rollout": trial["rollout"] * rounds * length / drawn.tokens.shape[1],
@@ -265,6 +269,9 @@ def check_policy(rollouts: Rollouts, scorer: CompletionScorer,
                  forbidden_ids: Sequence[int]) -> Finding:
     """Sampler and trainer on a trial rollout. Every rank must call this."""
     logprobs, entropies = scorer(rollouts)
+    for module in scorer.modules():  # after a forward alone the root is still gathered
+        if isinstance(module, FSDPModule):
+            module.reshard()
     mask = rollouts.completion_mask
     difference = (logprobs - rollouts.logprobs)[mask]
     ratio, gap = difference.exp().mean().item(), difference.abs().mean().item()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from grpo.batch import PREFILL_PROMPTS
+from grpo.batch import count_together
 from grpo.config import TrainConfig
 from grpo.distributed import world_size
 from grpo.run import Run
@@ -125,10 +125,19 @@ def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, 
     attention += 3 * 4 * groups * config.group_size * text.num_attention_heads * num_places
     language = prompt_tokens * (6 * text.hidden_size + 3 * text.intermediate_size)
     tower = 4 * image_tokens * (8 * vision.hidden_size + 3 * vision.intermediate_size)
-    together = min(prompts, PREFILL_PROMPTS)
+    together = count_together([prompt_tokens] * prompts)
     forward = together * width * (language + tower)
     forward += 3 * pixel_bytes(policy, together * image_tokens)
     return cache + max(logits + attention, forward)
+
+
+def step_pixels(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
+                image_tokens: int, is_gpu: bool, is_tower_frozen: bool) -> int:
+    """Bytes of a step's images, which are held from its rollout to its update. In the host's memory
+    those of the next step are beside them. On a GPU a frozen tower's features take their place."""
+    steps = 0 if is_gpu and is_tower_frozen else 1 if is_gpu else 2
+    images = steps * config.prompts_per_step // num_ranks
+    return pixel_bytes(policy, images * image_tokens) * width // 4
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -148,6 +157,7 @@ def head_dim(text) -> int:
 
 
 def pixel_bytes(policy: PreTrainedModel, image_tokens: int) -> int:
+    """In float32."""
     vision = policy.config.vision_config
     patch = 3 * vision.temporal_patch_size * vision.patch_size**2
     return 4 * image_tokens * vision.spatial_merge_size**2 * patch

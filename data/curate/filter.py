@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.choices import fold_choice, words
 from data.curate.answers import answer_by_options
-from data.curate.work import A_WEEK, Inputs, count_table, finish, work_through
+from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example, Question, load_examples
 from data.export import question_row
 from data.io import text_hash
@@ -72,7 +72,7 @@ probabilities for each."""
 def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None) -> None:
     """Keeps the questions that are answered rightly with the image and not without it, by `answer`
     or the configured model."""
-    device, folder = init_distributed(A_WEEK), Path(config.out)
+    device, folder = init_distributed(), Path(config.out)
     with all_or_none("start"):
         examples = load_examples(config.data)
         if answer is None:

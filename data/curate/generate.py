@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.curate.work import A_WEEK, Inputs, count_table, finish, work_through
+from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example, Question
 from data.export import question_row
 from data.folders import load_images
@@ -78,7 +78,7 @@ off."""
 
 def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
     """Questions on every image, by `write` or the configured model."""
-    device, folder = init_distributed(A_WEEK), Path(config.out)
+    device, folder = init_distributed(), Path(config.out)
     with all_or_none("start"):
         images = load_images(Path(config.images))
         if write is None:

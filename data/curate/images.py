@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.curate import likeness
 from data.curate.encoders import Measure, load_classifier, load_encoder
-from data.curate.work import A_WEEK, Inputs, count_table, finish, work_through
+from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example
 from data.folders import load_images
 from data.images import open_image
@@ -67,7 +67,7 @@ class ImagesConfig:
 def choose_images(config: ImagesConfig) -> None:
     """Measures every image, then decides on all together; decisions.jsonl has each decision with
     what it rests on."""
-    device, folder = init_distributed(A_WEEK), Path(config.out)
+    device, folder = init_distributed(), Path(config.out)
     with all_or_none("start"):
         images = load_images(Path(config.images))
         benchmarks = [(f"{source} {id}", image) for source in config.benchmarks

@@ -18,9 +18,6 @@ from data.io import agree_on, json_lines, write_whole
 from data.jsonl import read_log
 from grpo.distributed import all_or_none, gather_rows, print0, rank, world_size
 
-A_WEEK = 7 * 24 * 60
-"""Minutes that a rank waits for the others: shares of the work are equal in number, not in time."""
-
 Inputs = Sequence[tuple[str, Any]]
 """(id, input) of each."""
 
