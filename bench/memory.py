@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
-from estimate import estimate_memory
-from step import StepConfig, make_examples, save_models
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -36,6 +34,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from bench.estimate import estimate_memory
+from bench.step import StepConfig, make_examples, save_models
 from data.examples import load_examples
 from data.export import example_row
 from data.images import open_image
@@ -44,6 +44,7 @@ from grpo.recipes import PAPER, toy_config
 from grpo.run import load_run, sample_step
 from grpo.update import update_policy
 from reward.step import load_reward
+from tools.check import longest_prompt
 from tools.memory import status
 
 CASES = {
@@ -110,7 +111,7 @@ def work(case: str, folder: Path) -> None:
     prompt = max(prompts, key=lambda prompt: len(prompt.input_ids))
     estimate = estimate_memory(
         run.sampler.model, reward.verifier.model, config, 1, False, len(prompt.input_ids),
-        len(prompt.pixel_values) // 4, reward.verifier.prompt_tokens(examples),
+        len(prompt.pixel_values) // 4, longest_prompt(reward.verifier, examples),
     )
     for repeat in range(2):
         _restart_peak()
@@ -130,17 +131,21 @@ def work(case: str, folder: Path) -> None:
     print("case " + json.dumps({"estimate": estimate, "measured": measured}))
 
 
+def prepare(sizes: StepConfig, folder: Path) -> None:
+    """Models and data of a case."""
+    save_models(sizes, folder)
+    with (folder / "data.jsonl").open("w") as file:
+        for example in make_examples(sizes):
+            example.image.save(folder / f"{example.id}.png")
+            file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
+
+
 def measure() -> None:
     print("| case | phase | estimated, MiB | measured, MiB | ratio |\n"
           "| --- | --- | ---: | ---: | ---: |")
     for case, (sizes, _) in CASES.items():
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            save_models(sizes, folder)
-            with (folder / "data.jsonl").open("w") as file:
-                for example in make_examples(sizes):
-                    example.image.save(folder / f"{example.id}.png")
-                    file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
+            prepare(sizes, Path(name))
             done = subprocess.run([sys.executable, __file__, "--case", case, "--folder", name],
                                   capture_output=True, text=True)
         rows = [json.loads(line[5:]) for line in done.stdout.splitlines()

@@ -21,7 +21,7 @@ import tyro
 from conftest import Forked, run_as_program
 
 import evaluate
-from bench import claims, gpu, paper, reward_noise
+from bench import caption, claims, curation, gpu, loading, memory, paper, remote, reward_noise, verifier
 from bench.drafts import DraftConfig, count_steps
 from bench.drafts import main as drafts
 from bench.figure import points_svg
@@ -138,6 +138,29 @@ def test_work_of_a_pass_by_hand(policy, prompts):
     want += 12 * pairs * text.hidden_size * text.num_hidden_layers
     rollouts = SimpleNamespace(prompts=prompts[:1], lengths=torch.tensor([3, 1]))
     assert training_work(policy, rollouts) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("program, settings, row", [
+    (caption, dict(images=2, repeats=1), r"\| ours \| [\d.]+ \| [\d.]+ \| \d+ \| [\d.]+ \|"),
+    (curation, dict(images=3), r"\| sound \| 3 \| \| [\d.]+ \| \|"),
+    (loading, dict(rows=120, samples=4), r"index +[\d.]+ s for 120 images, .*"),
+    (remote, dict(captions=1, questions=1, in_flight=(2,), repeats=1), r"\| behind HTTP, 2 in flight \| [\d.]+ \| [\d.]+ \|"),
+    (verifier, dict(width=128, layers=1, captions=1, sentences=2, repeats=1), r"\| 8 \| [\d.]+ s \|.*"),
+])
+def test_a_bench_runs_small(program, settings, row, capsys):
+    program.main(program.BenchConfig(**settings))
+    assert re.search(f"^{row}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_memory_is_estimated_and_measured_by_phase(tmp_path, monkeypatch, capsys):
+    sizes = StepConfig(vocab=1024, hidden=64, layers=1, verifier_hidden=64, verifier_layers=1, sizes=(56,), prompts=1,
+                       group_size=2, tokens=8, questions=1)
+    monkeypatch.setattr(memory, "CASES", {"tiny": (sizes, {})})
+    memory.prepare(sizes, tmp_path)
+    memory.work("tiny", tmp_path)
+    found = json.loads(capsys.readouterr().out.removeprefix("case "))
+    assert found["measured"].keys() <= found["estimate"].keys() and len(found["measured"]) == 3
+    assert found["estimate"]["peak"] > found["estimate"]["images"] > 0
 
 
 def test_drafts_run_small(capsys):
