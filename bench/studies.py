@@ -123,7 +123,7 @@ STUDIES = {
                "replies, T 0.6": "--verifier-mode sample",
                "replies, T 2": "--verifier-mode sample --verifier-temperature 2",
                "half-trained": "--verifier {half}/verifier"},
-        orders=("Prism: letters > half-trained", "area: letters > half-trained",
+        orders=("Prism: letters > half-trained",
                 "Prism: probabilities > letters > replies, T 0.6 > replies, T 2",
                 "area: probabilities > letters > replies, T 0.6 > replies, T 2",
                 "noise: replies, T 2 > replies, T 0.6 > letters > probabilities"),

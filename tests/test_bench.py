@@ -449,6 +449,15 @@ def test_area_under_a_curve_by_hand():
     assert paper.area_under(curve) == pytest.approx((6 + 22.5) / 40)
 
 
+def test_no_area_where_another_verifier_has_measured_it(tmp_path):
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"step": step, "accuracy": 0.5}) + "\n" for step in (0, 10)))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "train-000000", "caption": "", "questions": []}) + "\n")
+    evaluation = paper.Task(("evaluate.py", "prism"), tmp_path / "rows.json", tmp_path / "log")
+    runs = [paper.Task(("train.py", *flags), tmp_path / "final", tmp_path / "log") for flags in ((), ("--verifier", "x"))]
+    areas = [paper.values_of([run, evaluation])["area"] for run in runs]
+    assert areas == [{"all": [0.5]}, {}]
+
+
 @pytest.mark.parametrize("settings, sentence", [
     (dict(seeds=()), "seeds: expected different ones, at least one, got \\(\\)"),
     (dict(seeds=(1, 1)), "seeds: expected different ones"),
