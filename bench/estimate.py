@@ -18,7 +18,7 @@ from tools.memory import (
     num_parameters,
     pixel_bytes,
     rollout_bytes,
-    step_pixels,
+    step_images,
 )
 
 
@@ -52,9 +52,10 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
         parts |= {"sampler's weights": width * parameters, "masters and moments": 12 * adapters}
     if config.kl_coef == 0 or config.offload_reference or adapters:
         parts["reference"] = 0
-    is_tower_frozen = bool(adapters) or config.freeze == "vision+merger"
-    parts["images"] = step_pixels(policy, config, num_ranks, width, image_tokens, is_gpu,
-                                  is_tower_frozen)
+    has_features = ((adapters > 0 or config.freeze == "vision+merger")
+                    and not hasattr(visual, "deepstack_merger_list"))  # see `encode_images`
+    parts["images"] = step_images(policy, config, num_ranks, width, image_tokens, is_gpu,
+                                  has_features)
     if is_sharded and not adapters:
         blocks = [num_parameters(block)
                   for block in [*policy.model.language_model.layers, *visual.blocks]]

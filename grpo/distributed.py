@@ -34,8 +34,8 @@ def local_device() -> torch.device:
 
 def init_distributed(timeout_minutes: float = 7 * 24 * 60) -> torch.device:
     """Joins the ranks that torchrun started (nccl on GPUs, gloo on CPUs); returns this rank's
-    device. They leave by `run_program` in data/program.py. A rank waits so long for the others, by
-    default a week: shares of work are equal in number, not in time."""
+    device. They leave by `run_program` in data/program.py. A rank waits `timeout_minutes` for the
+    others. It is a week by default: shares of work are equal in number, not in time."""
     device = local_device()
     is_launched = "WORLD_SIZE" in os.environ
     if not dist.is_initialized() and (is_launched or device.type == "cuda"):

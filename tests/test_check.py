@@ -194,6 +194,17 @@ def test_the_longest_step_is_measured_and_changes_no_weight(monkeypatch):
     assert f"masters and moments {3 * size:.2f} GiB" in memory.facts and f"reference {size:.2f} GiB" in memory.facts
 
 
+def test_the_images_of_a_step_are_part_of_the_peak(monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight, "step_images", lambda *args: asked.append(args[2:]) or 500 << 30)
+    for freeze in ("none", "vision+merger"):
+        config = toy_config(data="toy:train:6", prompts_per_step=1, group_size=2, max_new_tokens=8, freeze=freeze)
+        (memory, _), _ = longest(config)
+        peak = re.match(r"peak ([\d.]+) GiB of", memory.facts)
+        assert "images 500.00 GiB" in memory.facts and float(peak[1]) > 500 and memory.problem.startswith("too much")
+    assert asked == [(1, 4, 16, False, False), (1, 4, 16, False, True)]  # the second has features
+
+
 def test_hours_of_a_run_by_hand(monkeypatch):
     """36 to 72 s a step here, 54 to 108 on the slower rank, 100 steps: 1.5 to 3 hours."""
     others = iter([54.0, 108.0])  # the sums of the other rank

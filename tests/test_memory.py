@@ -13,7 +13,7 @@ from grpo.lora import add_adapters_
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
-from tools.memory import step_pixels
+from tools.memory import step_images
 
 
 @pytest.mark.parametrize("changes", [
@@ -82,14 +82,17 @@ def test_a_verifier_that_replies_holds_logits_of_every_row(policy, verifier_mode
     assert sizes[1] - sizes[0] == 64 * text.vocab_size * 12 + 64 * 10 * keys + 8 * 10 * activations
 
 
-def test_pixels_of_a_step_by_hand(policy):
-    """A token is of 4 patches, a patch of 2 x 3 x 14 x 14 numbers. In the host's memory are those of the next step too."""
+def test_images_of_a_step_by_hand(policy):
+    """A token is of 4 patches, a patch of 2 x 3 x 14 x 14 numbers; its features are 128. 2 images a rank of 4, 8 of one."""
     config, token = toy_config(prompts_per_step=8), 4 * 2 * 3 * 14 * 14
-    assert step_pixels(policy.model, config, 4, 2, 20, is_gpu=True, is_tower_frozen=False) == 2 * 20 * token * 2
-    assert step_pixels(policy.model, config, 4, 2, 20, is_gpu=True, is_tower_frozen=True) == 0
-    assert step_pixels(policy.model, config, 1, 4, 20, is_gpu=False, is_tower_frozen=True) == 2 * 8 * 20 * token * 4
-    four = estimate_memory(policy.model, None, config, 4, True, 40, 20, 100)
-    assert four["images"] == 2 * 20 * token * 2
+    assert step_images(policy.model, config, 4, 2, 20, is_gpu=True, has_features=False) == 2 * 20 * token * 2
+    assert step_images(policy.model, config, 4, 2, 20, is_gpu=True, has_features=True) == 2 * 20 * 128 * 2
+    assert step_images(policy.model, config, 1, 4, 20, is_gpu=False, has_features=False) == 2 * 8 * 20 * token * 4
+    assert step_images(policy.model, config, 1, 4, 20, is_gpu=False, has_features=True) == 8 * 20 * (2 * token + 128) * 4
+    cases = ({}, token), ({"freeze": "vision"}, token), ({"freeze": "vision+merger"}, 128), ({"lora_rank": 4}, 128)
+    for changes, numbers in cases:
+        four = estimate_memory(policy.model, None, toy_config(prompts_per_step=8, **changes), 4, True, 40, 20, 100)
+        assert four["images"] == 2 * 20 * numbers * 2
 
 
 def test_static_memory_hand_computed(policy):

@@ -322,6 +322,17 @@ def test_the_prompts_cache_is_not_held_beside_the_decoders(policy, prompts):
     assert len(held) > 8 and not any(tensor() is not None for tensor in held)
 
 
+def test_long_prompts_are_read_a_few_at_a_time_and_nothing_changes(policy, prompts, monkeypatch):
+    """Two of four fit into the tokens of a forward, though there is room for all captions."""
+    want, sizes = sample_rollouts(policy, prompts, keys(4, 2), 12), []
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    monkeypatch.setattr("grpo.batch.PREFILL_TOKENS", 2 * longest)
+    monkeypatch.setattr("grpo.rollout.read_prompts", lambda policy, new: sizes.append(len(new)) or read_prompts(policy, new))
+    got = sample_rollouts(policy, prompts, keys(4, 2), 12)
+    assert sizes == [2, 2] and torch.equal(got.tokens, want.tokens)
+    torch.testing.assert_close(got.logprobs, want.logprobs)
+
+
 def test_all_recordings_warm_up_on_one_stream(monkeypatch):
     """A graph's replay is left out here: cuBLAS keeps memory for every stream that it has met."""
     made = []

@@ -39,7 +39,7 @@ from tools.memory import (
     measure,
     num_parameters,
     rollout_bytes,
-    step_pixels,
+    step_images,
     weights_held,
 )
 from tools.tracker import Tracker
@@ -217,11 +217,11 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
         return [Finding("memory", facts, f"too much: {LESS_MEMORY}")]
     sampling = rollout_bytes(run.sampler.model, config, world_size(),
                              run.sampler.model.dtype.itemsize, len(prompt.input_ids), image_tokens)
-    pixels = step_pixels(run.sampler.model, config, world_size(), run.sampler.model.dtype.itemsize,
-                         image_tokens, device.type == "cuda", run.is_tower_frozen)
-    parts |= {"images": pixels, "phase rollout": sampling, "phase verifier": reward_peak - before,
+    images = step_images(run.sampler.model, config, world_size(), run.sampler.model.dtype.itemsize,
+                         image_tokens, device.type == "cuda", prompt.features is not None)
+    parts |= {"images": images, "phase rollout": sampling, "phase verifier": reward_peak - before,
               "phase update": update_peak - before,
-              "peak": pixels + max(before + sampling, reward_peak, update_peak)}
+              "peak": images + max(before + sampling, reward_peak, update_peak)}
     group_tokens = len(prompt.input_ids) + config.group_size * length
     rounds = math.ceil(share / max(1, config.rollout_tokens // group_tokens))
     longest = {"rollout": trial["rollout"] * rounds * length / drawn.tokens.shape[1],

@@ -131,13 +131,18 @@ def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, 
     return cache + max(logits + attention, forward)
 
 
-def step_pixels(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
-                image_tokens: int, is_gpu: bool, is_tower_frozen: bool) -> int:
-    """Bytes of a step's images, which are held from its rollout to its update. In the host's memory
-    those of the next step are beside them. On a GPU a frozen tower's features take their place."""
-    steps = 0 if is_gpu and is_tower_frozen else 1 if is_gpu else 2
-    images = steps * config.prompts_per_step // num_ranks
-    return pixel_bytes(policy, images * image_tokens) * width // 4
+def step_images(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, width: int,
+                image_tokens: int, is_gpu: bool, has_features: bool) -> int:
+    """Bytes of a step's images, which are held from its rollout to its update: pixels, or a frozen
+    tower's features in their place. On a CPU the pixels stay in any case, and those of the next
+    step are beside them.
+
+    width, image_tokens: as in `rollout_bytes`.
+    """
+    tokens = config.prompts_per_step // num_ranks * image_tokens
+    features = has_features * tokens * policy.config.get_text_config().hidden_size * width
+    pixels = pixel_bytes(policy, tokens) * width // 4
+    return 2 * pixels + features if not is_gpu else features or pixels
 
 
 def num_parameters(module: nn.Module) -> int:
