@@ -33,7 +33,7 @@ from tools.report.captions import (
     pages_of,
     side_index,
 )
-from tools.report.curves import draw_panel, hours, panels, ticks
+from tools.report.curves import axis_numbers, draw_panel, hours, panels, ticks
 from tools.report.page import PageConfig, evaluation_table, main, question_table, write_page
 from tools.report.sources import HELD_OUT, Source, evenly, load_sources
 from tools.settings import nearest_preset
@@ -100,6 +100,37 @@ def test_ticks_cover_whatever_comes():
         found = ticks(low, high)
         assert 2 <= len(found) <= 8 and found[0] <= low + 1e-6 * (high - low)
         assert found[-1] >= high - 1e-6 * (high - low)
+
+
+@pytest.mark.parametrize("values, labels, power", [
+    ([0, 0.5, 1], ["0", "0.5", "1"], 0), ([0.9, 0.95, 1, 1.05], ["0.9", "0.95", "1", "1.05"], 0),
+    ([1.065e-5, 1.07e-5, 1.075e-5], ["1.065", "1.07", "1.075"], -5), ([-2e-8, 0, 2e-8], ["-2", "0", "2"], -8),
+    ([999.5, 1000, 1000.5], ["999.5", "1000", "1000.5"], 0), ([114000, 116000], ["114000", "116000"], 0),
+    ([-1234500, -1234000], ["-1.2345", "-1.234"], 6), ([-0.1, -0.1 + 0.1, 0.1], ["-0.1", "0", "0.1"], 0),
+    ([-20, -20 * 1e-18, 20], ["-20", "0", "20"], 0), ([98, 100, 102], ["98", "100", "102"], 0),
+])
+def test_labels_of_an_axis_by_hand(values, labels, power):
+    assert axis_numbers(values) == (labels, power)
+
+
+def test_labels_of_an_axis_differ_say_their_value_and_are_short():
+    rng = random.Random(0)
+    for _ in range(2000):
+        low = rng.gauss(0, 1) * 10 ** rng.uniform(-12, 12)
+        high = low + abs(low) * 10 ** rng.uniform(-9, 3)
+        places = ticks(low, high)
+        labels, power = axis_numbers(places)
+        assert len(set(labels)) == len(labels) == len(places) and max(map(len, labels)) <= 7
+        step = places[1] - places[0]
+        assert all(abs(float(label) * 10.0**power - place) < 1e-3 * step for label, place in zip(labels, places))
+
+
+def test_nearly_equal_values_are_a_nearly_flat_line():
+    """Of 0.97312 and 0.97315 a thousandth is shown: 0.0010 about their middle, in steps of 0.0002."""
+    assert ticks(0.97312, 0.97315) == pytest.approx([0.9726 + 0.0002 * i for i in range(7)])
+    values = {0: 1.067e-5, 1: 1.072e-5}
+    panel = draw_panel("small", "s", [], [{"label": "a", "source": 0, "values": values}], [{}], [[0, 1e-8, 2e-8]])
+    assert panel["unit"] == "\u00d7 1e-5 s" and [label for _, label in panel["y_ticks"]] == ["1.066", "1.068", "1.07", "1.072"]
 
 
 def test_a_curve_by_hand():
@@ -610,6 +641,22 @@ def test_nothing_overlaps_or_is_cut_off(driver, tiny_run, tmp_path, width):
         choose(driver, "hours", True)
         assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
         screenshot(driver, tmp_path / f"report-{width}.png", width)
+
+
+def test_numbers_beside_a_curve_have_room_whatever_they_are(driver, tmp_path):
+    pairs = [(1.067e-5, 1.072e-5), (-1.2345e-10, -1.2347e-10), (-0.0123456, -0.0123466), (0.97312, 0.97315), (1234567, 1234569),
+             (-1e-5, 1e5), (-444444, 888888), (888444, 888888), (-8.8884, -8.8888), (0.88488, 0.88588), (-4e9, -1e8)]
+    run_dir = made_run(tmp_path / "run", [])
+    for step, values in enumerate(zip(*pairs)):
+        numbers = {"reward": 0.5} | {f"number {place}": value for place, value in enumerate(values)}
+        log_step(run_dir, step, numbers, {}, {"seconds": values[0]}, [caption_row("1")])
+    with opened(driver, write_page(run_dir), 400):
+        driver.execute_script("document.querySelectorAll('summary').forEach((one) => one.click())")
+        assert len(driver.execute_script("return [...document.querySelectorAll('.curve > svg')].filter((one) => "
+                                         "one.checkVisibility())")) > len(pairs)
+        assert driver.execute_script(CUT_OFF) == []
+        choose(driver, "hours", True)
+        assert driver.execute_script(CUT_OFF) == []
 
 
 def test_curves_tell_values_to_pointer_and_keys(driver, tiny_run):

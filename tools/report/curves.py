@@ -11,6 +11,9 @@ WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 52, 352, 10, 156
 """The drawing area of a curve, in the units of its viewBox. The rest is for the numbers on the
 axes."""
+MOST_CHARACTERS = 6
+"""Of a number beside a curve, where no power of ten is taken out of it: 52 units have room for 6
+digits, or a sign, a point and 5."""
 
 FIRST = ("reward", HELD_OUT, "accuracy", "probe_accuracy", "length", "kl")
 """What is looked at first, in this order: the reward, and what keeps it honest."""
@@ -23,9 +26,13 @@ Band = dict[int, tuple[float, float]]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them. Values
+    that differ by less than a thousandth of their size are drawn as a nearly flat line: closer
+    ticks would need more digits than the axis has room for."""
     if high == low:
         low, high = (low - 0.1 * abs(low), high + 0.1 * abs(high)) if low else (0.0, 1.0)
+    elif (least := 1e-3 * max(abs(low), abs(high))) > high - low:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
     unit = 10 ** math.floor(math.log10((high - low) / count))
     steps = (unit * factor for factor in (1, 2, 5, 10))
     step = next(step for step in steps if (high - low) / step <= count)
@@ -33,10 +40,20 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [place * step for place in places]
 
 
-def axis_number(value: float) -> str:
-    """Short enough for the axis: 0.95, 37.15, 1.9e-6, 1.156e5."""
-    text = f"{value:.4g}" if abs(value) < 1000 or abs(value) >= 1e5 else f"{value:.0f}"
-    return text.replace("e-0", "e-").replace("e+0", "e")
+def axis_numbers(places: Sequence[float]) -> tuple[list[str], int]:
+    """Labels of evenly spaced ticks, each told from the next, and the power of ten that they are
+    to be multiplied by. The power is 0 where that leaves room for them: [0.95, 1] -> "0.95", "1";
+    [1.065e-5, 1.07e-5] -> "1.065", "1.07" and -5."""
+    step = places[1] - places[0]
+    for power in (0, math.floor(math.log10(max(map(abs, places))) + 1e-9)):
+        decimals = max(power - math.floor(math.log10(step) + 1e-9), 0)
+        # Adding 0.0 makes -0.0 a 0.
+        labels = [f"{round(place / 10.0**power, decimals) + 0.0:.{decimals}f}" for place in places]
+        if decimals:
+            labels = [label.rstrip("0").rstrip(".") for label in labels]
+        if max(map(len, labels)) <= MOST_CHARACTERS:
+            break
+    return labels, power
 
 
 def panels(sources: Sequence[Source]) -> list[dict]:
@@ -133,14 +150,16 @@ def draw_panel(title: str, unit: str, what: list[str], lines: list[dict], bands:
     ends = [elapsed[line["source"]][min(step, len(elapsed[line["source"]]) - 1)]
             for line in lines for step in line["values"] if all(elapsed)]
     first, last = min(ends, default=0), max(ends, default=0)
-    hour_ticks = [(along(tick, first, last - first), axis_number(tick))
+    hour_ticks = [(along(tick, first, last - first), f"{tick:g}")
                   for tick in ticks(first, last) if first <= tick <= last] if last > first else []
+    labels, power = axis_numbers(y_ticks)
+    if power:
+        unit = f"\N{MULTIPLICATION SIGN} 1e{power} {unit}".rstrip()
     return {
         "title": title, "unit": unit, "what": what, "lines": drawn, "summary": "; ".join(summary),
         "bands": [(place, outline(band)) for place, band in enumerate(bands) if band],
         "x_ticks": x_ticks or [(x(steps[0]), str(steps[0]))], "hour_ticks": hour_ticks,
-        "y_ticks": [(y(tick), axis_number(tick) if abs(tick) > 1e-9 * height else "0")
-                    for tick in y_ticks],
+        "y_ticks": list(zip(map(y, y_ticks), labels)),
         "values": {
             "steps": steps, "hours": [first, last],
             "lines": [{"source": line["source"],
