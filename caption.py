@@ -61,9 +61,8 @@ class CaptionConfig(Captioning):
     the difference between the machines' clocks."""
     export: Literal["", "llava", "sharegpt", "captionqa", "capeval", "caparena", "capability",
                     "detailcaps"] = ""
-    """Write the finished captions of `out` as one JSON file: LLaVA's format, or LLaMA-Factory's
-    with its dataset_info.json. Or for a benchmark, as its own scorer reads them (docs/formats.md).
-    """
+    """Write the finished captions of `out` as one JSON file: LLaVA's format, LLaMA-Factory's with
+    its dataset_info.json, or as a benchmark's own scorer reads them (docs/formats.md)."""
     reference: str = ""
     """CapArena-Auto's caparena_auto_600.json: its pairs are exported, for any judge."""
     check: str = ""

@@ -56,6 +56,11 @@ def test_a_reader_of_train_meets_no_reports_checks_and_evaluations():
     assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths) <= MOST_LINES
 
 
+@pytest.mark.parametrize("program, most", [("train.py", 240), ("caption.py", 150), ("evaluate.py", 220)])
+def test_programs_stay_short(program, most):
+    assert len((ROOT / program).read_text(encoding="utf-8").splitlines()) <= most
+
+
 def test_every_place_of_the_tour_is_there():
     text = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
     places = re.findall(r"`([\w/]+\.py): (\w+)`", text)
