@@ -26,8 +26,8 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    # Its new name, `cache`, is unknown to transformers before 5.24; remove once that is required.
-    message = "`past_key_values` is deprecated"
+    # Their new names are unknown to transformers before 5.24; remove once that is required.
+    message = "`(past_key_values|gradient_checkpointing_enable)` is deprecated"
     warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     try:
         try:
