@@ -34,8 +34,10 @@ def shard(scorer: CompletionScorer, mesh: DeviceMesh, offload: bool = False) -> 
     root. The head is in the root: if tied to the embedding, the two must stay one parameter.
 
     On GPUs the master weights are float32, compute is bfloat16 and gradients are summed in float32.
-    `offload` keeps the shards in the host's memory.
+    `offload` keeps the shards in the host's memory. The root stays gathered from its forward to its
+    backward pass. A frozen model has no such pass, so its root is given back.
     """
+    is_frozen = not any(parameter.requires_grad for parameter in scorer.parameters())
     settings = dict(
         mesh=mesh,
         # Inputs keep their dtype: the vision tower gives its blocks float32 angles, as it does in
@@ -47,7 +49,7 @@ def shard(scorer: CompletionScorer, mesh: DeviceMesh, offload: bool = False) -> 
     inner = scorer.model.model
     for block in [*inner.language_model.layers, *inner.visual.blocks]:
         fully_shard(block, **settings)
-    return fully_shard(scorer, **settings)
+    return fully_shard(scorer, **settings, reshard_after_forward=is_frozen or None)
 
 
 def empty_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -70,7 +72,7 @@ def fill_(scorer: CompletionScorer, model: PreTrainedModel, device: torch.device
     of `scorer`. Each rank takes its own part, one parameter at a time. So no rank holds all float32
     weights, and nothing is sent."""
     scorer.to_empty(device="cpu" if offload else device)
-    scorer.model.tie_weights()  # to_empty has made two of each tied parameter
+    scorer.model.tie_weights()  # to_empty makes two of a tied parameter in some releases of torch
     source = dict(model.named_parameters())
     for name, parameter in scorer.model.named_parameters():
         whole = source[name].detach().to(parameter.device)

@@ -77,10 +77,11 @@ def step_on_rank(out: Path, policy: str, replicas: int, freeze: str) -> None:
     change = {name: p.detach() - before[name] for name, p in sampler.model.named_parameters()}
     logprobs, _ = scorer(mine)
     with torch.no_grad():
-        sampled, _ = CompletionScorer(sampler.model, sampler.pad_id, sampler.forbidden_ids)(mine)
+        sampled, _ = CompletionScorer(sampler.model, sampler.forbidden_ids)(mine)
     gap = sum_across_ranks({"gap": (logprobs - sampled).abs().max().item()})["gap"]
     check_policy(mine, scorer, sampler.forbidden_ids)
-    sharded = all(isinstance(p, DTensor) for p in scorer.parameters())  # after a forward alone too
+    # after a forward alone too
+    sharded = all(isinstance(p, DTensor) for model in (scorer, run.reference) for p in model.parameters())
     ranks = gather_rows([rank()])
     if rank() == 0:
         torch.save({"metrics": metrics, "change": change, "gap": gap, "sharded": sharded, "ranks": ranks,
