@@ -40,17 +40,19 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
         "truncated_share": rollouts.truncated.sum().item(),
     }
     # A rank without a measurement of a statistic leaves it to the others.
-    weights = {key: len(rewards) * math.isfinite(value) for key, value in result.stats.items()}
+    sizes = {"failed_claims": sum(map(len, result.claims or ()))}  # else ranks count by captions
+    weights = {key: sizes.get(key, len(rewards)) * math.isfinite(value)
+               for key, value in result.stats.items()}
     of_stats = {key: result.stats[key] * n if n else 0.0 for key, n in weights.items()}
     sums = sum_across_ranks(
         counts | of_scored | of_captions | of_stats
-        | {f"captions of {key}": n for key, n in weights.items()}
+        | {f"weight of {key}": n for key, n in weights.items()}
     )
     num_scored = sums["scored"]
     return {
         "flat_groups": sums["flat_groups"] / (sums["groups"] if num_scored else math.nan),
         "unscored_captions": sums["captions"] - num_scored,
-    } | {key: sums[key] / (sums[f"captions of {key}"] or math.nan) for key in of_stats} | {
+    } | {key: sums[key] / (sums[f"weight of {key}"] or math.nan) for key in of_stats} | {
         key: sums[key] / (num_scored or math.nan) for key in of_scored
     } | {key: sums[key] / sums["captions"] for key in of_captions}
 

@@ -8,6 +8,7 @@ import torch
 
 from grpo.recipes import toy_config
 from reward.caprl import Rewards
+from reward.claims import claim_record
 from reward.step import measure_step, reward_metrics
 
 
@@ -31,11 +32,21 @@ def test_reward_metrics_hand_computed(policy, batch):
 
 
 def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, monkeypatch):
-    other = {"accuracy": 0.5 * 8, "captions of accuracy": 8}
+    other = {"accuracy": 0.5 * 8, "weight of accuracy": 8}
     monkeypatch.setattr("reward.step.sum_across_ranks",
                         lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
     metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [record(None)] * 8))
     assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
+
+
+def test_ranks_count_by_the_claims_they_have(policy, batch, monkeypatch):
+    """One of 1 claim failed here, none of 99 there: 1 of 100. A rank without claims counts nothing."""
+    other = {"failed_claims": 0.0, "weight of failed_claims": 99}
+    monkeypatch.setattr("reward.step.sum_across_ranks",
+                        lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    result = Rewards(torch.zeros(8), {}, [record(True)] * 8, claims=[[claim_record("a", math.nan)], *[[]] * 7])
+    assert reward_metrics(batch[0], result)["failed_claims"] == pytest.approx(0.01)
+    assert reward_metrics(batch[0], replace(result, claims=[[]] * 8))["failed_claims"] == 0
 
 
 def test_too_many_failures_stop_the_run(policy, batch, monkeypatch):
