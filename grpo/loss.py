@@ -55,10 +55,10 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     Returns the loss and diagnostics, all scalars. Diagnostics are weighted already. Their sum over
     micro-batches and ranks, divided by the sum of the weights, is the step's mean.
     """
-    counts = weights > 0
-    log_ratio = torch.where(counts, logprobs - old_logprobs, 0.0)  # (B, L)
+    is_counted = weights > 0  # (B, L)
+    log_ratio = torch.where(is_counted, logprobs - old_logprobs, 0.0)  # (B, L)
     if ratio_of == "sequence":
-        mean = log_ratio.sum(1, keepdim=True) / counts.sum(1, keepdim=True).clamp(min=1)
+        mean = log_ratio.sum(1, keepdim=True) / is_counted.sum(1, keepdim=True).clamp(min=1)
         log_ratio = mean.expand_as(log_ratio)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantage = advantages[:, None]  # (B, 1)
@@ -67,8 +67,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     per_token = -torch.minimum(unclipped, clipped)
     stats = {"ratio": ratio, "clip_share": (clipped < unclipped).float()}
     if ref_logprobs is not None:
-        kl = kl_to_reference(torch.where(counts, logprobs, 0.0),
-                             torch.where(counts, ref_logprobs, 0.0))
+        kl = kl_to_reference(torch.where(is_counted, logprobs, 0.0),
+                             torch.where(is_counted, ref_logprobs, 0.0))
         per_token = per_token + kl_coef * kl
         stats["kl"] = kl
     sums = {key: (weights * value.detach()).sum() for key, value in stats.items()}

@@ -109,9 +109,9 @@ def update_policy(scorer: CompletionScorer,
     old_logprobs: dict[int, Tensor] = {}
     totals: dict[str, float] = {}
     num_skipped = 0
-    loss_sum = 0.0
     scorer.train(config.gradient_checkpointing)  # transformers checkpoints in train mode only
     for epoch in range(config.inner_epochs):
+        loss_sum = 0.0
         for start, stop in parts:
             part = rollouts.groups(start, stop)
             rows = slice(start * config.group_size, stop * config.group_size)

@@ -10,6 +10,7 @@ from conftest import keys
 
 from grpo.log import alarms
 from grpo.logprobs import CompletionScorer
+from grpo.loss import policy_loss
 from grpo.policy import encode_images
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
@@ -20,7 +21,7 @@ from reward.step import reward_metrics
 
 
 def score(policy, model=None) -> CompletionScorer:
-    return CompletionScorer(model or policy.model, policy.pad_id, policy.forbidden_ids)
+    return CompletionScorer(model or policy.model, policy.forbidden_ids)
 
 
 def one_update(policy, batch, **changes) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -207,6 +208,18 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(policy, batch):
     metrics, change = one_update(policy, (rollouts, broken, valid))
     assert metrics["skipped"] == 1 and all((value == 0).all() for value in change.values())
     assert one_update(policy, batch)[0]["skipped"] == 0
+
+
+def test_an_epoch_that_is_not_finite_does_not_take_the_next_one_with_it(policy, batch, monkeypatch):
+    """Of three epochs the second's loss alone is NaN."""
+    epochs, original = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_",
+                        lambda *args, **kwargs: epochs.append(0) or original(*args, **kwargs))
+    monkeypatch.setattr("grpo.update.policy_loss", lambda *args, **kwargs: (
+        lambda loss, stats: (loss * (math.nan if len(epochs) == 1 else 1.0), stats))(*policy_loss(*args, **kwargs)))
+    metrics, change = one_update(policy, batch, inner_epochs=3)
+    assert metrics["skipped"] == 1 and len(epochs) == 3
+    assert any((value != 0).any() for value in change.values())
 
 
 def test_equal_rewards_without_kl_change_nothing(policy, batch):
