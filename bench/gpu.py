@@ -154,7 +154,7 @@ def make_prompts(config: GpuConfig, policy: Policy) -> tuple[list[Prompt], list[
 
 
 def make_scorer(policy: Policy) -> CompletionScorer:
-    return CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    return CompletionScorer(policy.model, policy.forbidden_ids)
 
 
 def synchronize() -> None:

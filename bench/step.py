@@ -206,7 +206,7 @@ def run_ours(config: StepConfig) -> None:
     device, folder, phases = torch.device("cpu"), Path(config.folder), Phases()
     policy = load_policy(str(folder / "policy"), device)
     policy = replace(policy, forbidden_ids=tuple(sorted({*policy.forbidden_ids, *policy.eos_ids})))
-    score = dict(pad_id=policy.pad_id, forbidden_ids=policy.forbidden_ids)
+    score = dict(forbidden_ids=policy.forbidden_ids)
     scorer = CompletionScorer(policy.model, **score)
     frozen = CompletionScorer(load_policy(str(folder / "policy"),
                                           device).model.requires_grad_(False), **score)

@@ -29,9 +29,7 @@ def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = Fal
     grouped = rewards.float().view(-1, group_size)  # (P, G)
     valid = ~grouped.isnan()
     count = valid.sum(1, keepdim=True)  # (P, 1)
-    filled = grouped.nan_to_num(0.0)
-    mean = filled.sum(1, keepdim=True) / count.clamp(min=1)
-    centered = torch.where(valid, filled - mean, 0.0)
+    centered = torch.where(valid, grouped - grouped.nanmean(1, keepdim=True), 0.0)
     std = (centered.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     if leave_one_out:
         centered = centered * count / (count - 1).clamp(min=1)

@@ -32,7 +32,7 @@ class Batch:
 
     Prompts are admitted by the room that captions take, not by the longest that is allowed. If the
     room runs out as they grow, the youngest groups are set back. They wait and are later drawn
-    anew, which gives the same tokens.
+    anew, which gives the same tokens up to rounding.
     """
 
     def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], token_budget: int):

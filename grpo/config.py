@@ -225,9 +225,10 @@ class TrainConfig:
 
     # run
     micro_batch_tokens: int = 16_384
-    """Tokens of a micro-batch of the update. Any value gives the same gradient."""
+    """Tokens of a micro-batch of the update. Any value gives the same gradient, up to rounding."""
     rollout_tokens: int = 524_288
-    """Tokens that the sampler's cache has room for. Any value gives the same captions."""
+    """Tokens that the sampler's cache has room for. Any value gives the same captions; in bfloat16
+    rounding may change a few."""
     gradient_checkpointing: bool = True
     """Keep only a layer's inputs, and compute the layer again in the backward pass. This takes less
     memory and a third more time. Ours: on; without it a group of the longest captions does not fit
@@ -255,7 +256,7 @@ class TrainConfig:
     """Minutes after which a checkpoint is saved in any case; 0 for never. SIGTERM and SIGINT save
     one and stop. Ours."""
     keep_checkpoints: int = 2
-    """Checkpoints that are kept, the newest; each has 12 bytes per parameter. Ours."""
+    """Checkpoints that are kept, the newest; each has 12 bytes per trained parameter. Ours."""
     export_every: int = 0
     """Steps between two exports of the policy as a Hugging Face folder; 0 for the last one only.
     Ours."""

@@ -41,10 +41,8 @@ class Decoder:
 
         check_layers(model)
         text = model.model.language_model
-        config = text.config
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
-        self.eps = config.rms_norm_eps
-        self.num_kv = config.num_key_value_heads
+        self.eps = text.config.rms_norm_eps
         self.embed, self.norm = text.embed_tokens.weight, text.norm.weight
         self.head = model.lm_head
         self.rotary = text.rotary_emb
@@ -59,10 +57,6 @@ class Decoder:
         self.uses_graphs = self.embed.device.type == "cuda"
         self.layer_step_ = compiled_step_() if self.uses_graphs else layer_step_
         self.recording: _Recording | None = None
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.ages)
 
     @property
     def longest(self) -> int:
@@ -97,8 +91,8 @@ class Decoder:
         bias = mask.float().log()[:, None, None, None]  # 0 on prompt tokens, -inf on padding
         if not self.ages:
             self.prefix = [(layer.keys[:0], layer.values[:0]) for layer in cache.layers]
-            shape = (0, self.num_kv, self.group_size, 0, cache.layers[0].values.shape[-1])
-            empty = cache.layers[0].values.new_empty(shape)
+            like = cache.layers[0].values
+            empty = like.new_empty(0, like.shape[1], self.group_size, 0, like.shape[-1])
             self.suffix, self.prefix_bias = [(empty, empty) for _ in cache.layers], bias[:0]
         for i, layer in enumerate(cache.layers):  # a layer at a time, as in _grow
             self.prefix[i] = tuple(map(self._join, self.prefix[i], (layer.keys, layer.values)))
@@ -131,7 +125,7 @@ class Decoder:
 
     def is_worth_dropping(self, num_done: int) -> bool:
         """Whether dropping `num_done` groups saves time: with graphs, if they are half of all."""
-        return not self.uses_graphs or num_done >= self.num_groups / 2
+        return not self.uses_graphs or num_done >= len(self.ages) / 2
 
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Logits (n, V) after the next token of n rows. Every group's age grows by 1, whichever of
@@ -153,7 +147,7 @@ class Decoder:
         """The step's logits from its recording. None if no recording can be made; then none is
         tried again."""
         if self.recording is None:
-            batch, room = self.num_groups * self.group_size, self.suffix[0][0].shape[3]
+            batch, room = len(self.ages) * self.group_size, self.suffix[0][0].shape[3]
             inputs = (tokens.new_zeros(batch), positions.new_zeros(batch),
                       torch.arange(batch, device=rows.device), self.device_ages.clone())
             try:
@@ -218,9 +212,11 @@ def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     Raises RuntimeError if it cannot be recorded."""
     stream = _warm_up_stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()  # on the first call libraries choose kernels and allocate memory
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            function()  # on the first call libraries choose kernels and allocate memory
+    finally:  # also if it has failed on its way: then the caller writes to the same cache
+        torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads, which open images or watch the run, may call CUDA meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data.io import disk_sentence
 
 _control: dist.ProcessGroup | None = None
-"""For numbers, rows and barriers, on the CPU: gloo, which can tell which rank is late."""
+"""Gloo, on the CPU, for numbers, rows, barriers and checkpoints: it can tell which rank is late."""
 
 
 def local_device() -> torch.device:

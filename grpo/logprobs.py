@@ -35,7 +35,7 @@ class PackedGroups:
 
     input_ids: Tensor  # (1, S) int64
     position_ids: Tensor  # (3, 1, S) int64
-    segments: list[list[int]]  # per group: numbers of tokens of its prompt and of each completion
+    segments: list[list[int]]  # per group: numbers of tokens of its prompt and its completions here
     sources: Tensor  # (N,) int64: place in the row of the token before each completion token
     targets: Tensor  # (N,) int64: the completion tokens
 
@@ -129,11 +129,11 @@ class CompletionScorer(nn.Module):
     with the model's weights happens inside this forward.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_id: int, forbidden_ids: Sequence[int],
+    def __init__(self, model: PreTrainedModel, forbidden_ids: Sequence[int],
                  temperature: float = 1.0):
         super().__init__()
-        self.model, self.pad_id = model, pad_id
-        self.forbidden_ids, self.temperature = tuple(forbidden_ids), temperature
+        self.model, self.temperature = model, temperature
+        self.forbidden_ids = tuple(forbidden_ids)
         # Forwards without `segments`, such as the sampler's, still use SDPA.
         model.set_attn_implementation({"text_config": GROUP_ATTENTION})
 

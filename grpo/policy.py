@@ -11,11 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    BaseImageProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 CAPTION_INSTRUCTION = "Please describe this image in detail."
@@ -36,7 +32,7 @@ class Prompt:
 
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (3, T) int64: time, height and width of M-RoPE
-    pixel_values: Tensor  # (N, D) float32, or as `on` has left them
+    pixel_values: Tensor  # (N, D) float32, or as `on` has left them; (0, D) beside `features`
     grid: Tensor  # (1, 3) int64: patches in time, height and width
     features: Tensor | None = None  # (image tokens, H): a frozen vision tower's output, if known
 

@@ -14,10 +14,10 @@ from grpo.policy import Policy, Prompt, image_inputs
 
 @dataclass(frozen=True)
 class Rollouts:
-    """B = P * G completions of P prompts, the G of a prompt adjacent. L is the longest length."""
+    """B = P * G completions of P prompts, the G of a prompt adjacent. No length is over L."""
 
     prompts: list[Prompt]
-    tokens: Tensor  # (B, L) int64; pad beyond each length
+    tokens: Tensor  # (B, L) int64; what is beyond each length is never read
     lengths: Tensor  # (B,) int64; the EOS that ends a completion is counted
     logprobs: Tensor  # (B, L) float32, under the sampling distribution; 0 beyond each length
     truncated: Tensor  # (B,) bool: reached max_new_tokens without an EOS
@@ -91,9 +91,9 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     completion b. Temperature 0 takes the most likely token.
 
     A completion ends with the first of the policy's EOS ids, which belongs to it, or after
-    `max_new_tokens`. A row that has ended costs only attention. A group of ended rows makes room
-    for the next waiting prompt. The cache holds at most `token_budget` tokens, but always a group;
-    no budget changes what is drawn. Raises ValueError if the policy's logits are not finite.
+    `max_new_tokens`. A group of ended rows makes room for the next waiting prompt. The cache holds
+    at most `token_budget` tokens, but always a group; a budget changes what is drawn by rounding
+    alone. Raises ValueError if the policy's logits are not finite.
     """
     from grpo.batch import Batch  # here: which groups have room is a page of its own
 
@@ -155,8 +155,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     )
 
 
-def read_prompts(policy: Policy,
-                 prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
+def read_prompts(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
     """A forward over the P prompts, padded on the left. Returns the next token's logits (P, V), the
     KV cache and the mask (P, T) int64."""
     device, width = policy.model.device, max(len(prompt.input_ids) for prompt in prompts)

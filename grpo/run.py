@@ -73,7 +73,7 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
             add_adapters_(sampler.model, config.lora, config.freeze, config.seed)
 
     def scorer_of(model: PreTrainedModel) -> CompletionScorer:
-        return CompletionScorer(model, sampler.pad_id, sampler.forbidden_ids, config.temperature)
+        return CompletionScorer(model, sampler.forbidden_ids, config.temperature)
 
     reference = None
     if has_adapters or has_one_model:
@@ -117,19 +117,9 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     contents: hashes of `data` and of the models on rank 0; empty on the others. Raises ValueError,
     on all ranks, if the run cannot go on or there is no room for a checkpoint.
     """
-    from grpo.checkpoint import (  # here: files are no part of the algorithm
-        latest_checkpoint,
-        load_checkpoint_,
-        make_room,
-        training_state,
-    )
-    from grpo.run_dir import (
-        check_resumes,
-        log_start,
-        rewind,
-        saved_config,
-        start_run,
-    )
+    # here: files are no part of the algorithm
+    from grpo.checkpoint import latest_checkpoint, load_checkpoint_, make_room, training_state
+    from grpo.run_dir import check_resumes, log_start, rewind, saved_config, start_run
     from grpo.template_date import TEMPLATE_DATE  # here: for config.json alone
 
     state = training_state(run.scorer, run.optimizer)

@@ -62,7 +62,7 @@ FREE_ON_RESUME = {
     "timeout_minutes", "micro_batch_tokens", "rollout_tokens", "gradient_checkpointing",
     "save_dtype", "tensorboard", "tracker", "patience", "stop_at",
 }
-"""Settings that a resumed run may change: they do not change what is computed."""
+"""Settings that a resumed run may change: they do not change what is computed, up to rounding."""
 
 
 def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) -> None:

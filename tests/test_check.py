@@ -231,7 +231,7 @@ def test_a_step_that_does_not_fit_is_said_and_not_killed(monkeypatch):
 
 
 def test_a_policy_that_samples_from_another_distribution(policy, prompts):
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     rollouts = sample_rollouts(policy, prompts[:2], keys(2, 2), 10)
     assert not check_policy(rollouts, scorer, policy.forbidden_ids).problem
     assert not check_sampling(policy, toy_config()).problem

@@ -78,7 +78,7 @@ def test_without_flash_attn_torch_takes_its_place(flash_calls, monkeypatch, rele
 
 def test_log_probabilities_are_the_same_by_flash_attention(policy, prompts, flash_calls, monkeypatch):
     rollouts = sample_rollouts(policy, prompts, keys(4, 2), 12)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     flash_calls.clear()
     got, _ = scorer(rollouts)
     text, vision = (config.num_hidden_layers if hasattr(config, "num_hidden_layers") else config.depth

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_pad_id_inside_the_prompt_keeps_its_attention(policy):
     prompts = [policy.prompt(image, "Describe <|endoftext|> this <|endoftext|> image."), policy.prompt(image)]
     assert policy.pad_id in prompts[0].input_ids.tolist() and len(prompts[0].input_ids) != len(prompts[1].input_ids)
     rollouts = sample_rollouts(policy, prompts, keys(2, 2), 6)
-    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
+    logprobs, _ = CompletionScorer(policy.model, policy.forbidden_ids)(rollouts)
     for row in range(4):
         tokens = rollouts.tokens[row, : rollouts.lengths[row]].tolist()
         want = separate_row(policy, prompts[row // 2], tokens)
@@ -58,7 +59,7 @@ def test_sampler_and_trainer_agree_in_bfloat16(policy, prompts):
     activations itself moves a token by 0.08 in the mean."""
     cast_weights_(policy.model, torch.bfloat16)
     rollouts = sample_rollouts(policy, prompts, keys(4, 3), 24)
-    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
+    logprobs, _ = CompletionScorer(policy.model, policy.forbidden_ids)(rollouts)
     gaps = (logprobs - rollouts.logprobs)[rollouts.completion_mask].abs()
     assert 0 < gaps.mean() < 0.03 and gaps.max() < 0.25
 
@@ -69,7 +70,7 @@ ROWS = [[30, 31, 32, 33, 34], [35], [36, 37], [38, 39, 40], [41, 42, 43, 44], [4
 def test_a_packed_group_equals_separate_rows_in_values_and_gradients(policy, prompts):
     prompts = prompts[1:3]  # images of different sizes, completions of different lengths
     rollouts = given(policy, prompts, ROWS)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     weights = torch.randn(rollouts.tokens.shape, generator=torch.Generator().manual_seed(0))
     logprobs, _ = scorer(rollouts)
     (logprobs * weights).sum().backward()
@@ -135,9 +136,9 @@ def test_no_shift_by_one(policy, prompts):
     policy.model.lm_head.weight = torch.nn.Parameter(torch.eye(vocabulary))
     last = prompts[0].input_ids[-1].item()
     rollouts = given(policy, prompts[:1], [[last + 1, last + 2, last + 3], [last + 1]])
-    logprobs, entropies = CompletionScorer(policy.model, policy.pad_id, ())(rollouts)
+    logprobs, entropies = CompletionScorer(policy.model, ())(rollouts)
     assert logprobs.abs().max() < 1e-6 and entropies.abs().max() < 1e-6
-    wrong, _ = CompletionScorer(policy.model, policy.pad_id, ())(
+    wrong, _ = CompletionScorer(policy.model, ())(
         given(policy, prompts[:1], [[last, last + 1], [last + 2]])
     )
     assert (wrong[:, 0] < -50).all()
@@ -145,8 +146,8 @@ def test_no_shift_by_one(policy, prompts):
 
 def test_the_eos_token_gets_gradient_even_where_pad_is_eos(policy, prompts):
     eos = policy.eos_ids[0]
-    rollouts = given(policy, prompts[:1], [[30, eos], [31, 32, 33]])
-    logprobs, _ = CompletionScorer(policy.model, eos, policy.forbidden_ids)(rollouts)
+    rollouts = given(replace(policy, pad_id=eos), prompts[:1], [[30, eos], [31, 32, 33]])
+    logprobs, _ = CompletionScorer(policy.model, policy.forbidden_ids)(rollouts)
     gradients = []
     for logprob in (logprobs[0, 1], separate_row(policy, prompts[0], [30, eos])[1]):
         policy.model.zero_grad()
@@ -157,7 +158,7 @@ def test_the_eos_token_gets_gradient_even_where_pad_is_eos(policy, prompts):
 
 
 def test_more_padding_and_batch_mates_change_nothing(policy, prompts):
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     together, _ = scorer(given(policy, prompts[:2], [[30, 31], [32], [33] * 9, [34]]))
     alone, _ = scorer(given(policy, prompts[:1], [[30, 31], [32]]))
     assert torch.allclose(together[:2, :2], alone, atol=1e-5)
@@ -220,7 +221,7 @@ def test_entropy_of_uniform_logits_is_log_v():
 def test_group_order_is_kept(policy, prompts):
     """Permuting whole groups permutes the result; splitting them one by one gives the same."""
     rollouts = sample_rollouts(policy, prompts, keys(4, 2), 9)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     whole, entropies = scorer(rollouts)
     for p in range(4):
         part, part_entropies = scorer(rollouts.groups(p, p + 1))
@@ -255,5 +256,5 @@ def test_qwen3_vl_samples_and_scores_alike(tokenizer, targets):
             layer.lora_b.data.normal_(std=0.05)
     prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(3)]
     rollouts = sample_rollouts(policy, prompts, keys(3, 2), 12)
-    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(rollouts)
+    logprobs, _ = CompletionScorer(policy.model, policy.forbidden_ids)(rollouts)
     assert torch.allclose(logprobs, rollouts.logprobs, atol=1e-4) and len(set(rollouts.captions)) == 6

@@ -48,7 +48,7 @@ def with_adapters(policy, rank=4, **settings):
 
 
 def score(policy, rollouts):
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     return scorer, scorer(rollouts)[0]
 
 
@@ -215,7 +215,7 @@ def test_peft_opens_the_adapter_to_the_same_logits(policy, prompts, tmp_path):
     save_adapter(with_adapters(policy).model, tmp_path / "adapter")
     rollouts = sample_rollouts(policy, prompts, keys(4, 1), 8)
     opened = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").merge_and_unload()
-    scorer = CompletionScorer(opened, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(opened, policy.forbidden_ids)
     assert torch.allclose(scorer(rollouts)[0], score(policy, rollouts)[1], atol=1e-4)
 
 

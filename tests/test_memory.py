@@ -33,7 +33,7 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     if config.lora.lora_rank:
         add_adapters_(policy.model, config.lora, config.freeze, seed=0)
     prepare_training_(policy.model, config)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     kept = {parameter.untyped_storage().data_ptr(): 0 for parameter in policy.model.parameters()}
 
     def note(tensor):

@@ -24,7 +24,7 @@ def pad_vocabulary(model, size, likely):
 def test_ids_beyond_the_tokenizer_are_never_sampled_and_never_scored(policy, prompts):
     """A padded vocabulary changes neither what is drawn nor its probability."""
     plain = sample_rollouts(policy, prompts, keys(4, 2), 16)
-    scored = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(plain)
+    scored = CompletionScorer(policy.model, policy.forbidden_ids)(plain)
     likely = plain.tokens[0, 0].item()
     padded = make_policy(pad_vocabulary(policy.model, 896, likely), policy.tokenizer, policy.image_processor)
     assert set(range(751, 896)) <= set(padded.forbidden_ids)
@@ -32,7 +32,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled_and_never_scored(policy, pro
     assert "751" not in padded.names(padded.forbidden_ids)
     rollouts = sample_rollouts(padded, prompts, keys(4, 2), 16)
     assert torch.equal(rollouts.tokens, plain.tokens) and torch.allclose(rollouts.logprobs, plain.logprobs, atol=1e-5)
-    again = CompletionScorer(padded.model, padded.pad_id, padded.forbidden_ids)(rollouts)
+    again = CompletionScorer(padded.model, padded.forbidden_ids)(rollouts)
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(again, scored))
 
 

@@ -4,6 +4,7 @@ import math
 import random
 import re
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
 from unittest.mock import MagicMock
@@ -55,7 +56,7 @@ def test_greedy_equals_generate_with_images_of_different_sizes(policy, prompts):
 def test_generate_of_another_batch_size_leaves_no_trace(policy, prompts):
     """transformers keeps rope_deltas of the last batch on the model; a stale one shifts or breaks later forwards."""
     fresh = sample_rollouts(policy, prompts[:2], keys(2, 2), 8)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     want = scorer(fresh)[0]
     prompt = prompts[3]
     policy.model.generate(
@@ -83,7 +84,7 @@ def test_sampling_ignores_the_checkpoints_generation_config(policy, prompts):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampling_logprobs_equal_recomputed_ones(policy, prompts, temperature):
     rollouts = sample_rollouts(policy, prompts, keys(4, 3), 16, temperature)
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids, temperature)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids, temperature)
     logprobs, _ = scorer(rollouts)
     assert torch.allclose(logprobs, rollouts.logprobs, atol=1e-4)
     assert (rollouts.logprobs[rollouts.completion_mask] < 0).all()
@@ -347,6 +348,18 @@ def test_all_recordings_warm_up_on_one_stream(monkeypatch):
     assert torch.cuda.graph.call_args.kwargs == {"capture_error_mode": "thread_local"}
 
 
+def test_a_recording_that_fails_leaves_nothing_running_beside_the_caller(monkeypatch):
+    """The caller goes on with the same cache on its own stream: it must wait for the warm-up's."""
+    for name in ("current_stream", "CUDAGraph", "graph", "Stream"):
+        monkeypatch.setattr(f"torch.cuda.{name}", MagicMock())
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())  # a MagicMock would hide the error
+    _warm_up_stream.cache_clear()
+    with pytest.raises(RuntimeError, match="memory"):
+        record(MagicMock(side_effect=RuntimeError("out of memory")))
+    torch.cuda.current_stream().wait_stream.assert_called_once_with(_warm_up_stream())
+    _warm_up_stream.cache_clear()
+
+
 def test_a_forward_of_prompts_is_bounded_in_tokens_by_hand():
     """At most 16 prompts, and 32,768 tokens with the padding, but always one."""
     assert count_together([100] * 20) == 16 and count_together([100] * 3) == 3
@@ -394,7 +407,7 @@ def test_the_cache_grows_and_refills_past_its_first_room(policy, prompts):
     whole = sample_rollouts(policy, prompts, keys(4, 2), 100)
     refilled = sample_rollouts(policy, prompts, keys(4, 2), 100, token_budget=2 * (40 + 2 * 100))
     assert whole.lengths.max() > 64 and torch.equal(refilled.tokens, whole.tokens)
-    logprobs, _ = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)(whole)
+    logprobs, _ = CompletionScorer(policy.model, policy.forbidden_ids)(whole)
     assert torch.allclose(logprobs, whole.logprobs, atol=1e-3)
 
 

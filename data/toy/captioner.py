@@ -149,7 +149,7 @@ def imitate_(policy: Policy, name: str,
              seed: int, rate: float = 2e-3) -> None:
     """Supervised training on what `demonstrate(step, rng)` returns. Draws are functions of (name,
     seed, step)."""
-    scorer = CompletionScorer(policy.model, policy.pad_id, policy.forbidden_ids)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"{name}:{seed}:{step}")

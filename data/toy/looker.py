@@ -317,7 +317,7 @@ class Pupil(nn.Module):
     def __init__(self, policy: Policy):
         super().__init__()
         self.policy, self.model = policy, policy.model
-        CompletionScorer(policy.model, policy.pad_id, ())  # it sets the attention of packed groups
+        CompletionScorer(policy.model, ())  # it sets the attention of packed groups
         size, num_words = policy.model.config.text_config.hidden_size, len(policy.tokenizer)
         self.probes = nn.ModuleDict({
             "truth": nn.Linear(size, 1), "true value": nn.Linear(size, num_words),
