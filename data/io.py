@@ -67,8 +67,9 @@ def check_room(folder: Path, size: int = 0) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+    """The path itself or the nearest folder above it that exists and that one may see."""
+    # Path.exists would raise for a path in a folder that one may not enter, and for too long a name
+    return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
 
 
 def format_bytes(size: int) -> str:
@@ -123,12 +124,16 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False
         unfinished.unlink(missing_ok=True)
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file. Raises ValueError, with `what` was expected, if there is none."""
+def read_json(path: Path, what: str, kind: type = object) -> Any:
+    """The content of a JSON file. Raises ValueError, with `what` was expected, if there is none or
+    none of this kind."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected {what} ({error})") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: expected {what}, found {short(content)}")
+    return content
 
 
 def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
@@ -139,7 +144,7 @@ def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
     called: by setting, the free one that says what the setting's value is called.
     """
     write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), keep=True)
-    saved = read_json(path, "settings")
+    saved = read_json(path, "settings", dict)
     for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and saved.get(name) != value:
             label = called.get(name, "")

@@ -1,10 +1,13 @@
 """Folders are tried before anything is written, and what was not measured is written as null."""
 
+import json
 import math
+import os
+import re
 
 import pytest
 
-from data.io import check_room, to_json
+from data.io import agree_on, check_room, disk_sentence, nearest, to_json
 
 
 def test_room_is_looked_for_and_nothing_is_left(tmp_path):
@@ -12,6 +15,23 @@ def test_room_is_looked_for_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"not/yet: expected room for 1073741824.00 GiB, found .* free at .*"):
         check_room(tmp_path / "not/yet", 2**60)
+
+
+def test_a_path_that_the_system_will_not_look_at_is_named(tmp_path, monkeypatch):
+    """A name of more than 255 characters, and a path in a folder that one may not enter."""
+    assert nearest(tmp_path / ("x" * 300) / "run") == tmp_path
+    monkeypatch.setattr("os.stat", lambda path, *args, stat=os.stat, **kwargs: (_ for _ in ()).throw(
+        PermissionError(13, "Permission denied", str(path))) if "locked/" in str(path) else stat(path, *args, **kwargs))
+    assert nearest(tmp_path / "locked/in/it") == tmp_path
+    said = disk_sentence(PermissionError(13, "Permission denied", str(tmp_path / "locked/in/it")))
+    assert re.fullmatch(rf"{tmp_path}/locked/in/it: Permission denied \(.* free at {tmp_path}\)", said)
+
+
+def test_settings_that_are_no_object_are_named(tmp_path):
+    for text in ("[]", "null", "3"):
+        (tmp_path / "about.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"about.json: expected settings, found {re.escape(repr(json.loads(text)))}"):
+            agree_on(tmp_path / "about.json", {"seed": 0})
 
 
 def test_what_was_not_measured_is_null_in_the_records():

@@ -177,7 +177,9 @@ class HeldOut:
         with all_or_none("best"):
             if rank() == 0:
                 about = folder / "step.json"
-                kept = read_json(about, "the line of an evaluation") if about.exists() else None
+                kept = None
+                if about.exists():
+                    kept = read_json(about, "the line of an evaluation", dict)
                 checkpoint = latest_checkpoint(self.run_dir)
                 states.append((kept, checkpoint[1] if checkpoint else 0))
         kept, num_saved = gather_rows(states)[0]

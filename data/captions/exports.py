@@ -18,7 +18,7 @@ def read_about(out: Path, *texts: str) -> dict:
     """What is captioned in the folder and how. Raises ValueError if that cannot be read, or lacks
     one of `texts`."""
     what = "the settings in a folder that caption.py has written"
-    about = read_json(out / "about.json", what)
+    about = read_json(out / "about.json", what, dict)
     if not (isinstance(about, dict) and isinstance(about.get("shards"), int)
             and all(isinstance(about.get(name), str) for name in texts)):
         raise ValueError(f"{out / 'about.json'}: expected {what}, found {short(about)}")
