@@ -69,21 +69,29 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
             os.sync()  # before the rename: a power cut must not leave a named but empty checkpoint
             shutil.rmtree(folder / name, ignore_errors=True)
             unfinished.rename(folder / name)
-            link = folder / "latest.unfinished"
+            link, latest = folder / "latest.unfinished", folder / "latest"
             link.unlink(missing_ok=True)
             link.symlink_to(name)
-            link.rename(folder / "latest")
-            for old in sorted(folder.glob("step_??????"))[:-keep]:
+            if latest.is_dir() and not latest.is_symlink():  # copied with what it led to
+                shutil.rmtree(latest)
+            link.rename(latest)
+            # Later ones are there if the link was set back by hand. They are not newer.
+            saved = [path for path in sorted(folder.glob("step_??????")) if path.name <= name]
+            for old in saved[:-keep]:
                 shutil.rmtree(old)
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
     """The newest whole checkpoint and its number of steps; None if there is none. Raises ValueError
-    if the link leads nowhere."""
+    if it is not whole. `latest` is a link to it. Some ways to copy a folder leave no link; then it
+    is the one of most steps."""
     link = run_dir / "checkpoints/latest"
-    if not link.is_symlink():
+    if link.is_symlink():
+        folder = link.parent / link.readlink()
+    elif saved := sorted(link.parent.glob("step_??????")):
+        folder = saved[-1]
+    else:
         return None
-    folder = link.parent / link.readlink()
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{link}: expected a whole checkpoint, found none at {folder}")
     return folder, int(folder.name.removeprefix("step_"))

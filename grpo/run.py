@@ -124,8 +124,12 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
 
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):
-        check_resumes(config, saved_config(run_dir), contents)
+        saved = saved_config(run_dir)
+        check_resumes(config, saved, contents)
         checkpoint = latest_checkpoint(run_dir) if config.resume else None
+        if checkpoint and not saved:
+            raise ValueError(f"{run_dir / 'config.json'}: expected the settings of the run to "
+                             f"resume, found none beside {checkpoint[0]}")
         if config.resume and not checkpoint and (run_dir / "final").exists():
             raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found a finished "
                              "run without any")

@@ -48,7 +48,7 @@ def saved_config(run_dir: Path) -> dict:
     """The settings of the run in the folder, empty if there is none. Raises ValueError if they
     cannot be read."""
     path = run_dir / "config.json"
-    return read_json(path, "the settings of a run") if path.exists() else {}
+    return read_json(path, "the settings of a run", dict) if path.exists() else {}
 
 
 _FILES = "configuration, tokenizer, chat template and image processor"
@@ -111,7 +111,8 @@ def rewind(run_dir: Path, num_steps: int) -> None:
             raise ValueError(message)
         write_whole(path, b"".join(line for line, step in zip(lines, steps) if step < end))
     for path in (run_dir / "rollouts").glob("step_*.jsonl"):
-        if int(path.stem.removeprefix("step_")) >= num_steps:
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) >= num_steps:  # else it is no file of ours
             path.unlink()
 
 
@@ -195,7 +196,9 @@ def _lock_writer(path: Path) -> TextIO:
 def _writer(path: Path) -> dict:
     """host, process and since when; empty if there is no writer, or it has only just begun."""
     with suppress(FileNotFoundError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        writer = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(writer, dict) and writer.keys() >= {"host", "process", "since"}:
+            return writer
     return {}
 
 

@@ -334,6 +334,44 @@ def test_a_checkpoint_holds_all_that_a_step_changes(tmp_path):
         assert torch.equal(other_optimizer.state[other.a][key], value) and value.abs().max() > 0
 
 
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_copy_without_links_goes_on_from_its_last_checkpoint(tmp_path, is_followed):
+    """`latest` is missing, or it is a second copy of the checkpoint."""
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, number, toy_state()[2], keep=2)
+    latest = tmp_path / "checkpoints/latest"
+    latest.unlink()
+    if is_followed:
+        shutil.copytree(tmp_path / "checkpoints/step_000003", latest)
+    folder, num_steps = latest_checkpoint(tmp_path)
+    assert folder.name == "step_000003" and num_steps == 3
+    save_checkpoint(tmp_path, 4, toy_state()[2], keep=2)
+    assert latest.is_symlink() and latest_checkpoint(tmp_path)[1] == 4
+    assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_000003", "step_000004"]
+
+
+def test_a_run_that_was_set_back_by_hand_keeps_what_it_saves(tmp_path):
+    for number in (1, 2, 3, 4, 5):
+        save_checkpoint(tmp_path, number, toy_state()[2], keep=5)
+    latest = tmp_path / "checkpoints/latest"
+    latest.unlink()
+    latest.symlink_to("step_000002")
+    assert latest_checkpoint(tmp_path)[1] == 2
+    save_checkpoint(tmp_path, 3, toy_state()[2], keep=2)
+    assert latest_checkpoint(tmp_path)[1] == 3
+    assert [path.name for path in sorted(latest.parent.glob("step*"))] == [f"step_00000{number}" for number in (2, 3, 4, 5)]
+
+
+def test_checkpoints_without_the_runs_settings_are_not_gone_on_with(left_alone, tmp_path):
+    run_dir = shutil.copytree(left_alone, tmp_path / "run", symlinks=True)
+    (run_dir / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json: expected the settings of the run to resume, found none beside "):
+        train(settings(run_dir, seed=3))
+    (run_dir / "config.json").write_text("null")
+    with pytest.raises(ValueError, match=r"config.json: expected the settings of a run, found None"):
+        train(settings(run_dir))
+
+
 def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     save_checkpoint(tmp_path, 1, toy_state()[2], keep=1)

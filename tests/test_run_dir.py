@@ -47,6 +47,19 @@ def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monke
     assert not (tmp_path / "new").exists()  # nothing was written
 
 
+def test_files_of_others_are_left_where_they_are(tmp_path):
+    start_run(tmp_path, {})
+    other = tmp_path / "rollouts/step_000000 (copy).jsonl"
+    other.write_text("")
+    log_step(tmp_path, 0, {}, {}, {}, [])
+    rewind(tmp_path, 0)
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == [other.name]
+    for odd in ("[1]", '{"host": 1}'):
+        (tmp_path / "writer.json").write_text(odd)
+        with only_writer(tmp_path):
+            check_writer(tmp_path)
+
+
 def test_steps_that_two_processes_wrote_are_named_with_the_repair(tmp_path):
     start_run(tmp_path, {})
     for step in (0, 1, 1, 2, 2, 3):
