@@ -40,17 +40,30 @@ def write_examples(folder: Path, examples: Iterable[Example]) -> int:
     return len(rows)
 
 
+def check_not_source(folder: Path, source: str) -> None:
+    """Raises ValueError where the set in `folder` is a part of `source`, or is it: writing it anew
+    would take away what it is made from."""
+    written, origin = (folder / "examples.jsonl").resolve(), Path(source).resolve()
+    if written.exists() and origin in (written, *written.parents):
+        raise ValueError(f"{folder}: expected a folder that is no part of {source}, which is read; "
+                         "take another --out")
+
+
 def _file_name(example: Example) -> str:
-    """The id made fit for a file's name, with a part of its hash: two ids may become alike."""
+    """The id made fit for a file's name, with its hash: two ids may become alike."""
     plain = re.sub(r"[^\w.-]", "_", example.id)[:60]
     suffix = example.image.suffix if isinstance(example.image, Path) else ""
-    return f"{plain.removesuffix(suffix)}-{text_hash(example.id)[:8]}{suffix}"
+    return f"{plain.removesuffix(suffix)}-{text_hash(example.id)}{suffix}"
 
 
 def _write_image(image: ImageSource, path: Path) -> None:
-    if path.exists() or path.is_symlink():
-        return
+    """Of an earlier run it may be there already, or another picture that had its id."""
     if isinstance(image, Path):
-        path.symlink_to(os.path.relpath(image.absolute(), path.parent.resolve()))
+        target = os.path.relpath(image.absolute(), path.parent.resolve())
+        if not (path.is_symlink() and os.readlink(path) == target):
+            path.unlink(missing_ok=True)
+            path.symlink_to(target)
     else:
-        write_whole(path, image_bytes(image))
+        content = image_bytes(image)
+        if not (path.is_file() and path.read_bytes() == content):
+            write_whole(path, content)

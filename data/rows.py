@@ -134,13 +134,14 @@ def read_manifest(source: str) -> set[tuple[str, str, int | None]]:
     if not path.exists():
         return set()
     (_, head), *rows = read_jsonl(path)
+    files = head.get("files") if isinstance(head.get("files"), dict) else {}
     for file in data_files(source):
         name, size = name_in_set(source, file), file.stat().st_size
-        if (head.get("files") or {}).get(name) != size:
+        if files.get(name) != size:
             raise ValueError(f"{path}: expected a manifest of the files as they are, found another "
                              f"size of {name}; write it anew with "
                              f"`python -m data.examples {source}`")
-    return {(row["file"], row["row"], row.get("question")) for _, row in rows}
+    return {(row.get("file"), row.get("row"), row.get("question")) for _, row in rows}
 
 
 def manifest_path(source: str) -> Path:

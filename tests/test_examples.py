@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from data import parquet
+from data.curate.__main__ import main as curate
 from data.examples import Example, Question, StoredImage, load_examples
-from data.export import example_row
+from data.export import example_row, write_examples
 from data.folders import load_images
 from data.images import open_image, picture_hash
 from data.pictures import merge_pictures, picture_keys
@@ -467,6 +468,19 @@ def test_a_run_leaves_out_only_what_is_written_down(tmp_path):
         load_examples(source)
 
 
+def test_a_manifest_that_was_edited_lists_what_it_still_says(tmp_path):
+    source = write_set(tmp_path, [raw("x"), raw("y", image_path="none.png")])
+    inspect(InspectConfig(source))
+    manifest = Path(f"{source}.manifest.jsonl")
+    head, row = map(json.loads, manifest.read_text().splitlines())
+    manifest.write_text(json.dumps(head) + "\n" + json.dumps({"reason": row["reason"]}) + "\n")
+    with pytest.raises(ValueError, match="none.png"):  # not listed any more
+        load_examples(source)
+    manifest.write_text(json.dumps(head | {"files": ["set"]}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="expected a manifest of the files as they are"):
+        load_examples(source)
+
+
 def test_one_bad_question_does_not_cost_the_others(tmp_path):
     entries = [{"question": "Color?", "choices": ["red", "blue"], "answer": letter} for letter in "AXB"]
     source = write_set(tmp_path, [caprl("a", reward_model={"ground_truth": entries})])
@@ -487,6 +501,47 @@ def test_any_set_becomes_one_of_ours(tmp_path):
         load_examples(str(tmp_path / "qa/set"))
     inspect(InspectConfig(str(tmp_path / "qa/set"), image_root=str(tmp_path), out=str(tmp_path / "qa/out")))
     assert [e.id for e in load_examples(str(tmp_path / "qa/out/examples.jsonl"))] == ["x", "y"]
+
+
+def test_a_set_is_not_written_over_the_one_it_is_made_from(tmp_path):
+    write_set(tmp_path, [caprl("a")])
+    inspect(InspectConfig(str(tmp_path / "set"), out=str(tmp_path / "out")))
+    before = (tmp_path / "out/examples.jsonl").read_bytes()
+    for source in (tmp_path / "out/examples.jsonl", tmp_path / "out", tmp_path):
+        with pytest.raises(ValueError, match=r"out: expected a folder that is no part of .*, which is read; take another"):
+            inspect(InspectConfig(str(source), out=str(tmp_path / "out")))
+        with pytest.raises(ValueError, match="out: expected a folder that is no part of"):
+            curate(["filter", "--data", str(source), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/examples.jsonl").read_bytes() == before
+    inspect(InspectConfig(str(tmp_path / "set"), out=str(tmp_path / "out")))  # again, that is no harm
+
+
+def test_a_picture_that_has_changed_is_written_again(tmp_path):
+    for color in ("red", "blue"):
+        Image.new("RGB", (28, 28), color).save(tmp_path / f"{color}.png")
+    names = set()
+    for color in ("red", "blue"):
+        source = write_set(tmp_path, [raw("linked", image_path=str(tmp_path / f"{color}.png"))])
+        inspect(InspectConfig(source, image_root=str(tmp_path), out=str(tmp_path / "out")))
+        [example] = load_examples(str(tmp_path / "out/examples.jsonl"))
+        assert open_image(example.image).getpixel((0, 0)) == ((255, 0, 0) if color == "red" else (0, 0, 255))
+        inside = write_set(tmp_path, [caprl("a", image={"bytes": png(color=color), "path": None})], f"inside {color}")
+        inspect(InspectConfig(inside, out=str(tmp_path / "copied")))
+        [example] = load_examples(str(tmp_path / "copied/examples.jsonl"))
+        assert open_image(example.image).getpixel((0, 0)) == ((255, 0, 0) if color == "red" else (0, 0, 255))
+        names.add(example.image.name)
+    assert len(names) == 1
+
+
+def test_names_of_pictures_differ_where_ids_do(tmp_path, monkeypatch):
+    """Two long paths, the first 60 characters and 8 digits of the hash alike: by a stand-in for the hash."""
+    monkeypatch.setattr("data.export.text_hash", lambda id: f"01234567{id[-7:-4]}")
+    ids = ["/a/long/path" * 8 + end for end in ("/one.jpg", "/two.jpg")]
+    pictures = [Image.new("RGB", (28, 28), color) for color in ("red", "blue")]
+    questions = (Question("What color?", ("red", "blue"), 0),)
+    write_examples(tmp_path, [Example(id, picture, questions) for id, picture in zip(ids, pictures)])
+    shown = [open_image(example.image).getpixel((0, 0)) for example in load_examples(str(tmp_path / "examples.jsonl"))]
+    assert shown == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_pictures_of_a_parquet_file_are_read_in_any_order_from_a_bounded_cache(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from data.export import write_examples
+from data.export import check_not_source, write_examples
 from data.formats import data_files
 from data.images import image_size, open_image
 from data.io import json_lines, write_whole
@@ -35,6 +35,8 @@ def inspect(config: InspectConfig) -> dict[str, int]:
     if config.image_root and not config.out:
         raise ValueError("image_root: expected `out` with it, since a run looks for images beside "
                          "the file")
+    if config.out:
+        check_not_source(Path(config.out), config.source)
     kept, refused, num_rows = [], [], 0
     for row in tqdm(scan_rows(config.source, config.image_root), desc="rows", unit="row"):
         num_rows += 1

@@ -21,6 +21,7 @@ import tyro
 from data.curate.filter import FilterConfig, filter_questions
 from data.curate.generate import GenerateConfig, generate
 from data.curate.images import ImagesConfig, choose_images
+from data.export import check_not_source
 from data.io import check_room, naming
 from data.program import run_program
 
@@ -36,6 +37,8 @@ def main(arguments: list[str]) -> None:
     config = tyro.extras.subcommand_cli_from_dict(configs, args=arguments)
     with naming(Path(config.out)):
         check_room(Path(config.out))
+        is_filter = isinstance(config, FilterConfig)
+        check_not_source(Path(config.out), config.data if is_filter else config.images)
         dict(COMMANDS.values())[type(config)](config)
 
 
