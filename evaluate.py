@@ -199,8 +199,6 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
         with all_or_none("out"), naming(config.out):
             if rank() == 0 and out:
                 append_rows(out, benchmark, captioner, new)
-    if rank() == 0 and out:
-        keep_thumbnails(out, benchmarks)
     return benchmarks, rows
 
 
@@ -213,7 +211,9 @@ def main(arguments: list[str]) -> None:
         text = report(benchmarks, rows, tables, config) + add_claims(rows, tables)
         print0(text)
         if config.out:
-            write_tables(Path(config.out), text, benchmarks, tables)
+            with naming(config.out):
+                write_tables(Path(config.out), text, benchmarks, tables)
+                keep_thumbnails(Path(config.out), benchmarks)
 
 
 if __name__ == "__main__":

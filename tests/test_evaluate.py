@@ -29,7 +29,7 @@ from tools.published import PUBLISHED, judge_name
 from tools.report.captions import browser_data
 from tools.report.sources import load_sources
 from tools.stats import summarize
-from tools.tables import report
+from tools.tables import keep_thumbnails, report
 from tools.thumbnails import thumbnail_file
 
 TOY = dict(verifier="data/toy/verifier", max_new_tokens=96)
@@ -46,11 +46,26 @@ def tsv(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def test_a_disk_that_fills_after_the_tables_is_named_and_they_stay(tmp_path, monkeypatch, capsys):
+    """The thumbnails of an evaluation come last."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tools.tables.keep_thumbnail", full)
+    out = tmp_path / "p.jsonl"
+    with pytest.raises(OSError) as error:
+        main(["floor", "--verifier", "data/toy/verifier", "--data", "toy:heldout:2", "--out", str(out)])
+    assert error.value.filename == str(out) and out.with_suffix(".md").exists() and out.with_suffix(".json").exists()
+    assert "toy:heldout:2" in capsys.readouterr().out
+
+
 def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
     """The mean over 2 captions is the same from the cache, where no captioner runs, and from the written file."""
     config = PrismConfig(data=("toy:heldout:4",), policy=("data/toy/policy",), num_captions=2, out=str(tmp_path / "p.jsonl"),
                          cache=str(tmp_path / "cache"), **TOY)
-    (rows,) = run(config)[1].values()
+    benchmarks, by_captioner = run(config)
+    (rows,) = by_captioner.values()
+    keep_thumbnails(tmp_path / "p.jsonl", benchmarks)
     assert len(rows) == 8 and [r["id"] for r in rows[::2]] == [f"heldout-00000{n}" for n in range(4)]
     for r in rows:
         assert r["accuracy"] == pytest.approx(
