@@ -51,6 +51,12 @@ def test_the_toy_run_passes(tmp_path, capsys):
     assert float(weights["checker"]) > 0 and set(weights) == {"verifier", "checker"}
 
 
+def test_a_run_of_one_image_passes(tmp_path, capsys):
+    check(toy_config(data="toy:train:1", run_dir=str(tmp_path / "run"), prompts_per_step=1, group_size=2, max_new_tokens=16,
+                     num_steps=2))
+    assert "WRONG" not in capsys.readouterr().out
+
+
 def test_rows_and_images_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
     export(ExportConfig(tmp_path / "set", num=14))
     path = tmp_path / "set/examples.jsonl"

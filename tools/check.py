@@ -398,8 +398,8 @@ def check(config: TrainConfig) -> None:
     of_image = {id: sampler.image_tokens(*size) for id, size in sizes.items()}
     largest = max(examples, key=lambda example: of_image[example.id])
     with all_or_none("images"):
-        prompts = [sampler.prompt(open_image(example.image))
-                   for example in (*examples[:2], largest)]
+        *prompts, longest = [sampler.prompt(open_image(example.image))
+                             for example in (*examples[:2], largest)]
     text_tokens = len(prompts[0].input_ids) - of_image[examples[0].id]
     ends = {"policy": sampler.tokenizer.decode(prompts[0].input_ids)}
     if verifier:
@@ -409,12 +409,12 @@ def check(config: TrainConfig) -> None:
     room = verifier.context - longest_prompt(verifier, examples) if verifier else None
     findings.append(check_lengths(sampler, list(of_image.values()), text_tokens, room, config))
 
-    rollouts = try_rollout(run, prompts[:2], examples[:2], config)
+    rollouts = try_rollout(run, prompts, examples[:2], config)
     findings.append(check_policy(rollouts, run.scorer, sampler.forbidden_ids))
     if verifier:
         probes = examples[: config.probe_images]
         findings.append(check_verifier(gold_probe(probes, verifier, config.reward_config)))
-    findings += check_longest_step(run, reward, examples, prompts[2], of_image[largest.id], config)
+    findings += check_longest_step(run, reward, examples, longest, of_image[largest.id], config)
     trained = sum(tensor.numel() for group in run.optimizer.param_groups
                   for tensor in group["params"])
     findings.append(check_disk(Path(config.run_dir), num_parameters(sampler.model), trained,
