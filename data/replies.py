@@ -5,6 +5,10 @@ from collections.abc import Sequence
 
 from data.choices import LETTERS, SIGNS, UNSEEN, find_choice, fold_choice, fold_text
 
+MOST_READ = 4000
+"""Characters of a reply after its thoughts. A reply that repeats itself without end would take as
+long as the square of its length."""
+
 
 def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     """Place of the choice that `reply` names, or None. Case, width and style of letters and signs
@@ -19,7 +23,7 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     """
     said = reply.rpartition("</think>")[2]
     said = re.sub(r"(?s)<think>.*|<\|[^<>]*\|>|</?answer>", "", said).translate(SIGNS)
-    said = UNSEEN.sub("", said)
+    said = UNSEEN.sub("", said)[:MOST_READ]
     place, rest = _begun_by(said, choices)
     lead = _LEAD.match(said)
     while place is None and lead:

@@ -35,7 +35,8 @@ def group_advantages(rewards: Tensor, group_size: int, leave_one_out: bool = Fal
         centered = centered * count / (count - 1).clamp(min=1)
     advantages = centered / (std + eps) if scale_by_std else centered
     # Float noise divided by eps would look like a signal.
-    return torch.where(std < 1e-6, 0.0, advantages).flatten()
+    largest = grouped.nan_to_num(0.0).abs().amax(1, keepdim=True).clamp(min=1)
+    return torch.where(std < 1e-6 * largest, 0.0, advantages).flatten()
 
 
 def part_advantages(parts: Mapping[str, Tensor], weights: Mapping[str, float], rewards: Tensor,

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 
+from data import replies
 from data.replies import parse_choice
 from reward.caprl import ABSTAIN
 
@@ -196,3 +197,12 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
 )  # fmt: skip
 def test_a_choice_that_the_reply_does_not_stay_with_is_not_read(choices, want, replies):
     assert {reply: parse_choice(reply, choices) for reply in replies} == dict.fromkeys(replies, want)
+
+
+def test_a_reply_without_end_is_read_to_its_4000th_character(monkeypatch):
+    """Each lead is passed over by reading what is left: two in 14 characters, 571 and not 14,000."""
+    calls, original = [], replies._begun_by
+    monkeypatch.setattr(replies, "_begun_by", lambda *args: calls.append(0) or original(*args))
+    assert parse_choice("The answer is " * 7000 + "B", ("red", "blue")) is None
+    assert 500 < len(calls) < 600
+    assert parse_choice("x" * 9000 + "</think>The answer is B", ("red", "blue")) == 1
