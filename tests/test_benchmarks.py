@@ -228,6 +228,25 @@ def test_a_bad_row_is_refused_and_counted(tmp_path, change, reason):
     assert len(found.refused) == 1 and found.refused[0].startswith(f"{path} row 1: ") and reason in found.refused[0]
 
 
+SHIFTED = [  # the header, the rows after the first, ids that are asked, what is found in the row that is not
+    ("index image question answer", ["1 R What_is the_total? 12", "2 R Who? 5"], ["0", "2"], "found 5 "),
+    ("index image question answer", ['1 R "Stop_is_where? door', "2 R How? 4"], ["0"], "found 2 lines"),
+    ("index image answer question", ['1 R door "Stop_is_where?', "2 R 4 How?"], ["0"], "found 2 lines"),
+    ("index image question answer", ['1 R "Stop_where? door', '2 R Is_"it"? 4', "3 R Who? 5"], ["0", "3"], "found 2 lines"),
+    ("index image question answer hint", ['1 R "Why?', 'So?" door'], ["0"], "found 2 lines"),
+]
+
+
+@pytest.mark.parametrize(("header", "rows", "ids", "found"), SHIFTED)
+def test_a_row_with_shifted_cells_is_refused(tmp_path, header, rows, ids, found):
+    """A tab in a question made its second half the gold, an open quotation mark the next rows a part of its cell."""
+    text = "\n".join([header, "0 R 7 7", *rows, ""]).replace(" ", "\t").replace("_", " ").replace("R", b64("red"))
+    (tmp_path / "x.tsv").write_text(text)
+    benchmark = load_benchmark(f"docvqa:{tmp_path / 'x.tsv'}")
+    assert [item.id for item in benchmark.pictures[0].items] == ids and len(benchmark.refused) == 1
+    assert f"x.tsv row 1: expected {len(header.split())} cells as in the header, {found}" in benchmark.refused[0]
+
+
 def test_what_a_table_has_in_place_of_nothing_is_missing(tmp_path):
     """pandas writes missing options and hints as nan, lmms-lab's MMBench too; "None" and "NaN" are options."""
     cells = {"question": "Q?", "hint": "nan", "category": "nan", "answer": "A"}

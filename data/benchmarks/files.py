@@ -162,30 +162,48 @@ def _picture_file(column: str, file: Path) -> tuple[str, Path]:
 # --------------------------------------------------------------------------------------------- TSV
 
 
-def _tsv_rows(path: Path) -> Iterator[Row]:
+def _tsv_rows(path: Path) -> Iterator[Row | str]:
     """Pictures stay in the file. A row's place in it is kept, and the row is read again when its
     picture is wanted."""
     spans: dict[str, tuple[int, int]] = {}  # index -> bytes of the row
     with path.open("rb") as file:
-        place = 0
+        place, row_lines = 0, []
 
         def lines():
             nonlocal place
             for line in file:
                 place += len(line)
-                yield line.decode("utf-8-sig" if place == len(line) else "utf-8")
+                row_lines.append(line.decode("utf-8-sig" if place == len(line) else "utf-8"))
+                yield row_lines[-1]
 
         reader = csv.reader(lines(), delimiter="\t")
         header = _next_cells(reader, f"{path}") or []
         start, number = place, 0
+        row_lines.clear()
         while (values := _next_cells(reader, f"{path} row {number}")) is not None:
-            if values:
+            if fault := _shifted(header, values, row_lines):
+                yield f"{path} row {number}: {fault}"
+            elif values:
                 cells = _told(dict(zip(header, values)))
                 index = cells.setdefault("index", str(number))
                 spans.setdefault(index, (start, place))
                 yield Row(f"{path} row {number}", index, cells,
                           lambda cells=cells: _tsv_picture(path, header, cells, spans))
             start, number = place, number + 1
+            row_lines.clear()
+
+
+def _shifted(header: list[str], values: list[str], lines: list[str]) -> str:
+    """How the cells of a row have come below other columns; empty if they have not."""
+    is_sound = len(values) <= len(header)
+    if len(lines) > 1:  # a cell in quotation marks breaks its line, or its last mark is missing
+        try:
+            is_sound = len(next(csv.reader(lines, delimiter="\t", strict=True))) == len(header)
+        except csv.Error:
+            is_sound = False
+    found = len(values) if len(values) > len(header) else f"{len(lines)} lines"
+    return "" if is_sound else (f"expected {len(header)} cells as in the header, found {found} "
+                                "(a tab inside one, or a quotation mark that is not closed?)")
 
 
 def _next_cells(reader: Iterator[list[str]], where: str) -> list[str] | None:
