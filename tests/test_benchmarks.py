@@ -265,6 +265,45 @@ def test_what_a_table_has_in_place_of_nothing_is_missing(tmp_path):
     assert inline_options("Which? Options: A: 1, B: nan, C: 2") == ("Which?", ["1", "", "2"])  # to be refused
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("kind", "change", "reason"), [
+    ("chartqa", {"answer": NAN}, "expected answers or answer, found columns"),
+    ("chartqa", {"question": NAN}, "expected question or query, found columns"),
+    ("chartqa", {"answer": ["12", None]}, "expected answers in words, got ['12', '']"),
+    ("chartqa", {"answer": ["12", NAN]}, "expected answers in words, got ['12', '']"),
+    ("docvqa", {"answer": "['12', None]"}, "expected answers in words, got ['12', '']"),
+    ("choice", {"choices": ["12", None]}, "expected non-empty text in every choice"),
+    ("choice", {"choices": ["12", NAN]}, "expected non-empty text in every choice"),
+    ("choice", {"questions": [{"question": "Q?", "choices": ["12", "x"], "answer": NAN}]}, "expected answer, found columns"),
+    ("chartqapro", {"Question": ["Q?"], "Answer": [None]}, "expected an answer for each of 1 questions"),
+    ("chartqapro", {"Question": ["Q?", None], "Answer": ["1", "2"]}, "expected an answer for each of 2 questions"),
+    ("chartqa", {"prompt": "How many?", "answer": [NAN]}, "expected answers in words"),
+])
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_null_and_nan_are_no_text(tmp_path, ending, kind, change, reason):
+    """They became the words "None" and "nan": a gold that nobody says, an option, a line before the question."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    good = {"id": "a", "image": "a.png", "hint": NAN, "category": [None], "question": "Q?", "choices": ["12", "x"],
+            "answer": "12", "Question": ["Q?"], "Answer": ["12"]}
+    rows, path = [good, good | {"id": "b"} | change], tmp_path / f"x.{ending}"
+    path.write_text(json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows)))
+    found = load_benchmark(f"{kind}:{path}")
+    (item,) = found.pictures[0].items
+    assert item.question.question == "Q?" and item.family == "all"
+    assert len(found.refused) == 1 and f"{path} " in found.refused[0] and reason in found.refused[0]
+
+
+def test_null_and_nan_in_a_list_of_parquet_are_no_text(tmp_path):
+    cases = [("docvqa", "answers", ["12"], None), ("docvqa", "answers", [12.0], NAN), ("choice", "choices", ["12", "x"], None)]
+    for number, (kind, name, sound, entry) in enumerate(cases):
+        row = {"question": "Q?", "answer": "12", "image": {"bytes": png("red")}}
+        path = write_parquet(tmp_path / f"{number}.parquet", [row | {name: sound}, row | {name: [*sound, entry]}])
+        found = load_benchmark(f"{kind}:{path}")
+        assert len(found.pictures[0].items) == 1 and ", '']" in found.refused[0], found.refused
+
+
 def test_case_and_signs_tell_options_apart(tmp_path):
     rows = [{"index": n, "image": b64("red"), "question": "Q?", "A": a, "B": b, "answer": "B"}
             for n, (a, b) in enumerate([("a", "A"), ("Ff", "FF"), ("6'", '6"'), ("5", "5!")])]

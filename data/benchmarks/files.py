@@ -57,7 +57,7 @@ class Row:
         """"" if none of the columns is filled; of a list, its first entry."""
         values = self._filled(names)
         value = values[0] if values else ""
-        return str(value[0] if isinstance(value, list) else value).strip()
+        return entry_text(value[0] if isinstance(value, list) else value).strip()
 
     def _filled(self, names: tuple[str, ...]) -> list:
         cells = [self.cells.get(name) for name in names]
@@ -100,7 +100,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row | str]:
         if isinstance(content, str):
             yield f"{path} {where}: {content}"
             continue
-        cells = filled(content)
+        cells = told(content)
 
         def picture(cells=cells):
             if "img_path" in cells:  # CAPEval
@@ -131,7 +131,7 @@ def _json_rows(path: Path) -> Iterator[Row | str]:
         if not isinstance(content, dict):
             yield f"{where}: expected a JSON object, got {short(content)}"
             continue
-        cells = filled(content)
+        cells = told(content)
 
         def picture(cells=cells):
             names = image_names(cells.get("image", []))
@@ -184,7 +184,7 @@ def _tsv_rows(path: Path) -> Iterator[Row | str]:
             if fault := _shifted(header, values, row_lines):
                 yield f"{path} row {number}: {fault}"
             elif values:
-                cells = _told(dict(zip(header, values)))
+                cells = told(dict(zip(header, values)))
                 index = cells.setdefault("index", str(number))
                 spans.setdefault(index, (start, place))
                 yield Row(f"{path} row {number}", index, cells,
@@ -267,7 +267,7 @@ def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
     """The rows of a parquet file, or of one row group. Raises ValueError if they cannot be read. A
     row without an id has its place for one."""
     for place, cells in parquet_rows(path, group=group):
-        cells = _told(cells)
+        cells = told(cells)
         ids = [cells[name] for name in ID_COLUMNS if name in cells]
         id = str(ids[0] if ids else f"{path.stem}:{place}")
 
@@ -283,9 +283,14 @@ def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
 # ----------------------------------------------------------------------------------- cells as text
 
 
-def _told(cells: dict) -> dict:
+def told(cells: dict) -> dict:
     """The cells that are filled. Null is empty, and so is pandas' nan, also written as text."""
     return {key: cell for key, cell in filled(cells).items() if cell != "nan" and cell == cell}
+
+
+def entry_text(entry: Any) -> str:
+    """The text of a list's entry; of null and of nan it is empty."""
+    return "" if entry is None or entry != entry else str(entry)
 
 
 def text_list(text: str) -> list[str]:
@@ -297,4 +302,4 @@ def text_list(text: str) -> list[str]:
         raise ValueError(f"expected a list in {text[:60]!r} ({reason})") from None
     if not isinstance(value, list):
         raise ValueError(f"expected a list in {text[:60]!r}, found {type(value).__name__}")
-    return [str(entry) for entry in value]
+    return [entry_text(entry) for entry in value]

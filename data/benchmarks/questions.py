@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from data.benchmarks.files import Row, text_list
+from data.benchmarks.files import Row, entry_text, text_list, told
 from data.benchmarks.metrics import (
     EXACT_TYPES,
     anls,
@@ -16,7 +16,6 @@ from data.benchmarks.metrics import (
 from data.choices import LETTERS, find_choice
 from data.examples import Question
 from data.io import check_text, short
-from data.jsonl import filled
 from data.labels import find_answer, letter_place, strip_labels
 
 Metric = Literal["choice", "captionqa", "capeval", "exact", "judged", "relaxed", "anls",
@@ -94,7 +93,7 @@ def row_items(row: Row, kind: str) -> tuple[list[Item], list[str]]:
     family = str(row.cells.get("domain") or row.cells.get("family") or "all")
     items, reasons = [], []
     for number, cells in enumerate(row.cells["questions"]):
-        cells = filled(cells) if isinstance(cells, dict) else {}
+        cells = told(cells) if isinstance(cells, dict) else {}
         inner = Row(row.where, f"{row.id}:{number}", cells, row.picture)
         try:
             items.append(Item(inner.id, _question(inner, kind), family))
@@ -143,7 +142,7 @@ def _question(row: Row, kind: str) -> Question | FreeQuestion:
     if isinstance(answers, str) and answers.lstrip().startswith("[") and metric == "anls":
         answers = text_list(answers)  # VLMEvalKit's DocVQA; a chart's "[1, 2]" is one answer
     answers = answers if isinstance(answers, list) else [answers]
-    answers = tuple(str(answer).strip() for answer in answers)
+    answers = tuple(entry_text(answer).strip() for answer in answers)
     if not answers or not all(answers):
         raise ValueError(f"expected answers in words, got {list(answers)}")
     return FreeQuestion(_with_hint(row, str(row.cell("question", "query"))), answers)
@@ -153,9 +152,10 @@ def _chartqapro_question(row: Row, kind: str) -> FreeQuestion:
     """Several turns are a conversation: those before the last come with their answers. In
     `chartqapro-script` no type asks for an equal answer, as in the published script."""
     questions, answers = (_as_list(row.cell(name, name.lower())) for name in ("Question", "Answer"))
-    if len(questions) != len(answers) or not all(map(str.strip, answers)):
+    if len(questions) != len(answers) or not all(map(str.strip, questions + answers)):
         raise ValueError(
-            f"expected an answer for each of {len(questions)} questions, got {answers}"
+            f"expected an answer for each of {len(questions)} questions, got {answers} "
+            f"for {questions}"
         )
     flags = _as_list(row.cells.get("Year", row.cells.get("year")) or [])
     turns = zip(questions[:-1], answers[:-1])
@@ -175,7 +175,7 @@ def _choice_question(row: Row, kind: str) -> Question:
     options = _options_in_columns(row)
     listed = row.cells.get("choices") or row.cells.get("options")
     if not options and listed:
-        options = list(strip_labels([str(option) for option in _as_list(listed)]))
+        options = list(strip_labels(_as_list(listed)))
         place = _answer_in_list(row, kind, text, options)
     else:
         if not options:
@@ -248,4 +248,4 @@ def _as_list(value) -> list[str]:
     """A list, or the text of one; any other value is the only entry."""
     if isinstance(value, str):
         return text_list(value) if value.lstrip().startswith("[") else [value]
-    return [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
+    return [*map(entry_text, value)] if isinstance(value, list) else [str(value)]

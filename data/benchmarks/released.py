@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from data.benchmarks.files import Row, text_list
+from data.benchmarks.files import Row, entry_text, text_list
 from data.benchmarks.metrics import anls, relaxed_accuracy
 from data.benchmarks.questions import FreeQuestion, Metric, inline_options
 from data.choices import LETTERS
@@ -62,7 +62,7 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
     if isinstance(answers, str) and answers.lstrip().startswith("[") and kind == "infovqa":
         answers = text_list(answers)
     answers = answers if isinstance(answers, list) else [answers]
-    is_word = [isinstance(answer, str | int | float) and str(answer).strip() for answer in answers]
+    is_word = [isinstance(each, str | int | float) and entry_text(each).strip() for each in answers]
     if not (answers and all(is_word)):
         raise ValueError(f"expected answers in words, got {answers}")
     answers = [str(answer).strip() for answer in answers]
