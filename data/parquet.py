@@ -17,6 +17,10 @@ import pyarrow.parquet as pq
 
 from data.examples import StoredImage
 
+TIMES = ("DATE", "TIME", "TIMESTAMP")
+"""Columns of these, of INT96 and of durations are left out. Nobody asks for them, and Python cannot
+hold nanoseconds or far years."""
+
 CACHE_BYTES = 1 << 28
 """Most bytes of row groups kept, over all files. The one in use is kept however large it is."""
 
@@ -34,17 +38,20 @@ def parquet_groups(path: Path) -> list[int]:
 
 def parquet_rows(path: Path, columns: Sequence[str] = (),
                  group: int | None = None) -> Iterator[tuple[int, dict]]:
-    """(number from 0 in the file, row) of each row. All row groups and columns are read, unless
-    some are named.
+    """(number from 0 in the file, row) of each row. All row groups and columns are read, but for
+    times, unless some are named.
 
     A StoredImage stands in place of each picture; None where there is none. Raises ValueError where
     the file cannot be read.
     """
     file, sizes = _open(path), parquet_groups(path)
+    durations = {field.name for field in file.schema_arrow if pa.types.is_duration(field.type)}
     leaves = {}  # path in the schema -> (place, column)
     for place in range(len(file.schema)):
         column = file.schema.column(place)
-        if not columns or _top(column.path) in columns:
+        is_time = column.logical_type.type in TIMES or column.physical_type == "INT96"
+        is_time |= _top(column.path) in durations
+        if not is_time and (not columns or _top(column.path) in columns):
             leaves[column.path] = (place, column)
     blobs = [leaf for leaf, (_, column) in leaves.items() if _is_blob(column)]
     light = [leaf for leaf in leaves if leaf not in blobs]
@@ -66,7 +73,7 @@ def parquet_rows(path: Path, columns: Sequence[str] = (),
                     row[_top(leaf)] = _stored(row.get(_top(leaf)), leaf in heavy, blob, name)
                 yield number, row
                 number += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} row group {at}: expected rows ({_line(error)})") from None
 
 

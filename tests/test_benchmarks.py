@@ -202,6 +202,30 @@ def test_pictures_come_from_the_right_row_group(tmp_path):
     assert [color[0] for color, *_ in asked(found)] == list(range(200))
 
 
+TIME_COLUMNS = {
+    "ns": pa.array([10**18 + 1], pa.timestamp("ns")), "far": pa.array([10**17], pa.timestamp("ms")),
+    "day": pa.array([2**31 - 1], pa.date32()), "hour": pa.array([1], pa.time64("ns")), "took": pa.array([1], pa.duration("ns")),
+    "inside": pa.array([[{"x": 1, "at": 10**18 + 1}]], pa.list_(pa.struct({"x": pa.int64(), "at": pa.timestamp("ns")}))),
+}
+
+
+@pytest.mark.parametrize("name", TIME_COLUMNS)
+@pytest.mark.parametrize("int96", [False, True])
+def test_times_that_python_cannot_hold_stop_no_parquet_file(tmp_path, name, int96):
+    """pandas writes nanoseconds. A year out of range ended the program with an OverflowError."""
+    table = pa.Table.from_pylist([{"question": "Q?", "answer": "1", "image": {"bytes": png("red"), "path": None}}])
+    path = tmp_path / "x.parquet"
+    pq.write_table(table.append_column(name, TIME_COLUMNS[name]), path, use_deprecated_int96_timestamps=int96)
+    assert asked(load_benchmark(f"chartqa:{path}")) == [(RED, "x:0", "all", FreeQuestion("Q?", ("1",)))]
+
+
+def test_a_parquet_row_that_python_cannot_hold_is_named(tmp_path):
+    times = pa.array([[1]], pa.list_(pa.duration("ns")))
+    pq.write_table(pa.table({"question": ["Q?"], "took": times}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet row group 0: expected rows .Nanosecond duration"):
+        load_benchmark(f"chartqa:{tmp_path / 'x.parquet'}")
+
+
 BAD_ROWS = [
     ({"answer": ""}, "expected answer, found columns"),
     ({"answer": "E"}, "answer 'E': expected the letter of one of 2 options"),
