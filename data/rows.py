@@ -100,14 +100,15 @@ def scan_rows(source: str, image_root: str = "") -> Iterator[ScannedRow]:
 
 def read_question(entry: Any) -> Question:
     """The question of an object with `question`, `choices` and `answer_index` or `answer`. `answer`
-    is a letter, a choice's text, or both. Raises ValueError if it makes no sound question."""
+    is a letter, a choice's text, or both. Raises ValueError if it makes no sound question, or if
+    `answer_index` and `answer` disagree."""
     if isinstance(entry, Question):
         return entry
     if isinstance(entry, Dropped):
         raise ValueError(f"{entry.reason}: {short(entry.text)}")
     try:
         text, choices = entry.get("question"), entry.get("choices")
-        answer = entry.get("answer_index")
+        place, answer = entry.get("answer_index"), entry.get("answer")
     except AttributeError:
         raise ValueError("expected question, choices and answer_index or answer, "
                          f"got {short(entry)}") from None
@@ -116,12 +117,17 @@ def read_question(entry: Any) -> Question:
     if not isinstance(choices, list):
         raise ValueError(f"expected a list of choices, got {short(choices)}")
     choices = strip_labels(choices)
-    if answer is None:
-        Question(text, choices, 0)  # unsound choices are named before an answer that is none
-        answer = find_answer(entry.get("answer"), choices)
+    if place is None or answer not in (None, ""):
+        # Unsound choices are named before an answer that is none.
+        Question(text, choices, 0 if place is None else place)
+        meant = find_answer(answer, choices)
+        if place not in (None, meant):
+            raise ValueError(f"expected one choice in answer_index and answer, got {place} and "
+                             f"{short(answer)}")
+        place = meant
     kind = entry.get("kind") or entry.get("category") or ""
     kind = "/".join(map(str, kind)) if isinstance(kind, list) else str(kind)
-    return Question(text, choices, answer, kind, entry.get("needs_image") is not False)
+    return Question(text, choices, place, kind, entry.get("needs_image") is not False)
 
 
 # ------------------------------------------------------------------------------- the manifest

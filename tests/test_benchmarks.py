@@ -344,6 +344,22 @@ def test_a_hint_is_shown_with_listed_options_too(tmp_path):
     assert asked(found)[0][3] == Question("Both are Ff.\nWhat ratio?", ("0:4", "2:2"), 1)
 
 
+@pytest.mark.parametrize(("answer", "reason"), [
+    ("y", ""), ("B", ""), ("B) y", ""), (1, ""), ("", ""), (None, ""),
+    ("x", "expected one choice in answer_index and answer, got {'answer_index': 1, 'answer': 'x'}"),
+    ("A", "expected one choice in answer_index"), (0, "expected one choice in answer_index"),
+    ("Z nonsense", "expected an answer among the choices ['x', 'y'], got 'Z nonsense'"),
+])
+def test_answer_index_and_answer_of_our_jsonl_agree(tmp_path, answer, reason):
+    (tmp_path / "a.png").write_bytes(png("red"))
+    entry = {"question": "C?", "choices": ["x", "y"], "answer_index": 1}
+    row = {"id": "a", "image": "a.png", "questions": [entry, entry | {"answer": answer}]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row))
+    found = load_benchmark(f"choice:{tmp_path}/own.jsonl")
+    assert [q.answer_index for *_, q in asked(found)] == [1] * (1 if reason else 2)
+    assert len(found.refused) == bool(reason) and all(f"question 1: {reason}" in text for text in found.refused)
+
+
 def test_null_is_absent_in_our_jsonl_and_a_broken_row_is_refused_alone(tmp_path):
     (tmp_path / "a.png").write_bytes(png("red"))
     entry = {"question": "C?", "choices": ["x", "y"], "answer_index": None, "answer": "y", "hint": None}

@@ -355,6 +355,9 @@ BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
     (own, dict(id=None), "expected a text in 'id', got None"),
     (own, dict(questions={"question": "What?"}), "expected a list with at least one question"),
     (own, dict(questions=[ROW["questions"][0] | {"answer_index": 2}]), "answer_index 2 outside 2 choices"),
+    (own, dict(questions=[ROW["questions"][0] | {"answer": "x"}]), "one choice in answer_index and answer, got 1 and 'x'"),
+    (own, dict(questions=[ROW["questions"][0] | {"answer": "A"}]), "one choice in answer_index and answer, got 1 and 'A'"),
+    (own, dict(questions=[ROW["questions"][0] | {"answer": "Z nonsense"}]), "expected an answer among the choices ['x', 'y']"),
     (raw, dict(qa_response=None), "expected text in 'qa_response', got None"),
     (raw, dict(qa_response="I cannot see it."), "expected a sound question, found none"),
     (raw, dict(qa_response=BLOCKS.replace("B) blue\n**", "C) blue\n**")), "options not lettered A, B, C, ... in order"),
@@ -577,6 +580,12 @@ def test_null_is_absent(tmp_path, row):
     assert example.id == (row["id"] or "a.png") and example.family == "all"
     assert example.image == tmp_path / "a.png"
     assert example.questions[0].answer_index == 1 and example.questions[0].needs_image is True
+
+
+@pytest.mark.parametrize("answer", ["y", "B", "B) y", ""])
+def test_answer_index_and_answer_may_both_be_there(tmp_path, answer):
+    [example] = load_examples(write_set(tmp_path, [own("x", questions=[ASKED | {"answer": answer}])]))
+    assert example.questions[0].answer_index == 1
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):

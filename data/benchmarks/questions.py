@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from data.benchmarks.files import Row, entry_text, text_list, told
 from data.benchmarks.metrics import (
@@ -195,8 +195,18 @@ def _options_in_columns(row: Row) -> list[str]:
 
 
 def _answer_in_list(row: Row, kind: str, text: str, options: list[str]) -> int:
-    """The place of the answer among the options of a list."""
-    answer = row.cells["answer_index"] if "answer_index" in row.cells else row.cell("answer")
+    """The place of the answer among the options of a list. Raises ValueError where `answer_index`
+    and `answer` disagree."""
+    names = [name for name in ("answer_index", "answer")
+             if row.cells.get(name) not in (None, "", [])]
+    given = {name: row.cell(name) for name in names or ["answer"]}
+    places = {_place(answer, kind, text, options) for answer in given.values()}
+    if len(places) > 1:
+        raise ValueError(f"expected one choice in answer_index and answer, got {given}")
+    return places.pop()
+
+
+def _place(answer: Any, kind: str, text: str, options: list[str]) -> int:
     if kind == "captionqa":
         place = find_choice(str(answer), options)
         if place is None:
