@@ -44,12 +44,16 @@ def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
         for entry in entries:
             path, is_link = here / entry.name, entry.is_symlink()
             name = path.relative_to(folder).as_posix()
-            target = path if is_link else entry  # an entry raises where a link leads to itself
-            if target.is_dir():
+            # Path's methods and the entry's raise for a link to itself, or to a place off limits.
+            is_dir, is_file = (
+                (os.path.isdir(path), os.path.isfile(path) or not os.path.exists(path)) if is_link
+                else (entry.is_dir(), entry.is_file())
+            )
+            if is_dir:
                 (links if is_link else waiting).append(path)
             elif entry.name.startswith("._"):
                 left_out["._* of macOS"] += 1
-            elif not (target.is_file() or (is_link and not path.exists())):
+            elif not is_file:
                 left_out["neither file nor folder"] += 1
             elif path.suffix.lower() not in suffixes:
                 left_out[printable(path.suffix.lower()) or "without ending"] += 1

@@ -1,6 +1,7 @@
 """Rows of files as they are published, told apart by what is in them, not by the files' names."""
 
 import base64
+import os
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -106,7 +107,7 @@ def row_image(row: dict, file: Path, where: str, root: Path) -> ImageSource:
         raise ValueError(f"expected {wanted} in {key!r}, got {short(image)}")
     is_base64 = image.startswith("data:") or re.fullmatch(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*", image)
     # "images/" and a hash of 64 digits looks like base64.
-    is_file = len(image) < 1024 and (root / image).is_file()
+    is_file = len(image) < 1024 and os.path.isfile(root / image)
     if is_base64 and isinstance(row, Line) and not is_file:
         return StoredImage(f"{file} {where}", partial(_read_inline, file, where, row.offset, key))
     return image_path(root, image)

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -173,9 +174,6 @@ def image_path(root: Path, written: str) -> Path:
     parts = PurePosixPath(name).parts
     if not inside or ".." in parts or "\0" in name or (parts and parts[0].endswith(":")):
         raise ValueError(f"image {written!r}: expected a path below {root}")
-    is_file = False
-    with suppress(OSError):  # a name too long for the system
-        is_file = path.is_file()
-    if not is_file:
+    if not os.path.isfile(path):  # Path's own raises for a name that is too long
         raise ValueError(f"image {path}: expected a file, found nothing")
     return path

@@ -372,6 +372,26 @@ def test_null_is_absent_in_our_jsonl_and_a_broken_row_is_refused_alone(tmp_path)
     assert "own.jsonl line 4: expected a JSON object" in found.refused[1]
 
 
+def test_a_picture_that_cannot_be_read_refuses_its_row_alone(tmp_path, monkeypatch):
+    """The benchmark ended with the system's error, which names no row."""
+    for name in ("a.png", "locked.png"):
+        (tmp_path / name).write_bytes(png("red"))
+
+    def read_bytes(path):  # tests may run as root, who may read everything
+        if path.name == "locked.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return path.open("rb").read()
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    names = ("a.png", "locked.png", "long" * 100 + ".png")
+    rows = [{"id": str(n), "image": name, "question": "Q?", "answer": "1"} for n, name in enumerate(names)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_benchmark(f"chartqa:{tmp_path}/x.jsonl")
+    assert [picture.id for picture in found.pictures] == ["0"] and len(found.refused) == 2
+    assert "x.jsonl line 2: expected a picture that can be read ([Errno 13] Permission denied" in found.refused[0]
+    assert "x.jsonl line 3: image " in found.refused[1] and "expected a file, found nothing" in found.refused[1]
+
+
 def test_half_a_surrogate_pair_in_the_text_of_a_list_refuses_its_row(tmp_path):
     """Text of a cell is sound UTF-8, but a list in it may spell out anything."""
     rows = [{"index": n, "image": b64("red"), "question": "Q?", "answer": answer}

@@ -332,11 +332,11 @@ def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys):
     Path(os.fsdecode(bytes(tmp_path / "in") + b"/caf\xe9.png")).touch()
     os.mkfifo(tmp_path / "in/pipe.png")
     links = {"linked": "../elsewhere", "deep/back": "..", "deep/again": "../../elsewhere", "to_deep": "deep",
-             "itself.png": "itself.png", "nowhere.png": "nothing", "o.png": "../elsewhere/k.png"}
+             "itself.png": "itself.png", "nowhere.png": "nothing", "o.png": "../elsewhere/k.png", "long.png": "x" * 300}
     for link, target in links.items():
         (tmp_path / "in" / link).symlink_to(target)
     found = {path.relative_to(tmp_path / "in").as_posix() for path in list_images(tmp_path / "in")}
-    assert found - {"linked/k.png", "deep/again/k.png"} == {*names, "itself.png", "nowhere.png", "o.png"}
+    assert found - {"linked/k.png", "deep/again/k.png"} == {*names, "itself.png", "nowhere.png", "o.png", "long.png"}
     assert len(found & {"linked/k.png", "deep/again/k.png"}) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{tmp_path}/in: left out: ") and said.count("\n") == 1

@@ -71,6 +71,9 @@ def load_benchmark(source: str) -> Benchmark:
                 raise ValueError(f"id {row.id!r} was used before")
             items, reasons = row_items(row, kind)
             digest, image = row.picture()
+        except OSError as error:
+            refused.append(f"{row.where}: expected a picture that can be read ({error})")
+            continue
         except ValueError as error:
             refused.append(f"{row.where}: {error}")
             continue

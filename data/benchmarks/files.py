@@ -9,6 +9,7 @@ import binascii
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -154,7 +155,7 @@ def image_names(value: Any) -> list[str]:
 
 
 def _picture_file(column: str, file: Path) -> tuple[str, Path]:
-    if not file.is_file():
+    if not os.path.isfile(file):  # Path's own raises for a name that is too long
         raise ValueError(f"{column} {file}: expected a file, found nothing")
     return picture_hash(file), file
 
