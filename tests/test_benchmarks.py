@@ -192,6 +192,17 @@ def test_a_folder_is_one_split(tmp_path):
     assert len(load_benchmark(f"chartqa:{tmp_path}/test-*.parquet").pictures) == 2
 
 
+def test_files_that_the_hub_has_converted_are_one_split(tmp_path):
+    for number, color in enumerate(("red", "blue")):
+        row = {"question": "Q?", "answer": "1", "image": {"bytes": png(color), "path": ""}}
+        write_parquet(tmp_path / f"{number:04}.parquet", [row])
+    for source in (tmp_path, tmp_path / "*.parquet"):
+        assert [a[:2] for a in asked(load_benchmark(f"chartqa:{source}"))] == [(RED, "0000:0"), (BLUE, "0001:0")]
+    write_parquet(tmp_path / "test-0000.parquet", [{"question": "Q?"}])
+    with pytest.raises(ValueError, match=r"one split .* found \['', 'test'\]"):
+        load_benchmark(f"chartqa:{tmp_path}")
+
+
 def test_pictures_come_from_the_right_row_group(tmp_path):
     """A picture is read by its place in its row group, groups of several batches included."""
     rows = [

@@ -70,8 +70,8 @@ def file_rows(path: Path) -> Iterator[Row | str]:
     of a line that is no row, a sentence. Raises ValueError for a file that cannot be read."""
     if path.is_dir() or "*" in path.name:
         files = sorted(path.glob("*.parquet") if path.is_dir() else path.parent.glob(path.name))
-        # "test" of "test-00000-of-00002.parquet"
-        splits = sorted({re.split(r"-\d", file.name)[0] for file in files})
+        # "test" of "test-00000-of-00002.parquet"; "" of "0000.parquet", as the hub converts a split
+        splits = sorted({re.split(r"^\d+\.|-\d", file.name)[0] for file in files})
         if len(splits) != 1 or not all(file.suffix == ".parquet" for file in files):
             raise ValueError(f"{path}: expected parquet files of one split (choose as in "
                              f"'test-*.parquet'), found {splits}")
