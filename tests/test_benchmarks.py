@@ -485,6 +485,18 @@ def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
     assert golds == {"ai2d": 2, "choice": 1}
 
 
+@pytest.mark.parametrize("answer", [["1"], 1.5, True, "B", "-1", {"a": 1}])
+def test_a_place_that_is_none_is_refused(tmp_path, answer):
+    """A list ended the program, 1.5 and true were option 1."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    row = {"image": "a.png", "question": "Q?", "options": ["a", "b"]}
+    rows = [row | {"answer": answer} for answer in (1, "1", 1.0, answer)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = load_benchmark(f"ai2d:{tmp_path}/x.jsonl")
+    assert [question.answer_index for *_, question in asked(found)] == [1, 1, 1] and len(found.refused) == 1
+    assert f"line 4: answer {answer!r}: expected the place, from 0, of one of 2 options" in found.refused[0]
+
+
 @pytest.mark.parametrize(("kind", "row", "reason"), [
     ("chartqa", {"question": "Q?", "answer": "1", "image": [{"bytes": b"a"}, {"bytes": b"b"}]},
      "expected one image in 'image', got 2"),

@@ -215,7 +215,11 @@ def _place(answer: Any, kind: str, text: str, options: list[str]) -> int:
             raise ValueError("expected at most 9 choices beside the abstain option, got 10")
         return place
     if kind == "ai2d" or isinstance(answer, int):  # AI2D: the place in the list, as text
-        return int(answer)
+        number = re.fullmatch(r"(\d+)(?:\.0)?", str(answer).strip())
+        if not number:
+            raise ValueError(f"answer {short(answer)}: expected the place, from 0, of one of "
+                             f"{len(options)} options")
+        return int(number[1])
     return find_answer(str(answer), tuple(options))  # a letter, or a choice's text
 
 
