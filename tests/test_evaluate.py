@@ -272,6 +272,17 @@ def test_null_in_captions_is_absent_and_half_a_surrogate_pair_is_named(tmp_path)
             read_captions(str(path), pictures)
 
 
+def test_captions_of_two_images_under_one_id_are_refused(tmp_path):
+    """Two parquet files with ids from 0 each: a picture was scored by the other's caption too."""
+    pictures, path = [Picture("0", tmp_path / "x", ())], tmp_path / "c.jsonl"
+    rows = [{"id": "0", "caption": f"{n}", "image": f"p{n}.parquet row 0"} for n in (0, 0, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="c.jsonl line 3: expected one image of id '0', found 'p0.parquet row 0' and 'p1"):
+        read_captions(str(path), pictures)
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*rows[:2], {"id": "0", "caption": "c"})))
+    assert len(read_captions(str(path), pictures)[0]) == 3
+
+
 @pytest.mark.parametrize(("row", "reason"), [
     ({"error": ""}, "c.jsonl line 1: expected an object with id and caption, got"),
     ({"error": 5}, "c.jsonl line 1: expected an object with id and error, got"),

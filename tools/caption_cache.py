@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from data.benchmarks.benchmark import Benchmark, Picture
 from data.captions.exports import caption_rows
 from data.examples import ImageSource
 from data.images import image_name, open_image, picture_hash
-from data.io import json_lines, naming, text_hash, write_whole
+from data.io import json_lines, naming, short, text_hash, write_whole
 from data.jsonl import read_log
 from data.ranges import check_range
 from grpo.captioning import Captioning, caption_batches
@@ -160,7 +161,8 @@ def _write_cache(folder: Path, captions: dict[tuple[str, int], CaptionRow]) -> N
 
 def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[CaptionRow]]:
     """Captions of each picture by the ids of all its rows, from a folder of caption.py or a JSONL
-    file. Every rank reads all. Raises ValueError for a broken line or a picture without any."""
+    file. Every rank reads all. Raises ValueError for a broken line, an id that two images share, or
+    a picture without any."""
     with all_or_none("captions"):
         by_id = _captions_by_id(path)
         captions = []
@@ -179,7 +181,12 @@ def read_captions(path: str, pictures: Sequence[Picture]) -> list[list[CaptionRo
 
 def _captions_by_id(path: str) -> dict[str, list[CaptionRow]]:
     by_id: dict[str, list[CaptionRow]] = {}
-    for _, row in caption_rows(Path(path)):
+    images: dict[str, Any] = {}
+    for where, row in caption_rows(Path(path)):
+        image = images.setdefault(row["id"], row["image"]) if "image" in row else None
+        if image != row.get("image"):
+            raise ValueError(f"{where}: expected one image of id {row['id']!r}, found "
+                             f"{short(image)} and {short(row['image'])}")
         kept = ("caption", "tokens", "finish_reason", "error")
         by_id.setdefault(row["id"], []).append({key: row[key] for key in kept if key in row})
     return by_id
