@@ -62,8 +62,8 @@ class EvalConfig:
     def __post_init__(self):
         check_range(self, "answer_tokens", at_least=1)
         check_range(self, "limit", at_least=0)
-        if not self.data:
-            raise ValueError("data: expected at least one benchmark")
+        if not 0 < len(self.data) == len(set(self.data)):
+            raise ValueError(f"data: expected at least one benchmark, each once, got {self.data}")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class DirectConfig(EvalConfig):
         super().__post_init__()
         check_range(self, "temperature", at_least=0)
         check_range(self, "batch_size", at_least=1)
-        if not self.policy:
-            raise ValueError("expected at least one policy")
+        if not 0 < len(self.policy) == len(set(self.policy)):
+            raise ValueError(f"expected at least one policy, each once, got {self.policy}")
         if any(source.startswith("capeval:") for source in self.data):
             raise ValueError("capeval: its items are on captions, expected prism or floor")
 
@@ -195,10 +195,10 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
         pairs = judged_rows(config, benchmarks, pairs)
     rows: Rows = {}
     for benchmark, captioner, new in pairs:
-        rows[benchmark, captioner] = new
         with all_or_none("out"), naming(config.out):
             if rank() == 0 and out:
-                append_rows(out, benchmark, captioner, new)
+                append_rows(out, benchmark, captioner, new, is_first=not rows)
+        rows[benchmark, captioner] = new
     return benchmarks, rows
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 import tools.caption_cache
-from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark
+from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark, load_benchmarks
 from data.benchmarks.questions import KINDS, Item
 from data.examples import Question
 from data.export import question_row
@@ -308,6 +308,27 @@ def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):
     assert read_captions(str(path), [a, b]) == [[{"caption": "q0"}, {"caption": "q3"}], [{"caption": "q4"}]]
     table = tsv(tmp_path / "c.tsv", [{"question": "Q?", "answer": "red"}, {"question": "R?", "answer": "blue"}])
     assert [(one.id, one.other_ids) for one in load_benchmark(f"exact:{table}").pictures] == [("0", ("1",))]
+
+
+def test_two_evaluations_at_once_do_not_share_a_file(tmp_path, monkeypatch):
+    """Both found no file at their start, and every row was there twice."""
+    out = tmp_path / "o.jsonl"
+
+    def load_meanwhile(*arguments):
+        out.write_text("{}\n")
+        return load_benchmarks(*arguments)
+
+    monkeypatch.setattr(evaluate, "load_benchmarks", load_meanwhile)
+    config = FloorConfig(data=("toy:heldout:2",), out=str(out), verifier="data/toy/verifier")
+    with pytest.raises(ValueError, match="o.jsonl: expected a new file, found another evaluation's"):
+        run(config)
+    assert out.read_text() == "{}\n" and [path.name for path in tmp_path.iterdir()] == ["o.jsonl"]
+
+
+def test_what_is_evaluated_is_named_once():
+    for settings in (dict(data=("a", "a")), dict(policy=("a", "b", "a"))):
+        with pytest.raises(ValueError, match="each once, got \\('a'"):
+            DirectConfig(**settings)
 
 
 @pytest.mark.parametrize(("settings", "reason"), [

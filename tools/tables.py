@@ -79,10 +79,16 @@ def check_out(name: str) -> Path:
     return out
 
 
-def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict]) -> None:
+def append_rows(out: Path, benchmark: str, captioner: str, rows: Sequence[dict],
+                is_first: bool) -> None:
+    """The first rows make the file. Raises ValueError if another evaluation has made it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     names = {"benchmark": benchmark, "captioner": captioner}
-    with out.open("ab") as file:
+    try:
+        file = out.open("xb" if is_first else "ab")
+    except FileExistsError:
+        raise ValueError(f"{out}: expected a new file, found another evaluation's") from None
+    with file:
         file.writelines(json_lines(names | row for row in rows))
 
 
