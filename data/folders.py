@@ -80,7 +80,8 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
     folder without images may have such files in it. Questions are not looked at.
 
     In JSONL the id is the row's `id`, or else its `image` as written. In parquet it is the row's
-    `id` or number. Raises ValueError at the first row without an image.
+    `id` or number, after the file's name where several are read. Raises ValueError at the first row
+    without an image.
     """
     files = list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"}) if path.is_dir() else []
     pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -88,8 +89,9 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
         endings = (file.suffix.lower() for file in files)
         print_left_out(path, Counter(ending for ending in endings if ending not in IMAGE_SUFFIXES))
         return [(image.relative_to(path).as_posix(), image) for image in pictures]
-    images = []
-    for file in data_files(str(path)) if path.is_dir() else [path]:
+    images, files = [], data_files(str(path)) if path.is_dir() else [path]
+    for file in files:
+        name = f"{file.relative_to(path).as_posix()} " if files[1:] else ""
         for where, content in contents(file):
             try:
                 if isinstance(content, str):
@@ -98,6 +100,7 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
             except ValueError as error:
                 raise ValueError(f"{file} {where}: {error}") from None
             written = content.get("image") or content.get("image_path")
-            fallback = written if isinstance(written, str) and isinstance(image, Path) else where
+            is_path = isinstance(written, str) and isinstance(image, Path)
+            fallback = written if is_path else name + where
             images.append((str(fallback if content.get("id") is None else content["id"]), image))
     return images

@@ -12,6 +12,8 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import all_ranks
@@ -37,6 +39,7 @@ from data.curate.likeness import detail, hash_distances, k_means, near_duplicate
 from data.curate.work import take_out_unfinished
 from data.examples import Example, Question, load_examples
 from data.export import example_row
+from data.folders import load_images
 from data.program import run_program
 from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
@@ -547,6 +550,24 @@ def test_every_picture_gets_a_decision_with_its_score(tmp_path):
         row["id"]: row for row in map(json.loads, (tmp_path / "out2/decisions.jsonl").read_text().splitlines())
     }
     assert decisions["copy.png"]["fate"] == "exact duplicate" and decisions["copy.png"]["of"] == "00.png"
+
+
+def test_shards_without_ids_are_images_and_benchmarks(tmp_path):
+    """ChartQA's layout: of each shard's row 0 only the last was looked for, and as --images the folder was refused."""
+    photos = scenes(tmp_path / "photos", 4)
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        rows = [{"image": {"bytes": (photos / f"{2 * shard + n:02d}.png").read_bytes(), "path": None}} for n in range(2)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"shards/{shard}.parquet")
+    shards = str(tmp_path / "shards")
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "none"), benchmarks=(shards,)))
+    decisions = list(map(json.loads, (tmp_path / "none/decisions.jsonl").read_text().splitlines()))
+    names = [f"{shard}.parquet row {n}" for shard in range(2) for n in range(2)]
+    assert [row["of"] for row in decisions] == [f"{shards} {name}" for name in names]
+    choose_images(ImagesConfig(shards, str(tmp_path / "all")))
+    ids, images = zip(*load_images(tmp_path / "all/examples.jsonl"))
+    assert list(ids) == names
+    assert [image.read_bytes() for image in images] == [path.read_bytes() for path in sorted(photos.iterdir())]
 
 
 def test_an_encoder_and_a_classifier_by_name(tmp_path):

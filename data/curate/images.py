@@ -85,7 +85,7 @@ def choose_images(config: ImagesConfig) -> None:
     lines, examples, decisions = [], [], []
     if rank() == 0:
         bar = tqdm(benchmarks, desc="benchmarks", unit="image", disable=not benchmarks)
-        known = {name: likeness.perceptual_hash(open_image(image)) for name, image in bar}
+        known = [(name, likeness.perceptual_hash(open_image(image))) for name, image in bar]
         decisions = decide(rows, known, config)
         sources = dict(images)
         examples = [Example(row["id"], sources[row["id"]], ()) for row in decisions
@@ -118,7 +118,7 @@ def measure_batch(batch: Inputs, extra: dict[str, Measure]) -> list[dict]:
     return rows
 
 
-def decide(rows: Sequence[dict], benchmark: dict[str, np.ndarray],
+def decide(rows: Sequence[dict], benchmark: Sequence[tuple[str, np.ndarray]],
            config: ImagesConfig) -> list[dict]:
     """The rows with their fate: "kept", or the first reason against, with `of`, the picture it is
     too close to. Of pictures alike the largest stays, then the first."""
@@ -133,7 +133,8 @@ def decide(rows: Sequence[dict], benchmark: dict[str, np.ndarray],
         row["fate"] = next((reason for reason, holds in reasons.items() if holds), "kept")
     hashes = {row["id"]: np.frombuffer(bytes.fromhex(row["hash"]), np.uint64) for row in measured}
     if benchmark:
-        names, known = list(benchmark), np.stack(list(benchmark.values()), axis=1)
+        names, known = zip(*benchmark)
+        known = np.stack(known, axis=1)
         for row in _kept(decisions):
             distances = likeness.hash_distances(known, hashes[row["id"]])
             row["benchmark_distance"] = int(distances.min())
