@@ -24,7 +24,7 @@ from data.captions.exports import check_export
 from data.captions.leases import _new_part, take_lease
 from data.captions.shards import plan_shards
 from data.images import open_image
-from data.io import ahead
+from data.io import ahead, text_hash
 from data.toy.world import draw, make_scene
 from grpo.captioning import Captioning, caption_batches
 from grpo.pretrained import load_policy, model_hash
@@ -210,6 +210,25 @@ def test_a_folder_of_many_things_is_taken_refused_or_counted(tmp_path, capsys):
     )
     (shard,) = plan_shards(tmp_path / "list.jsonl", 4)
     assert [(id, name) for id, name, _ in shard.images()] == [("a", "a"), ("b", "b")]
+
+
+def test_a_corrected_path_of_a_list_needs_another_folder(tmp_path, expected):
+    """The run said that it had captioned all: under the same id it found the row of the missing picture. Where ids are the
+    paths, the hash is as it was before, and older runs go on."""
+    (tmp_path / "0.png").write_bytes(png(0))
+    for name in ("missing.png", "0.png"):
+        (tmp_path / "list.jsonl").write_text(json.dumps({"id": "x", "image": name}) + '\n{"image": "0.png"}\n')
+        out = tmp_path / "out"
+        if name == "missing.png":
+            caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(out), **TOY))
+            assert "expected an image, found nothing" in rows_of(out)[0]["error"]
+    with pytest.raises(ValueError, match=r"about.json: expected contents '\w+' as now asked for, found '\w+'; take another"):
+        caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(out), **TOY))
+    caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(tmp_path / "anew"), **TOY))
+    assert [row["caption"] for row in rows_of(tmp_path / "anew")] == [expected[0]] * 2
+    (tmp_path / "list.jsonl").unlink()
+    (tmp_path / "1.png").write_bytes(png(1))
+    assert [shard.key for shard in plan_shards(tmp_path, 4)] == [text_hash("0.png\n1.png")]
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]) -> None:

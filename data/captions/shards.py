@@ -75,7 +75,7 @@ def _file_shards(images: list[tuple[str, str]], folder: Path, size: int) -> list
     shards = []
     for start in range(0, len(images), size):
         part = images[start : start + size]
-        key = text_hash("\n".join(id for id, _ in part))
+        key = text_hash("\n".join(id if id == name else f"{id}\t{name}" for id, name in part))
         shards.append(Shard(partial(_files, part, folder), key))
     return shards
 
