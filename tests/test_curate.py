@@ -552,6 +552,20 @@ def test_every_picture_gets_a_decision_with_its_score(tmp_path):
     assert decisions["copy.png"]["fate"] == "exact duplicate" and decisions["copy.png"]["of"] == "00.png"
 
 
+@pytest.mark.parametrize(("settings", "expected"), [
+    (dict(max_unsafe=float("nan")), "max_unsafe nan: expected 0 to 1"),
+    (dict(min_entropy=float("nan")), "min_entropy nan: expected 0 to 8"),
+    (dict(min_edges=2.0), "min_edges 2.0: expected 0 to 1"),
+    (dict(max_hash_distance=-5), "max_hash_distance -5: expected 0 to 255"),
+    (dict(max_similarity=1.5), "max_similarity 1.5: expected -1 to 1"),
+    (dict(min_side=-1), "min_side -1: expected 0 or more"),
+])
+def test_a_threshold_out_of_range_is_refused(settings, expected):
+    """NaN is neither over nor under anything: all was kept."""
+    with pytest.raises(ValueError, match=expected):
+        ImagesConfig("photos", "out", **settings)
+
+
 def test_shards_without_ids_are_images_and_benchmarks(tmp_path):
     """ChartQA's layout: of each shard's row 0 only the last was looked for, and as --images the folder was refused."""
     photos = scenes(tmp_path / "photos", 4)

@@ -61,7 +61,11 @@ class ImagesConfig:
 
     def __post_init__(self):
         check_range(self, "batch_size", at_least=1)
-        check_range(self, "clusters", at_least=0)
+        check_range(self, "min_side clusters", at_least=0)
+        check_range(self, "min_entropy", at_least=0, at_most=8)
+        check_range(self, "min_edges max_unsafe", at_least=0, at_most=1)
+        check_range(self, "max_hash_distance", at_least=0, at_most=255)
+        check_range(self, "max_similarity", at_least=-1, at_most=1)
 
 
 def choose_images(config: ImagesConfig) -> None:
