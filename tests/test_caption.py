@@ -263,6 +263,19 @@ def test_no_member_of_a_tar_file_is_passed_over_in_silence(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path}/t.tar: left out: 1 ._* of macOS, 1 .heic\n"
 
 
+def test_a_second_tar_file_behind_the_first_is_told(tmp_path):
+    """Of two joined by `cat` the second's images were lost in silence. Zeros, however many, are the first one's end."""
+    write_tar(tmp_path / "t.tar", [("0.png", png(0))])
+    whole = (tmp_path / "t.tar").read_bytes()
+    for rest, num_rows in ((bytes(3 << 20), 1), (bytes(1 << 20) + whole, 2)):
+        (tmp_path / "t.tar").write_bytes(whole + rest)
+        (shard,) = plan_shards(tmp_path / "t.tar", 4)
+        images = [image for _, _, image in shard.images()]
+        assert len(images) == num_rows and images[0].read() == png(0)
+    with pytest.raises(ValueError, match=r"t.tar: expected .* \(expected zeros alone after its end, found more, as of a sec"):
+        open_image(images[1])
+
+
 def test_null_and_a_byte_order_mark_are_nothing_in_an_exported_file(tmp_path):
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
     row = {"id": "a", "image": None, "images": None, "conversations": turns}

@@ -177,6 +177,11 @@ def _tar_images(path: Path, file: str) -> Iterator[tuple[str, str, ImageSource]]
             # Of a file that is cut off tarfile says nothing.
             if _read_span(path, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("cut off: expected its end, a block of zeros")
+            with path.open("rb") as rest:  # of `cat a.tar b.tar` tarfile reads the first alone
+                rest.seek(archive.offset)
+                if any(part.strip(b"\0") for part in iter(partial(rest.read, 1 << 20), b"")):
+                    expected = "expected zeros alone after its end"
+                    raise tarfile.ReadError(f"{expected}, found more, as of a second tar file")
             if not ids:
                 raise tarfile.ReadError("no image among its members")
     except (OSError, tarfile.TarError) as error:
