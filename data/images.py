@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.examples import ImageSource, StoredImage
+from data.io import short
 
 FORMATS = {
     "PNG": (".png", ".apng"),
@@ -124,7 +125,8 @@ def decoding(image: ImageSource) -> Iterator[None]:
     except UnidentifiedImageError:  # its text holds an address in memory
         raise _unreadable(image, f"it begins as none of {', '.join(FORMATS)}") from None
     except Exception as error:
-        said = re.sub(" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # the first without the file's name
+        said = re.sub(" at 0x[0-9a-f]+", "", said) or type(error).__name__
         raise _unreadable(image, said) from None
 
 
@@ -134,9 +136,10 @@ def _unreadable(image: ImageSource, said: str) -> ValueError:
 
 
 def image_name(image: ImageSource) -> str:
-    """How messages call the image."""
+    """How messages call the image: by its path, unless a picture in base64 stands there."""
     if isinstance(image, Path):
-        return printable(str(image))
+        name = printable(str(image))
+        return name if len(name) < 1024 else short(name)
     return image.name if isinstance(image, StoredImage) else "an image in memory"
 
 
@@ -173,7 +176,7 @@ def image_path(root: Path, written: str) -> Path:
     inside = path.is_relative_to(root.absolute()) if absolute else True
     parts = PurePosixPath(name).parts
     if not inside or ".." in parts or "\0" in name or (parts and parts[0].endswith(":")):
-        raise ValueError(f"image {written!r}: expected a path below {root}")
+        raise ValueError(f"image {short(written)}: expected a path below {root}")
     if not os.path.isfile(path):  # Path's own raises for a name that is too long
-        raise ValueError(f"image {path}: expected a file, found nothing")
+        raise ValueError(f"image {image_name(path)}: expected a file, found nothing")
     return path

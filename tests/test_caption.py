@@ -166,6 +166,7 @@ def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
     ('{"image": "a.png"}', "list.jsonl line 2: id 'a.png' was used before, on line 1"),
     ('{"images": ["a.png", "b.png"]}', "list.jsonl line 2: expected a path in 'image', got .'a.png', 'b.png'"),
     ('{"image": "data:image/png;base64,iVBO"}', "list.jsonl line 2: expected a path in 'image', got 'data:image/png"),
+    ('{"image": "%s"}' % ("iVBO" * 256), "list.jsonl line 2: expected a path in 'image', got '(iVBO){19}iVB$"),
 ])
 def test_lists_that_do_not_fit(tmp_path, row, reason):
     (tmp_path / "list.jsonl").write_text('{"image": "a.png"}\n' + row + "\n")
@@ -650,6 +651,9 @@ def test_the_validator_finds(tmp_path, change, reason):
     path.write_text(json.dumps([GOOD | {"id": "z"}, GOOD | change]))
     with pytest.raises(ValueError, match=reason):
         check_export(path)
+    path.write_text(json.dumps([GOOD | {"image": "iVBO" * 9999}]))
+    with pytest.raises(ValueError, match="row 0: image .*(iVBO){9}.*[.]{3}: expected a file, found nothing"):
+        check_export(path, tmp_path)
     text_only = {"id": "t", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
     path.write_text(json.dumps([GOOD, text_only]))
     assert check_export(path) == 2

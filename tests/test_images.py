@@ -361,6 +361,18 @@ def test_paths_in_a_file_stay_below_the_root(tmp_path):
     assert image_path(root, "link/secret.png").is_file()
 
 
+def test_a_picture_in_base64_that_stands_for_a_path_is_cut_in_messages(tmp_path):
+    """80 kB of it stood on the terminal and in a row. A path of 900 characters is told whole."""
+    text = "iVBORw0KGgo" * 4000
+    for opens in (open_image, lambda path: image_path(tmp_path, text), lambda path: image_path(tmp_path, f"/{text}")):
+        with pytest.raises(ValueError, match="iVBORw0KGgo.*: expected ") as caught:
+            opens(tmp_path / text)
+        assert len(str(caught.value)) < 500
+    path = tmp_path / ("deep/" * 180) / "a.png"
+    with pytest.raises(ValueError, match=f"{path}: expected an image, found nothing"):
+        open_image(path)
+
+
 def test_a_picture_inside_a_larger_file_is_read_when_it_is_needed_and_named(tmp_path):
     Image.new("L", (30, 20)).save(tmp_path / "x.png")
     reads = []

@@ -1,11 +1,13 @@
 """What caption.py has written: read back, exported for trainers, and exported files checked."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from data.images import image_name
 from data.io import check_text, read_json, short, write_whole
 from data.jsonl import filled, read_jsonl
 from data.tones import seen_otherwise
@@ -209,5 +211,5 @@ def _check_row(row: dict, images: Path | None) -> None:
             expected = f"expected {wanted} <image> and no other placeholder"
             raise ValueError(f"turn {place}: {expected}, got {turn['value']!r:.80}")
     for name in pictures if images is not None else ():
-        if not (images / name).is_file():
-            raise ValueError(f"image {images / name}: expected a file, found nothing")
+        if not os.path.isfile(images / name):  # False also for a name too long for the system
+            raise ValueError(f"image {image_name(images / name)}: expected a file, found nothing")

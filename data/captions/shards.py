@@ -93,7 +93,8 @@ def _jsonl_images(path: Path) -> Iterator[tuple[str, str]]:
         written = (row.get(key) for key in ("image", "images", "image_path"))
         image = next((value for value in written if value is not None), None)
         image = image[0] if isinstance(image, list) and len(image) == 1 else image
-        if not isinstance(image, str) or image.startswith("data:"):
+        # No path is that long: it is a picture in base64.
+        if not isinstance(image, str) or image.startswith("data:") or len(image) >= 1024:
             got = f"{image!r:.80}"
             raise ValueError(f"{path} line {number}: expected a path in 'image', got {got}")
         id = image if row.get("id") is None else str(row["id"])
