@@ -258,6 +258,32 @@ def test_writing_tries_again_and_records_what_failed(tmp_path, capsys):
         generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, seed=1), scripted)
 
 
+def test_a_photo_that_was_replaced_gets_questions_and_measures_of_its_own(tmp_path):
+    """It kept those of the photo that had its name before. Photos that stay are not asked on again, nor where one is gone."""
+    photos, asked = scenes(tmp_path / "photos", 3), []
+
+    def write(images, keys):
+        asked.extend(key.split(":")[1] for key in keys)
+        return [(BLOCK.format(id=image.getpixel((0, 0))), False) for image in images]
+
+    def run() -> tuple[list[str], list[str]]:
+        asked.clear()
+        generate(GenerateConfig(str(photos), str(tmp_path / "out")), write)
+        choose_images(ImagesConfig(str(photos), str(tmp_path / "chosen")))
+        digests = [row["digest"] for row in sorted(rows_of(tmp_path / "chosen"), key=lambda row: row["id"])]
+        return sorted(asked), digests
+
+    first, digests = run()
+    assert first == ["00.png", "01.png", "02.png"] and run() == ([], digests)
+    Image.new("RGB", (140, 112), (1, 2, 3)).save(photos / "01.png")
+    again, others = run()
+    assert again == ["01.png"] and [new == old for new, old in zip(others, digests)] == [True, False, True]
+    texts = [example.questions[0].question for example in load_examples(str(tmp_path / "out/examples.jsonl"))]
+    assert texts[1] == "What color is the (1, 2, 3)?" and len(texts) == len(rows_of(tmp_path / "out")) == 3
+    (photos / "01.png").unlink()
+    assert run() == ([], others)
+
+
 def test_from_a_folder_of_pictures_to_a_training_step(tmp_path):
     photos = scenes(tmp_path / "photos", 6)
     Image.new("RGB", (140, 112), "white").save(photos / "blank.png")
@@ -407,7 +433,7 @@ def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_
         monkeypatch.setattr(work, "world_size", lambda w=ranks: w)
         if this_rank:  # what rank 0 has done before the others start
             for path in (out / "rows").glob("*.jsonl"):
-                take_out_unfinished(path, False)
+                take_out_unfinished(path, False, {})
         before = finished()
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()

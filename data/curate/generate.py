@@ -12,7 +12,7 @@ from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example, Question
 from data.export import question_row
 from data.folders import load_images
-from data.images import open_image
+from data.images import open_image, picture_hash
 from data.ranges import check_range
 from data.rows import Dropped, read_question
 from data.written import parse_questions
@@ -104,14 +104,15 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
 
 
 def write_batch(batch: Inputs, write: WriteTexts, config: GenerateConfig) -> list[dict]:
-    """A row per image: its questions, and every attempt. An attempt has the text as it was written,
-    and what of it was dropped."""
+    """A row per image: its questions, every attempt, and the picture's hash. An attempt has the
+    text as it was written, and what of it was dropped."""
     rows, waiting = {}, {}
     for id, source in batch:
         rows[id] = {"id": id, "fate": "failed", "reason": "no sound question", "questions": [],
                     "attempts": []}
         try:
             waiting[id] = open_image(source)
+            rows[id]["picture"] = picture_hash(source)
         except ValueError as error:
             rows[id]["reason"] = str(error)
     for attempt in range(config.attempts):

@@ -15,7 +15,7 @@ from data.curate.encoders import Measure, load_classifier, load_encoder
 from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example
 from data.folders import load_images
-from data.images import open_image
+from data.images import open_image, picture_hash
 from data.ranges import check_range
 from grpo.distributed import all_or_none, init_distributed, rank
 
@@ -109,7 +109,7 @@ def measure_batch(batch: Inputs, extra: dict[str, Measure]) -> list[dict]:
         entropy, edges = likeness.detail(image)
         rows.append({
             "id": id, "fate": "measured", "width": image.width, "height": image.height,
-            "digest": likeness.pixel_hash(image),
+            "picture": picture_hash(source), "digest": likeness.pixel_hash(image),
             "hash": likeness.perceptual_hash(image).tobytes().hex(),
             "entropy": round(entropy, 4), "edges": round(edges, 5),
         })

@@ -7,6 +7,7 @@ Nothing is deleted.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from data.examples import Example
 from data.export import write_examples
+from data.images import picture_hash
 from data.io import agree_on, json_lines, write_whole
 from data.jsonl import read_log
 from grpo.distributed import all_or_none, gather_rows, print0, rank, world_size
@@ -27,8 +29,9 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     """A row for each input, in their order, on every rank; `work` is asked for those that have none
     yet.
 
-    `work` takes a batch and returns a row with `id` and `fate` for each. Raises ValueError for ids
-    that are not unique, and where the rows in the folder were made with other settings.
+    `work` takes a batch and returns a row with `id` and `fate` for each. A row with `picture`, the
+    picture's hash, is made again where the file at that path is another one now. Raises ValueError
+    for ids that are not unique, and where the rows in the folder were made with other settings.
     """
     counts = Counter(id for id, _ in inputs)
     repeated = [id for id, count in counts.items() if count > 1]
@@ -40,7 +43,7 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
             rows.mkdir(parents=True, exist_ok=True)
             agree_on(folder / "settings.json", settings)
             for path in rows.glob("*.jsonl"):
-                take_out_unfinished(path, retry_failed)
+                take_out_unfinished(path, retry_failed, dict(inputs))
     done = read_rows(rows)
     gather_rows([])  # all have read before anyone writes
     mine = [pair for pair in inputs if pair[0] not in done][rank() :: world_size()]
@@ -54,11 +57,21 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     return [done[id] for id, _ in inputs]
 
 
-def take_out_unfinished(path: Path, retry_failed: bool) -> None:
-    """Takes out what is to be done again. That is a last line that was cut off and, if asked for,
-    rows that failed."""
-    rows = [row for row in read_log(path) if not (retry_failed and row["fate"] == "failed")]
+def take_out_unfinished(path: Path, retry_failed: bool, inputs: dict[str, Any]) -> None:
+    """Takes out what is to be done again. That is a last line that was cut off, rows of pictures
+    that have been replaced and, if asked for, rows that failed."""
+    rows = [row for row in read_log(path) if not (retry_failed and row["fate"] == "failed")
+            and not _is_replaced(row, inputs)]
     write_whole(path, json_lines(rows))
+
+
+def _is_replaced(row: dict, inputs: dict[str, Any]) -> bool:
+    source = inputs.get(row["id"])
+    if "picture" not in row or not isinstance(source, Path):  # others were copied into `images`
+        return False
+    with suppress(OSError):
+        return row["picture"] != picture_hash(source)
+    return True
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
