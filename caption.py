@@ -89,11 +89,11 @@ def caption(config: CaptionConfig) -> None:
     policy = load_policy(config.policy, device, compute_dtype(device))
     about = dict(images=config.images, policy=config.policy, model=model_hash(policy),
                  instruction=config.instruction, temperature=config.temperature,
-                 max_new_tokens=config.max_new_tokens, seed=config.seed,
-                 shards=len(shards), contents=contents_hash(shards))
+                 max_new_tokens=config.max_new_tokens, seed=config.seed, shards=len(shards),
+                 contents=contents_hash(shards), rows=[shard.num_rows for shard in shards])
     out.mkdir(parents=True, exist_ok=True)
-    # Machines may see images and policy under different paths.
-    agree_on(out / "about.json", about, free=("images", "policy"), called={"model": "policy"})
+    # Machines may see images and policy under different paths. Runs of before have no `rows`.
+    agree_on(out / "about.json", about, ("images", "policy", "rows"), called={"model": "policy"})
     worker, num_workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     totals, started = Counter(), time.perf_counter()
     with tqdm(desc="captions", unit="shard", total=len(shards), initial=count_finished(out),

@@ -328,17 +328,18 @@ def test_one_of_many_workers_gets_the_lease(tmp_path):
     assert sorted(got) == [f"shard-{n:06d}" for n in range(10)]
 
 
-def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path):
+@pytest.mark.parametrize("rest", [b'{"i', b"\0" * 9 + b"\n", b'\0\0\n{"id": 3}\n', b"3\n"])
+def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     first = take_lease(tmp_path, 0, 0.4)
     time.sleep(0.8)
     assert take_lease(tmp_path, 0, 0.4) is None  # the holder lives: its thread touches the lease
     first.release()  # as if it had died
     os.utime(first.path, (time.time() - 10, time.time() - 10))
-    first.part.write_bytes(b'{"id": 0}\n{"id": 1}\n{"i')
+    first.part.write_bytes(b'{"id": 0}\n{"id": 1}\n' + rest)
     second = take_lease(tmp_path, 0, 0.4)
     assert second.generation == 1 and first.is_lost and not second.is_lost
     with _new_part(second) as (num_done, append):
-        assert num_done == 2  # what was cut off in the middle of a line is gone
+        assert num_done == 2  # what was cut off in the middle of a line, or is no row, is gone
         append([{"id": 2}])
     second.finish()
     second.release()
@@ -624,6 +625,24 @@ def test_an_export_wants_all_shards_and_files(finished):
     (finished / "shard-000001.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="expected images that are files, for a trainer to open, got '0.tar/t.png'"):
         main(["--out", str(finished), "--export", "llava"])
+
+
+def test_a_shard_that_was_cut_after_a_line_is_named(folder, tmp_path):
+    """A copy had broken off: the export had 5 of 6 rows. Without that file the run goes on, as one of before without `rows`."""
+    out = tmp_path / "out"
+    config = CaptionConfig(str(folder), str(out), shard_size=4, **TOY)
+    caption(config)
+    assert content(out / "about.json")["rows"] == [4, 2]
+    whole = (out / "shard-000000.jsonl").read_text()
+    (out / "shard-000000.jsonl").write_text("".join(whole.splitlines(keepends=True)[:3]))
+    with pytest.raises(ValueError, match="shard-000000.jsonl: expected 4 rows, found 3; without this file the same run"):
+        main(["--out", str(out), "--export", "llava"])
+    (out / "shard-000000.jsonl").unlink()
+    about = content(out / "about.json")
+    del about["rows"]
+    (out / "about.json").write_text(json.dumps(about))
+    caption(config)
+    assert (out / "shard-000000.jsonl").read_text() == whole
 
 
 GOOD = {

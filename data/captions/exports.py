@@ -35,18 +35,23 @@ def count_finished(out: Path) -> int:
 def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
     """("shard-000000.jsonl line 1", row) of all shards, in the order of the input.
 
-    Raises ValueError if some are missing, or for a row as `checked_row` does: beside `texts` it
-    needs `id`.
+    Raises ValueError if some are missing or too short, or for a row as `checked_row` does: beside
+    `texts` it needs `id`.
     """
-    num_shards, num_finished = read_about(out)["shards"], count_finished(out)
+    about, num_finished = read_about(out), count_finished(out)
+    num_shards = about["shards"]
     if num_finished != num_shards:
         raise ValueError(f"{out}: expected {num_shards} finished shards, found {num_finished}")
-    for number in range(num_shards):
-        path = out / f"shard-{number:06d}.jsonl"
+    for number, wanted in enumerate(about.get("rows") or [None] * num_shards):
+        path, num_rows = out / f"shard-{number:06d}.jsonl", 0
         if path.stat().st_size:  # a tar file without images leaves an empty one
             for line, row in read_jsonl(path):
                 where = f"{path} line {line}"
+                num_rows += 1
                 yield where, checked_row(where, row, "id", *texts)
+        if wanted not in (None, num_rows):
+            raise ValueError(f"{path}: expected {wanted} rows, found {num_rows}; without this file "
+                             "the same run captions its images again")
 
 
 def checked_row(where: str, row: dict, *texts: str) -> dict:

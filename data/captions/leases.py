@@ -10,11 +10,13 @@ The folder of captions:
     shard-000001.lease-0000   touched by that worker while it lives
 """
 
+import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 from data.captions.exports import count_finished
@@ -125,12 +127,13 @@ def write_shard(lease: Lease, batches: Callable[[int], Batches]) -> Batches:
 def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]]:
     """How many rows earlier workers have left, now in this part, and a function that appends more.
 
-    What was cut off in the middle of a line is dropped. The file is opened once: if the shard is
-    taken over, finished and cleared away, later rows go nowhere.
+    All from the first line that is no row is dropped: it was cut off, or a power cut left zeros.
+    The file is opened once: if the shard is taken over, finished and cleared away, later rows go
+    nowhere.
     """
     parts = sorted(lease.out.glob(f"{lease.name}.part-*"))
-    whole = [b"".join(path.read_bytes().rpartition(b"\n")[:2]) for path in parts]
-    kept = max(whole, key=len, default=b"")
+    lines = (path.read_bytes().splitlines(keepends=True) for path in parts)
+    kept = max((list(takewhile(_is_row, part)) for part in lines), key=len, default=[])
     with lease.part.open("wb") as file:
 
         def append(rows: list[dict]) -> None:
@@ -138,6 +141,12 @@ def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]
             file.flush()
             os.fsync(file.fileno())
 
-        file.write(kept)
+        file.writelines(kept)
         file.flush()
-        yield kept.count(b"\n"), append
+        yield len(kept), append
+
+
+def _is_row(line: bytes) -> bool:
+    with suppress(ValueError):
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    return False

@@ -30,6 +30,8 @@ class Shard:
     """(id, how the row calls the image, image) of each, in order."""
     key: str
     """A hash of its contents, for about.json."""
+    num_rows: int | None = None
+    """Known of files alone: a parquet or tar file may break off."""
 
 
 def plan_shards(source: Path, shard_size: int) -> list[Shard]:
@@ -76,7 +78,7 @@ def _file_shards(images: list[tuple[str, str]], folder: Path, size: int) -> list
     for start in range(0, len(images), size):
         part = images[start : start + size]
         key = text_hash("\n".join(id if id == name else f"{id}\t{name}" for id, name in part))
-        shards.append(Shard(partial(_files, part, folder), key))
+        shards.append(Shard(partial(_files, part, folder), key, len(part)))
     return shards
 
 
