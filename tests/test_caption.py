@@ -602,6 +602,9 @@ def test_settings_that_are_none_are_named(tmp_path, about):
     (out / "about.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"about.json: expected the settings in a folder that caption.py has written, found"):
         main(["--out", str(out), "--export", "detailcaps"])
+    (out / "about.json").write_text(json.dumps({"shards": 1, "images": "x", "instruction": "y"}))  # and no max_new_tokens
+    with pytest.raises(ValueError, match=r"about.json: expected the settings in a folder that caption.py has written, found"):
+        main(["--out", str(out), "--export", "llava"])
 
 
 @pytest.mark.parametrize(("entry", "reason"), [
@@ -664,6 +667,7 @@ GOOD = {
     ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "<image>"}]}, "turn 1: expected 0 <image>"),
     ({"conversations": [GOOD["conversations"][0], {"from": "gpt", "value": "a <video>"}]}, "and no other placeholder"),
     ({"images": ["a.png", "b.png"]}, "turn 0: expected 2 <image>"),
+    ({"images": ["a.png"], "id": ["a"]}, "row 1: expected a text in id, got .'a'"),
 ])
 def test_the_validator_finds(tmp_path, change, reason):
     path = tmp_path / "x.json"

@@ -16,13 +16,13 @@ PLACEHOLDERS = ("<image>", "<video>", "<audio>")
 """What trainers replace by a picture or the like, wherever it stands."""
 
 
-def read_about(out: Path, *texts: str) -> dict:
-    """What is captioned in the folder and how. Raises ValueError if that cannot be read, or lacks
-    one of `texts`."""
+def read_about(out: Path, **kinds: type) -> dict:
+    """What is captioned in the folder and how. Raises ValueError if that cannot be read, or a
+    setting of `kinds` is not of that type."""
     what = "the settings in a folder that caption.py has written"
     about = read_json(out / "about.json", what, dict)
     if not (isinstance(about, dict) and isinstance(about.get("shards"), int)
-            and all(isinstance(about.get(name), str) for name in texts)):
+            and all(isinstance(about.get(name), kind) for name, kind in kinds.items())):
         raise ValueError(f"{out / 'about.json'}: expected {what}, found {short(about)}")
     return about
 
@@ -109,8 +109,8 @@ def export_captions(out: Path, layout: str) -> Path:
     turns nothing and drops what is transparent. Those that they will see otherwise than the
     captioner did are counted, from their heads.
     """
-    about, target = read_about(out, "images", "instruction"), out / f"{layout}.json"
-    images = Path(about["images"])
+    about = read_about(out, images=str, instruction=str, max_new_tokens=int)
+    target, images = out / f"{layout}.json", Path(about["images"])
     images = images if images.is_dir() else images.parent
     left_out: Counter[str] = Counter()
     otherwise: dict[str, list[str]] = {}
@@ -192,12 +192,10 @@ def check_export(path: Path, images: Path | None = None) -> int:
 def _check_row(row: dict, images: Path | None) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise ValueError(f"expected an object with conversations, got {row!r:.80}")
-    if "images" in row:
-        pictures = row["images"]
-    elif not isinstance(row.get("id"), str):
-        raise ValueError(f"expected a text in id, got {row.get('id')!r}")
-    else:
-        pictures = [row["image"]] if "image" in row else []
+    # LLaMA-Factory reads no id.
+    if not isinstance(row.get("id"), str | int | None if "images" in row else str):
+        raise ValueError(f"expected a text in id, got {row.get('id')!r:.80}")
+    pictures = row["images"] if "images" in row else [row["image"]] if "image" in row else []
     names = pictures if isinstance(pictures, list) else [None]
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"expected paths of images, got {pictures!r}")

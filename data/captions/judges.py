@@ -91,7 +91,7 @@ def _by_dimension(out: Path, rows: list[dict]) -> dict[str, list[dict]]:
 
 def _detailcaps_references(out: Path, rows: list[dict]) -> dict[str, list[str]]:
     """Id of the caption -> the three captions of its row in the parquet file."""
-    images = Path(read_about(out, "images")["images"])
+    images = Path(read_about(out, images=str)["images"])
     folder, tables = images if images.is_dir() else images.parent, {}
     references = {}
     for row in rows:
