@@ -472,6 +472,15 @@ def test_the_toy_writers_lessons_are_read_back():
     assert parse_questions(write_blocks(asked)) == asked
 
 
+@pytest.mark.parametrize("row", [{"fate": "written"}, {"id": None, "fate": "written"}, {"id": "00.png"}])
+def test_a_row_without_id_or_fate_is_named(tmp_path, row):
+    (tmp_path / "out/rows").mkdir(parents=True)
+    (tmp_path / "out/rows/rank-000.jsonl").write_text(json.dumps(row) + "\n")
+    config = GenerateConfig(str(scenes(tmp_path / "photos", 1)), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"rank-000.jsonl: expected an id and a fate in each row, got \{"):
+        generate(config, scripted)
+
+
 def test_ids_must_be_unique(tmp_path):
     photos = scenes(tmp_path / "photos", 1)
     (photos / "x.jsonl").write_text('{"id": "a", "image": "00.png"}\n' * 2)

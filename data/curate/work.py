@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data.examples import Example
 from data.export import write_examples
 from data.images import picture_hash
-from data.io import agree_on, json_lines, write_whole
+from data.io import agree_on, json_lines, short, write_whole
 from data.jsonl import read_log
 from grpo.distributed import all_or_none, gather_rows, print0, rank, world_size
 
@@ -60,7 +60,7 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
 def take_out_unfinished(path: Path, retry_failed: bool, inputs: dict[str, Any]) -> None:
     """Takes out what is to be done again. That is a last line that was cut off, rows of pictures
     that have been replaced and, if asked for, rows that failed."""
-    rows = [row for row in read_log(path) if not (retry_failed and row["fate"] == "failed")
+    rows = [row for row in _rows_of(path) if not (retry_failed and row["fate"] == "failed")
             and not _is_replaced(row, inputs)]
     write_whole(path, json_lines(rows))
 
@@ -75,7 +75,15 @@ def _is_replaced(row: dict, inputs: dict[str, Any]) -> bool:
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
-    return {row["id"]: row for path in sorted(folder.glob("*.jsonl")) for row in read_log(path)}
+    return {row["id"]: row for path in sorted(folder.glob("*.jsonl")) for row in _rows_of(path)}
+
+
+def _rows_of(path: Path) -> list[dict]:
+    rows = read_log(path)
+    for row in rows:
+        if not isinstance(row.get("id"), str) or not isinstance(row.get("fate"), str):
+            raise ValueError(f"{path}: expected an id and a fate in each row, got {short(row)}")
+    return rows
 
 
 def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str],
