@@ -399,6 +399,13 @@ def test_pages_that_do_not_fit_are_left_out_evenly(tmp_path):
     assert "3 of 9 steps are shown" in text
 
 
+def test_a_copy_of_a_step_is_no_step(tmp_path):
+    made_run(tmp_path / "run", [[caption_row("a")]])
+    shutil.copy(tmp_path / "run/rollouts/step_000000.jsonl", tmp_path / "run/rollouts/step_000000 (copy).jsonl")
+    [source] = load_sources(tmp_path / "run")
+    assert [step for step, _ in source.groups] == [0]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
