@@ -411,6 +411,7 @@ def test_a_copy_of_a_step_is_no_step(tmp_path):
     [
         ("NONE", "none: expected a run folder or a file of evaluate.py --out, found nothing"),
         ("EMPTY", "empty: expected a run folder with config.json, found none"),
+        ("HALF", "half row 2: expected a benchmark, as other rows have one, got ['caption', 'id', 'questions']"),
         ("BLANK", "blank: expected at least one row, found none"),
         ("NOCAPTION", "nocaption row 2: expected an id and a caption, got ['id']"),
         ("NOQUESTION", "noquestion row 1: expected questions as asked, got 'What?'"),
@@ -420,7 +421,8 @@ def test_a_copy_of_a_step_is_no_step(tmp_path):
 )
 def test_bad_input_is_named(tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
-    for name, text in {"blank": "", "broken": "{\n", "nocaption": '{"id": "1", "caption": "x"}\n{"id": "2"}\n',
+    for name, text in {"half": '{"id": "1", "caption": "x", "benchmark": "b"}\n{"id": "2", "caption": "x"}\n',
+                       "blank": "", "broken": "{\n", "nocaption": '{"id": "1", "caption": "x"}\n{"id": "2"}\n',
                        "noquestion": '{"id": "1", "caption": "x", "questions": ["What?"]}\n',
                        "blanks": '{"id": "1", "caption": "x"}\n'}.items():
         (tmp_path / name).write_text(text)

@@ -53,7 +53,7 @@ def load_sources(path: Path) -> list[Source]:
         raise ValueError(f"{path}: expected at least one row, found none")
     num_benchmarks = len({row.get("benchmark") for row in rows})
     by_captioner: dict[str, list[dict]] = {}
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         # evaluate.py writes all of these; captions of a run's step can be looked at all the same.
         defaults = {"family": str(row.get("family", "all")),
                     **dict.fromkeys(("score", "correct", "abstain", "chosen"))}
@@ -62,6 +62,9 @@ def load_sources(path: Path) -> list[Source]:
             for n, question in enumerate(row["questions"])
         ]
         if num_benchmarks > 1:  # ids are unique in a benchmark, and so are families
+            if "benchmark" not in row:
+                raise ValueError(f"{path} row {number}: expected a benchmark, as other rows have "
+                                 f"one, got {sorted(row)}")
             family = f"{row['benchmark']} {row.get('family', 'all')}"
             row |= {"id": f"{row['benchmark']}:{row['id']}", "family": family}
         by_captioner.setdefault(row.get("captioner", path.stem), []).append(row)
