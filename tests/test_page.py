@@ -410,7 +410,8 @@ def test_a_copy_of_a_step_is_no_step(tmp_path):
     "arguments, message",
     [
         ("NONE", "none: expected a run folder or a file of evaluate.py --out, found nothing"),
-        ("EMPTY", "empty: expected a run folder with config.json, found none"),
+        ("EMPTY", "empty: expected a run folder with config.json of train.py, found none"),
+        ("MODEL", "model: expected a run folder with config.json of train.py, found none"),
         ("HALF", "half row 2: expected a benchmark, as other rows have one, got ['caption', 'id', 'questions']"),
         ("BLANK", "blank: expected at least one row, found none"),
         ("NOCAPTION", "nocaption row 2: expected an id and a caption, got ['id']"),
@@ -421,6 +422,7 @@ def test_a_copy_of_a_step_is_no_step(tmp_path):
 )
 def test_bad_input_is_named(tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
+    shutil.copytree("data/toy/policy", tmp_path / "model")
     for name, text in {"half": '{"id": "1", "caption": "x", "benchmark": "b"}\n{"id": "2", "caption": "x"}\n',
                        "blank": "", "broken": "{\n", "nocaption": '{"id": "1", "caption": "x"}\n{"id": "2"}\n',
                        "noquestion": '{"id": "1", "caption": "x", "questions": ["What?"]}\n',
@@ -429,6 +431,7 @@ def test_bad_input_is_named(tmp_path, arguments, message):
     made_run(tmp_path / "run", [])
     with pytest.raises(ValueError, match=re.escape(message)):
         main([str(tmp_path / word.lower()) for word in arguments.split()])
+    assert not list(tmp_path.rglob("*.html"))
 
 
 def test_what_is_null_or_cut_off_is_absent(tmp_path):

@@ -77,8 +77,9 @@ def load_sources(path: Path) -> list[Source]:
 
 def read_run(run_dir: Path) -> Source:
     config = saved_config(run_dir)
-    if not config:
-        raise ValueError(f"{run_dir}: expected a run folder with config.json, found none")
+    if "run_dir" not in config:  # a model's has no such setting
+        raise ValueError(f"{run_dir}: expected a run folder with config.json of train.py, "
+                         "found none")
     series: dict[str, Series] = {}
     for name in LOGS:
         for row in read_log(run_dir / name):
