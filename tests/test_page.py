@@ -448,6 +448,13 @@ def test_what_is_null_or_cut_off_is_absent(tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text('{"reward": 1}\n')
     with pytest.raises(ValueError, match="metrics.jsonl: expected a step in each row, got {'rew"):
         main([str(tmp_path / "run")])
+    (tmp_path / "run/metrics.jsonl").unlink()
+    start = {"step": 0, "time": "now", "commit": None, "machine": {"cpu": "a chip", "cores": None}, "versions": None}
+    evaluation(tmp_path / "run/starts.jsonl", [start])
+    assert "a chip, ? cores, ? GiB, ?" in write_page(tmp_path / "run").read_text()
+    evaluation(tmp_path / "run/starts.jsonl", [start, {"step": 1, "time": None}])
+    with pytest.raises(ValueError, match="starts.jsonl: expected a time and a step in each row, got {'step': 1}"):
+        main([str(tmp_path / "run")])
     with pytest.raises(ValueError, match="max_mb 0: expected more than 0"):
         PageConfig(tmp_path, max_mb=0)
 

@@ -15,6 +15,7 @@ to that.
 import base64
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ import jinja2
 import tyro
 
 from data.io import naming, write_whole
+from data.jsonl import filled
 from data.ranges import check_range
 from tools.report import curves
 from tools.report.captions import browser_data
@@ -89,8 +91,9 @@ def run_card(source: Source) -> dict:
     seconds = known(source.series.get("seconds", {}).values())
     if seconds:
         tiles.append(("seconds per step", f"{median(seconds):.3g}"))
-    machine, versions = last.get("machine", {}), last.get("versions", {})
-    commits = [start["commit"] or "unknown" for start in source.starts]
+    machine = defaultdict(lambda: "?", filled(last.get("machine", {})))
+    versions = last.get("versions", {})
+    commits = [start.get("commit") or "unknown" for start in source.starts]
     facts = {
         "recipe": f"{preset}, {len(changes)} settings changed" if changes else preset,
         "command": last.get("command", ""),
@@ -98,7 +101,7 @@ def run_card(source: Source) -> dict:
         "started": ", ".join(f"{start['time']} at step {start['step']}" for start in source.starts),
         "ranks": last.get("ranks", ""),
         "GPUs": ", ".join(machine.get("gpus", [])),
-        "machine": "{cpu}, {cores} cores, {memory_gib} GiB, {system}".format(**machine)
+        "machine": "{cpu}, {cores} cores, {memory_gib} GiB, {system}".format_map(machine)
                    if machine else "",
         "versions": ", ".join(f"{name} {number}" for name, number in versions.items()),
         "note": "resumed with other code: " + ", ".join(commits) if len(set(commits)) > 1 else "",

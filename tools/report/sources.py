@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.io import short
 from data.jsonl import filled, read_log
 from grpo.log import EVAL_LOG, LOGS
 from grpo.run_dir import saved_config
@@ -106,7 +107,11 @@ def read_run(run_dir: Path) -> Source:
         if any(correct):
             bands["accuracy"][step] = bootstrap_interval(correct)
         groups += [(step, group) for group in images[:SHOWN_GROUPS]]
-    starts = tuple(read_log(run_dir / "starts.jsonl"))
+    starts = tuple(map(filled, read_log(run_dir / "starts.jsonl")))
+    for start in starts:
+        if not {"time", "step"} <= set(start):
+            raise ValueError(f"{run_dir / 'starts.jsonl'}: expected a time and a step in each row, "
+                             f"got {short(start)}")
     return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
 
 
