@@ -484,7 +484,7 @@ def test_a_row_without_id_or_fate_is_named(tmp_path, row):
 def test_ids_must_be_unique(tmp_path):
     photos = scenes(tmp_path / "photos", 1)
     (photos / "x.jsonl").write_text('{"id": "a", "image": "00.png"}\n' * 2)
-    with pytest.raises(ValueError, match="expected ids that are unique, found 'a' more than once"):
+    with pytest.raises(ValueError, match="x.jsonl: expected ids that are unique, found 'a' more than once"):
         generate(GenerateConfig(str(photos / "x.jsonl"), str(tmp_path / "out")), scripted)
 
 

@@ -36,7 +36,9 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     counts = Counter(id for id, _ in inputs)
     repeated = [id for id, count in counts.items() if count > 1]
     if repeated:
-        raise ValueError(f"expected ids that are unique, found {repeated[0]!r} more than once")
+        source = settings.get("images", folder)
+        raise ValueError(f"{source}: expected ids that are unique, found {repeated[0]!r} more than "
+                         "once")
     rows = folder / "rows"
     with all_or_none(what):
         if rank() == 0:
