@@ -284,6 +284,26 @@ def test_a_photo_that_was_replaced_gets_questions_and_measures_of_its_own(tmp_pa
     assert run() == ([], others)
 
 
+def test_questions_on_a_photo_that_was_replaced_are_put_to_the_model_again(tmp_path):
+    photos, asked = scenes(tmp_path / "photos", 2), []
+    with (photos / "set.jsonl").open("w") as file:
+        for name in ("00.png", "01.png"):
+            file.write(json.dumps(example_row(Example(name, Path(), (QUESTION,)), name)) + "\n")
+
+    def answer(example, with_image, questions):
+        asked.append(example.id)
+        return sees(example, with_image, questions)
+
+    def run() -> list[str]:
+        asked.clear()
+        filter_questions(FilterConfig(str(photos / "set.jsonl"), str(tmp_path / "out")), answer)
+        return asked
+
+    assert run() == ["00.png", "00.png", "01.png", "01.png"] and run() == []  # with the image and without it
+    Image.new("RGB", (140, 112)).save(photos / "01.png")
+    assert run() == ["01.png", "01.png"] and len(rows_of(tmp_path / "out")) == 2
+
+
 def test_from_a_folder_of_pictures_to_a_training_step(tmp_path):
     photos = scenes(tmp_path / "photos", 6)
     Image.new("RGB", (140, 112), "white").save(photos / "blank.png")

@@ -17,6 +17,7 @@ from data.curate.answers import answer_by_options
 from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example, Question, load_examples
 from data.export import question_row
+from data.images import picture_hash
 from data.io import text_hash
 from data.pictures import merge_pictures
 from data.ranges import check_range
@@ -105,7 +106,8 @@ def kept_examples(examples: Sequence[Example], rows: Sequence[dict]) -> Iterable
 
 
 def measure_questions(batch: Inputs, answer: AnswerQuestions, config: FilterConfig) -> list[dict]:
-    """A row per image with `measure_question` of each question. No threshold enters."""
+    """A row per image with `measure_question` of each question, and the picture's hash. No
+    threshold enters."""
     rows = []
     for id, example in batch:
         asked = []
@@ -123,6 +125,7 @@ def measure_questions(batch: Inputs, answer: AnswerQuestions, config: FilterConf
         rows.append({
             "id": id, "fate": "failed" if failures else "measured",
             "reason": failures[0] if failures else "", "questions": measured,
+            "picture": picture_hash(example.image),
         })
     return rows
 

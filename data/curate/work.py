@@ -69,6 +69,7 @@ def take_out_unfinished(path: Path, retry_failed: bool, inputs: dict[str, Any]) 
 
 def _is_replaced(row: dict, inputs: dict[str, Any]) -> bool:
     source = inputs.get(row["id"])
+    source = source.image if isinstance(source, Example) else source
     if "picture" not in row or not isinstance(source, Path):  # others were copied into `images`
         return False
     with suppress(OSError):
