@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 from io import BytesIO
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import all_ranks
 from PIL import Image, ImageEnhance
+from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -440,6 +442,7 @@ def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_
             file.write(json.dumps(example_row(Example(f"{n:02d}.png", Path(), (QUESTION,)), f"{n:02d}.png")) + "\n")
 
     def run():
+        tqdm.set_lock(threading.RLock())  # a kill would leave locked what processes share, and the next one would wait
         if command == "generate":
             generate(GenerateConfig(str(photos), str(out), batch_size=2), slowly)
         else:
