@@ -92,7 +92,7 @@ def caption(config: CaptionConfig) -> None:
                  max_new_tokens=config.max_new_tokens, seed=config.seed, shards=len(shards),
                  contents=contents_hash(shards), rows=[shard.num_rows for shard in shards])
     out.mkdir(parents=True, exist_ok=True)
-    # Machines may see images and policy under different paths. Runs of before have no `rows`.
+    # Machines may see images and policy under different paths. Earlier versions wrote no `rows`.
     agree_on(out / "about.json", about, ("images", "policy", "rows"), called={"model": "policy"})
     worker, num_workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     totals, started = Counter(), time.perf_counter()

@@ -206,10 +206,9 @@ def run_ours(config: StepConfig) -> None:
     device, folder, phases = torch.device("cpu"), Path(config.folder), Phases()
     policy = load_policy(str(folder / "policy"), device)
     policy = replace(policy, forbidden_ids=tuple(sorted({*policy.forbidden_ids, *policy.eos_ids})))
-    score = dict(forbidden_ids=policy.forbidden_ids)
-    scorer = CompletionScorer(policy.model, **score)
-    frozen = CompletionScorer(load_policy(str(folder / "policy"),
-                                          device).model.requires_grad_(False), **score)
+    scorer = CompletionScorer(policy.model, policy.forbidden_ids)
+    model = load_policy(str(folder / "policy"), device).model.requires_grad_(False)
+    frozen = CompletionScorer(model, policy.forbidden_ids)
     verifier = load_verifier(str(folder / "verifier"), device, mode="sample")
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6)
     step_weights = optimizer.step

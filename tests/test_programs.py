@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -149,3 +150,15 @@ def test_torchrun_is_told_why_a_rank_ends(ending, text, tmp_path, monkeypatch):
         run_program(main, [])
     said = json.loads((tmp_path / "error.json").read_text()) if (tmp_path / "error.json").exists() else None
     assert (said and said["message"]["extraInfo"]["py_callstack"]) == text
+
+
+def test_what_transformers_will_rename_is_not_told_and_other_warnings_are():
+    def warn(name: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run_program(lambda _: warnings.warn(f"`{name}` is deprecated and will be removed", FutureWarning, stacklevel=1), [])
+
+    warn("past_key_values")
+    warn("gradient_checkpointing_enable")
+    with pytest.raises(FutureWarning):
+        warn("another")

@@ -21,8 +21,8 @@ def read_about(out: Path, **kinds: type) -> dict:
     setting of `kinds` is not of that type."""
     what = "the settings in a folder that caption.py has written"
     about = read_json(out / "about.json", what, dict)
-    if not (isinstance(about, dict) and isinstance(about.get("shards"), int)
-            and all(isinstance(about.get(name), kind) for name, kind in kinds.items())):
+    kinds |= {"shards": int}
+    if not all(isinstance(about.get(name), kind) for name, kind in kinds.items()):
         raise ValueError(f"{out / 'about.json'}: expected {what}, found {short(about)}")
     return about
 
