@@ -15,9 +15,6 @@ longest prompt, A longest caption so far, B = P * G rows; n of them are still be
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +34,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, group_size: int, max_new_tokens: int):
         # here: where weights lie is a page apart
-        from grpo.layers import LayerWeights, check_layers, compiled_step_, layer_step_
+        from grpo.layers import LayerWeights, check_layers, compiled_step_, has_kernels, layer_step_
 
         check_layers(model)
         text = model.model.language_model
@@ -51,12 +48,15 @@ class Decoder:
         self.prefix: list[tuple[Tensor, Tensor]] = []
         # Per layer: the captions' keys and values, each (P, K, G, room, D).
         self.suffix: list[tuple[Tensor, Tensor]] = []
-        self.prefix_bias = torch.empty(0)  # (P, 1, 1, 1, T): 0 on prompt tokens, -inf on padding
+        self.padding = torch.empty(0)  # (P,) int64: tokens on the left of each prompt's
         self.ages: list[int] = []  # of each group: caption tokens so far
         self.device_ages = torch.empty(0)  # (P,) int64, the same for the device
         self.uses_graphs = self.embed.device.type == "cuda"
         self.layer_step_ = compiled_step_() if self.uses_graphs else layer_step_
-        self.recording: _Recording | None = None
+        head_dim = text.layers[0].self_attn.head_dim
+        self.uses_kernels = self.uses_graphs and has_kernels(
+            head_dim, self.embed.dtype, self.embed.device)
+        self.recording = None  # of grpo/recording.py
 
     @property
     def longest(self) -> int:
@@ -70,7 +70,7 @@ class Decoder:
     def room_for(self, length: int) -> int:
         """Tokens that the captions' cache has room for when the longest has this length. It doubles
         up to 512 and then grows by 256: short captions take little memory, and copies are few."""
-        room = 64
+        room = 256 if self.uses_kernels else 64  # kernels do not read what is not written yet
         while room < length:
             room += min(room, 256)
         return min(room, -(-self.max_new_tokens // 8) * 8)
@@ -88,12 +88,13 @@ class Decoder:
         """Adds groups. cache: of their prompts' forward, which this empties; mask: (P, T), 1 on
         prompt tokens, with padding on the left."""
         self.recording = None
-        bias = mask.float().log()[:, None, None, None]  # 0 on prompt tokens, -inf on padding
         if not self.ages:
             self.prefix = [(layer.keys[:0], layer.values[:0]) for layer in cache.layers]
             like = cache.layers[0].values
             empty = like.new_empty(0, like.shape[1], self.group_size, 0, like.shape[-1])
-            self.suffix, self.prefix_bias = [(empty, empty) for _ in cache.layers], bias[:0]
+            self.suffix = [(empty, empty) for _ in cache.layers]
+            self.padding = self.to_device([])
+        before = self.prefix[0][0].shape[2]
         for i, layer in enumerate(cache.layers):  # a layer at a time, as in _grow
             self.prefix[i] = tuple(map(self._join, self.prefix[i], (layer.keys, layer.values)))
             self.suffix[i] = tuple(
@@ -101,17 +102,16 @@ class Decoder:
                 for part in self.suffix[i]
             )
             layer.keys = layer.values = None
-        self.prefix_bias = self._join(self.prefix_bias, bias, dim=-1, value=-torch.inf)
+        width = self.prefix[0][0].shape[2]
+        self.padding = torch.cat([self.padding + width - before, width - mask.sum(1)])
         self.ages = self.ages + [0] * len(mask)
         self.device_ages = self.to_device(self.ages)
 
-    def _join(self, first: Tensor, second: Tensor, dim: int = -2, value: float = 0.0) -> Tensor:
-        """Both along dimension 0, padded on the left of `dim` (-1 or -2) to the prompts' room."""
-        width = self.prompt_room(max(first.shape[dim], second.shape[dim]))
-        return torch.cat([
-            F.pad(part, (0, 0) * (-1 - dim) + (width - part.shape[dim], 0), value=value)
-            for part in (first, second)
-        ])
+    def _join(self, first: Tensor, second: Tensor) -> Tensor:
+        """Keys or values of prompts along dimension 0, padded on the left to the prompts' room."""
+        width = self.prompt_room(max(first.shape[2], second.shape[2]))
+        parts = (first, second)
+        return torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
 
     def keep(self, groups: list[int]) -> None:
         """Keeps only these groups, in this order, and no more room than the oldest needs."""
@@ -121,7 +121,7 @@ class Decoder:
         for i in range(len(self.layers)):  # a layer at a time, as in _grow
             self.prefix[i] = tuple(part[index] for part in self.prefix[i])
             self.suffix[i] = tuple(part[:, :, :, :room][index] for part in self.suffix[i])
-        self.prefix_bias, self.device_ages = self.prefix_bias[index], self.device_ages[index]
+        self.padding, self.device_ages = self.padding[index], self.device_ages[index]
 
     def is_worth_dropping(self, num_done: int) -> bool:
         """Whether dropping `num_done` groups saves time: with graphs, if they are half of all."""
@@ -146,6 +146,8 @@ class Decoder:
     def _replay(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:
         """The step's logits from its recording. None if no recording can be made; then none is
         tried again."""
+        from grpo.recording import Recording, record  # here: for GPUs alone
+
         if self.recording is None:
             batch, room = len(self.ages) * self.group_size, self.suffix[0][0].shape[3]
             inputs = (tokens.new_zeros(batch), positions.new_zeros(batch),
@@ -157,7 +159,7 @@ class Decoder:
                               stacklevel=2)
                 self.uses_graphs = False
                 return None
-            self.recording = _Recording(*inputs, replay, logits)
+            self.recording = Recording(*inputs, replay, logits)
         self.recording.tokens[rows], self.recording.positions[rows] = tokens, positions
         self.recording.ages.copy_(self.device_ages)
         self.recording.replay()
@@ -167,16 +169,24 @@ class Decoder:
                  longest: int) -> Tensor:
         """Logits (n, V). ages: (P,). The first `longest` places of the captions' room are read."""
         slots = ages[rows // self.group_size]
-        late = torch.arange(longest, device=ages.device) > ages[:, None]  # (P, A): not written yet
-        late = torch.zeros(late.shape, device=ages.device).masked_fill(late, -torch.inf)
-        bias = torch.cat([self.prefix_bias, late[:, None, None, None]], -1)  # (P, 1, 1, 1, T + A)
+        hidden = self.padding
+        if not self.uses_kernels or len(rows) < len(self.ages) * self.group_size:
+            hidden = self._bias(ages, longest)
         x = F.embedding(tokens, self.embed)  # (n, H)
         angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
         scaling = self.rotary.attention_scaling
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
         for layer, prefix, suffix in zip(self.layers, self.prefix, self.suffix):
-            x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), bias, rows, slots)
+            x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), hidden, rows, slots)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
+
+    def _bias(self, ages: Tensor, longest: int) -> Tensor:
+        """(P, 1, 1, 1, T + A) float32: -inf on padding, and on what is not written yet."""
+        before, after = (torch.arange(size, device=ages.device)
+                         for size in (self.prefix[0][0].shape[2], longest))
+        hidden = torch.cat([before < self.padding[:, None], after > ages[:, None]], dim=1)
+        bias = torch.zeros(hidden.shape, device=ages.device).masked_fill(hidden, -torch.inf)
+        return bias[:, None, None, None]
 
     def _grow(self, length: int) -> None:
         """Makes more room for captions if they are to have this length."""
@@ -187,38 +197,3 @@ class Decoder:
             for i, pair in enumerate(self.suffix):  # a layer at a time: never the whole cache twice
                 # With zeros: unwritten places are read with probability 0, and 0 * nan is nan.
                 self.suffix[i] = tuple(F.pad(part, (0, 0, 0, more)) for part in pair)
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """A step of all B rows with fixed addresses: inputs, replay and output. A replay reads the
-    memory of every tensor that the recording read, and does not keep it. So all are kept here."""
-
-    tokens: Tensor  # (B,)
-    positions: Tensor  # (B,)
-    rows: Tensor  # (B,) int64: 0 to B - 1
-    ages: Tensor  # (P,)
-    replay: Callable[[], None]
-    logits: Tensor  # (B, V)
-
-
-@lru_cache(maxsize=1)
-def _warm_up_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # one: cuBLAS keeps 32 MiB for each that it has met (H100)
-
-
-def record(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Records `function` as a CUDA graph. Returns its replay, and the tensor that a replay fills.
-    Raises RuntimeError if it cannot be recorded."""
-    stream = _warm_up_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):
-            function()  # on the first call libraries choose kernels and allocate memory
-    finally:  # also if it has failed on its way: then the caller writes to the same cache
-        torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, which open images or watch the run, may call CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function()
-    return graph.replay, result

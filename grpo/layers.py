@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo.fused import compiled, is_plain_norm
 from grpo.lora import LoraLinear, stack_adapters
-from grpo.norms import is_plain_norm
 
 Pair = tuple[Tensor, Tensor]
 
@@ -130,22 +130,20 @@ class LayerWeights:
 
 
 def layer_step_(x: Tensor, layer: LayerWeights, prefix: Pair, suffix: Pair, angles: Pair,
-                bias: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+                hidden: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """A layer for the next token of n rows: (n, H) -> (n, H), in the model's data type. Writes the
     token's keys and values into `suffix`.
 
     prefix: the prompts' keys and values, each (P, K, T, D). suffix: the captions', each
     (P, K, G, room, D), of which the first A places are read. angles: cosines and sines, each
-    (n, 1, D / 2). bias: (P, 1, 1, 1, T + A) float32, added to the scores. rows: (n,) int64,
-    ascending places among the P * G rows. slots: (n,) int64, the place in the suffix that each row
-    writes.
+    (n, 1, D / 2). rows: (n,) int64, ascending places among the P * G rows. slots: (n,) int64, the
+    place in the suffix that each row writes. hidden: what is not to be seen, as a bias of the
+    scores, (P, 1, 1, 1, T + A) float32. For the kernels of grpo/attend.py, which take all rows: the
+    padding of the prompts, (P,) int64.
     """
     keys, values = suffix
-    num_p, num_kv, num_g, _, head_dim = keys.shape
-    width = prefix[0].shape[2]
-    longest = bias.shape[-1] - width
+    _, num_kv, num_g, _, head_dim = keys.shape
     group, member = rows // num_g, rows % num_g
-    has_all_rows = len(rows) == num_p * num_g  # then they are in order, since rows ascend
     heads = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.norm1, layer.eps))
     heads = heads.view(len(x), -1, head_dim)  # (n, R * K + 2 * K, D)
     qk, v = heads[:, :-num_kv], heads[:, -num_kv:]
@@ -158,8 +156,24 @@ def layer_step_(x: Tensor, layer: LayerWeights, prefix: Pair, suffix: Pair, angl
     q = qk[:, :-num_kv]
     keys[group, :, member, slots] = qk[:, -num_kv:]
     values[group, :, member, slots] = v
+    if hidden.dtype == torch.long:
+        out = torch.ops.grpo.attend(q, *prefix, *suffix, hidden, slots)
+    else:
+        out = _attend(q, prefix, suffix, hidden, rows)
+    x = x + layer.out(out.flatten(1))
+    normed = F.rms_norm(x, x.shape[-1:], layer.norm2, layer.eps)
+    gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+    return x + layer.down(F.silu(gate) * up)
+
+
+def _attend(q: Tensor, prefix: Pair, suffix: Pair, bias: Tensor, rows: Tensor) -> Tensor:
+    """Attention of n rows, (n, R * K, D) -> the same."""
+    num_p, num_kv, num_g, _, head_dim = suffix[0].shape
+    width = prefix[0].shape[2]
+    longest = bias.shape[-1] - width
+    has_all_rows = len(rows) == num_p * num_g  # then they are in order, since rows ascend
     if not has_all_rows:
-        q = x.new_zeros(num_p * num_g, *q.shape[1:]).index_copy(0, rows, q)
+        q = q.new_zeros(num_p * num_g, *q.shape[1:]).index_copy(0, rows, q)
     q = q.view(num_p, num_g, num_kv, -1, head_dim)
     q = q.transpose(1, 2).contiguous()  # (P, K, G, R, D)
     # A group's queries all read the prompt's keys; on captions each row reads its own.
@@ -168,49 +182,46 @@ def layer_step_(x: Tensor, layer: LayerWeights, prefix: Pair, suffix: Pair, angl
     on_caption = _scores(q.flatten(0, 2), own_keys.transpose(1, 2))
     scores = [part.view(*q.shape[:4], -1) for part in (on_prompt, on_caption)]
     scores = torch.add(bias, torch.cat(scores, dim=-1), alpha=head_dim**-0.5)
-    probs = scores.softmax(-1).to(x.dtype)  # (P, K, G, R, T + A)
+    probs = scores.softmax(-1).to(q.dtype)  # (P, K, G, R, T + A)
     shared = probs[..., :width].flatten(2, 3) @ prefix[1]  # (P, K, G * R, D)
     own = probs[..., width:].flatten(0, 2) @ own_values  # (P * K * G, R, D)
     out = (shared.view(q.shape) + own.view(q.shape)).transpose(1, 2)
-    out = out.flatten(2, 4).flatten(0, 1)  # (P * G, R * K * D)
-    x = x + layer.out(out if has_all_rows else out[rows])
-    normed = F.rms_norm(x, x.shape[-1:], layer.norm2, layer.eps)
-    gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-    return x + layer.down(F.silu(gate) * up)
+    out = out.flatten(2, 3).flatten(0, 1)  # (P * G, R * K, D)
+    return out if has_all_rows else out[rows]
+
+
+@cache
+def has_kernels(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels of grpo/attend.py run here, for heads of this width. They are tried once;
+    if they fail, one warning says so."""
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return False
+    try:
+        from grpo.attend import attend
+
+        states = torch.zeros(1, 1, 1, 1, head_dim, dtype=dtype, device=device)
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        attend(states[0, 0], states[0], states[0], states, states, first, first)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton has many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"decoding without kernels of its own, slower ({reason})", stacklevel=2)
+        return False
+    return True
 
 
 @cache
 def compiled_step_() -> Callable[..., Tensor]:
-    """`layer_step_` by torch.compile, which joins its small kernels into few. It is compiled once
-    for all sizes that change in a run, and anew for a single group and for each kind of layer
-    (with adapters, say). Where it cannot be compiled, one warning says so, and it runs as it is."""
-    compiled = torch.compile(layer_step_, fullgraph=True)
-    from torch._dynamo import config, exc, maybe_mark_dynamic  # here: to import it takes seconds
+    """`layer_step_` as `compiled` makes it: anew for a single group, for a single caption of each,
+    and for each kind of layer (with adapters, say)."""
 
-    # torch's own is 8. A kind of layer takes up to 4: one group or more, one caption or more each.
-    config.recompile_limit = max(config.recompile_limit, 64)
-    failed = False
+    def changing(x, layer, prefix, suffix, angles, hidden, rows, slots):
+        places = [(x, [0]), (hidden, [0, 4][: hidden.ndim]), (rows, [0]), (slots, [0])]
+        places += [(part, [0, 2]) for part in prefix] + [(part, [0, 3]) for part in suffix]
+        return places + [(part, [0]) for part in angles]
 
-    def step(x, layer, prefix, suffix, angles, bias, rows, slots):
-        nonlocal failed
-        arguments = x, layer, prefix, suffix, angles, bias, rows, slots
-        if failed:
-            return layer_step_(*arguments)
-        changing = [(x, [0]), (bias, [0, 4]), (rows, [0]), (slots, [0])]
-        changing += [(part, [0, 2]) for part in prefix] + [(part, [0, 3]) for part in suffix]
-        changing += [(part, [0]) for part in angles]
-        for tensor, places in changing:
-            maybe_mark_dynamic(tensor, places)
-        try:
-            return compiled(*arguments)
-        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"decoding by layers that are not compiled, slower ({reason})",
-                          stacklevel=3)
-            failed = True
-        return layer_step_(*arguments)
-
-    return step
+    return compiled(layer_step_, changing, "layers of the decoder are")
 
 
 def _scores(queries: Tensor, keys: Tensor) -> Tensor:

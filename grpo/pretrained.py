@@ -27,7 +27,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, find_adapter_config_file
 
 from data.io import text_hash
-from grpo.norms import fuse_norms_
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
 from grpo.vision import prepare_vision_
 
@@ -212,7 +211,15 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         from grpo.layers import check_layers  # here: a reader of training need not meet it
 
         check_layers(model)
-    fuse_norms_(model)
+    tower = model.model.visual.config
+    wanted = tower.spatial_merge_size, tower.patch_size
+    found = image_processor.merge_size, image_processor.patch_size
+    if found != wanted:
+        raise ValueError("expected an image processor with the model's merge_size and patch_size, "
+                         f"{wanted}, found {found}")
+    from grpo.fused import fuse_  # here, too
+
+    fuse_(model)
     prepare_vision_(model)
     ends = eos_ids(model, tokenizer)
     if not ends:

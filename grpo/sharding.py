@@ -55,13 +55,13 @@ def shard(scorer: CompletionScorer, mesh: DeviceMesh, offload: bool = False) -> 
 def empty_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model like `model` in `dtype`, in eval mode and without memory: shard it, then `fill_`."""
     # here: a reader of training need not meet it
-    from grpo.norms import fuse_norms_
+    from grpo.fused import fuse_
     from grpo.vision import prepare_vision_
 
     with torch.device("meta"):
         config = copy.deepcopy(model.config)
         empty = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-    fuse_norms_(empty, model)
+    fuse_(empty, model)
     return prepare_vision_(empty)
 
 

@@ -2,8 +2,7 @@
 
 The tower's attention sees windows, 64 in an image of 896 pixels, and in some layers whole images.
 transformers calls it once for each window, whose length it asks the GPU for in every layer. Here
-the sizes of the images stay on the host, and all windows are one call. Patches and MLP are products
-in the shapes that a GPU is fast at.
+the sizes of the images stay on the host, and all windows are one call. Patches are a product.
 
 S patches of all images in a row, W windows, D head size.
 """
@@ -40,8 +39,6 @@ def prepare_vision_(model: PreTrainedModel) -> PreTrainedModel:
     config._attn_implementation = WINDOW_ATTENTION
     for block in tower.blocks:
         block.attn.config = config
-        if hasattr(block.mlp, "gate_proj"):  # Qwen2.5-VL
-            block.mlp.__class__ = AlignedMLP
     if type(tower.patch_embed.proj) is nn.Conv3d:
         tower.patch_embed.proj.__class__ = PatchProduct
     if _read_grid not in tower._forward_pre_hooks.values():
@@ -56,26 +53,6 @@ class PatchProduct(nn.Conv3d):
     def forward(self, patches: Tensor) -> Tensor:
         """(S, channels, frames, height, width), each a whole kernel -> (S, hidden)."""
         return F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
-
-
-class AlignedMLP(nn.Module):
-    """The tower's MLP, as products that are fast on a GPU: their sides are multiples of 16 bytes.
-    Qwen2.5-VL's inner width is 3,420, so it is 3,424 here, and the last 4 are 0. Layers with
-    adapters stay as they are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(S, hidden) -> (S, hidden)."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        padding = -gate.out_features % (16 // x.itemsize)
-        if not padding or any(type(layer) is not nn.Linear for layer in (gate, up, down)):
-            return down(self.act_fn(gate(x)) * up(x))
-        wide_gate, wide_up = (
-            F.linear(x, F.pad(layer.weight, (0, 0, 0, padding)),
-                     None if layer.bias is None else F.pad(layer.bias, (0, padding)))
-            for layer in (gate, up)
-        )
-        inner = self.act_fn(wide_gate) * wide_up  # (S, inner width and the padding)
-        return F.linear(inner, F.pad(down.weight, (0, padding)), down.bias)
 
 
 def _read_grid(tower: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:

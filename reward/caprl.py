@@ -436,7 +436,7 @@ class Verifier:
 
     def _prepare_(self) -> None:
         # here: what they do is transformers' own, faster
-        from grpo.norms import fuse_norms_
+        from grpo.fused import fuse_norms_
         from reward.attention import share_heads_
 
         share_heads_(self.model)

@@ -16,12 +16,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of the tests too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of float32 on a CPU
+os.environ["TRITON_INTERPRET"] = "1"  # before grpo.attend is imported: its kernels run on a CPU
 
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 import grpo.flash
@@ -177,11 +179,28 @@ def run_now(function):
 
 
 class RecordingDecoder(Decoder):
-    """On a CPU as on a GPU, where `grpo.decode.record` is replaced, but not compiled."""
+    """On a CPU as on a GPU, where `grpo.recording.record` is replaced, but not compiled."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.uses_graphs = True
+
+
+class Waits(TorchDispatchMode):
+    """Operators that make the host wait for a GPU: a value read, or a mask whose number of ones is a shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        if re.match("_local_scalar_dense|nonzero|masked_select|_?unique", name) or any(
+            index is not None and index.dtype == torch.bool for index in indices
+        ):
+            self.seen.append(name)
+        return function(*args, **kwargs or {})
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,

@@ -1,7 +1,9 @@
-"""The text layers as grpo/decode.py and a GPU compute them: norms, and the compiled step."""
+"""The text layers as grpo/decode.py and a GPU compute them: norms, angles, gates, and the compiled step."""
 
 import copy
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,20 +11,36 @@ from conftest import RecordingDecoder, keys, run_now
 from torch import nn
 from torch._dynamo import exc as dynamo
 from transformers import GemmaConfig, GemmaForCausalLM
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
+from grpo.fused import ANGLES, GatedMLP, _gated, plain_norms
 from grpo.layers import compiled_step_, layer_step_
-from grpo.norms import plain_norms
 from grpo.pretrained import make_policy
-from grpo.rollout import sample_rollouts
+from grpo.rollout import read_prompts, sample_rollouts
 from grpo.sharding import empty_model
 from reward.caprl import Verifier
+
+OWN = {name: getattr(modeling_qwen2_5_vl, name) for name in ANGLES}
+"""Functions of transformers, which are replaced there on a GPU."""
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr("grpo.norms.is_on_gpu", lambda model: True)
+    """What is compiled there runs by torch; its names are kept, one for each compilation."""
+    names, original = [], torch.compile
+
+    def compile_by_torch(function, **options):
+        return original(function, backend=lambda graph, _: names.append(function.__name__) or graph, **options)
+
+    monkeypatch.setattr("grpo.fused.is_on_gpu", lambda model: True)
+    monkeypatch.setattr("torch.compile", compile_by_torch)
+    for name, function in OWN.items():
+        monkeypatch.setattr(modeling_qwen2_5_vl, name, function)
+    _gated.cache_clear()
+    yield names
+    _gated.cache_clear()
 
 
 def num_fused(model: nn.Module) -> int:
@@ -47,6 +65,35 @@ def test_fused_norms_change_neither_logits_nor_gradients_nor_names(policy, promp
         results.append([logits, *(p.grad for p in model.model.language_model.parameters())])
     for want, got in zip(*results):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_angles_and_gates_are_compiled_once_for_all_sizes_and_change_nothing(policy, on_gpu):
+    """One prompt or several, of any size: the values and gradients of transformers."""
+    own = replace(policy, model=copy.deepcopy(policy.model))
+    fused = make_policy(policy.model, policy.tokenizer, policy.image_processor)
+    blocks = [*fused.model.model.language_model.layers, *fused.model.model.visual.blocks]
+    assert {type(block.mlp) for block in blocks} == {GatedMLP}
+    assert list(fused.model.state_dict()) == list(own.model.state_dict())
+
+    def run(policy, prompts):
+        policy.model.zero_grad()
+        logits, _, _ = read_prompts(policy, prompts)
+        logits.square().mean().backward()
+        return [logits, *(p.grad for p in policy.model.parameters() if p.grad is not None)]
+
+    scenes = [draw(make_scene("train", index)) for index in range(4)]
+    sizes = (112, 112), (84, 140), (140, 56), (168, 84)
+    prompts = [policy.prompt(scene.resize(size)) for scene, size in zip(scenes, sizes)]
+    for batch in (prompts[:1], prompts[1:2], prompts[:2], prompts[1:], prompts):
+        got = run(fused, batch)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, function in OWN.items():
+                patch.setattr(modeling_qwen2_5_vl, name, function)
+            want = run(own, batch)
+        for one, other in zip(got, want, strict=True):
+            assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
+    # of the text once more for several rows; gates of the tower and of the text have other dimensions
+    assert Counter(on_gpu) == {"apply_rotary_pos_emb": 2, "apply_rotary_pos_emb_vision": 1, "gated": 3}
 
 
 def test_all_models_on_a_gpu_have_fused_norms(policy, verifier_model, tokenizer, on_gpu):
@@ -78,7 +125,7 @@ class CompiledDecoder(RecordingDecoder):
 @pytest.fixture
 def recordings(monkeypatch):
     monkeypatch.setattr("grpo.rollout.Decoder", CompiledDecoder)
-    monkeypatch.setattr("grpo.decode.record", run_now)
+    monkeypatch.setattr("grpo.recording.record", run_now)
     compiled_step_.cache_clear()
     yield
     compiled_step_.cache_clear()
@@ -116,7 +163,7 @@ def test_decoding_goes_on_without_a_compiled_layer_and_says_so_once(policy, prom
     sample_rollouts(policy, prompts, keys(4, 2), 6)
     got = sample_rollouts(policy, prompts, keys(4, 2), 6)  # which does not try again
     assert len(tries) == 1 and [str(warning.message) for warning in recwarn if "compile" in str(warning.message)] == [
-        "decoding by layers that are not compiled, slower (no compiler found)"
+        "layers of the decoder are not compiled, slower (no compiler found)"
     ]
     monkeypatch.setattr("grpo.rollout.Decoder", Decoder)
     assert torch.equal(got.tokens, sample_rollouts(policy, prompts, keys(4, 2), 6).tokens)

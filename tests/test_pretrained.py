@@ -1,7 +1,9 @@
 """Checkpoints as they are loaded: what fits, and what is refused in one sentence."""
 
+import copy
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -186,6 +188,16 @@ OTHERS = {
                            out_hidden_size=64, patch_size=14, image_size=28),
         image_token_id=742, video_token_id=743)), "without "),
 }
+
+
+def test_an_image_processor_of_another_model_is_refused(policy, tokenizer):
+    """Its images would have another number of tokens than the tower has features."""
+    for name, number, found in (("merge_size", 4, "(4, 14)"), ("patch_size", 16, "(2, 16)")):
+        other = copy.deepcopy(policy.image_processor)
+        setattr(other, name, number)
+        message = f"expected an image processor with the model's merge_size and patch_size, (2, 14), found {found}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_policy(policy.model, tokenizer, other)
 
 
 @pytest.mark.parametrize("make, message", OTHERS.values(), ids=OTHERS)

@@ -2,7 +2,6 @@ import copy
 import itertools
 import math
 import random
-import re
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RecordingDecoder, keys, run_now, widen
+from conftest import RecordingDecoder, Waits, keys, run_now, widen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
@@ -21,9 +20,10 @@ from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene
 from grpo import rollout
 from grpo.batch import count_together
-from grpo.decode import Decoder, _warm_up_stream, record
+from grpo.decode import Decoder
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import make_policy
+from grpo.recording import _warm_up_stream, record
 from grpo.rollout import draw_tokens, read_prompts, sample_rollouts, temper_logits_
 
 
@@ -210,7 +210,7 @@ def test_waiting_groups_take_the_place_of_finished_ones(policy, groups_at_a_time
     held = []
 
     def spy(decoder, tokens, positions, rows):
-        held.append((list(decoder.ages), decoder.prefix_bias.isinf().any().item(), len(rows)))
+        held.append((list(decoder.ages), decoder.padding.any().item(), len(rows)))
         return original(decoder, tokens, positions, rows)
 
     original = Decoder.step
@@ -245,7 +245,7 @@ def test_decoding_by_recordings_draws_the_same(policy, groups_at_a_time, monkeyp
         return replay, result
 
     monkeypatch.setattr("grpo.rollout.Decoder", RecordingDecoder)
-    monkeypatch.setattr("grpo.decode.record", spy)
+    monkeypatch.setattr("grpo.recording.record", spy)
     budget = groups_at_a_time * (max(len(prompt.input_ids) for prompt in prompts) + 2 * 80)
     got = sample_rollouts(policy, prompts, keys(9, 2), 80, token_budget=budget)
     assert torch.equal(got.tokens, want.tokens) and torch.allclose(got.logprobs, want.logprobs, atol=1e-5)
@@ -278,7 +278,7 @@ def test_what_a_recording_reads_is_kept_as_long_as_the_recording(policy, prompts
         kept.append(result)  # none of its memory is used again
         return (lambda: None), result
 
-    monkeypatch.setattr("grpo.decode.record", spy)
+    monkeypatch.setattr("grpo.recording.record", spy)
     decoder = RecordingDecoder(policy.model, 2, 30)
     _, cache, mask = read_prompts(policy, prompts)
     decoder.add(cache, mask)
@@ -310,7 +310,9 @@ def test_the_cache_gives_room_back_and_its_prompts_are_a_multiple_of_8_long_for_
     recording = RecordingDecoder(policy.model, 1, 200)
     _, cache, mask = read_prompts(policy, prompts[1:2])
     recording.add(cache, mask)
-    assert recording.prefix[0][0].shape[2] == recording.prefix_bias.shape[-1] == recording.prompt_room(mask.shape[1])
+    room = recording.prompt_room(mask.shape[1])
+    assert recording.prefix[0][0].shape[2] == room
+    assert recording.padding.tolist() == [room - mask.sum().item()]
 
 
 @torch.no_grad()
@@ -374,7 +376,7 @@ def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, m
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("grpo.rollout.Decoder", RecordingDecoder)
-    monkeypatch.setattr("grpo.decode.record", fail)
+    monkeypatch.setattr("grpo.recording.record", fail)
     got = sample_rollouts(policy, prompts, keys(4, 2), 6)
     assert torch.equal(got.tokens, want.tokens)
     said = [str(warning.message) for warning in recwarn if "CUDA graphs" in str(warning.message)]
@@ -415,6 +417,7 @@ class Scripted(Decoder):
     """A decoder without a model. Row g of prompt p says token (p + g + step) % 7 and ends when `LENGTHS[p][g]` says."""
 
     LENGTHS: ClassVar[list[list[int]]] = []
+    uses_kernels = False
 
     def __init__(self, model, group_size, max_new_tokens):
         self.group_size, self.max_new_tokens, self.uses_graphs = group_size, max_new_tokens, True
@@ -489,31 +492,16 @@ def test_groups_that_are_set_back_are_written_again_and_the_cache_stays_within_i
     assert num_read > 12 or (budget, max_new_tokens) not in [(5000, 280), (9000, 280), (15_000, 280)]
 
 
-def test_captions_are_admitted_by_their_length_not_by_the_longest_allowed(monkeypatch):
+@pytest.mark.parametrize("uses_kernels", [False, True])
+def test_captions_are_admitted_by_their_length_not_by_the_longest_allowed(monkeypatch, uses_kernels):
     """16 images of a GPU, 8 captions of about 600 tokens each, room for 4,096: as many steps as the
     longest caption has. By the longest allowed, 15 groups would have room, and the last would wait
     for them: 1,549 steps in the mean."""
+    monkeypatch.setattr(Scripted, "uses_kernels", uses_kernels)
     rng = random.Random(0)
     lengths = [[round(min(4096, max(50, rng.gauss(600, 150)))) for _ in range(8)] for _ in range(16)]
     steps, _, _ = run_script(monkeypatch, lengths, 524_288, 4096)
     assert steps == max(map(max, lengths)) - 1
-
-
-class Waits(TorchDispatchMode):
-    """Operators that make the host wait for a GPU: a value read, or a mask whose number of ones is a shape."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        indices = args[1] if name in ("index", "index_put", "index_put_") else []
-        if re.match("_local_scalar_dense|nonzero|masked_select|_?unique", name) or any(
-            index is not None and index.dtype == torch.bool for index in indices
-        ):
-            self.seen.append(name)
-        return function(*args, **kwargs or {})
 
 
 def test_the_host_waits_once_a_token_also_where_rows_end(policy, prompts, monkeypatch):

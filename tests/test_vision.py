@@ -14,9 +14,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from grpo.fused import GatedMLP
 from grpo.lora import LoraLinear
 from grpo.sharding import empty_model
-from grpo.vision import WINDOW_ATTENTION, AlignedMLP, PatchProduct, prepare_vision_, window_attention
+from grpo.vision import WINDOW_ATTENTION, PatchProduct, prepare_vision_, window_attention
 
 TEXT = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1)
@@ -205,7 +206,7 @@ def test_the_products_of_the_towers_mlp_have_aligned_sides(bias, dtype, inner, w
     own.down_proj = nn.Linear(inner, 16, bias)
     own.to(dtype).act_fn = lambda x: widths.append(x.shape[1]) or nn.functional.silu(x)
     ours = copy.deepcopy(own)
-    ours.__class__ = AlignedMLP
+    ours.__class__ = GatedMLP
     for module in (own, ours):
         x = torch.randn(7, 16, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
         out = module(x) if module is ours else own.down_proj(own.act_fn(own.gate_proj(x)) * own.up_proj(x))
