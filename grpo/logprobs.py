@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from grpo.policy import image_inputs
+from grpo.policy import image_inputs, send
 from grpo.rollout import Rollouts, temper_logits_
 
 HEAD_ROWS = {"cpu": 512, "cuda": 2048}
@@ -37,30 +37,36 @@ class PackedGroups:
     position_ids: Tensor  # (3, 1, S) int64
     segments: list[list[int]]  # per group: numbers of tokens of its prompt and its completions here
     sources: Tensor  # (N,) int64: place in the row of the token before each completion token
-    targets: Tensor  # (N,) int64: the completion tokens
+    places: Tensor  # (N,) int64: where each completion token lies in the (B, L) of the rollouts
 
 
 def pack_groups(rollouts: Rollouts) -> PackedGroups:
-    """The row of all groups. A completion's last token is not in it: it predicts nothing."""
+    """The row of all groups. A completion's last token is not in it: it predicts nothing. All but
+    the tokens is known on the host, which never waits for the device here."""
     device, group_size = rollouts.tokens.device, rollouts.group_size
-    lengths = rollouts.lengths.tolist()
-    ids, positions, sources, segments, end = [], [], [], [], 0
+    width, lengths, prompt_ids = rollouts.tokens.shape[1], rollouts.lengths.tolist(), []
+    origins, positions, sources, places, segments, end = [], [], [], [], [], 0
+    begin = sum(len(prompt.input_ids) for prompt in rollouts.prompts)  # of the completions' tokens
     for number, prompt in enumerate(rollouts.prompts):
         rows = range(number * group_size, (number + 1) * group_size)
-        ids.append(prompt.input_ids.to(device))
+        origins.append(torch.arange(len(prompt.input_ids)) + sum(map(len, prompt_ids)))
+        prompt_ids.append(prompt.input_ids)
         positions.append(prompt.position_ids)
         end += len(prompt.input_ids)
         last_of_prompt = end - 1
         for row in rows:
-            fed = lengths[row] - 1
-            ids.append(rollouts.tokens[row, :fed])
+            fed, own = lengths[row] - 1, row * width + torch.arange(lengths[row])
+            origins.append(begin + own[:fed])
+            places.append(own)
             positions.append((prompt.next_position + torch.arange(fed)).expand(3, -1))
             sources += [torch.tensor([last_of_prompt]), torch.arange(end, end + fed)]
             end += fed
         segments.append([len(prompt.input_ids), *(lengths[row] - 1 for row in rows)])
+    ids = torch.cat([send(torch.cat(prompt_ids), device), rollouts.tokens.flatten()])
     return PackedGroups(
-        torch.cat(ids)[None], torch.cat(positions, dim=1)[:, None].to(device), segments,
-        torch.cat(sources).to(device), rollouts.tokens[rollouts.completion_mask],
+        ids[send(torch.cat(origins), device)][None],
+        send(torch.cat(positions, dim=1)[:, None], device), segments,
+        send(torch.cat(sources), device), send(torch.cat(places), device),
     )
 
 
@@ -133,7 +139,7 @@ class CompletionScorer(nn.Module):
                  temperature: float = 1.0):
         super().__init__()
         self.model, self.temperature = model, temperature
-        self.forbidden_ids = tuple(forbidden_ids)
+        self.forbidden = torch.tensor(tuple(forbidden_ids), dtype=torch.long)  # (F,) on the host
         # Forwards without `segments`, such as the sampler's, still use SDPA.
         model.set_attn_implementation({"text_config": GROUP_ATTENTION})
 
@@ -145,39 +151,36 @@ class CompletionScorer(nn.Module):
         vocabulary they take half of the head's time. Without `with_entropy` they are 0.
         """
         packed, device = pack_groups(rollouts), rollouts.tokens.device
-        with image_inputs(self.model, rollouts.prompts) as images:
-            hidden = self.model.model(
-                input_ids=packed.input_ids,
-                # transformers makes no mask of its own if it is given one with 4 dimensions.
-                attention_mask=torch.empty(1, 1, 1, 0, device=device),
-                segments=packed.segments,
-                position_ids=packed.position_ids,
-                use_cache=False,
-                **images,
-            ).last_hidden_state  # (1, S, H)
+        hidden = self.model.model(
+            **image_inputs(self.model, packed.input_ids, rollouts.prompts),
+            # transformers makes no mask of its own if it is given one with 4 dimensions.
+            attention_mask=torch.empty(1, 1, 1, 0, device=device),
+            segments=packed.segments, position_ids=packed.position_ids, use_cache=False,
+        ).last_hidden_state  # (1, S, H)
         hidden = hidden[0, packed.sources]  # (N, H)
         logprobs, entropies = HeadLogprobs.apply(
-            hidden, self.model.lm_head.weight, packed.targets, self.temperature,
-            self.forbidden_ids, HEAD_ROWS[device.type], with_entropy,
+            hidden, self.model.lm_head.weight, rollouts.tokens.flatten()[packed.places],
+            self.temperature, send(self.forbidden, device), HEAD_ROWS[device.type], with_entropy,
         )  # (N,) each
-        mask = rollouts.completion_mask
-        empty = torch.zeros(mask.shape, device=device)
-        return empty.masked_scatter(mask, logprobs), empty.masked_scatter(mask, entropies)
+        empty = torch.zeros(rollouts.tokens.numel(), device=device)
+        logprobs, entropies = (empty.index_copy(0, packed.places, part).view(rollouts.tokens.shape)
+                               for part in (logprobs, entropies))
+        return logprobs, entropies
 
 
 class HeadLogprobs(torch.autograd.Function):
     """log p(target) and entropy at N positions, `rows` of them at a time: no (N, V) tensor exists.
 
-    hidden (N, H), weight (V, H), targets (N,) -> (N,), (N,) float32. The backward pass computes the
-    logits again, which is cheaper than keeping them. Entropies carry no gradient. Tensors (rows, V)
-    are changed in place: at a large vocabulary new memory costs as much as the arithmetic.
+    hidden (N, H), weight (V, H), targets (N,), forbidden (F,) -> (N,), (N,) float32. The backward
+    pass computes the logits again, which is cheaper than keeping them. Entropies carry no gradient.
+    Tensors (rows, V) are changed in place: at a large vocabulary new memory costs as much as the
+    arithmetic.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, forbidden_ids, rows, with_entropy=True):
+    def forward(ctx, hidden, weight, targets, temperature, forbidden, rows, with_entropy=True):
         logprobs, entropies, norms = torch.zeros(3, len(hidden), device=hidden.device)
         memory = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
-        forbidden = torch.tensor(forbidden_ids, dtype=torch.long, device=hidden.device)
         few_rows = SOFTMAX_ROWS[hidden.device.type]
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)

@@ -4,15 +4,13 @@ Tokenizer and image processor are loaded one by one, and image tokens are repeat
 Qwen2.5-VL *processor* of transformers would do both, but needs torchvision, for videos.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 CAPTION_INSTRUCTION = "Please describe this image in detail."
 """The paper's captioning prompt (section 3.1; also in every row of CapRL-QA-75K)."""
@@ -118,25 +116,28 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
     return encoded
 
 
-@contextmanager
-def image_inputs(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Iterator[dict[str, Tensor]]:
-    """The image arguments of a forward over these prompts, which must run inside.
+def image_inputs(model: PreTrainedModel, input_ids: Tensor,
+                 prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    """Tokens and images of a forward of `model`. input_ids: (rows, n) int64 on its device, with the
+    image tokens of these prompts in their order.
 
-    If all features are known, the vision tower does not run. For this the method that returns its
-    output is replaced: older transformers have no argument for known features.
+    Qwen2.5-VL gets embeddings (rows, n, H) in which the images' features are in their places. If
+    all features are known, its tower does not run. transformers does the same, but its backward
+    pass waits for the device. It does so for Qwen3-VL, whose tower feeds several layers.
     """
     inner, known = model.model, [prompt.features for prompt in prompts]
-    is_known = all(features is not None for features in known)
-    if is_known:
-        inner.get_image_features = lambda *_, **__: BaseModelOutputWithPooling(pooler_output=known)
-    try:
-        yield {
-            "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]).to(model.device),
-            "image_grid_thw": torch.cat([prompt.grid for prompt in prompts]),  # on the host
-        }
-    finally:
-        if is_known:
-            del inner.get_image_features
+    pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(model.device)
+    grid = torch.cat([prompt.grid for prompt in prompts])  # on the host
+    if hasattr(inner.visual, "deepstack_merger_list"):
+        return {"input_ids": input_ids, "pixel_values": pixels, "image_grid_thw": grid}
+    if any(features is None for features in known):
+        known = inner.get_image_features(pixels, grid).pooler_output
+    features = torch.cat(list(known))
+    embeds = inner.get_input_embeddings()(input_ids)
+    # The places of image tokens come first, in their order.
+    order = (input_ids.flatten() != model.config.image_token_id).int().argsort(stable=True)
+    rows = embeds.flatten(0, 1).index_copy(0, order[: len(features)], features.to(embeds))
+    return {"inputs_embeds": rows.view_as(embeds)}
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, content: str | list[dict[str, str]]) -> str:

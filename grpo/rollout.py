@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from grpo.decode import Decoder
-from grpo.policy import Policy, Prompt, image_inputs
+from grpo.policy import Policy, Prompt, image_inputs, send
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Rollouts:
 
     prompts: list[Prompt]
     tokens: Tensor  # (B, L) int64; what is beyond each length is never read
-    lengths: Tensor  # (B,) int64; the EOS that ends a completion is counted
+    lengths: Tensor  # (B,) int64, on the host; the EOS that ends a completion is counted
     logprobs: Tensor  # (B, L) float32, under the sampling distribution; 0 beyond each length
     truncated: Tensor  # (B,) bool: reached max_new_tokens without an EOS
     captions: list[str]
@@ -31,8 +31,8 @@ class Rollouts:
     def completion_mask(self) -> Tensor:
         """(B, L) bool, True on completion tokens, the EOS included. It is made from lengths, never
         from token ids: the pad may be an EOS."""
-        places = torch.arange(self.tokens.shape[1], device=self.lengths.device)
-        return places < self.lengths[:, None]
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return places < send(self.lengths, self.tokens.device)[:, None]
 
     def groups(self, start: int, stop: int) -> "Rollouts":
         """The rollouts of prompts `start` to `stop`."""
@@ -150,7 +150,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     longest = max(lengths)
     captions = [policy.decode(row[:length]) for row, length in zip(tokens.tolist(), lengths)]
     return Rollouts(
-        list(prompts), tokens[:, :longest], torch.tensor(lengths, device=device),
+        list(prompts), tokens[:, :longest], torch.tensor(lengths),
         logprobs[:, :longest], torch.tensor(truncated, device=device), captions,
     )
 
@@ -168,9 +168,9 @@ def read_prompts(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Dyn
         position_ids[:, row, -len(prompt.input_ids) :] = prompt.position_ids
     cache = DynamicCache(config=policy.model.config.get_text_config())
     mask = mask.to(device)
-    with image_inputs(policy.model, prompts) as images:
-        out = policy.model(
-            input_ids=ids.to(device), attention_mask=mask, position_ids=position_ids.to(device),
-            past_key_values=cache, use_cache=True, logits_to_keep=1, **images,
-        )
+    out = policy.model(
+        **image_inputs(policy.model, ids.to(device), prompts), attention_mask=mask,
+        position_ids=position_ids.to(device), past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )
     return out.logits[:, -1], cache, mask

@@ -28,7 +28,9 @@ def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
         if dropout:
             raise ValueError("gradient_checkpointing: expected a policy without dropout, got "
                              f"attention_dropout {dropout}")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Nothing random is computed again, so no state of a random stream is kept.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
+            "use_reentrant": False, "preserve_rng_state": False})
 
 
 def init_moments_(optimizer: torch.optim.AdamW) -> None:
@@ -107,11 +109,12 @@ def update_policy(scorer: CompletionScorer,
     parts = micro_batches(rollouts, config.micro_batch_tokens)
     ref_logprobs: dict[int, Tensor] = {}
     old_logprobs: dict[int, Tensor] = {}
-    totals: dict[str, float] = {}
+    totals: dict[str, Tensor] = {}  # float64
     num_skipped = 0
     scorer.train(config.gradient_checkpointing)  # transformers checkpoints in train mode only
     for epoch in range(config.inner_epochs):
-        loss_sum = 0.0
+        # Sums stay on the device: the host goes on to the next micro-batch and does not wait.
+        loss_sum = advantages.new_zeros((), dtype=torch.float64)
         for start, stop in parts:
             part = rollouts.groups(start, stop)
             rows = slice(start * config.group_size, stop * config.group_size)
@@ -126,7 +129,7 @@ def update_policy(scorer: CompletionScorer,
                 logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low,
                 config.clip_high, ref_logprobs.get(start), config.kl_coef, config.ratio,
             )
-            loss_sum += loss.item()
+            loss_sum += loss.detach()
             # Gradients are averaged over ranks, but the weights' denominator is global already.
             (loss * world_size()).backward()
             if epoch == 0:
@@ -142,7 +145,7 @@ def update_policy(scorer: CompletionScorer,
             if epoch + 1 < config.inner_epochs:
                 del stats["ratio"], stats["clip_share"]
             for key, value in stats.items():
-                totals[key] = totals.get(key, 0.0) + value.item()
+                totals[key] = totals.get(key, 0.0) + value.detach().double()
         if config.lora.lora_rank:
             from grpo.lora import average_gradients_  # here: for who has adapters
 
@@ -150,14 +153,14 @@ def update_policy(scorer: CompletionScorer,
         norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # All ranks decide together: a single NaN would spread to every weight.
-        total = sum_across_ranks({"norm and loss": norm.item() + loss_sum})
+        total = sum_across_ranks({"norm and loss": norm.item() + loss_sum.item()})
         if math.isfinite(total["norm and loss"]):
             optimizer.step()
         else:
             num_skipped += 1
         optimizer.zero_grad()
     scorer.eval()
-    totals = sum_across_ranks(totals)
+    totals = sum_across_ranks({key: value.item() for key, value in totals.items()})
     # Below 1 with the reduction "constant"; 0 if no caption has a reward.
     weight = totals.pop("weight") or math.nan
     means = {key: value / weight for key, value in totals.items()}

@@ -105,7 +105,8 @@ class Checker:
         targets = torch.tensor([token for reply in replies for token in reply],
                                device=before.device)  # (N,)
         logprobs, _ = HeadLogprobs.apply(
-            before, model.lm_head.weight, targets, 1.0, self.policy.forbidden_ids,
+            before, model.lm_head.weight, targets, 1.0,
+            torch.tensor(self.policy.forbidden_ids, dtype=torch.long, device=before.device),
             HEAD_ROWS[before.device.type], False,
         )
         parts = logprobs.cpu().split(list(map(len, replies)))

@@ -117,7 +117,7 @@ def test_packing_hand_drawn(policy, prompts):
     assert positions[:, first : first + 2].tolist() == [[start, start + 1]] * 3
     assert positions[:, first + 2 :].tolist() == [[*row, other] for row in prompts[2].position_ids.tolist()]
     assert packed.sources.tolist() == [first - 1, first, first + 1, first - 1, end - 1, end - 1, end]
-    assert packed.targets.tolist() == [30, 31, 32, 33, 34, 35, 36]
+    assert rollouts.tokens.flatten()[packed.places].tolist() == [30, 31, 32, 33, 34, 35, 36]
 
 
 def test_no_shift_by_one(policy, prompts):
@@ -125,13 +125,13 @@ def test_no_shift_by_one(policy, prompts):
     vocabulary = policy.model.config.text_config.vocab_size
 
     def successor(module, args, output):
-        ids = seen[-1]
+        ids = seen[-1][0]
         output.last_hidden_state = torch.nn.functional.one_hot((ids + 1) % vocabulary, vocabulary) * 100.0
         return output
 
     seen = []
     inner = policy.model.model
-    inner.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    inner.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args))
     inner.register_forward_hook(successor)
     policy.model.lm_head.weight = torch.nn.Parameter(torch.eye(vocabulary))
     last = prompts[0].input_ids[-1].item()
@@ -182,7 +182,7 @@ def test_head_in_chunks_equals_the_whole(rows, temperature):
     hidden, weight = torch.randn(70, 8, generator=generator), torch.randn(20, 8, generator=generator)
     targets, outer = torch.randint(3, 20, (70,), generator=generator), torch.randn(70, generator=generator)
     results = []
-    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, temperature, (0, 2), rows),
+    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, temperature, torch.tensor([0, 2]), rows),
                  lambda h, w: full_head(h, w, targets, temperature, [0, 2])):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropies = head(h, w)
@@ -198,7 +198,7 @@ def test_head_in_bfloat16_is_near():
     hidden, weight = (torch.randn(size, 8, generator=generator).bfloat16() for size in (50, 20))
     targets = torch.randint(3, 20, (50,), generator=generator)
     results = []
-    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, 1.0, (0, 2), 33),
+    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, 1.0, torch.tensor([0, 2]), 33),
                  lambda h, w: full_head(h.float(), w.float(), targets, 1.0, [0, 2])):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropies = head(h, w)
@@ -210,10 +210,11 @@ def test_head_in_bfloat16_is_near():
 
 
 def test_entropy_of_uniform_logits_is_log_v():
-    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.zeros(3, dtype=torch.long), 1.0, (), 2)
+    none = torch.tensor([], dtype=torch.long)
+    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.zeros(3, dtype=torch.long), 1.0, none, 2)
     assert entropy.tolist() == pytest.approx([math.log(50)] * 3, abs=1e-5)
     _, entropy = HeadLogprobs.apply(
-        torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, (7, 8), 2
+        torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, torch.tensor([7, 8]), 2
     )
     assert entropy.tolist() == pytest.approx([math.log(48)] * 3, abs=1e-5)
 

@@ -2,11 +2,12 @@
 
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import keys
+from conftest import Waits, keys
 
 from grpo.log import alarms
 from grpo.logprobs import CompletionScorer
@@ -87,6 +88,23 @@ def test_micro_batches_hand_computed(batch, monkeypatch):
     others = iter([True, True, False])  # another rank fits with three
     monkeypatch.setattr("grpo.update.gather_rows", lambda rows: [*rows, next(others)])
     assert micro_batches(rollouts, sum(sizes)) == [(0, 1), (1, 2), (2, 4)]
+
+
+def test_the_host_waits_as_often_for_one_micro_batch_as_for_four(policy, batch, monkeypatch):
+    """It hands the next one to a GPU that still computes the last. Reads of the host's own tensors count here, too: of them
+    each prompt has some, however the prompts are split. (The tower, which is left out, has some for each pass.)"""
+    def mask(queries: int, keys: int):  # torch's own is a kind of tensor that cannot be watched
+        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+    monkeypatch.setattr("grpo.logprobs.causal_lower_right", mask)
+    rollouts, *rest = batch
+    batch = replace(rollouts, prompts=encode_images(policy, rollouts.prompts)), *rest
+    seen = []
+    for budget in (10**6, 1):
+        with Waits() as waits:
+            one_update(policy, batch, micro_batch_tokens=budget, gradient_checkpointing=True, freeze="vision+merger")
+        seen.append(Counter(waits.seen))
+    assert len(micro_batches(batch[0], 1)) == 4 and seen[0] == seen[1] and set(seen[0]) == {"_local_scalar_dense"}
 
 
 @pytest.mark.parametrize("freeze", ["none", "vision", "vision+merger"])

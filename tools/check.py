@@ -150,7 +150,7 @@ def longest_micro_batches(prompt: Prompt, run: Run, config: TrainConfig) -> Roll
     size = (len(prompts) * config.group_size, config.max_new_tokens)  # (B, L)
     tokens = torch.full(size, run.sampler.eos_ids[0], device=run.device)  # any that is scored
     return Rollouts(
-        prompts, tokens, torch.full_like(tokens[:, 0], config.max_new_tokens),
+        prompts, tokens, torch.full((len(tokens),), config.max_new_tokens),
         torch.zeros_like(tokens, dtype=torch.float32), torch.ones_like(tokens[:, 0]).bool(),
         [""] * len(tokens),
     )
@@ -205,6 +205,8 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
                               lengths=torch.full((num_rows,), length))
     try:
         with limited(available if device.type == "cpu" else None):
+            if device.type == "cuda":  # the first pass compiles, for many seconds
+                try_step(run, reward, mine, config)
             reward_s, reward_peak = measure(
                 lambda: reward_step(reward, mine, written, "check", config), device)
             update_s, update_peak = measure(lambda: try_update(run, rollouts, config), device)

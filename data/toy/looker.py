@@ -338,12 +338,11 @@ class Pupil(nn.Module):
         tokens = pad_sequence(rows, batch_first=True)
         # Packing reads prompts, tokens and lengths alone. What sampling tells is not there.
         packed = pack_groups(Rollouts(prompts, tokens, lengths, tokens, tokens, [""] * len(rows)))
-        with image_inputs(self.model, prompts) as images:
-            outputs = inner(
-                input_ids=packed.input_ids, attention_mask=torch.empty(1, 1, 1, 0),
-                segments=packed.segments, position_ids=packed.position_ids, use_cache=False,
-                output_hidden_states=True, **images,
-            )
+        outputs = inner(
+            **image_inputs(self.model, packed.input_ids, prompts),
+            attention_mask=torch.empty(1, 1, 1, 0), segments=packed.segments,
+            position_ids=packed.position_ids, use_cache=False, output_hidden_states=True,
+        )
         # (N, H) before each token of the rests, by how many layers are still to come
         hidden = {0: outputs.last_hidden_state[0, packed.sources]}
         for num in set(EARLY.values()):
