@@ -42,7 +42,7 @@ from grpo.policy import Policy, Prompt
 from grpo.pretrained import make_policy
 from grpo.recipes import toy_config
 from grpo.rollout import Rollouts, read_prompts, sample_rollouts
-from grpo.update import prepare_training_, update_policy
+from grpo.update import micro_batches, prepare_training_, update_policy
 from reward.attention import shared_heads
 from reward.caprl import Verifier, caption_rewards
 
@@ -409,10 +409,12 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
     rows = torch.arange(len(keys), device=device)
     starts = torch.tensor([prompt.next_position for prompt in prompts], device=device)
     starts, kept = starts.repeat_interleave(config.group_size), []
-    for way in ("compiled", "recorded", "plain"):  # "recorded" is not compiled, "plain" is neither
+    # Each has one part less: kernels of grpo/attend.py, the compiler, the recording.
+    for way in ("kernels", "compiled", "recorded", "plain"):
         decoder = Decoder(policy.model, config.group_size, config.tokens)
         decoder.uses_graphs &= way != "plain"
-        if way != "compiled":
+        decoder.uses_kernels &= way == "kernels"
+        if way not in ("kernels", "compiled"):
             decoder.layer_step_ = layer_step_
         _, cache, mask = read_prompts(policy, prompts)
         decoder.add(cache, mask)
@@ -422,8 +424,8 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
         say(f"a token of all rows, {way}", recorded=decoder.recording is not None,
             first_ms=1e3 * first, again_ms=1e3 * seconds(step, config.tokens // 4),
             peak_gib=peak_gib())
-    say("errors of logits against plain", compiled=error_of(kept[0], kept[-1]),
-        recorded=error_of(kept[1], kept[-1]))
+    say("errors of logits against plain", kernels=error_of(kept[0], kept[-1]),
+        compiled=error_of(kept[1], kept[-1]), recorded=error_of(kept[2], kept[-1]))
     rollouts = sample_rollouts(policy, prompts[:2], keys[: 2 * config.group_size], config.tokens)
     logprobs, _ = make_scorer(policy)(rollouts)
     gaps = (logprobs - rollouts.logprobs)[rollouts.completion_mask]
@@ -462,8 +464,8 @@ def phases(config: GpuConfig, device: torch.device,
 
     @torch.no_grad()
     def refer() -> None:
-        for place in range(config.prompts):
-            frozen(rollouts.groups(place, place + 1), with_entropy=False)
+        for start, stop in micro_batches(rollouts, settings.micro_batch_tokens):
+            frozen(rollouts.groups(start, stop), with_entropy=False)
 
     functions = {
         "first token": lambda: sample_rollouts(policy, prompts, keys, 1),
