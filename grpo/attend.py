@@ -29,6 +29,8 @@ def attend(query: Tensor, prompt_keys: Tensor, prompt_values: Tensor, keys: Tens
     slots: (B,) int64, the place of each caption's newest keys. D is a power of 2, 16 or more.
     """
     (num_p, num_kv, num_g, room, width), heads = keys.shape, query.shape[1]
+    caches = prompt_keys, prompt_values, keys, values
+    assert all(part.is_contiguous() for part in caches), "expected contiguous keys and values"
     if query.stride()[1:] != (width, 1):
         query = query.contiguous()
     size, width_of_prompts, num_rows = heads // num_kv, prompt_keys.shape[2], len(query) * heads
@@ -120,8 +122,9 @@ def _attend_keys(query, row_stride, keys, values, parts, weights, num_rows, base
         result = result * shrink[:, None] + own
         highest = higher
     to = part * num_rows + (member * NUM_KV + head) * ROWS + place % ROWS
-    result /= tl.maximum(total, 1e-38)[:, None]  # a split without keys has weight 0
-    tl.store(parts + to[:, None].to(tl.int64) * WIDTH + column, result, mask=used[:, None])
+    total = tl.maximum(total, 1e-38)  # 0 in a split without keys, whose weight is 0 then
+    tl.store(parts + to[:, None].to(tl.int64) * WIDTH + column, result / total[:, None],
+             mask=used[:, None])
     tl.store(weights + to, highest + tl.log2(total), mask=used)
 
 

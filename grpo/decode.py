@@ -5,10 +5,10 @@ read them in one matrix product. The captions' own are kept per row. Linear laye
 the rows that are still being written, attention runs on whole groups.
 
 A GPU takes longer to launch the step's thousand small kernels than to run them. So there a layer's
-small kernels are compiled into few, and the step is recorded once as a CUDA graph and replayed. A
-recording has fixed addresses and sizes. So all rows take part, and after every change of the cache
-it is made again. To keep changes rare, room for captions comes in few sizes, and groups should be
-dropped seldom.
+small kernels are compiled into few, attention is two kernels of our own (grpo/attend.py), and the
+step is recorded once as a CUDA graph and replayed (grpo/recording.py). A recording has fixed
+addresses and sizes. So all rows take part, and after every change of the cache it is made again. To
+keep changes rare, room for captions comes in few sizes, and groups should be dropped seldom.
 
 Shape letters: H hidden size, D head size, K key-value heads, R query heads per key-value head. T
 longest prompt, A longest caption so far, B = P * G rows; n of them are still being written.
@@ -53,9 +53,10 @@ class Decoder:
         self.device_ages = torch.empty(0)  # (P,) int64, the same for the device
         self.uses_graphs = self.embed.device.type == "cuda"
         self.layer_step_ = compiled_step_() if self.uses_graphs else layer_step_
-        head_dim = text.layers[0].self_attn.head_dim
+        num_kv, heads = text.config.num_key_value_heads, text.config.num_attention_heads
+        sizes = group_size, num_kv, heads // num_kv, text.layers[0].self_attn.head_dim
         self.uses_kernels = self.uses_graphs and has_kernels(
-            head_dim, self.embed.dtype, self.embed.device)
+            sizes, self.embed.dtype, self.embed.device)
         self.recording = None  # of grpo/recording.py
 
     @property
@@ -169,23 +170,22 @@ class Decoder:
                  longest: int) -> Tensor:
         """Logits (n, V). ages: (P,). The first `longest` places of the captions' room are read."""
         slots = ages[rows // self.group_size]
-        hidden = self.padding
-        if not self.uses_kernels or len(rows) < len(self.ages) * self.group_size:
-            hidden = self._bias(ages, longest)
+        has_all_rows = len(rows) == len(self.ages) * self.group_size  # kernels take no fewer
+        unseen = self.padding if self.uses_kernels and has_all_rows else self._bias(ages, longest)
         x = F.embedding(tokens, self.embed)  # (n, H)
         angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
         scaling = self.rotary.attention_scaling
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
         for layer, prefix, suffix in zip(self.layers, self.prefix, self.suffix):
-            x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), hidden, rows, slots)
+            x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), unseen, rows, slots)
         return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _bias(self, ages: Tensor, longest: int) -> Tensor:
         """(P, 1, 1, 1, T + A) float32: -inf on padding, and on what is not written yet."""
         before, after = (torch.arange(size, device=ages.device)
                          for size in (self.prefix[0][0].shape[2], longest))
-        hidden = torch.cat([before < self.padding[:, None], after > ages[:, None]], dim=1)
-        bias = torch.zeros(hidden.shape, device=ages.device).masked_fill(hidden, -torch.inf)
+        is_unseen = torch.cat([before < self.padding[:, None], after > ages[:, None]], dim=1)
+        bias = torch.zeros(is_unseen.shape, device=ages.device).masked_fill(is_unseen, -torch.inf)
         return bias[:, None, None, None]
 
     def _grow(self, length: int) -> None:

@@ -37,10 +37,10 @@ def compiled(function: Callable, changing: Callable[..., list[tuple[Tensor, list
     config.recompile_limit = max(config.recompile_limit, 64)
     failed = False
 
-    def call(*args):
+    def call(*args, **options):
         nonlocal failed
-        if failed:
-            return function(*args)
+        if failed or options:
+            return function(*args, **options)
         for tensor, places in changing(*args):
             maybe_mark_dynamic(tensor, places)
         try:

@@ -130,16 +130,16 @@ class LayerWeights:
 
 
 def layer_step_(x: Tensor, layer: LayerWeights, prefix: Pair, suffix: Pair, angles: Pair,
-                hidden: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+                unseen: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
     """A layer for the next token of n rows: (n, H) -> (n, H), in the model's data type. Writes the
     token's keys and values into `suffix`.
 
     prefix: the prompts' keys and values, each (P, K, T, D). suffix: the captions', each
     (P, K, G, room, D), of which the first A places are read. angles: cosines and sines, each
     (n, 1, D / 2). rows: (n,) int64, ascending places among the P * G rows. slots: (n,) int64, the
-    place in the suffix that each row writes. hidden: what is not to be seen, as a bias of the
-    scores, (P, 1, 1, 1, T + A) float32. For the kernels of grpo/attend.py, which take all rows: the
-    padding of the prompts, (P,) int64.
+    place in the suffix that each row writes. unseen: what is not to be seen, as a bias of the
+    scores, (P, 1, 1, 1, T + A) float32. Or the padding of the prompts, (P,) int64: then the kernels
+    of grpo/attend.py run, which take all rows.
     """
     keys, values = suffix
     _, num_kv, num_g, _, head_dim = keys.shape
@@ -156,10 +156,10 @@ def layer_step_(x: Tensor, layer: LayerWeights, prefix: Pair, suffix: Pair, angl
     q = qk[:, :-num_kv]
     keys[group, :, member, slots] = qk[:, -num_kv:]
     values[group, :, member, slots] = v
-    if hidden.dtype == torch.long:
-        out = torch.ops.grpo.attend(q, *prefix, *suffix, hidden, slots)
+    if unseen.ndim == 1:  # padding
+        out = torch.ops.grpo.attend(q, *prefix, *suffix, unseen, slots)
     else:
-        out = _attend(q, prefix, suffix, hidden, rows)
+        out = _attend(q, prefix, suffix, unseen, rows)
     x = x + layer.out(out.flatten(1))
     normed = F.rms_norm(x, x.shape[-1:], layer.norm2, layer.eps)
     gate, up = layer.gate_up(normed).chunk(2, dim=-1)
@@ -191,17 +191,21 @@ def _attend(q: Tensor, prefix: Pair, suffix: Pair, bias: Tensor, rows: Tensor) -
 
 
 @cache
-def has_kernels(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels of grpo/attend.py run here, for heads of this width. They are tried once;
-    if they fail, one warning says so."""
+def has_kernels(sizes: tuple[int, int, int, int], dtype: torch.dtype,
+                device: torch.device) -> bool:
+    """Whether the kernels of grpo/attend.py run here. sizes: G, K, R, D. They are tried once; if
+    they fail, one warning says so."""
+    num_g, num_kv, shared, head_dim = sizes
     if head_dim < 16 or head_dim & (head_dim - 1):
         return False
     try:
         from grpo.attend import attend
 
-        states = torch.zeros(1, 1, 1, 1, head_dim, dtype=dtype, device=device)
-        first = torch.zeros(1, dtype=torch.long, device=device)
-        attend(states[0, 0], states[0], states[0], states, states, first, first)
+        query = torch.zeros(num_g, num_kv * shared, head_dim, dtype=dtype, device=device)
+        own = query.new_zeros(1, num_kv, num_g, 1, head_dim)
+        places = torch.zeros(num_g, dtype=torch.long, device=device)
+        attend(query, own[:, :, 0].contiguous(), own[:, :, 0].contiguous(), own, own, places[:1],
+               places)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton has many kinds
@@ -216,8 +220,9 @@ def compiled_step_() -> Callable[..., Tensor]:
     """`layer_step_` as `compiled` makes it: anew for a single group, for a single caption of each,
     and for each kind of layer (with adapters, say)."""
 
-    def changing(x, layer, prefix, suffix, angles, hidden, rows, slots):
-        places = [(x, [0]), (hidden, [0, 4][: hidden.ndim]), (rows, [0]), (slots, [0])]
+    def changing(x, layer, prefix, suffix, angles, unseen, rows, slots):
+        places = [(x, [0]), (unseen, [0] if unseen.ndim == 1 else [0, 4])]
+        places += [(rows, [0]), (slots, [0])]
         places += [(part, [0, 2]) for part in prefix] + [(part, [0, 3]) for part in suffix]
         return places + [(part, [0]) for part in angles]
 

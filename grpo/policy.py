@@ -119,7 +119,8 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
 def image_inputs(model: PreTrainedModel, input_ids: Tensor,
                  prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Tokens and images of a forward of `model`. input_ids: (rows, n) int64 on its device, with the
-    image tokens of these prompts in their order.
+    image tokens of these prompts in their order. Raises ValueError if these are not as many as the
+    images' features.
 
     Qwen2.5-VL gets embeddings (rows, n, H) in which the images' features are in their places. If
     all features are known, its tower does not run. transformers does the same, but its backward
@@ -133,9 +134,14 @@ def image_inputs(model: PreTrainedModel, input_ids: Tensor,
     if any(features is None for features in known):
         known = inner.get_image_features(pixels, grid).pooler_output
     features = torch.cat(list(known))
+    image_id = model.config.image_token_id
+    num_tokens = sum(int((prompt.input_ids == image_id).sum()) for prompt in prompts)
+    if num_tokens != len(features):
+        raise ValueError(f"expected {num_tokens} features of images, one for each image token, "
+                         f"found {len(features)}")
     embeds = inner.get_input_embeddings()(input_ids)
     # The places of image tokens come first, in their order.
-    order = (input_ids.flatten() != model.config.image_token_id).int().argsort(stable=True)
+    order = (input_ids.flatten() != image_id).int().argsort(stable=True)
     rows = embeds.flatten(0, 1).index_copy(0, order[: len(features)], features.to(embeds))
     return {"inputs_embeds": rows.view_as(embeds)}
 

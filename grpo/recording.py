@@ -14,7 +14,8 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Recording:
     """A step of all B rows with fixed addresses: inputs, replay and output. A replay reads the
-    memory of every tensor that the recording read, and does not keep it. So all are kept here."""
+    memory of every tensor that the recording read, and does not keep it. These are kept here, the
+    others by the decoder, which drops the recording before it replaces one."""
 
     tokens: Tensor  # (B,)
     positions: Tensor  # (B,)

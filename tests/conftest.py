@@ -179,7 +179,7 @@ def run_now(function):
 
 
 class RecordingDecoder(Decoder):
-    """On a CPU as on a GPU, where `grpo.recording.record` is replaced, but not compiled."""
+    """On a CPU as on a GPU, where `grpo.recording.record` is replaced, but not compiled and without kernels."""
 
     def __init__(self, *args):
         super().__init__(*args)

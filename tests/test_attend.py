@@ -9,7 +9,7 @@ from conftest import RecordingDecoder, keys, run_now
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
 from grpo.layers import compiled_step_, has_kernels, layer_step_
-from grpo.rollout import sample_rollouts
+from grpo.rollout import read_prompts, sample_rollouts
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install triton)")
 import grpo.attend
@@ -73,6 +73,13 @@ def test_against_loops(num_p, num_kv, num_g, shared, width, prompt, room, dtype,
     assert (got.double() - want).norm() / want.norm() < most
 
 
+def test_keys_that_are_not_contiguous_are_refused():
+    own, first = torch.zeros(1, 2, 2, 8, 16), torch.zeros(2, dtype=torch.long)
+    prompts = own[:, :, 0].contiguous()
+    with pytest.raises(AssertionError, match="contiguous"):
+        attend(torch.zeros(2, 2, 16), prompts, prompts, own, own[:, :, :, ::2], first[:1], first)
+
+
 class KernelDecoder(RecordingDecoder):
     def __init__(self, *args):
         super().__init__(*args)
@@ -110,6 +117,26 @@ def test_captions_are_those_without_kernels(policy, monkeypatch, is_compiled):
     assert bool(graphs) == is_compiled and all("grpo.attend" in code for code in graphs)
 
 
+def test_kernels_are_left_out_where_not_all_rows_take_part(policy, monkeypatch):
+    """As where nothing can be recorded, and rows have ended."""
+
+    def fail(function):
+        raise RuntimeError("cannot be recorded")
+
+    prompts = [policy.prompt(draw(make_scene("train", index)).resize((56, 56))) for index in range(2)]
+    seen = []
+    for kind in (Decoder, KernelDecoder):
+        decoder = kind(policy.model, 2, 8)
+        monkeypatch.setattr("grpo.recording.record", fail)
+        with torch.no_grad():
+            _, cache, mask = read_prompts(policy, prompts)
+            decoder.add(cache, mask)
+            rows = torch.tensor([0, 1, 3])
+            logits = [decoder.step(rows + 40, rows + 60, rows), decoder.step(rows[1:] + 40, rows[1:] + 61, rows[1:])]
+        seen.append(torch.cat(logits))
+    assert torch.allclose(*seen, atol=1e-5) and not decoder.uses_graphs and decoder.uses_kernels
+
+
 def test_room_is_of_few_sizes_where_kernels_do_not_read_it(policy):
     decoder = Decoder(policy.model, 2, 2000)
     assert [decoder.room_for(length) for length in (1, 65, 257, 600)] == [64, 128, 512, 768]
@@ -123,12 +150,13 @@ def test_kernels_that_fail_are_left_out_with_a_warning(monkeypatch, recwarn):
 
     has_kernels.cache_clear()
     here = torch.float32, torch.device("cpu")
-    assert has_kernels(16, *here) and not has_kernels(24, *here) and not has_kernels(8, *here) and not recwarn.list
+    widths = {width: has_kernels((2, 2, 3, width), *here) for width in (8, 16, 24)}
+    assert widths == {8: False, 16: True, 24: False} and not recwarn.list
     monkeypatch.setattr(grpo.attend, "attend", fail)
-    assert not has_kernels(32, *here) and not has_kernels(32, *here)
+    assert not has_kernels((2, 2, 3, 32), *here) and not has_kernels((2, 2, 3, 32), *here)
     assert [str(warning.message) for warning in recwarn] == [
         "decoding without kernels of its own, slower (libcuda.so cannot be found)"]
     monkeypatch.setattr(grpo.attend, "attend", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
-        has_kernels(64, *here)
+        has_kernels((2, 2, 3, 64), *here)
     has_kernels.cache_clear()

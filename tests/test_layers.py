@@ -8,21 +8,23 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import RecordingDecoder, keys, run_now
+from test_vision import qwen3_vl
 from torch import nn
 from torch._dynamo import exc as dynamo
 from transformers import GemmaConfig, GemmaForCausalLM
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
-from grpo.fused import ANGLES, GatedMLP, _gated, plain_norms
+from grpo.fused import ANGLES, GatedMLP, _gated, fuse_, plain_norms
 from grpo.layers import compiled_step_, layer_step_
 from grpo.pretrained import make_policy
 from grpo.rollout import read_prompts, sample_rollouts
 from grpo.sharding import empty_model
 from reward.caprl import Verifier
 
-OWN = {name: getattr(modeling_qwen2_5_vl, name) for name in ANGLES}
+OWN = {(module, name): getattr(module, name) for module in (modeling_qwen2_5_vl, modeling_qwen3_vl) for name in ANGLES}
 """Functions of transformers, which are replaced there on a GPU."""
 
 
@@ -36,8 +38,8 @@ def on_gpu(monkeypatch):
 
     monkeypatch.setattr("grpo.fused.is_on_gpu", lambda model: True)
     monkeypatch.setattr("torch.compile", compile_by_torch)
-    for name, function in OWN.items():
-        monkeypatch.setattr(modeling_qwen2_5_vl, name, function)
+    for place, function in OWN.items():
+        monkeypatch.setattr(*place, function)
     _gated.cache_clear()
     yield names
     _gated.cache_clear()
@@ -87,13 +89,49 @@ def test_angles_and_gates_are_compiled_once_for_all_sizes_and_change_nothing(pol
     for batch in (prompts[:1], prompts[1:2], prompts[:2], prompts[1:], prompts):
         got = run(fused, batch)
         with pytest.MonkeyPatch.context() as patch:
-            for name, function in OWN.items():
-                patch.setattr(modeling_qwen2_5_vl, name, function)
+            for place, function in OWN.items():
+                patch.setattr(*place, function)
             want = run(own, batch)
         for one, other in zip(got, want, strict=True):
             assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
     # of the text once more for several rows; gates of the tower and of the text have other dimensions
     assert Counter(on_gpu) == {"apply_rotary_pos_emb": 2, "apply_rotary_pos_emb_vision": 1, "gated": 3}
+
+
+def test_a_second_model_compiles_no_function_again(policy, on_gpu):
+    for _ in range(2):
+        make_policy(copy.deepcopy(policy.model), policy.tokenizer, policy.image_processor)
+        turns = [getattr(modeling_qwen2_5_vl, name) for name in ANGLES]
+    make_policy(policy.model, policy.tokenizer, policy.image_processor)
+    assert turns == [getattr(modeling_qwen2_5_vl, name) for name in ANGLES] and not set(turns) & set(OWN.values())
+    q, k = torch.randn(2, 1, 2, 3, 8)
+    cos, sin = torch.randn(2, 1, 3, 8)
+    by_name = turns[0](q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    for part, other in zip(by_name, turns[0](q, k, cos, sin)):
+        assert torch.allclose(part.transpose(1, 2), other)
+
+
+def test_qwen3_vl_has_its_own_tower_and_the_same_values(on_gpu):
+    torch.manual_seed(0)
+    own = qwen3_vl().eval()
+    fused = copy.deepcopy(own)
+    embeds, pixels = torch.randn(2, 5, 32), torch.randn(64, 96)
+    places, grid = torch.arange(5).expand(3, 2, 5), torch.tensor([[1, 8, 8]])
+
+    def run(model):
+        text = model.model.language_model(inputs_embeds=embeds, position_ids=places).last_hidden_state
+        image = model.model.visual(pixels, grid_thw=grid).pooler_output
+        (text.square().mean() + image.square().mean()).backward()
+        return [text, image, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    want = run(own)
+    fuse_(fused)
+    got = run(fused)
+    assert {type(layer.mlp) for layer in fused.model.language_model.layers} == {GatedMLP}
+    assert GatedMLP not in {type(block.mlp) for block in fused.model.visual.blocks}
+    assert set(on_gpu) == {*ANGLES, "gated"}
+    for one, other in zip(got, want, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
 
 
 def test_all_models_on_a_gpu_have_fused_norms(policy, verifier_model, tokenizer, on_gpu):
@@ -179,11 +217,14 @@ def test_memory_that_is_short_is_not_the_compilers_fault(policy, prompts, record
 
 
 def test_a_decoder_compiles_on_a_gpu_only(policy, monkeypatch):
-    assert Decoder(policy.model, 2, 8).layer_step_ is layer_step_
+    decoder = Decoder(policy.model, 2, 8)
+    assert decoder.layer_step_ is layer_step_ and not decoder.uses_kernels
     monkeypatch.setattr("grpo.layers.check_layers", lambda model: None)
     monkeypatch.setattr("grpo.layers.compiled_step_", lambda: math.inf)
+    monkeypatch.setattr("grpo.layers.has_kernels", lambda *_: True)
     monkeypatch.setattr(policy.model.model.language_model.embed_tokens, "weight", OnGpu())
-    assert Decoder(policy.model, 2, 8).layer_step_ == math.inf
+    decoder = Decoder(policy.model, 2, 8)
+    assert decoder.layer_step_ == math.inf and decoder.uses_kernels
 
 
 class OnGpu(nn.Parameter):

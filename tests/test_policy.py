@@ -1,5 +1,8 @@
 """The policy's prompts and the ids that it may write."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import transformers as hf
 from conftest import keys
@@ -7,9 +10,9 @@ from PIL import Image
 
 from data.toy.world import draw, make_scene
 from grpo.logprobs import CompletionScorer
-from grpo.policy import chat_text
+from grpo.policy import chat_text, encode_images
 from grpo.pretrained import make_policy
-from grpo.rollout import sample_rollouts
+from grpo.rollout import read_prompts, sample_rollouts
 
 
 def pad_vocabulary(model, size, likely):
@@ -62,3 +65,19 @@ def test_one_prompt_as_before(policy):
     first = policy.prompt(image)
     make_policy(policy.model, policy.tokenizer, policy.image_processor).prompt(Image.new("RGB", (90, 50)))
     assert torch.equal(policy.prompt(image).input_ids, first.input_ids)
+
+
+@pytest.mark.parametrize("are_known", [False, True])
+def test_features_that_are_not_as_many_as_image_tokens_are_refused(policy, prompts, are_known):
+    """One image token more, or less, than the tower has features for."""
+    first, image_id = prompts[0], policy.model.config.image_token_id
+    if are_known:
+        [first] = encode_images(policy, [first])
+    place = first.input_ids.tolist().index(image_id)
+    number = int((first.input_ids == image_id).sum())
+    fewer = torch.cat([first.input_ids[:place], first.input_ids[place + 1 :]])
+    more = torch.cat([first.input_ids[: place + 1], first.input_ids[place:]])
+    for ids, tokens in ((fewer, number - 1), (more, number + 1)):
+        wrong = replace(first, input_ids=ids, position_ids=torch.arange(len(ids)).expand(3, -1))
+        with pytest.raises(ValueError, match=f"expected {tokens} features of images, .* found {number}"):
+            read_prompts(policy, [wrong])

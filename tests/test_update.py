@@ -67,7 +67,7 @@ def test_a_frozen_tower_runs_once_an_image_with_the_same_step(policy, batch, mon
     assert all(prompt.pixel_values.untyped_storage().nbytes() == 0 for prompt in prompts)  # the features stand for them
     again = sample_rollouts(policy, prompts, keys(4, 2), 10)
     metrics, change = one_update(policy, (again, *rest), **frozen)
-    assert num_images == [1] * 4 and "get_image_features" not in vars(policy.model.model)
+    assert num_images == [1] * 4
     assert torch.equal(again.tokens, rollouts.tokens) and metrics == pytest.approx(want_metrics, abs=1e-5)
     for name, one in want.items():
         assert torch.allclose(change[name], one, atol=1e-6), name
