@@ -133,8 +133,10 @@ def build_models(config: GpuConfig, device: torch.device) -> tuple[Policy, Polic
         answering = AutoModelForCausalLM.from_config(Qwen2Config(**text), dtype=HALF).eval()
     reference.model.requires_grad_(False)
     verifier = Verifier(answering.requires_grad_(False), tokenizer, mode="sample")
-    # No caption ends early: each measurement has the same tokens.
-    never = tuple(sorted({*policy.forbidden_ids, *policy.eos_ids}))
+    # No caption ends early: each measurement has the same tokens. Ids without a token, of which a
+    # real checkpoint has a few hundred and this one 151,185, may be written.
+    named = {i for i in policy.forbidden_ids if i < len(policy.tokenizer)}
+    never = tuple(sorted({*named, *policy.eos_ids}))
     return replace(policy, forbidden_ids=never), reference, verifier
 
 

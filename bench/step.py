@@ -205,7 +205,10 @@ def make_caption(config: StepConfig) -> str:
 def run_ours(config: StepConfig) -> None:
     device, folder, phases = torch.device("cpu"), Path(config.folder), Phases()
     policy = load_policy(str(folder / "policy"), device)
-    policy = replace(policy, forbidden_ids=tuple(sorted({*policy.forbidden_ids, *policy.eos_ids})))
+    # Of a vocabulary that is larger than the tokenizer's, nearly all ids have no token. A real
+    # checkpoint has a few hundred of them, so here they may be written.
+    named = {i for i in policy.forbidden_ids if i < len(policy.tokenizer)}
+    policy = replace(policy, forbidden_ids=tuple(sorted({*named, *policy.eos_ids})))
     scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     model = load_policy(str(folder / "policy"), device).model.requires_grad_(False)
     frozen = CompletionScorer(model, policy.forbidden_ids)
