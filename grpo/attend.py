@@ -29,6 +29,7 @@ def attend(query: Tensor, prompt_keys: Tensor, prompt_values: Tensor, keys: Tens
     slots: (B,) int64, the place of each caption's newest keys. D is a power of 2, 16 or more.
     """
     (num_p, num_kv, num_g, room, width), heads = keys.shape, query.shape[1]
+    assert len(query) == num_p * num_g, f"expected {num_p * num_g} rows, found {len(query)}"
     caches = prompt_keys, prompt_values, keys, values
     assert all(part.is_contiguous() for part in caches), "expected contiguous keys and values"
     if query.stride()[1:] != (width, 1):

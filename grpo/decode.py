@@ -57,7 +57,7 @@ class Decoder:
         sizes = group_size, num_kv, heads // num_kv, text.layers[0].self_attn.head_dim
         self.uses_kernels = self.uses_graphs and has_kernels(
             sizes, self.embed.dtype, self.embed.device)
-        self.recording = None  # of grpo/recording.py
+        self.recording = None  # a Recording of grpo/recording.py, when there is one
 
     @property
     def longest(self) -> int:

@@ -54,9 +54,11 @@ def compiled(function: Callable, changing: Callable[..., list[tuple[Tensor, list
     return call
 
 
-# A number of tokens in a batch, and of rows: dimensions by their place.
-ANGLES = {"apply_rotary_pos_emb": ([0, 2], [0, 2], [0, 1], [0, 1]),  # queries, keys, cosines, sines
+ANGLES = {"apply_rotary_pos_emb": ([0, 2], [0, 2], [0, 1], [0, 1]),
           "apply_rotary_pos_emb_vision": ([0], [0], [0], [0])}
+"""Names in transformers. For queries, keys, cosines and sines the dimensions that change in a run:
+the text's (rows, heads, tokens, D) and (rows, tokens, D), the tower's (patches, heads, D) and
+(patches, D)."""
 
 
 def fuse_angles_(model: PreTrainedModel) -> None:
@@ -100,6 +102,7 @@ class GatedMLP(nn.Module):
         return F.linear(inner, F.pad(down.weight, (0, padding)), down.bias)
 
     def inner(self, gate: Tensor, up: Tensor) -> Tensor:
+        """(..., inner width) each -> (..., inner width)."""
         is_silu = isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
         return _gated()(gate, up) if is_silu else self.act_fn(gate) * up
 

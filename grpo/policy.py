@@ -123,8 +123,9 @@ def image_inputs(model: PreTrainedModel, input_ids: Tensor,
     images' features.
 
     Qwen2.5-VL gets embeddings (rows, n, H) in which the images' features are in their places. If
-    all features are known, its tower does not run. transformers does the same, but its backward
-    pass waits for the device. It does so for Qwen3-VL, whose tower feeds several layers.
+    all features are known, its tower does not run. transformers puts them there, too, but its
+    backward pass waits for the device. For Qwen3-VL it is left to transformers, since that tower
+    feeds several layers.
     """
     inner, known = model.model, [prompt.features for prompt in prompts]
     pixels = torch.cat([prompt.pixel_values for prompt in prompts]).to(model.device)

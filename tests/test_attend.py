@@ -73,11 +73,13 @@ def test_against_loops(num_p, num_kv, num_g, shared, width, prompt, room, dtype,
     assert (got.double() - want).norm() / want.norm() < most
 
 
-def test_keys_that_are_not_contiguous_are_refused():
+def test_keys_that_are_not_contiguous_and_a_part_of_the_rows_are_refused():
     own, first = torch.zeros(1, 2, 2, 8, 16), torch.zeros(2, dtype=torch.long)
     prompts = own[:, :, 0].contiguous()
     with pytest.raises(AssertionError, match="contiguous"):
         attend(torch.zeros(2, 2, 16), prompts, prompts, own, own[:, :, :, ::2], first[:1], first)
+    with pytest.raises(AssertionError, match="expected 2 rows, found 1"):
+        attend(torch.zeros(1, 2, 16), prompts, prompts, own, own, first[:1], first)
 
 
 class KernelDecoder(RecordingDecoder):

@@ -114,6 +114,7 @@ def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, 
     groups = min(prompts, max(1, config.rollout_tokens // group_tokens))
     tokens = min(prompts * group_tokens, max(config.rollout_tokens, group_tokens))
     cache = tokens * cache_bytes(policy, width)
+    # 64: the first room where the kernels of grpo/attend.py do not run. Where they do it is 256.
     shortest = prompt_tokens + config.group_size * min(64, config.max_new_tokens)
     rows = min(prompts, max(1, config.rollout_tokens // shortest)) * config.group_size
     # The last step's probabilities, and logits in float32; in bfloat16 also as they came, and in a
