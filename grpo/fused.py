@@ -15,8 +15,8 @@ from transformers.activations import SiLUActivation
 
 
 def fuse_(model: PreTrainedModel, source: PreTrainedModel | None = None) -> None:
-    """Makes a policy's norms, angles and gates one kernel each, on a GPU. Weights and their names
-    stay. `source`: as for `fuse_norms_`."""
+    """Makes a policy's norms one kernel each, on a GPU its angles and gates too. Weights and their
+    names stay. `source`: as for `fuse_norms_`."""
     fuse_norms_(model, source)
     if is_on_gpu(source or model):
         fuse_angles_(model)
@@ -118,12 +118,9 @@ def is_plain_norm(norm: nn.Module, eps: float) -> bool:
 
 
 def fuse_norms_(model: PreTrainedModel, source: PreTrainedModel | None = None) -> None:
-    """Makes its plain RMS norms `nn.RMSNorm`, on a GPU. Weights and names stay. `source`: the model
-    of which `model` is a copy without memory, where no norm can be tried."""
-    source = source or model
-    if not is_on_gpu(source):
-        return
-    for name, eps in plain_norms(source).items():
+    """Makes its plain RMS norms `nn.RMSNorm`. Weights and names stay. `source`: the model of which
+    `model` is a copy without memory, where no norm can be tried."""
+    for name, eps in plain_norms(source or model).items():
         norm = model.get_submodule(name)
         fused = nn.RMSNorm(norm.weight.shape, eps, device="meta").train(norm.training)
         fused.weight = norm.weight
