@@ -31,7 +31,7 @@ from data.toy.world import make_scene, scene_questions, write_caption
 from grpo.config import RewardConfig
 from grpo.distributed import compute_dtype, local_device
 from reward.attention import share_heads_
-from reward.caprl import PromptWriter, ask, option_logits, run_rows_
+from reward.caprl import PromptWriter, ask, option_logits, run_head, run_rows_
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ def separate(model, head, captions, questions, letter_ids) -> Tensor:
                                                                 device=model.device)
     hidden, _, _ = run_rows_(model, rows, [0] * len(rows), cache, seen)
     return F.linear(hidden[:, -1], model.lm_head.weight[letter_ids]).float()
+
+
+def expanded(model, head, captions, questions, letter_ids) -> Tensor:
+    return option_logits(model, head, captions, questions, run_head(model, head), letter_ids)
 
 
 def packed(model, head, captions, questions, letter_ids) -> Tensor:
@@ -112,7 +116,7 @@ def main(config: BenchConfig) -> None:
         )
     ).eval().to(device, compute_dtype(device))
     share_heads_(model)
-    writer, ways = PromptWriter(tokenizer), {"separate": separate, "expanded": option_logits,
+    writer, ways = PromptWriter(tokenizer), {"separate": separate, "expanded": expanded,
                                              "packed": packed}
     scenes = [make_scene("train", index) for index in range(config.captions)]
     captions = []

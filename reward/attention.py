@@ -1,11 +1,11 @@
 """Attention of a verifier whose query heads share key heads, without copies of keys and values."""
 
-from types import SimpleNamespace
-
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 
 def share_heads_(model: PreTrainedModel) -> None:
@@ -20,34 +20,50 @@ def shared_heads(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     given: there it repeats keys and values R times, in every layer, for each token.
 
     query: (B, K * R, L, D); key, value: (B, K, T, D); mask: (B, 1, L, T). Returns (B, L, K * R, D).
-    Each key head becomes a row of its own, which its R query heads see through a stride of 0.
-    PyTorch's own `enable_gqa` needs no copy on a CPU. On a GPU it writes out all scores if there is
-    a mask.
+    For a single token the R query heads of a key head become R queries of one head. For more, each
+    key head becomes a row of its own, which its R query heads see through a stride of 0. PyTorch's
+    own `enable_gqa` needs no copy on a CPU. On a GPU it writes out all scores if there is a mask.
     """
+    attention_mask = getattr(attention_mask, "as_bias", attention_mask)
     (rows, heads, length, _), key_heads = query.shape, key.shape[1]
     has_bias = settings.get("position_bias") is not None
     if attention_mask is None or key_heads == heads or attention_mask.shape[1] > 1 or has_bias:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    query = query.reshape(rows * key_heads, heads // key_heads, length, -1)
-    if length == 1:  # the query heads of a key head become the queries of one head: one product
-        query = query.transpose(1, 2)
-    key, value = (
-        part.flatten(0, 1)[:, None].expand(-1, query.shape[1], -1, -1) for part in (key, value)
-    )
-    mask = attention_mask.repeat_interleave(key_heads, 0)
-    plain = SimpleNamespace()  # a module that shares no heads
-    out, _ = sdpa_attention_forward(plain, query, key, value, mask, **settings)
-    out = out.reshape(rows, key_heads, length, heads // key_heads, -1).transpose(1, 2)
-    return out.reshape(rows, length, heads, -1), None
+    if length == 1:
+        query = query.reshape(rows, key_heads, heads // key_heads, -1)
+    else:
+        query = query.reshape(rows * key_heads, heads // key_heads, length, -1)
+        key, value = (
+            part.flatten(0, 1)[:, None].expand(-1, query.shape[1], -1, -1) for part in (key, value)
+        )
+        attention_mask = attention_mask.repeat_interleave(key_heads, 0)
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask,
+                                         scale=settings.get("scaling"))
+    return out.reshape(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
-def room_mask(*args, **settings) -> Tensor | None:
-    """transformers' mask for "sdpa". It leaves the mask out where no token is padding. But a cache
-    with room (`RoomyLayer` in reward/caprl.py) has places without a token, which must be masked."""
-    if settings["kv_length"] > settings["q_offset"] + settings["q_length"]:
-        settings["allow_is_causal_skip"] = False
-    return sdpa_mask(*args, **settings)
+def cached_mask(**settings) -> Tensor | None:
+    """transformers' mask for "sdpa", (B, 1, L, T) bool. Behind a cache it is made without a lookup
+    for each place, and without the question whether there is padding: the host would wait for the
+    answer. Places without a token (of a `RoomyLayer` in reward/caprl.py) are masked.
+
+    Its attribute `as_bias` is the same as a bias of the scores. Without it, SDPA would make one in
+    every layer.
+    """
+    past, length, width = (settings[name] for name in ("q_offset", "q_length", "kv_length"))
+    seen = settings["attention_mask"]  # (B, past + L), 1 on tokens that are not padding
+    if seen is None and width > past + length:  # transformers has left a mask of ones out
+        seen = torch.ones(settings["batch_size"], past + length, device=settings["device"])
+    is_plain = settings["mask_function"] is causal_mask_function and not settings.get("use_vmap")
+    if seen is None or not past or not is_plain or settings["kv_offset"]:
+        return sdpa_mask(**settings)
+    place = torch.arange(width, device=seen.device)
+    seen = F.pad(seen, (0, width - seen.shape[1])).bool()[:, None, None]
+    mask = seen & (place <= place[past : past + length, None])
+    lowest = torch.finfo(settings["dtype"]).min  # not -inf: all of a padding's row may be masked
+    mask.as_bias = torch.zeros_like(mask, dtype=settings["dtype"]).masked_fill(~mask, lowest)
+    return mask
 
 
 AttentionInterface.register("shared_heads", shared_heads)
-AttentionMaskInterface.register("shared_heads", room_mask)
+AttentionMaskInterface.register("shared_heads", cached_mask)

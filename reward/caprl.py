@@ -24,6 +24,7 @@ Another verifier can score the records of a run again:
     python -m reward.caprl replay runs/toy/rollouts/step_000039.jsonl --verifier FOLDER
 """
 
+import copy
 import math
 import random
 import re
@@ -430,6 +431,7 @@ class Verifier:
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.token_budget = token_budget
+        self.starts: dict[tuple[int, ...], tuple[DynamicCache, Tensor]] = {}  # of each head
         self.writers = {abstain: self.writer(tokenizer, abstain, prompt_text, answer_start)
                         for abstain in (False, True)}
         self._prepare_()
@@ -498,15 +500,22 @@ class Verifier:
                  streams: list[str]) -> list[Answer]:
         """One answer for each question of the batch."""
         ids = (self.model, writer.head_ids, caption_ids, question_ids)
+        start = self._start(writer.head_ids)
         if self.mode == "logits":
-            logits = option_logits(*ids, writer.letter_ids).cpu()
+            logits = option_logits(*ids, start, writer.letter_ids).cpu()
             offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
             return list(map(choose_letter, offered))
-        past = question_rows(*ids)
+        past = question_rows(*ids, start)
         sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids)
         replies = self._generate(*past, sampler)
         broken = sampler.is_broken.tolist()
         return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
+
+    def _start(self, head: list[int]) -> tuple[DynamicCache, Tensor]:
+        """A copy of what `run_head` returns. It is run once for each head: weights are frozen."""
+        if tuple(head) not in self.starts:
+            self.starts[tuple(head)] = run_head(self.model, head)
+        return copy.deepcopy(self.starts[tuple(head)])
 
     def _generate(self, rows: list[list[int]], parents: list[int], cache: DynamicCache,
                   seen: Tensor, sampler: "RowSampler") -> list[str]:
@@ -515,8 +524,7 @@ class Verifier:
         ids, mask = pad_left(rows, seen.device)  # (B, L)
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips ids that the cache holds
         if past.shape[1]:
-            cache.batch_select_indices(index)
-            make_room_(self.model, cache, ids.shape[1] + self.max_new_tokens)
+            make_room_(self.model, cache, index, ids.shape[1] + self.max_new_tokens)
         pad_id = self.tokenizer.pad_token_id
         config = GenerationConfig(
             do_sample=False,  # the sampler has drawn already
@@ -561,10 +569,12 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]], letter_ids: list[int]) -> Tensor:
+                  questions: list[list[list[int]]], start: tuple[DynamicCache, Tensor],
+                  letter_ids: list[int]) -> Tensor:
     """Logits of the letters at the answer's position, float32, a row for each (caption, question):
-    (sum of questions, letters)."""
-    hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions))
+    (sum of questions, letters). Head, captions and questions are token ids; for `start` see
+    `run_head`."""
+    hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions, start))
     return letter_logits(model, hidden[:, -1], letter_ids)
 
 
@@ -585,31 +595,34 @@ def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int])
 
 
 def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]]):
+                  questions: list[list[list[int]]], start: tuple[DynamicCache, Tensor]):
     """The arguments of `run_rows_` for each (caption, question). They are the token ids still to be
-    run, their place in the cache, the cache and its mask. Head, captions, questions are token ids.
-
-    Head and captions are run once and shared, if every layer sees all that came before. Padding
-    between caption and question disturbs other layers: a window counts it among its places, and a
-    recurrent state reads it. For them each row is the whole prompt, padded in front only.
-    """
+    run, their place in the cache, the cache and its mask. Head, captions, questions are token ids;
+    for `start`, which is changed, see `run_head`. Captions are run once each."""
     rows = [row for group in questions for row in group]
     parents = [i for i, group in enumerate(questions) for _ in group]
-    cache, seen = _empty_cache(model)
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if not shares_prompts(start[0]):
         whole = [head + captions[i] + row for i, row in zip(parents, rows)]
-        return whole, [0] * len(rows), cache, seen
-    _, cache, seen = run_captions(model, head, captions)
+        return whole, [0] * len(rows), *start
+    _, cache, seen = run_rows_(model, captions, [0] * len(captions), *start)
     return rows, parents, cache, seen
 
 
-def run_captions(model: PreTrainedModel, head: list[int], captions: list[list[int]]):
-    """Hidden states (B, L, H), cache and mask of B captions, each after the head, which is run
-    once."""
-    cache, seen = _empty_cache(model)
-    if head:
+def run_head(model: PreTrainedModel, head: list[int]) -> tuple[DynamicCache, Tensor]:
+    """Cache and mask of the head, with which every prompt begins. They are empty for a model whose
+    rows cannot share the beginning of a prompt."""
+    cache = DynamicCache(config=model.config)
+    seen = torch.ones(1, 0, dtype=torch.long, device=model.device)
+    if head and shares_prompts(cache):
         _, cache, seen = run_rows_(model, [head], [0], cache, seen)
-    return run_rows_(model, captions, [0] * len(captions), cache, seen)
+    return cache, seen
+
+
+def shares_prompts(cache: DynamicCache) -> bool:
+    """Whether head and captions are run once and shared: if every layer sees all that came before.
+    Padding between caption and question disturbs other layers: a window counts it among its places,
+    and a recurrent state reads it. For them each row is the whole prompt, padded in front only."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def run_rows_(model: PreTrainedModel, rows: list[list[int]], parents: list[int],
@@ -651,33 +664,29 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _empty_cache(model: PreTrainedModel) -> tuple[DynamicCache, Tensor]:
-    cache = DynamicCache(config=model.config)
-    return cache, torch.ones(1, 0, dtype=torch.long, device=model.device)
-
-
-def make_room_(model: PreTrainedModel, cache: DynamicCache, num_tokens: int) -> None:
-    """Room for at least this many more tokens. Layer by layer, so that two whole caches are never
-    held. Where shapes repeat all of it is a multiple of 128."""
+def make_room_(model: PreTrainedModel, cache: DynamicCache, rows: Tensor, num_tokens: int) -> None:
+    """These rows of the cache, (B,) int64, with room for at least this many more tokens. Layer by
+    layer, so that two whole caches are never held. Where shapes repeat all of it is a multiple of
+    128."""
     if repeats_shapes(model.device):
         num_tokens += -(cache.get_seq_length() + num_tokens) % 128
     is_whole = model.config._attn_implementation == "shared_heads"  # others may mask by themselves
     for number, layer in enumerate(cache.layers):
-        cache.layers[number] = RoomyLayer(layer, num_tokens, is_whole)
+        cache.layers[number] = RoomyLayer(layer, rows, num_tokens, is_whole)
 
 
 class RoomyLayer(DynamicLayer):
-    """A cache layer with room for more tokens, which are written in place. DynamicLayer copies all
-    that it holds for each new token. Its rows cannot be changed: it is for `generate` without
-    beams. is_whole: keys and values are given out with the room that is left, zeros, which
-    transformers masks, so that their shape stays the same."""
+    """Rows of a cache layer with room for more tokens, which are written in place. DynamicLayer
+    copies all that it holds for each new token. The rows cannot be changed later: it is for
+    `generate` without beams. is_whole: keys and values are given out with the room that is left,
+    zeros, which transformers masks, so that their shape stays the same."""
 
-    def __init__(self, layer: DynamicLayer, room: int, is_whole: bool = False):
+    def __init__(self, layer: DynamicLayer, rows: Tensor, room: int, is_whole: bool = False):
         super().__init__()
         self.is_whole = is_whole
         self.lazy_initialization(layer.keys, layer.values)
-        # (B, heads, T + room, D) each
-        self.roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]
+        # (B, heads, T + room, D) each. Rows are chosen last, since most come several times.
+        self.roomy = [F.pad(part, (0, 0, 0, room))[rows] for part in (layer.keys, layer.values)]
         self.keys, self.values = (part[:, :, : layer.keys.shape[2]] for part in self.roomy)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args,
@@ -712,12 +721,13 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # In place where it can be: at a large vocabulary fresh memory costs as much as the work.
-        self.forbidden = self.forbidden.to(scores.device)
-        scores[:, self.forbidden] = -torch.inf
+        if not self.step:  # once: the host does not wait for the device here
+            kept = (self.forbidden, self.uniform, self.is_broken)
+            self.forbidden, self.uniform, self.is_broken = (t.to(scores.device) for t in kept)
+        scores.index_fill_(1, self.forbidden, -torch.inf)
         probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
-        is_broken = probs[:, 0].isnan()  # a row is NaN everywhere or nowhere
-        token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step].to(probs.device))
-        self.is_broken |= is_broken.cpu()
+        self.is_broken |= probs[:, 0].isnan()  # a row is NaN everywhere or nowhere
+        token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step])
         self.step += 1
         # generate takes the largest score, for some models after a log-softmax. The largest finite
         # number stands for the drawn token: an infinity would become NaN there.

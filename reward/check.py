@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from reward.caprl import PromptWriter, letter_logits, question_rows, run_rows_
+from reward.caprl import PromptWriter, letter_logits, question_rows, run_head, run_rows_
 
 
 @torch.no_grad()
@@ -20,7 +20,8 @@ def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
     questions = [[writer.tail_ids], [(writer.middle_ids * 48 + writer.tail_ids)[-48:]]]
     name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
     try:
-        hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions))
+        start = run_head(model, head)
+        hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions, start))
         prompts = [head + caption + row for caption, [row] in zip(captions, questions)]
         whole = [torch.tensor([ids], device=model.device) for ids in prompts]
         outputs = [model.base_model(ids, use_cache=False) for ids in whole]

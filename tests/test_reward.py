@@ -15,12 +15,13 @@ from conftest import widen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from data.choices import LETTERS
 from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
 from grpo.config import RewardConfig
-from reward.attention import shared_heads
+from reward.attention import cached_mask, shared_heads
 from reward.caprl import (
     ABSTAIN,
     ABSTAIN_EXAMPLES,
@@ -36,6 +37,7 @@ from reward.caprl import (
     caption_rewards,
     load_verifier,
     pad_left,
+    run_head,
     shuffle_options,
     stream_names,
     token_batches,
@@ -681,8 +683,36 @@ def test_shared_heads_attend_as_repeated_ones(heads, groups, length, kind):
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize(("past", "length", "room"), [(5, 1, 0), (5, 1, 3), (5, 3, 0), (5, 3, 2), (0, 4, 0)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_behind_a_cache_is_that_of_transformers(past, length, room, padded):
+    """Each place against what it should be; transformers leaves out a mask of ones, but not where there is room."""
+    seen = torch.ones(2, past + length, dtype=torch.long)
+    seen[1, 1:3] = 0 if padded else 1
+    settings = dict(batch_size=2, q_length=length, kv_length=past + length + room, q_offset=past, kv_offset=0,
+                    attention_mask=seen if padded else None, dtype=torch.float32, device=torch.device("cpu"))
+    mask = cached_mask(mask_function=causal_mask_function, **settings)
+    if mask is None:  # causal from the first token on, or all for one query
+        assert not padded and not room and 1 in (length, past + 1)
+        return
+    for row, query, key in itertools.product(range(2), range(length), range(past + length + room)):
+        wanted = key <= past + query and bool(seen[row, key])
+        assert mask[row, 0, query, key] == wanted
+        if past and (padded or room):
+            assert mask.as_bias[row, 0, query, key] == (0 if wanted else torch.finfo(torch.float32).min)
+    assert torch.equal(mask, sdpa_mask(mask_function=causal_mask_function, allow_is_causal_skip=False, **settings))
+
+
+def test_a_mask_of_another_kind_is_left_to_transformers():
+    """A window of 2 tokens."""
+    settings = dict(batch_size=1, q_length=1, kv_length=4, q_offset=3, kv_offset=0, dtype=torch.float32,
+                    attention_mask=torch.tensor([[0, 1, 1, 1]]), device=torch.device("cpu"))
+    mask = cached_mask(mask_function=sliding_window_causal_mask_function(2), **settings)
+    assert mask.tolist() == [[[[False, False, True, True]]]]
+
+
 class AttentionCalls(TorchDispatchMode):
-    """Shapes of queries and keys in calls of attention; how many numbers each copy has, masks apart."""
+    """Shapes of queries and keys in calls of attention; how many numbers each copy has, if it is as wide as a head."""
 
     def __init__(self):
         super().__init__()
@@ -692,9 +722,27 @@ class AttentionCalls(TorchDispatchMode):
         out = operator(*args, **(kwargs or {}))
         if "scaled_dot_product" in str(operator):
             self.shapes.add((tuple(args[0].shape), tuple(args[1].shape)))
-        elif str(operator) == "aten.clone.default" and out.is_floating_point():
+        elif str(operator) == "aten.clone.default" and out.is_floating_point() and out.shape[-1] == 16:
             self.copied.append(out.numel())
         return out
+
+
+def test_the_head_of_the_prompt_is_run_once(verifier_model, tokenizer, monkeypatch):
+    """For all calls; what it leaves in the cache is not changed by those that go on from it."""
+    heads, run = [], run_head
+    monkeypatch.setattr("reward.caprl.run_head", lambda *where: heads.append(where) or run(*where))
+    for mode in ("logits", "sample"):
+        verifier, asked = Verifier(verifier_model, tokenizer, mode=mode), [draw(QUESTIONS, 2, f"{i}") for i in range(4)]
+        together = verifier(CAPTIONS, asked, list("abcd"))
+        [(cache, seen)] = verifier.starts.values()
+        before = [layer.keys.clone() for layer in cache.layers]
+        for caption, group, name, answers in zip(CAPTIONS, asked, "abcd", together):
+            [alone] = verifier([caption], [group], [name])
+            assert [(one.chosen, one.reply) for one in alone] == [(one.chosen, one.reply) for one in answers]
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))
+        assert seen.shape == (1, len(verifier.writers[False].head_ids)) == (1, cache.get_seq_length())
+        assert len(heads) == 1
+        heads.clear()
 
 
 def grouped_verifier(tokenizer, **settings) -> Verifier:
@@ -756,14 +804,17 @@ def test_a_layer_with_room_holds_what_a_growing_one_does():
     growing, roomy = DynamicLayer(), DynamicLayer()
     growing.update(*states[0])
     roomy.update(*states[0])
-    roomy = RoomyLayer(roomy, 5)
+    rows = torch.arange(3)
+    chosen = RoomyLayer(roomy, torch.tensor([2, 0, 2, 1]), 1)
+    assert torch.equal(chosen.keys, roomy.keys[[2, 0, 2, 1]]) and torch.equal(chosen.values, roomy.values[[2, 0, 2, 1]])
+    roomy = RoomyLayer(roomy, rows, 5)
     for keys, values in states[1:]:
         found, wanted = roomy.update(keys, values), growing.update(keys, values)
         assert all(torch.equal(one, other) for one, other in zip(found, wanted))
         assert roomy.get_seq_length() == growing.get_seq_length()
     with pytest.raises(AssertionError, match="expected at most 10 tokens, got 11"):
         roomy.update(keys, values)
-    whole = RoomyLayer(growing, 3, is_whole=True)
+    whole = RoomyLayer(growing, rows, 3, is_whole=True)
     found = whole.update(keys, values)
     assert whole.get_seq_length() == 11 and whole.get_mask_sizes(1) == (13, 0)
     assert found[0].shape[2] == 13 and torch.equal(found[0][:, :, :10], growing.keys)

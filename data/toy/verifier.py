@@ -33,7 +33,7 @@ from data.toy.world import (
     write_question,
     write_sentence,
 )
-from reward.caprl import PromptWriter, run_captions, run_rows_, shuffle_options
+from reward.caprl import PromptWriter, run_head, run_rows_, shuffle_options
 
 RECALL_ENOUGH, FEW_ENOUGH = 0.96, 0.97
 """The next stage begins at these shares of values recalled and letters found. The stages are
@@ -217,7 +217,9 @@ class Pupil(nn.Module):
         """The sum of the mean losses, and the shares of values recalled and letters chosen
         rightly."""
         model = self.model
-        hidden, cache, seen = run_captions(model, head, [lesson.caption for lesson in lessons])
+        captions = [lesson.caption for lesson in lessons]
+        hidden, cache, seen = run_rows_(model, captions, [0] * len(captions),
+                                        *run_head(model, head))
         rows, at, tokens = _columns([(row, *subject) for row, lesson in enumerate(lessons)
                                      for subject in lesson.subjects], 3)
         loss = F.cross_entropy(self.subject_probe(hidden[rows, at]), tokens,
