@@ -5,9 +5,12 @@
     RUN/checkpoints/latest          a link to the newest checkpoint, which is always whole
 """
 
+import io
 import os
 import shutil
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from data.io import check_room, free_at
-from grpo.distributed import all_or_none, control_group, rank
+from grpo.distributed import all_or_none, control_group, rank, world_size
+
+LIST_SUM = "metadata.crc32"
+"""Beside the shards: the checksum of `.metadata`, torch's list of tensors and their places."""
 
 
 def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -66,6 +72,7 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
                              "--resume goes on from the checkpoint before it") from None
     with all_or_none("checkpoint"):  # no rank goes on before the checkpoint is in place
         if rank() == 0:
+            (unfinished / LIST_SUM).write_text(list_sum(unfinished))
             os.sync()  # before the rename: a power cut must not leave a named but empty checkpoint
             shutil.rmtree(folder / name, ignore_errors=True)
             unfinished.rename(folder / name)
@@ -99,13 +106,43 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
 
 def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
     """Fills `state` in place. The number of ranks may differ from that at saving. Raises ValueError
-    if the checkpoint does not fit or cannot be read."""
+    if the checkpoint is damaged, does not fit or cannot be read."""
+    with all_or_none("checkpoint"):
+        check_sums(folder)
     try:
         with _one_process_is_fine():
             dcp.load(state, checkpoint_id=folder, process_group=control_group())
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read "
                          f"({last_line(error)})") from None
+
+
+def check_sums(folder: Path) -> None:
+    """Raises ValueError if a tensor of the checkpoint, or their list, is not what was saved. torch
+    writes each tensor as a ZIP archive with checksums (CRC-32), but never reads them. Each rank
+    looks at its share."""
+    path, what = folder / ".metadata", "the list of tensors"
+    sums = folder / LIST_SUM
+    try:
+        if sums.is_file() and sums.read_text() != list_sum(folder):  # older checkpoints have none
+            raise ValueError(f"not those of {LIST_SUM}")
+        places = list(dcp.FileSystemReader(folder).read_metadata().storage_data.items())
+        for index, place in places[rank() :: world_size()]:
+            path, what = folder / place.relative_path, index.fqn
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                archive = io.BytesIO(file.read(place.length))
+            if damaged := zipfile.ZipFile(archive).testzip():
+                raise ValueError(damaged)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what pickle and zipfile meet in damaged bytes has many kinds
+        raise ValueError(f"{path}: expected {what} as it was saved, found other bytes "
+                         f"({last_line(error)})") from None
+
+
+def list_sum(folder: Path) -> str:
+    return f"{zlib.crc32((folder / '.metadata').read_bytes()):08x}"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from data import io
 from data.toy.export import ExportConfig, export
 from grpo import signals
 from grpo.checkpoint import (
+    LIST_SUM,
     latest_checkpoint,
     load_checkpoint_,
     make_room,
@@ -383,6 +384,48 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match="latest: expected a whole checkpoint, found none at"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_no_changed_bit_of_a_checkpoint_is_loaded(tmp_path, place):
+    """One bit of the numbers, or of the list of tensors; files that end too early, or are gone."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    init_moments_(optimizer)
+    state = training_state(model, optimizer)
+    for tensor in state.values():
+        tensor.uniform_()
+    save_checkpoint(tmp_path, 1, state, keep=1)
+    folder, _ = latest_checkpoint(tmp_path)
+    [path], names = folder.glob("*.distcp"), folder / ".metadata"
+    whole, listed = path.read_bytes(), names.read_bytes()
+    among = int(place * len(listed))
+    load_checkpoint_(folder, state)
+
+    def expect(file, changed, message):
+        before = file.read_bytes()
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint_(folder, state)
+        file.write_bytes(before)
+
+    for name, tensor in list(state.items()):
+        numbers = tensor.numpy().tobytes()
+        at = whole.index(numbers) + int(place * len(numbers))
+        expect(path, flipped(whole, at), rf"\.distcp: expected {name} as it was saved, found other bytes \(archive/d")
+    expect(path, whole[:at], r"\.distcp: expected [\w.]+ as it was saved, found other bytes")
+    for changed in (flipped(listed, among), listed[:among]):
+        expect(names, changed, r"\.metadata: expected the list of tensors as it was saved, found other bytes \(not those of")
+    (folder / LIST_SUM).unlink()  # as in checkpoints of before
+    load_checkpoint_(folder, state)
+    expect(names, listed[:among], r"\.metadata: expected the list of tensors as it was saved, found other bytes")
+    path.rename(folder / "elsewhere")
+    with pytest.raises(OSError, match=r"\.distcp"):
+        load_checkpoint_(folder, state)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
 
 
 def test_a_full_disk_ends_the_run_in_a_sentence_and_the_run_goes_on_when_there_is_room(left_alone, tmp_path):
