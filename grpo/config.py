@@ -285,7 +285,8 @@ class TrainConfig:
         check_range(asked, "num_questions", at_least=1)
         check_range(self, "kl_coef learning_rate warmup_steps weight_decay clip_high audit_every "
                     "save_every save_minutes export_every resample_flat", at_least=0)
-        check_range(self, "temperature verifier_temperature max_grad_norm timeout_minutes", above=0)
+        check_range(self, "temperature verifier_temperature max_grad_norm", above=0)
+        check_range(self, "timeout_minutes", above=0, at_most=525_600)  # a year
         if self.probe_images < 2:
             raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor "
                              "takes another image's caption")

@@ -31,18 +31,21 @@ HEAD_NORMS = {f"self_attn.{name}_norm.weight" for name in "qk"}
 
 
 @torch.no_grad()
-def check_layers(model: PreTrainedModel) -> None:
+def check_layers(model: PreTrainedModel, max_new_tokens: int = 0) -> None:
     """Raises ValueError for a model for which `Decoder` would compute something else than its
     forward.
 
     `Decoder` reads weights without calling the modules' forward. So each layer must have the
     weights that are read. It must have no others: no experts, no adapters, no further norms. Their
-    modules must be plain.
+    modules must be plain. It must have positions for `max_new_tokens`.
     """
     text, name = getattr(model.model, "language_model", None), type(model).__name__
     if not hasattr(text, "layers"):
         raise ValueError(f"expected a policy's text layers in model.language_model, found {name}")
     config = text.config
+    if max_new_tokens > config.max_position_embeddings:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: expected at most the "
+                         f"{config.max_position_embeddings} positions of the policy")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = config.rope_parameters.get("rope_type")
     if kinds != {"full_attention"} or config.hidden_act != "silu" or rope != "default":

@@ -184,6 +184,11 @@ def test_logits_that_are_not_finite_are_named(policy, prompts):
         sample_rollouts(policy, prompts[:1], keys(1, 2), 3)
 
 
+def test_captions_longer_than_the_policys_positions_are_refused(policy, prompts):
+    with pytest.raises(ValueError, match="max_new_tokens 4097: expected at most the 4096 positions of the policy"):
+        sample_rollouts(policy, prompts[:1], keys(1, 2), 4097)
+
+
 def test_draw_tokens_never_takes_an_impossible_one():
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     top = torch.tensor(1 - 2**-24)  # the largest float32 below 1
