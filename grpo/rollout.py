@@ -120,15 +120,12 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
 
         rows, places, steps, positions = batch.where  # (n,) each
         logits = temper_logits_(logits, temperature or 1.0, forbidden)
-        logprob = logits.log_softmax(-1)
-        is_broken = logprob[:, 0].isnan()  # a NaN in a row makes the whole row NaN
-        # Probabilities take the logits' memory: at a large vocabulary new memory costs as much as
-        # the arithmetic.
-        token = (draw_tokens(torch.exp(logprob, out=logits), uniforms[rows, steps])
-                 if temperature else logits.argmax(-1))
+        probs = logits.softmax(-1)  # (n, V)
+        is_broken = probs[:, 0].isnan()  # a NaN in a row makes the whole row NaN
+        token = draw_tokens(probs, uniforms[rows, steps]) if temperature else logits.argmax(-1)
         tokens[rows, steps] = token
-        logprobs[rows, steps] = logprob.gather(-1, token[:, None]).squeeze(-1)
-        del logprob  # as large as the next step's logits
+        logprobs[rows, steps] = probs.gather(-1, token[:, None]).squeeze(-1).log()
+        del probs  # as large as the next step's logits
         ends = torch.isin(token, eos_ids)
         is_last = steps + 1 == max_new_tokens
         # The only wait for the device in a step: whatever else decides is known on the host.
