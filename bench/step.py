@@ -206,13 +206,14 @@ def run_ours(config: StepConfig) -> None:
     device, folder, phases = torch.device("cpu"), Path(config.folder), Phases()
     policy = load_policy(str(folder / "policy"), device)
     # Of a vocabulary that is larger than the tokenizer's, nearly all ids have no token. A real
-    # checkpoint has a few hundred of them, so here they may be written.
+    # checkpoint has a few hundred of them, so here they may be written, by the verifier too.
     named = {i for i in policy.forbidden_ids if i < len(policy.tokenizer)}
     policy = replace(policy, forbidden_ids=tuple(sorted({*named, *policy.eos_ids})))
     scorer = CompletionScorer(policy.model, policy.forbidden_ids)
     model = load_policy(str(folder / "policy"), device).model.requires_grad_(False)
     frozen = CompletionScorer(model, policy.forbidden_ids)
     verifier = load_verifier(str(folder / "verifier"), device, mode="sample")
+    verifier.forbidden_ids = policy.forbidden_ids
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-6)
     step_weights = optimizer.step
 

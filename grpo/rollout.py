@@ -165,9 +165,8 @@ def read_prompts(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Dyn
         position_ids[:, row, -len(prompt.input_ids) :] = prompt.position_ids
     cache = DynamicCache(config=policy.model.config.get_text_config())
     mask = mask.to(device)
-    out = policy.model(
+    hidden = policy.model.model(
         **image_inputs(policy.model, ids.to(device), prompts), attention_mask=mask,
         position_ids=position_ids.to(device), past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
-    )
-    return out.logits[:, -1], cache, mask
+    ).last_hidden_state  # (P, T, H)
+    return policy.model.lm_head(hidden[:, -1]), cache, mask

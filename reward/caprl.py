@@ -443,6 +443,11 @@ class Verifier:
 
         share_heads_(self.model)
         fuse_norms_(self.model)
+        # transformers gives the head a slice, (B, 1, H), which torch multiplies row by row: a
+        # vocabulary of 152k is read B times. One product wants its numbers side by side.
+        head = self.model.get_output_embeddings()
+        if not head._forward_pre_hooks:
+            head.register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
         text = self.model.config.get_text_config()
         self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
         rope = getattr(text, "rope_parameters", None) or {}

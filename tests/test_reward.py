@@ -21,6 +21,7 @@ from data.choices import LETTERS
 from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
 from grpo.config import RewardConfig
+from grpo.rollout import read_prompts
 from reward.attention import cached_mask, shared_heads
 from reward.caprl import (
     ABSTAIN,
@@ -743,6 +744,30 @@ def test_the_head_of_the_prompt_is_run_once(verifier_model, tokenizer, monkeypat
         assert seen.shape == (1, len(verifier.writers[False].head_ids)) == (1, cache.get_seq_length())
         assert len(heads) == 1
         heads.clear()
+
+
+def test_the_vocabulary_is_read_once_for_all_rows(verifier_model, tokenizer, policy, prompts):
+    """transformers' slice of the last token would be multiplied row by row."""
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            out = operator(*args, **(kwargs or {}))
+            if str(operator) in ("aten.mm.default", "aten.bmm.default") and out.shape[-1] == 751:
+                products.append((str(operator), len(out)))
+            return out
+
+    with Products():
+        Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=3)(
+            CAPTIONS, [draw(QUESTIONS, 2, f"{i}") for i in range(4)], list("abcd"))
+    assert products and set(products) == {("aten.mm.default", 8)}
+    products.clear()
+    with Products():
+        policy.model.requires_grad_(False)  # as the verifier is: torch copies for weights that are trained
+        read_prompts(policy, prompts)
+    assert products == [("aten.mm.default", len(prompts))]
+    Verifier(verifier_model, tokenizer).under(mode="sample")
+    assert len(verifier_model.lm_head._forward_pre_hooks) == 1
 
 
 def grouped_verifier(tokenizer, **settings) -> Verifier:
