@@ -137,6 +137,7 @@ def build_models(config: GpuConfig, device: torch.device) -> tuple[Policy, Polic
     # real checkpoint has a few hundred and this one 151,185, may be written.
     named = {i for i in policy.forbidden_ids if i < len(policy.tokenizer)}
     never = tuple(sorted({*named, *policy.eos_ids}))
+    verifier.forbidden_ids = never
     return replace(policy, forbidden_ids=never), reference, verifier
 
 

@@ -206,7 +206,7 @@ def run_ours(config: StepConfig) -> None:
     device, folder, phases = torch.device("cpu"), Path(config.folder), Phases()
     policy = load_policy(str(folder / "policy"), device)
     # Of a vocabulary that is larger than the tokenizer's, nearly all ids have no token. A real
-    # checkpoint has a few hundred of them, so here they may be written, by the verifier too.
+    # checkpoint has a few hundred of them. So here policy and verifier may write them.
     named = {i for i in policy.forbidden_ids if i < len(policy.tokenizer)}
     policy = replace(policy, forbidden_ids=tuple(sorted({*named, *policy.eos_ids})))
     scorer = CompletionScorer(policy.model, policy.forbidden_ids)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 LARGEST_COUNT = 2**31 - 1
+"""The largest whole number of 32 bits with a sign. What counts may hold no more."""
 
 
 def check_range(settings: Any, names: str, at_least: float = -math.inf, above: float = -math.inf,
@@ -11,19 +12,19 @@ def check_range(settings: Any, names: str, at_least: float = -math.inf, above: f
     """Raises ValueError, with name, value and what was expected, for a setting out of range.
 
     names: of the fields of `settings`, with spaces between. NaN and infinity are in no range, nor
-    are whole numbers beyond 32 bits.
+    are whole numbers above `LARGEST_COUNT`.
     """
     for name in names.split():
         value = getattr(settings, name)
         most = min(at_most, LARGEST_COUNT) if isinstance(value, int) else at_most
         is_bounded = at_most < math.inf or value > most
         if above > -math.inf:
-            expected = f"more than {above}" + f", at most {most}" * is_bounded
+            expected = f"more than {above}, at most {most}" if is_bounded else f"more than {above}"
         elif is_bounded:
             expected = f"{at_least} to {most}"
         else:
             expected = f"at least {at_least}" if at_least else "0 or more"
-        if math.isinf(value):
+        if abs(value) == math.inf:
             expected += ", not infinity"
-        if not (math.isfinite(value) and at_least <= value <= most and value > above):
+        if not (at_least <= value <= most and above < value < math.inf):
             raise ValueError(f"{name} {value}: expected {expected}")

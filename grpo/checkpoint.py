@@ -1,7 +1,8 @@
 """Checkpoints, from which a run goes on bit for bit.
 
     RUN/checkpoints/step_000050/    shards of weights and moments (torch.distributed.checkpoint);
-                                    any number of ranks can read them
+                                    any number of ranks can read them; metadata.crc32 is the
+                                    checksum of their list
     RUN/checkpoints/latest          a link to the newest checkpoint, which is always whole
 """
 
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from data.io import check_room, free_at
 from grpo.distributed import all_or_none, control_group, rank, world_size
 
-LIST_SUM = "metadata.crc32"
-"""Beside the shards: the checksum of `.metadata`, torch's list of tensors and their places."""
+METADATA_CRC = "metadata.crc32"
+"""The file with the checksum of `.metadata`, torch's list of tensors and their places."""
 
 
 def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
                              "--resume goes on from the checkpoint before it") from None
     with all_or_none("checkpoint"):  # no rank goes on before the checkpoint is in place
         if rank() == 0:
-            (unfinished / LIST_SUM).write_text(list_sum(unfinished))
+            (unfinished / METADATA_CRC).write_text(metadata_crc(unfinished))
             os.sync()  # before the rename: a power cut must not leave a named but empty checkpoint
             shutil.rmtree(folder / name, ignore_errors=True)
             unfinished.rename(folder / name)
@@ -106,9 +107,10 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
 
 def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
     """Fills `state` in place. The number of ranks may differ from that at saving. Raises ValueError
-    if the checkpoint is damaged, does not fit or cannot be read."""
+    if the checkpoint is damaged or does not fit, OSError (ValueError on the other ranks) if a file
+    cannot be read. Every rank must call this."""
     with all_or_none("checkpoint"):
-        check_sums(folder)
+        verify_checksums(folder)
     try:
         with _one_process_is_fine():
             dcp.load(state, checkpoint_id=folder, process_group=control_group())
@@ -117,15 +119,16 @@ def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
                          f"({last_line(error)})") from None
 
 
-def check_sums(folder: Path) -> None:
-    """Raises ValueError if a tensor of the checkpoint, or their list, is not what was saved. torch
-    writes each tensor as a ZIP archive with checksums (CRC-32), but never reads them. Each rank
-    looks at its share."""
+def verify_checksums(folder: Path) -> None:
+    """Raises ValueError if a tensor of the checkpoint, or their list, is not what was saved. Raises
+    OSError if a file cannot be read. torch writes each tensor as a ZIP archive with checksums
+    (CRC-32), but never reads them. Each rank looks at its share."""
     path, what = folder / ".metadata", "the list of tensors"
-    sums = folder / LIST_SUM
+    saved = folder / METADATA_CRC
     try:
-        if sums.is_file() and sums.read_text() != list_sum(folder):  # older checkpoints have none
-            raise ValueError(f"not those of {LIST_SUM}")
+        # Checkpoints from before this file have none: then only their tensors are compared.
+        if saved.is_file() and saved.read_text() != metadata_crc(folder):
+            raise ValueError(f"its checksum is not that of {METADATA_CRC}")
         places = list(dcp.FileSystemReader(folder).read_metadata().storage_data.items())
         for index, place in places[rank() :: world_size()]:
             path, what = folder / place.relative_path, index.fqn
@@ -133,7 +136,7 @@ def check_sums(folder: Path) -> None:
                 file.seek(place.offset)
                 archive = io.BytesIO(file.read(place.length))
             if damaged := zipfile.ZipFile(archive).testzip():
-                raise ValueError(damaged)
+                raise ValueError(f"another checksum of {damaged}")
     except (OSError, MemoryError):
         raise
     except Exception as error:  # what pickle and zipfile meet in damaged bytes has many kinds
@@ -141,7 +144,8 @@ def check_sums(folder: Path) -> None:
                          f"({last_line(error)})") from None
 
 
-def list_sum(folder: Path) -> str:
+def metadata_crc(folder: Path) -> str:
+    """CRC-32 of the folder's `.metadata`, as 8 hexadecimal digits."""
     return f"{zlib.crc32((folder / '.metadata').read_bytes()):08x}"
 
 

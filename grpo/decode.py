@@ -36,7 +36,7 @@ class Decoder:
         # here: where weights lie is a page apart
         from grpo.layers import LayerWeights, check_layers, compiled_step_, has_kernels, layer_step_
 
-        check_layers(model, max_new_tokens)
+        check_layers(model, max_new_tokens=max_new_tokens)
         text = model.model.language_model
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
         self.eps = text.config.rms_norm_eps

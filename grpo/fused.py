@@ -1,5 +1,5 @@
-"""Norms, angles and gates as one kernel each, where transformers has several. On a GPU only: a CPU
-gains nothing, and its results would change in their last digits."""
+"""Norms, angles and gates as one kernel each, where transformers has several. Angles and gates
+are compiled, on a GPU only."""
 
 import copy
 import sys

@@ -37,7 +37,8 @@ def check_layers(model: PreTrainedModel, max_new_tokens: int = 0) -> None:
 
     `Decoder` reads weights without calling the modules' forward. So each layer must have the
     weights that are read. It must have no others: no experts, no adapters, no further norms. Their
-    modules must be plain. It must have positions for `max_new_tokens`.
+    modules must be plain. It must have positions for `max_new_tokens`; the prompt's are not
+    counted here.
     """
     text, name = getattr(model.model, "language_model", None), type(model).__name__
     if not hasattr(text, "layers"):

@@ -169,4 +169,5 @@ def read_prompts(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Dyn
         **image_inputs(policy.model, ids.to(device), prompts), attention_mask=mask,
         position_ids=position_ids.to(device), past_key_values=cache, use_cache=True,
     ).last_hidden_state  # (P, T, H)
+    # One product for all rows. torch would multiply the slice of `logits_to_keep` row by row.
     return policy.model.lm_head(hidden[:, -1]), cache, mask

@@ -1,4 +1,5 @@
-"""Attention of a verifier whose query heads share key heads, without copies of keys and values."""
+"""Attention of a verifier whose query heads share key heads, without copies of keys and values, and
+its mask."""
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,12 @@ def shared_heads(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 
 
 def cached_mask(**settings) -> Tensor | None:
-    """transformers' mask for "sdpa", (B, 1, L, T) bool. Behind a cache it is made without a lookup
-    for each place, and without the question whether there is padding: the host would wait for the
-    answer. Places without a token (of a `RoomyLayer` in reward/caprl.py) are masked.
+    """transformers' mask for "sdpa", (B, 1, L, T) bool, of L new tokens and T places of the cache.
+    Behind a cache it is one comparison, and nobody asks whether there is padding: the host would
+    wait for that. Places without a token (of a `RoomyLayer` in reward/caprl.py) are masked.
 
-    Its attribute `as_bias` is the same as a bias of the scores. Without it, SDPA would make one in
-    every layer.
+    Its attribute `as_bias` is the same as numbers that are added to the scores. Without it SDPA
+    makes them in every layer. A model that changes the mask loses it, and gets the bool one.
     """
     past, length, width = (settings[name] for name in ("q_offset", "q_length", "kv_length"))
     seen = settings["attention_mask"]  # (B, past + L), 1 on tokens that are not padding
@@ -60,7 +61,8 @@ def cached_mask(**settings) -> Tensor | None:
     place = torch.arange(width, device=seen.device)
     seen = F.pad(seen, (0, width - seen.shape[1])).bool()[:, None, None]
     mask = seen & (place <= place[past : past + length, None])
-    lowest = torch.finfo(settings["dtype"]).min  # not -inf: all of a padding's row may be masked
+    # Not -inf: where all of a row is masked, softmax would be NaN.
+    lowest = torch.finfo(settings["dtype"]).min
     mask.as_bias = torch.zeros_like(mask, dtype=settings["dtype"]).masked_fill(~mask, lowest)
     return mask
 

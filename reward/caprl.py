@@ -431,7 +431,7 @@ class Verifier:
         self.model, self.tokenizer, self.mode = model, tokenizer, mode
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.token_budget = token_budget
-        self.starts: dict[tuple[int, ...], tuple[DynamicCache, Tensor]] = {}  # of each head
+        self.head_caches: dict[tuple[int, ...], tuple[DynamicCache, Tensor]] = {}  # by token ids
         self.writers = {abstain: self.writer(tokenizer, abstain, prompt_text, answer_start)
                         for abstain in (False, True)}
         self._prepare_()
@@ -443,11 +443,12 @@ class Verifier:
 
         share_heads_(self.model)
         fuse_norms_(self.model)
-        # transformers gives the head a slice, (B, 1, H), which torch multiplies row by row: a
-        # vocabulary of 152k is read B times. One product wants its numbers side by side.
-        head = self.model.get_output_embeddings()
-        if not head._forward_pre_hooks:
-            head.register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(),))
+        # transformers gives lm_head a slice, (B, 1, H). Where weights have no gradients, torch
+        # multiplies a slice row by row, and reads a vocabulary of 152k B times. A contiguous input
+        # is one product.
+        lm_head = self.model.get_output_embeddings()
+        if not lm_head._forward_pre_hooks:  # `under` prepares the same model again
+            lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         text = self.model.config.get_text_config()
         self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
         rope = getattr(text, "rope_parameters", None) or {}
@@ -505,22 +506,23 @@ class Verifier:
                  streams: list[str]) -> list[Answer]:
         """One answer for each question of the batch."""
         ids = (self.model, writer.head_ids, caption_ids, question_ids)
-        start = self._start(writer.head_ids)
+        head_cache = self._head_cache(writer.head_ids)
         if self.mode == "logits":
-            logits = option_logits(*ids, start, writer.letter_ids).cpu()
+            logits = option_logits_(*ids, head_cache, writer.letter_ids).cpu()
             offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
             return list(map(choose_letter, offered))
-        past = question_rows(*ids, start)
+        past = question_rows_(*ids, head_cache)
         sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids)
         replies = self._generate(*past, sampler)
         broken = sampler.is_broken.tolist()
         return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
 
-    def _start(self, head: list[int]) -> tuple[DynamicCache, Tensor]:
-        """A copy of what `run_head` returns. It is run once for each head: weights are frozen."""
-        if tuple(head) not in self.starts:
-            self.starts[tuple(head)] = run_head(self.model, head)
-        return copy.deepcopy(self.starts[tuple(head)])
+    def _head_cache(self, head: list[int]) -> tuple[DynamicCache, Tensor]:
+        """What `run_head` returns, as a copy that may be changed. Each head is run once, since
+        weights are frozen."""
+        if tuple(head) not in self.head_caches:
+            self.head_caches[tuple(head)] = run_head(self.model, head)
+        return copy.deepcopy(self.head_caches[tuple(head)])
 
     def _generate(self, rows: list[list[int]], parents: list[int], cache: DynamicCache,
                   seen: Tensor, sampler: "RowSampler") -> list[str]:
@@ -573,13 +575,13 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
 # --------------------------------------------------------------------------- 6. the mechanics
 
 
-def option_logits(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]], start: tuple[DynamicCache, Tensor],
+def option_logits_(model: PreTrainedModel, head: list[int], captions: list[list[int]],
+                  questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor],
                   letter_ids: list[int]) -> Tensor:
     """Logits of the letters at the answer's position, float32, a row for each (caption, question):
-    (sum of questions, letters). Head, captions and questions are token ids; for `start` see
+    (sum of questions, letters). Head, captions and questions are token ids; for `head_cache` see
     `run_head`."""
-    hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions, start))
+    hidden, _, _ = run_rows_(model, *question_rows_(model, head, captions, questions, head_cache))
     return letter_logits(model, hidden[:, -1], letter_ids)
 
 
@@ -599,23 +601,24 @@ def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int])
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def question_rows(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]], start: tuple[DynamicCache, Tensor]):
+def question_rows_(model: PreTrainedModel, head: list[int], captions: list[list[int]],
+                  questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor]):
     """The arguments of `run_rows_` for each (caption, question). They are the token ids still to be
     run, their place in the cache, the cache and its mask. Head, captions, questions are token ids;
-    for `start`, which is changed, see `run_head`. Captions are run once each."""
+    for `head_cache`, which is changed, see `run_head`. Captions are run once each, where
+    `shares_prompts`."""
     rows = [row for group in questions for row in group]
     parents = [i for i, group in enumerate(questions) for _ in group]
-    if not shares_prompts(start[0]):
+    if not shares_prompts(head_cache[0]):
         whole = [head + captions[i] + row for i, row in zip(parents, rows)]
-        return whole, [0] * len(rows), *start
-    _, cache, seen = run_rows_(model, captions, [0] * len(captions), *start)
+        return whole, [0] * len(rows), *head_cache
+    _, cache, seen = run_rows_(model, captions, [0] * len(captions), *head_cache)
     return rows, parents, cache, seen
 
 
 def run_head(model: PreTrainedModel, head: list[int]) -> tuple[DynamicCache, Tensor]:
-    """Cache and mask of the head, with which every prompt begins. They are empty for a model whose
-    rows cannot share the beginning of a prompt."""
+    """A cache of one row, and its mask (1, T) int64, of the T tokens of the head, with which every
+    prompt begins. T is 0 for a model whose rows cannot share the beginning of a prompt."""
     cache = DynamicCache(config=model.config)
     seen = torch.ones(1, 0, dtype=torch.long, device=model.device)
     if head and shares_prompts(cache):
@@ -626,7 +629,8 @@ def run_head(model: PreTrainedModel, head: list[int]) -> tuple[DynamicCache, Ten
 def shares_prompts(cache: DynamicCache) -> bool:
     """Whether head and captions are run once and shared: if every layer sees all that came before.
     Padding between caption and question disturbs other layers: a window counts it among its places,
-    and a recurrent state reads it. For them each row is the whole prompt, padded in front only."""
+    and a recurrent state reads it. For them each row is the whole prompt, padded in front only. An
+    empty cache tells it too."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
@@ -670,9 +674,9 @@ def pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def make_room_(model: PreTrainedModel, cache: DynamicCache, rows: Tensor, num_tokens: int) -> None:
-    """These rows of the cache, (B,) int64, with room for at least this many more tokens. Layer by
-    layer, so that two whole caches are never held. Where shapes repeat all of it is a multiple of
-    128."""
+    """Replaces the cache's rows by `rows`, (B,) int64, with room for at least `num_tokens` more
+    tokens. Layer by layer, so that two whole caches are never held. Where shapes repeat all of it
+    is a multiple of 128."""
     if repeats_shapes(model.device):
         num_tokens += -(cache.get_seq_length() + num_tokens) % 128
     is_whole = model.config._attn_implementation == "shared_heads"  # others may mask by themselves
@@ -726,9 +730,9 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # In place where it can be: at a large vocabulary fresh memory costs as much as the work.
-        if not self.step:  # once: the host does not wait for the device here
-            kept = (self.forbidden, self.uniform, self.is_broken)
-            self.forbidden, self.uniform, self.is_broken = (t.to(scores.device) for t in kept)
+        if not self.step:  # at the first token only: each copy could make the host wait
+            tensors = (self.forbidden, self.uniform, self.is_broken)
+            self.forbidden, self.uniform, self.is_broken = (t.to(scores.device) for t in tensors)
         scores.index_fill_(1, self.forbidden, -torch.inf)
         probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
         self.is_broken |= probs[:, 0].isnan()  # a row is NaN everywhere or nowhere

@@ -3,13 +3,13 @@
 import torch
 from transformers import PreTrainedModel
 
-from reward.caprl import PromptWriter, letter_logits, question_rows, run_head, run_rows_
+from reward.caprl import PromptWriter, letter_logits, question_rows_, run_head, run_rows_
 
 
 @torch.no_grad()
 def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
     """Raises ValueError if two short rows end in other hidden states in a batch than each alone.
-    They are run as `option_logits` runs them. The answers of such a model on one caption would
+    They are run as `option_logits_` runs them. The answers of such a model on one caption would
     depend on the captions beside it."""
     # Lengths that `pad_left` does not round up: the longest row must be without padding.
     head, text = writer.head_ids[-16:], model.config.get_text_config()
@@ -20,8 +20,8 @@ def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
     questions = [[writer.tail_ids], [(writer.middle_ids * 48 + writer.tail_ids)[-48:]]]
     name, wanted = type(model).__name__, "expected layers that padding and a cache do not disturb"
     try:
-        start = run_head(model, head)
-        hidden, _, _ = run_rows_(model, *question_rows(model, head, captions, questions, start))
+        rows = question_rows_(model, head, captions, questions, run_head(model, head))
+        hidden, _, _ = run_rows_(model, *rows)
         prompts = [head + caption + row for caption, [row] in zip(captions, questions)]
         whole = [torch.tensor([ids], device=model.device) for ids in prompts]
         outputs = [model.base_model(ids, use_cache=False) for ids in whole]

@@ -24,7 +24,7 @@ from data import io
 from data.toy.export import ExportConfig, export
 from grpo import signals
 from grpo.checkpoint import (
-    LIST_SUM,
+    METADATA_CRC,
     latest_checkpoint,
     load_checkpoint_,
     make_room,
@@ -387,7 +387,7 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
-def test_no_changed_bit_of_a_checkpoint_is_loaded(tmp_path, place):
+def test_a_changed_bit_in_a_tensor_or_in_their_list_is_refused(tmp_path, place):
     """One bit of the numbers, or of the list of tensors; files that end too early, or are gone."""
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -399,7 +399,7 @@ def test_no_changed_bit_of_a_checkpoint_is_loaded(tmp_path, place):
     folder, _ = latest_checkpoint(tmp_path)
     [path], names = folder.glob("*.distcp"), folder / ".metadata"
     whole, listed = path.read_bytes(), names.read_bytes()
-    among = int(place * len(listed))
+    place_in_list = int(place * len(listed))
     load_checkpoint_(folder, state)
 
     def expect(file, changed, message):
@@ -412,13 +412,13 @@ def test_no_changed_bit_of_a_checkpoint_is_loaded(tmp_path, place):
     for name, tensor in list(state.items()):
         numbers = tensor.numpy().tobytes()
         at = whole.index(numbers) + int(place * len(numbers))
-        expect(path, flipped(whole, at), rf"\.distcp: expected {name} as it was saved, found other bytes \(archive/d")
+        expect(path, flipped(whole, at), rf"\.distcp: expected {name} as it was saved, found other bytes \(another che")
     expect(path, whole[:at], r"\.distcp: expected [\w.]+ as it was saved, found other bytes")
-    for changed in (flipped(listed, among), listed[:among]):
-        expect(names, changed, r"\.metadata: expected the list of tensors as it was saved, found other bytes \(not those of")
-    (folder / LIST_SUM).unlink()  # as in checkpoints of before
+    for changed in (flipped(listed, place_in_list), listed[:place_in_list]):
+        expect(names, changed, r"\.metadata: expected the list of tensors as it was saved, found other bytes \(its checksum")
+    (folder / METADATA_CRC).unlink()  # as in checkpoints of earlier versions
     load_checkpoint_(folder, state)
-    expect(names, listed[:among], r"\.metadata: expected the list of tensors as it was saved, found other bytes")
+    expect(names, listed[:place_in_list], r"\.metadata: expected the list of tensors as it was saved, found other bytes")
     path.rename(folder / "elsewhere")
     with pytest.raises(OSError, match=r"\.distcp"):
         load_checkpoint_(folder, state)

@@ -134,7 +134,7 @@ def test_qwen3_vl_has_its_own_tower_and_the_same_values(on_gpu):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-5 * other.abs().max().item())
 
 
-def test_all_models_on_a_gpu_have_fused_norms(policy, verifier_model, tokenizer, on_gpu):
+def test_all_models_have_fused_norms(policy, verifier_model, tokenizer):
     """The copy for training has no numbers to try its norms with."""
     layers = verifier_model.config.num_hidden_layers
     assert num_fused(Verifier(verifier_model, tokenizer).model) == 2 * layers + 1

@@ -10,8 +10,9 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as hf
-from conftest import widen
+from conftest import Waits, widen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -694,7 +695,7 @@ def test_a_mask_behind_a_cache_is_that_of_transformers(past, length, room, padde
                     attention_mask=seen if padded else None, dtype=torch.float32, device=torch.device("cpu"))
     mask = cached_mask(mask_function=causal_mask_function, **settings)
     if mask is None:  # causal from the first token on, or all for one query
-        assert not padded and not room and 1 in (length, past + 1)
+        assert not padded and not room and (length == 1 or past == 0)
         return
     for row, query, key in itertools.product(range(2), range(length), range(past + length + room)):
         wanted = key <= past + query and bool(seen[row, key])
@@ -735,7 +736,7 @@ def test_the_head_of_the_prompt_is_run_once(verifier_model, tokenizer, monkeypat
     for mode in ("logits", "sample"):
         verifier, asked = Verifier(verifier_model, tokenizer, mode=mode), [draw(QUESTIONS, 2, f"{i}") for i in range(4)]
         together = verifier(CAPTIONS, asked, list("abcd"))
-        [(cache, seen)] = verifier.starts.values()
+        [(cache, seen)] = verifier.head_caches.values()
         before = [layer.keys.clone() for layer in cache.layers]
         for caption, group, name, answers in zip(CAPTIONS, asked, "abcd", together):
             [alone] = verifier([caption], [group], [name])
@@ -766,8 +767,38 @@ def test_the_vocabulary_is_read_once_for_all_rows(verifier_model, tokenizer, pol
         policy.model.requires_grad_(False)  # as the verifier is: torch copies for weights that are trained
         read_prompts(policy, prompts)
     assert products == [("aten.mm.default", len(prompts))]
+
+
+def test_a_model_prepared_twice_has_one_hook(verifier_model, tokenizer):
     Verifier(verifier_model, tokenizer).under(mode="sample")
     assert len(verifier_model.lm_head._forward_pre_hooks) == 1
+
+
+def test_the_host_waits_once_for_each_token_of_a_reply(verifier_model, tokenizer):
+    """It asks whether all rows have ended. Beyond that, only what does not grow with the tokens."""
+    counts = []
+    for tokens in (3, 5):
+        verifier_model.generation_config.eos_token_id = []
+        verifier = Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=tokens)
+        verifier.eos_ids = []
+        with Waits() as waits:
+            verifier(CAPTIONS, [draw(QUESTIONS, 2, f"{i}") for i in range(4)], list("abcd"))
+        counts.append(len(waits.seen))
+    assert counts[1] - counts[0] == 2
+
+
+def test_a_mask_is_made_once_for_all_layers(tokenizer, monkeypatch):
+    """A mask of ones and zeros SDPA would turn into numbers in every layer. The prompt's head needs none."""
+    kinds, attend = [], F.scaled_dot_product_attention
+
+    def noted(query, key, value, attn_mask=None, **settings):
+        if attn_mask is not None:
+            kinds.append(attn_mask.dtype)
+        return attend(query, key, value, attn_mask, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", noted)
+    grouped_verifier(tokenizer)(CAPTIONS, [draw(QUESTIONS, 2, f"{i}") for i in range(4)], list("abcd"))
+    assert kinds and set(kinds) == {torch.float32}
 
 
 def grouped_verifier(tokenizer, **settings) -> Verifier:
