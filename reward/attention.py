@@ -1,5 +1,5 @@
 """Attention of a verifier whose query heads share key heads, without copies of keys and values, and
-its mask."""
+its mask; its head as one product."""
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,15 @@ def share_heads_(model: PreTrainedModel) -> None:
     """Has a model that uses transformers' "sdpa" attend by `shared_heads`."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("shared_heads")
+
+
+def join_rows_(model: PreTrainedModel) -> None:
+    """Makes lm_head one product for all rows. transformers gives it a slice, (B, 1, H). Where
+    weights have no gradients, torch multiplies a slice row by row, and reads a vocabulary of 152k B
+    times. A contiguous input is one product."""
+    lm_head = model.get_output_embeddings()
+    if not lm_head._forward_pre_hooks:  # a model may be prepared again, under other settings
+        lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
 
 def shared_heads(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,

@@ -439,16 +439,11 @@ class Verifier:
     def _prepare_(self) -> None:
         # here: what they do is transformers' own, faster
         from grpo.fused import fuse_norms_
-        from reward.attention import share_heads_
+        from reward.attention import join_rows_, share_heads_
 
         share_heads_(self.model)
         fuse_norms_(self.model)
-        # transformers gives lm_head a slice, (B, 1, H). Where weights have no gradients, torch
-        # multiplies a slice row by row, and reads a vocabulary of 152k B times. A contiguous input
-        # is one product.
-        lm_head = self.model.get_output_embeddings()
-        if not lm_head._forward_pre_hooks:  # `under` prepares the same model again
-            lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        join_rows_(self.model)
         text = self.model.config.get_text_config()
         self.context = getattr(text, "max_position_embeddings", None) or math.inf  # Bloom has none
         rope = getattr(text, "rope_parameters", None) or {}
