@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-LARGEST_COUNT = 2**31 - 1
-"""The largest whole number of 32 bits with a sign. What counts may hold no more."""
+LARGEST_COUNT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
+"""The largest whole number of 32 bits with a sign, and about the largest float32."""
 
 
 def check_range(settings: Any, names: str, at_least: float = -math.inf, above: float = -math.inf,
@@ -12,12 +12,12 @@ def check_range(settings: Any, names: str, at_least: float = -math.inf, above: f
     """Raises ValueError, with name, value and what was expected, for a setting out of range.
 
     names: of the fields of `settings`, with spaces between. NaN and infinity are in no range, nor
-    are whole numbers above `LARGEST_COUNT`.
+    is what has no place in 32 bits.
     """
     for name in names.split():
         value = getattr(settings, name)
-        most = min(at_most, LARGEST_COUNT) if isinstance(value, int) else at_most
-        is_bounded = at_most < math.inf or value > most
+        most = min(at_most, LARGEST_COUNT if isinstance(value, int) else LARGEST_FLOAT)
+        is_bounded = at_most < math.inf or most < value < math.inf
         if above > -math.inf:
             expected = f"more than {above}, at most {most}" if is_bounded else f"more than {above}"
         elif is_bounded:

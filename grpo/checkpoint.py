@@ -102,7 +102,11 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
         return None
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{link}: expected a whole checkpoint, found none at {folder}")
-    return folder, int(folder.name.removeprefix("step_"))
+    num_steps = folder.name.removeprefix("step_")
+    if not num_steps.isdecimal():
+        raise ValueError(f"{link}: expected a checkpoint called step_ and its number of steps, "
+                         f"found {folder.name}")
+    return folder, int(num_steps)
 
 
 def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
@@ -137,7 +141,7 @@ def verify_checksums(folder: Path) -> None:
                 archive = io.BytesIO(file.read(place.length))
             if damaged := zipfile.ZipFile(archive).testzip():
                 raise ValueError(f"another checksum of {damaged}")
-    except (OSError, MemoryError):
+    except OSError:
         raise
     except Exception as error:  # what pickle and zipfile meet in damaged bytes has many kinds
         raise ValueError(f"{path}: expected {what} as it was saved, found other bytes "

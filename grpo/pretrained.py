@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -26,7 +27,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, find_adapter_config_file
 
-from data.io import text_hash
+from data.io import read_json, text_hash
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
 from grpo.vision import prepare_vision_
 
@@ -167,6 +168,7 @@ def load_model(auto_class: type, path: str,
         path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    check_files(Path(cached_file(path, "config.json")).parent)
     outer = ("", model.base_model_prefix)
     own = tuple(f"{name}." for name, _ in model.named_modules() if name not in outer)
     unused = [key for key in report["unexpected_keys"] if "lora_" in key or key.startswith(own)]
@@ -188,6 +190,24 @@ def load_model(auto_class: type, path: str,
     return model
 
 
+def check_files(folder: Path) -> None:
+    """Raises ValueError for what transformers would pass over: generation settings that cannot be
+    read, and weights that are no floating point numbers."""
+    settings = folder / "generation_config.json"
+    if settings.is_file():
+        read_json(settings, "generation settings", dict)
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            for name in weights.offset_keys():
+                dtype = weights.get_slice(name).get_dtype()
+                if name.endswith("weight") and dtype not in FLOATS:
+                    raise ValueError(f"{path}: expected {name} in one of {', '.join(FLOATS)}, "
+                                     f"found {dtype}")
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Data types of weights, as safetensors calls them."""
+
 LAYOUT = (
     "model.visual", "model.get_rope_index", "model.get_image_features", "config.image_token_id",
     "config.video_token_id", "config.vision_start_token_id", "config.vision_end_token_id",
@@ -201,7 +221,8 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     not support its text layers. Raises ValueError if the model's layout is not Qwen2.5-VL's or
     Qwen3-VL's."""
     parts = [(model, name) for name in LAYOUT]
-    for owner, name in [*parts, (image_processor, "merge_size"), (image_processor, "patch_size")]:
+    sizes = ("merge_size", "patch_size", "temporal_patch_size")
+    for owner, name in [*parts, *((image_processor, name) for name in sizes)]:
         try:
             attrgetter(name)(owner)
         except AttributeError:
@@ -212,10 +233,10 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
         check_layers(model)
     tower = model.model.visual.config
-    wanted = tower.spatial_merge_size, tower.patch_size
-    found = image_processor.merge_size, image_processor.patch_size
+    wanted = tower.spatial_merge_size, tower.patch_size, tower.temporal_patch_size
+    found = tuple(getattr(image_processor, name) for name in sizes)
     if found != wanted:
-        raise ValueError("expected an image processor with the model's merge_size and patch_size, "
+        raise ValueError(f"expected an image processor with the model's {', '.join(sizes)}, "
                          f"{wanted}, found {found}")
     from grpo.fused import fuse_  # here, too
 

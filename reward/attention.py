@@ -21,7 +21,11 @@ def join_rows_(model: PreTrainedModel) -> None:
     times. A contiguous input is one product."""
     lm_head = model.get_output_embeddings()
     if not lm_head._forward_pre_hooks:  # a model may be prepared again, under other settings
-        lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        lm_head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(),)
 
 
 def shared_heads(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,

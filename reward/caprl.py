@@ -407,7 +407,7 @@ def _mean(values: Sequence[float]) -> float:
 
 class Verifier:
     """A causal language model that answers questions from captions. The captions that share a
-    batch do not change each other's answers.
+    batch do not change each other's answers. Its weights must stay as they are.
 
     mode "logits": the likeliest of the offered letters. Nothing is sampled and nothing is parsed.
     mode "sample": a reply of at most `max_new_tokens` tokens at `temperature`, which

@@ -89,6 +89,30 @@ def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
         caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=2, **TOY))
 
 
+def test_a_finished_shard_that_is_damaged_or_anothers_is_no_success(folder, tmp_path):
+    """Captioned again, nothing is left to do: every row of what is there is read."""
+    settings = CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=2, **TOY | {"max_new_tokens": 4})
+    caption(settings)
+    first, second = (tmp_path / f"a/shard-00000{n}.jsonl" for n in range(2))
+    whole = second.read_text()
+    other = [json.dumps(json.loads(line) | {"model": "0" * 16}) + "\n" for line in whole.splitlines()]
+    asked = [json.dumps(json.loads(line) | {"prompt": "0" * 16}) + "\n" for line in whole.splitlines()]
+    damages = {
+        first.read_text(): "expected other images than in .*shard-000000.jsonl, found id '0.png' again",
+        "".join(other): "shard-000001.jsonl line 1: expected model [0-9a-f]{16}, as about.json has it, found 0000",
+        "".join(asked): "shard-000001.jsonl line 1: expected prompt [0-9a-f]{16}, as about.json has it, found 0000",
+        whole[: len(whole) // 2]: "shard-000001.jsonl: expected 2 rows, found 1|shard-000001.jsonl line",
+        "": "shard-000001.jsonl: expected 2 rows, found 0",
+    }
+    for damaged, message in damages.items():
+        second.write_text(damaged)
+        for again in (lambda: caption(settings), lambda: main(["--out", str(tmp_path / "a"), "--export", "llava"])):
+            with pytest.raises(ValueError, match=message):
+                again()
+    second.write_text(whole)
+    caption(settings)
+
+
 def test_the_hash_is_of_the_weights(policy):
     before = model_hash(policy)
     assert before == model_hash(policy)

@@ -351,6 +351,16 @@ def test_a_copy_without_links_goes_on_from_its_last_checkpoint(tmp_path, is_foll
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_000003", "step_000004"]
 
 
+def test_a_checkpoint_under_another_name_is_not_taken(tmp_path):
+    save_checkpoint(tmp_path, 1, toy_state()[2], keep=2)
+    latest = tmp_path / "checkpoints/latest"
+    (tmp_path / "checkpoints/step_000001").rename(tmp_path / "checkpoints/good")
+    latest.unlink()
+    latest.symlink_to("good")
+    with pytest.raises(ValueError, match="latest: expected a checkpoint called step_ and its number of steps, found good"):
+        latest_checkpoint(tmp_path)
+
+
 def test_a_run_that_was_set_back_by_hand_keeps_what_it_saves(tmp_path):
     for number in (1, 2, 3, 4, 5):
         save_checkpoint(tmp_path, number, toy_state()[2], keep=5)

@@ -74,6 +74,7 @@ def test_the_table_of_recipes_is_that_of_the_presets():
         ({"learning_rate": float("inf")}, "learning_rate inf: expected 0 or more, not infinity"),
         ({"num_steps": 10**20}, "num_steps 100000000000000000000: expected 1 to 2147483647"),
         ({"num_steps": 10**400}, "num_steps 10000.*0: expected 1 to 2147483647"),
+        ({"learning_rate": 1e300}, r"learning_rate 1e\+300: expected 0 to 3.4e\+38"),
         ({"timeout_minutes": 1e30}, r"timeout_minutes 1e\+30: expected more than 0, at most 525600"),
         ({"timeout_minutes": 0.0}, "timeout_minutes 0.0: expected more than 0, at most 525600"),
         ({"temperature": float("inf")}, "temperature inf: expected more than 0, not infinity"),

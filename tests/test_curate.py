@@ -497,10 +497,18 @@ def test_the_toy_writers_lessons_are_read_back():
 
 @pytest.mark.parametrize("row", [{"fate": "written"}, {"id": None, "fate": "written"}, {"id": "00.png"}])
 def test_a_row_without_id_or_fate_is_named(tmp_path, row):
-    (tmp_path / "out/rows").mkdir(parents=True)
-    (tmp_path / "out/rows/rank-000.jsonl").write_text(json.dumps(row) + "\n")
     config = GenerateConfig(str(scenes(tmp_path / "photos", 1)), str(tmp_path / "out"))
+    generate(config, scripted)
+    (tmp_path / "out/rows/rank-000.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"rank-000.jsonl: expected an id and a fate in each row, got \{"):
+        generate(config, scripted)
+
+
+def test_rows_without_their_settings_are_not_gone_on_with(tmp_path):
+    config = GenerateConfig(str(scenes(tmp_path / "photos", 1)), str(tmp_path / "out"))
+    generate(config, scripted)
+    (tmp_path / "out/settings.json").unlink()
+    with pytest.raises(ValueError, match="settings.json: expected the settings of the rows beside it, found none"):
         generate(config, scripted)
 
 

@@ -192,10 +192,12 @@ OTHERS = {
 
 def test_an_image_processor_of_another_model_is_refused(policy, tokenizer):
     """Its images would have another number of tokens than the tower has features."""
-    for name, number, found in (("merge_size", 4, "(4, 14)"), ("patch_size", 16, "(2, 16)")):
+    for name, number, found in (("merge_size", 4, "(4, 14, 2)"), ("patch_size", 16, "(2, 16, 2)"),
+                                ("temporal_patch_size", 1, "(2, 14, 1)")):
         other = copy.deepcopy(policy.image_processor)
         setattr(other, name, number)
-        message = f"expected an image processor with the model's merge_size and patch_size, (2, 14), found {found}"
+        message = ("expected an image processor with the model's merge_size, patch_size, temporal_patch_size, (2, 14, 2), "
+                   f"found {found}")
         with pytest.raises(ValueError, match=re.escape(message)):
             make_policy(policy.model, tokenizer, other)
 
@@ -329,6 +331,27 @@ def test_an_end_that_the_head_has_no_row_for_is_none(copy_of):
     ends = load_policy(str(folder), CPU).eos_ids
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [*ends, -1, 99999]}))
     assert load_policy(str(folder), CPU).eos_ids == ends
+
+
+@pytest.mark.parametrize("kind", LOAD)
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_that_are_no_floating_point_numbers_are_refused(copy_of, kind, dtype, name):
+    """transformers would take the whole numbers of a quantized model for weights."""
+    def quantized(weights):
+        key = next(key for key in weights if key.endswith("q_proj.weight"))
+        return weights | {key: weights[key].to(dtype)}
+
+    folder = copy_of(kind, quantized)
+    with pytest.raises(ValueError, match=rf"model.safetensors: expected .*q_proj.weight in one of .*BF16, found {name}"):
+        LOAD[kind](str(folder), torch.device("cpu"))
+
+
+def test_generation_settings_that_cannot_be_read_are_named(copy_of):
+    """transformers passes over them, and the policy would lose one of its ends."""
+    path = copy_of("policy") / "generation_config.json"
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(ValueError, match="generation_config.json: expected generation settings"):
+        load_policy(str(path.parent), torch.device("cpu"))
 
 
 def test_a_verifier_of_nan_is_refused(copy_of):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.images import image_name
-from data.io import check_text, read_json, short, write_whole
+from data.io import check_text, read_json, short, text_hash, write_whole
 from data.jsonl import filled, read_jsonl
 from data.tones import seen_otherwise
 
@@ -39,7 +39,7 @@ def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
     `texts` it needs `id`.
     """
     about, num_finished = read_about(out), count_finished(out)
-    num_shards = about["shards"]
+    num_shards, first_ids = about["shards"], {}  # of each shard
     if num_finished != num_shards:
         raise ValueError(f"{out}: expected {num_shards} finished shards, found {num_finished}")
     for number, wanted in enumerate(about.get("rows") or [None] * num_shards):
@@ -48,10 +48,26 @@ def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
             for line, row in read_jsonl(path):
                 where = f"{path} line {line}"
                 num_rows += 1
-                yield where, checked_row(where, row, "id", *texts)
+                row = checked_row(where, row, "id", *texts)
+                check_hashes(where, row, about)
+                if num_rows == 1 and first_ids.setdefault(row["id"], path) != path:
+                    raise ValueError(f"{where}: expected other images than in "
+                                     f"{first_ids[row['id']]}, found id {row['id']!r} again")
+                yield where, row
         if wanted not in (None, num_rows):
             raise ValueError(f"{path}: expected {wanted} rows, found {num_rows}; without this file "
                              "the same run captions its images again")
+
+
+def check_hashes(where: str, row: dict, about: dict) -> None:
+    """Raises ValueError for a row of another model or instruction than about.json names."""
+    instruction = about.get("instruction")
+    hashes = {"model": about.get("model"),
+              "prompt": text_hash(instruction) if isinstance(instruction, str) else None}
+    for name, expected in hashes.items():
+        if expected and row.get(name, expected) != expected:
+            raise ValueError(f"{where}: expected {name} {expected}, as about.json has it, found "
+                             f"{row[name]}")
 
 
 def checked_row(where: str, row: dict, *texts: str) -> dict:
@@ -95,7 +111,7 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
 def check_captions(out: Path) -> None:
     """Raises ValueError where all is finished and no row has a caption."""
     first = next(finished_rows(out), None)
-    if all("error" in row for _, row in finished_rows(out)):
+    if not sum("error" not in row for _, row in finished_rows(out)):  # all of them are read
         said = f"the first: {first[1]['error']}" if first else "no rows"
         expected = "expected a caption, found none"
         raise ValueError(f"{out}: {expected}; no image could be opened ({said})")

@@ -43,6 +43,9 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     with all_or_none(what):
         if rank() == 0:
             rows.mkdir(parents=True, exist_ok=True)
+            if any(rows.glob("*.jsonl")) and not (folder / "settings.json").exists():
+                raise ValueError(f"{folder / 'settings.json'}: expected the settings of the rows "
+                                 "beside it, found none; take another --out")
             agree_on(folder / "settings.json", settings)
             for path in rows.glob("*.jsonl"):
                 take_out_unfinished(path, retry_failed, dict(inputs))
