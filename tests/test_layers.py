@@ -219,7 +219,7 @@ def test_memory_that_is_short_is_not_the_compilers_fault(policy, prompts, record
 def test_a_decoder_compiles_on_a_gpu_only(policy, monkeypatch):
     decoder = Decoder(policy.model, 2, 8)
     assert decoder.layer_step_ is layer_step_ and not decoder.uses_kernels
-    monkeypatch.setattr("grpo.layers.check_layers", lambda *_: None)
+    monkeypatch.setattr("grpo.layers.check_layers", lambda *_, **__: None)
     monkeypatch.setattr("grpo.layers.compiled_step_", lambda: math.inf)
     monkeypatch.setattr("grpo.layers.has_kernels", lambda *_: True)
     monkeypatch.setattr(policy.model.model.language_model.embed_tokens, "weight", OnGpu())
