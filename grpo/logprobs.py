@@ -162,10 +162,10 @@ class CompletionScorer(nn.Module):
             hidden, self.model.lm_head.weight, rollouts.tokens.flatten()[packed.places],
             self.temperature, send(self.forbidden, device), HEAD_ROWS[device.type], with_entropy,
         )  # (N,) each
-        empty = torch.zeros(rollouts.tokens.numel(), device=device)
-        logprobs, entropies = (empty.index_copy(0, packed.places, part).view(rollouts.tokens.shape)
-                               for part in (logprobs, entropies))
-        return logprobs, entropies
+        width = rollouts.tokens.shape[1]
+        places = packed.places // width, packed.places % width
+        empty = torch.zeros(rollouts.tokens.shape, device=device)  # no view: FSDP2 warns of those
+        return empty.index_put(places, logprobs), empty.index_put(places, entropies)
 
 
 class HeadLogprobs(torch.autograd.Function):
