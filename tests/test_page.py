@@ -964,8 +964,8 @@ def test_the_picture_is_shown_large(driver, tmp_path, width):
     keep_thumbnail(run, "y", picture.copy)
     with opened(driver, write_page(run, full_mb=5), width):
         press(driver, "body", "z")
-        wait(driver, "return document.querySelector('#zoom img')?.naturalWidth === 900")
-        assert "900 \u00d7 600 pixels, full size" in text_of(driver, "#zoom output")
+        said = "return document.querySelector('#zoom output')?.textContent"  # it comes after the picture
+        wait(driver, f"{said}?.includes('900 \u00d7 600 pixels, full size')")
         room, shown = driver.execute_script(
             "return ['.frame', '#zoom img'].map((one) => document.querySelector(one).clientWidth)")
         assert shown <= room
@@ -980,7 +980,7 @@ def test_the_picture_is_shown_large(driver, tmp_path, width):
         wait(driver, "return document.querySelector('#detail dd').textContent === 'y'")
         driver.execute_script("document.querySelector('.picture').click()")
         wait(driver, "return document.querySelector('#zoom img').naturalWidth === 256")
-        assert "a small copy; --full-mb keeps whole ones" in text_of(driver, "#zoom output")
+        wait(driver, f"{said}.includes('a small copy; --full-mb keeps whole ones')")
         driver.execute_script("document.getElementById('zoom').close()")
 
 
