@@ -168,7 +168,8 @@ def load_model(auto_class: type, path: str,
         path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    check_files(Path(cached_file(path, "config.json")).parent)
+    is_quantized = hasattr(model.config, "quantization_config")
+    check_files(Path(cached_file(path, "config.json")).parent, is_quantized)
     outer = ("", model.base_model_prefix)
     own = tuple(f"{name}." for name, _ in model.named_modules() if name not in outer)
     unused = [key for key in report["unexpected_keys"] if "lora_" in key or key.startswith(own)]
@@ -190,13 +191,17 @@ def load_model(auto_class: type, path: str,
     return model
 
 
-def check_files(folder: Path) -> None:
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Data types of weights, as safetensors calls them."""
+
+
+def check_files(folder: Path, is_quantized: bool) -> None:
     """Raises ValueError for what transformers would pass over: generation settings that cannot be
-    read, and weights that are no floating point numbers."""
+    read, and weights that are no such numbers where config.json names no quantization."""
     settings = folder / "generation_config.json"
     if settings.is_file():
         read_json(settings, "generation settings", dict)
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in () if is_quantized else sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
             for name in weights.offset_keys():
                 dtype = weights.get_slice(name).get_dtype()
@@ -204,9 +209,6 @@ def check_files(folder: Path) -> None:
                     raise ValueError(f"{path}: expected {name} in one of {', '.join(FLOATS)}, "
                                      f"found {dtype}")
 
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Data types of weights, as safetensors calls them."""
 
 LAYOUT = (
     "model.visual", "model.get_rope_index", "model.get_image_features", "config.image_token_id",

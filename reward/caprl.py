@@ -571,8 +571,8 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def option_logits_(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor],
-                  letter_ids: list[int]) -> Tensor:
+                   questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor],
+                   letter_ids: list[int]) -> Tensor:
     """Logits of the letters at the answer's position, float32, a row for each (caption, question):
     (sum of questions, letters). Head, captions and questions are token ids; for `head_cache` see
     `run_head`."""
@@ -597,7 +597,7 @@ def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int])
 
 
 def question_rows_(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                  questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor]):
+                   questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor]):
     """The arguments of `run_rows_` for each (caption, question). They are the token ids still to be
     run, their place in the cache, the cache and its mask. Head, captions, questions are token ids;
     for `head_cache`, which is changed, see `run_head`. Captions are run once each, where

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from caption import CaptionConfig, caption, main
-from data.captions.exports import check_export
+from data.captions.exports import check_captions, check_export
 from data.captions.leases import _new_part, take_lease
 from data.captions.shards import plan_shards
 from data.images import open_image
@@ -111,6 +111,14 @@ def test_a_finished_shard_that_is_damaged_or_anothers_is_no_success(folder, tmp_
                 again()
     second.write_text(whole)
     caption(settings)
+
+
+def test_ids_that_begin_again_in_each_file_are_no_copied_shard(tmp_path):
+    for n in range(2):
+        row = {"id": "0", "image": f"{n}.parquet row 0", "caption": "x"}
+        (tmp_path / f"shard-00000{n}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "about.json").write_text(json.dumps({"shards": 2}))
+    check_captions(tmp_path)
 
 
 def test_the_hash_is_of_the_weights(policy):

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.toy.world import toy_examples
 from grpo.config import RewardConfig
-from grpo.pretrained import load_policy, make_policy
+from grpo.pretrained import check_files, load_policy, make_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import caption_rewards, load_verifier
 
@@ -344,6 +344,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(copy_of, kind, d
     folder = copy_of(kind, quantized)
     with pytest.raises(ValueError, match=rf"model.safetensors: expected .*q_proj.weight in one of .*BF16, found {name}"):
         LOAD[kind](str(folder), torch.device("cpu"))
+    check_files(folder, is_quantized=True)  # transformers reads what config.json says of them
 
 
 def test_generation_settings_that_cannot_be_read_are_named(copy_of):

@@ -35,11 +35,11 @@ def count_finished(out: Path) -> int:
 def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
     """("shard-000000.jsonl line 1", row) of all shards, in the order of the input.
 
-    Raises ValueError if some are missing or too short, or for a row as `checked_row` does: beside
-    `texts` it needs `id`.
+    Raises ValueError if some are missing, too short or a copy of another, or for a row as
+    `checked_row` and `check_hashes` do: beside `texts` it needs `id`.
     """
     about, num_finished = read_about(out), count_finished(out)
-    num_shards, first_ids = about["shards"], {}  # of each shard
+    num_shards, seen = about["shards"], {}  # the shard that begins with an image
     if num_finished != num_shards:
         raise ValueError(f"{out}: expected {num_shards} finished shards, found {num_finished}")
     for number, wanted in enumerate(about.get("rows") or [None] * num_shards):
@@ -50,9 +50,10 @@ def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
                 num_rows += 1
                 row = checked_row(where, row, "id", *texts)
                 check_hashes(where, row, about)
-                if num_rows == 1 and first_ids.setdefault(row["id"], path) != path:
-                    raise ValueError(f"{where}: expected other images than in "
-                                     f"{first_ids[row['id']]}, found id {row['id']!r} again")
+                image = row["id"], row.get("image")  # ids of several parquet files may be equal
+                if num_rows == 1 and seen.setdefault(image, path) != path:
+                    raise ValueError(f"{where}: expected other images than in {seen[image]}, "
+                                     f"found id {row['id']!r} again")
                 yield where, row
         if wanted not in (None, num_rows):
             raise ValueError(f"{path}: expected {wanted} rows, found {num_rows}; without this file "
@@ -109,12 +110,16 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def check_captions(out: Path) -> None:
-    """Raises ValueError where all is finished and no row has a caption."""
-    first = next(finished_rows(out), None)
-    if not sum("error" not in row for _, row in finished_rows(out)):  # all of them are read
-        said = f"the first: {first[1]['error']}" if first else "no rows"
-        expected = "expected a caption, found none"
-        raise ValueError(f"{out}: {expected}; no image could be opened ({said})")
+    """Reads all rows of what is finished. Raises ValueError where no row has a caption, or as
+    `finished_rows` does."""
+    num_captions, said = 0, "no rows"
+    for _, row in finished_rows(out):
+        num_captions += "error" not in row
+        if said == "no rows" and "error" in row:
+            said = f"the first: {row['error']}"
+    if not num_captions:
+        reason = f"no image could be opened ({said})"
+        raise ValueError(f"{out}: expected a caption, found none; {reason}")
 
 
 def export_captions(out: Path, layout: str) -> Path:
