@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,7 +124,7 @@ def loading(path: str, what: str, adapters: Sequence[str] = ()) -> Iterator[None
         raise
     except Exception as error:  # transformers, safetensors, jinja and hub have their own classes
         reason = (str(error) or type(error).__name__).splitlines()[0][:400]
-        if not reason.startswith(f"{path}: "):
+        if not reason.startswith((f"{path}: ", f"{path}/")):
             reason = f"{path}: expected a {what}'s folder or a hub name ({reason})"
         if adapters:
             reason += f"; it is the base of {adapters[-1]}: {adapters[-1]}+BASE names another"
@@ -131,12 +132,16 @@ def loading(path: str, what: str, adapters: Sequence[str] = ()) -> Iterator[None
 
 
 def check_model_path(path: str) -> None:
-    """Raises ValueError for a folder that lacks part of a model. Raises it too for a path that is
-    neither a folder nor like a hub name."""
+    """Raises ValueError for a folder that lacks part of a model or has settings that cannot be read
+    (transformers passes over some). Raises it too for a path that is neither a folder nor like a
+    hub name."""
     if Path(path).is_dir():
         for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
             if not list(Path(path).glob(pattern)):
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
+        for file in map(Path(path).joinpath, (*SOURCE_FILES, "generation_config.json")):
+            if file.suffix == ".json" and file.is_file():
+                read_json(file, "a model's settings", dict)
     elif not re.fullmatch(HUB_NAME, path):
         raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
 
@@ -158,8 +163,8 @@ def load_model(auto_class: type, path: str,
     """The model of a local folder or a hub name.
 
     Raises ValueError if the checkpoint lacks a weight, which would then be random. Raises it too if
-    one of the checkpoint's weights has no place in the model's own modules, such as an adapter's.
-    Weights of other modules, such as a vision tower, may be there.
+    one of the checkpoint's weights has no place in the model's own modules, such as an adapter's,
+    or holds no numbers. Weights of other modules, such as a vision tower, may be there.
     """
     if find_adapter_config_file(path):
         raise ValueError("expected a whole model, found an adapter (adapter_config.json): merge it "
@@ -168,8 +173,8 @@ def load_model(auto_class: type, path: str,
         path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    is_quantized = hasattr(model.config, "quantization_config")
-    check_files(Path(cached_file(path, "config.json")).parent, is_quantized)
+    if not hasattr(model.config, "quantization_config"):  # transformers reads what that says
+        check_weights(Path(cached_file(path, "config.json")).parent, model)
     outer = ("", model.base_model_prefix)
     own = tuple(f"{name}." for name, _ in model.named_modules() if name not in outer)
     unused = [key for key in report["unexpected_keys"] if "lora_" in key or key.startswith(own)]
@@ -195,19 +200,22 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Data types of weights, as safetensors calls them."""
 
 
-def check_files(folder: Path, is_quantized: bool) -> None:
-    """Raises ValueError for what transformers would pass over: generation settings that cannot be
-    read, and weights that are no such numbers where config.json names no quantization."""
-    settings = folder / "generation_config.json"
-    if settings.is_file():
-        read_json(settings, "generation settings", dict)
-    for path in () if is_quantized else sorted(folder.glob("*.safetensors")):
+def check_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError for weights that transformers loads though they are none: of another data
+    type, not finite, or nothing but zeros, as in a file that was not written to its end."""
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
             for name in weights.offset_keys():
                 dtype = weights.get_slice(name).get_dtype()
                 if name.endswith("weight") and dtype not in FLOATS:
                     raise ValueError(f"{path}: expected {name} in one of {', '.join(FLOATS)}, "
                                      f"found {dtype}")
+    for name, weight in model.named_parameters():
+        low, high = map(float, torch.aminmax(weight.detach()))
+        is_finite = math.isfinite(low) and math.isfinite(high)
+        if not is_finite or (low == high == 0 and weight.ndim > 1):  # a bias may be zeros
+            raise ValueError(f"{folder}: expected finite numbers in {name}, and not only zeros, "
+                             f"found {low} to {high}")
 
 
 LAYOUT = (

@@ -16,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.toy.world import toy_examples
 from grpo.config import RewardConfig
-from grpo.pretrained import check_files, load_policy, make_policy
+from grpo.pretrained import load_policy, make_policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import caption_rewards, load_verifier
 
@@ -344,20 +344,43 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(copy_of, kind, d
     folder = copy_of(kind, quantized)
     with pytest.raises(ValueError, match=rf"model.safetensors: expected .*q_proj.weight in one of .*BF16, found {name}"):
         LOAD[kind](str(folder), torch.device("cpu"))
-    check_files(folder, is_quantized=True)  # transformers reads what config.json says of them
 
 
-def test_generation_settings_that_cannot_be_read_are_named(copy_of):
-    """transformers passes over them, and the policy would lose one of its ends."""
-    path = copy_of("policy") / "generation_config.json"
-    path.write_text(path.read_text()[:20])
-    with pytest.raises(ValueError, match="generation_config.json: expected generation settings"):
-        load_policy(str(path.parent), torch.device("cpu"))
+@pytest.mark.parametrize("kind", LOAD)
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_weights_that_hold_no_numbers_are_refused(copy_of, kind, value):
+    """A download that ended early can leave a file of the right size with zeros at its end."""
+    def damaged(weights):
+        key = next(key for key in weights if key.endswith("3.mlp.down_proj.weight"))
+        weights[key][0 if value else slice(None)] = value
+        return weights
+
+    folder = copy_of(kind, damaged)
+    with pytest.raises(ValueError, match=f"{folder}: expected finite numbers in .*3.mlp.down_proj.weight, and not only zeros"):
+        LOAD[kind](str(folder), CPU)
 
 
-def test_a_verifier_of_nan_is_refused(copy_of):
+@pytest.mark.parametrize("kind", LOAD)
+def test_a_bias_of_zeros_is_a_bias(copy_of, kind):
+    def flat(weights):
+        return {key: weight * 0 if key.endswith("bias") else weight for key, weight in weights.items()}
+
+    LOAD[kind](str(copy_of(kind, flat)), CPU)
+
+
+@pytest.mark.parametrize("kind", LOAD)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_settings_that_are_cut_off_are_named(copy_of, kind, name):
+    """transformers passes over generation_config.json, and the policy would lose one of its ends."""
+    path = copy_of(kind) / name
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"^{path}: expected a model's settings"):
+        LOAD[kind](str(path.parent), CPU)
+
+
+def test_a_verifier_whose_states_overflow_is_refused(copy_of):
     def broken(weights):
-        return {key: weight * torch.nan if "model.norm" in key else weight for key, weight in weights.items()}
+        return {key: weight * 1e30 if "model.norm" in key else weight for key, weight in weights.items()}
 
     with pytest.raises(ValueError, match="come out nan apart"):
         load_verifier(str(copy_of("verifier", broken)), CPU)
