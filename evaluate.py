@@ -40,7 +40,7 @@ from tools.claims import CheckerConfig, add_claims, judged_rows
 from tools.prism import direct, floor_captions, others_captions, prism, read_prompt, word_answerer
 from tools.reply_judge import reply_judge
 from tools.stats import summarize
-from tools.tables import Rows, append_rows, check_out, keep_thumbnails, report, write_tables
+from tools.tables import Rows, append_rows, check_measured, check_out, report, write_tables
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> None:
         if config.out:
             with naming(config.out):
                 write_tables(Path(config.out), text, benchmarks, tables)
-                keep_thumbnails(Path(config.out), benchmarks)
+        check_measured(rows)
 
 
 if __name__ == "__main__":

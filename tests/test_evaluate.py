@@ -59,6 +59,17 @@ def test_a_disk_that_fills_after_the_tables_is_named_and_they_stay(tmp_path, mon
     assert "toy:heldout:2" in capsys.readouterr().out
 
 
+def test_an_evaluation_that_could_measure_nothing_fails_when_all_is_written(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    row = {"id": "a", "image": "a.png", "questions": [{"question": "Q?", "choices": ["yes", "no"], "answer_index": 0}]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(row))
+    data, out = f"{tmp_path}/qa.jsonl", tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match=r"qa.*, data/toy/policy, looking: expected at least one .*none of 1 \(.*a.png"):
+        main(["direct", "--policy", "data/toy/policy", "--data", data, "--out", str(out)])
+    [written] = map(json.loads, out.read_text().splitlines())
+    assert written["questions"][0]["score"] is None and out.with_suffix(".md").exists() and out.with_suffix(".json").exists()
+
+
 def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
     """The mean over 2 captions is the same from the cache, where no captioner runs, and from the written file."""
     config = PrismConfig(data=("toy:heldout:4",), policy=("data/toy/policy",), num_captions=2, out=str(tmp_path / "p.jsonl"),

@@ -107,8 +107,8 @@ def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
 
 
 def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: Tables) -> None:
-    """The text of `report`, as .md, and the numbers of the first table with the refused rows, as
-    .json."""
+    """The text of `report`, as .md, the numbers of the first table with the refused rows, as .json,
+    and thumbnails."""
     write_whole(out.with_suffix(".md"), f"{text}\n".encode())
     plain = {
         "tables": [
@@ -118,6 +118,18 @@ def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: 
         "refused": {benchmark.name: benchmark.refused for benchmark in benchmarks},
     }
     write_whole(out.with_suffix(".json"), json_lines([plain]))
+    keep_thumbnails(out, benchmarks)
+
+
+def check_measured(rows: Rows) -> None:
+    """Raises ValueError if none of a captioner's questions on a benchmark could be scored: an empty
+    line of a table is no result."""
+    for (benchmark, captioner), group in rows.items():
+        questions = [question for row in group for question in row["questions"]]
+        if all(question["score"] is None for question in questions):
+            reason = next((question["failure"] for question in questions), "none was asked")
+            raise ValueError(f"{benchmark}, {captioner}: expected at least one question that can "
+                             f"be scored, found none of {len(questions)} ({reason})")
 
 
 def format_table(tables: Tables) -> str:
