@@ -22,8 +22,9 @@ from grpo.policy import Policy
 def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature: float = 1.0,
                   max_new_tokens: int = 4096, about: dict | None = None) -> None:
     """Writes weights in `dtype` (safetensors, 5 GB a file). Configuration, tokenizer and processor
-    files are the source's own. With transformers 4.57 and 5 the folder opens as the same model,
-    without our code. Raises ValueError, and leaves nothing, if the disk refuses it.
+    files are the source's own; a tokenizer finds its processor's chat template too. With
+    transformers 4.57 and 5 the folder opens as the same model, without our code. Raises ValueError,
+    and leaves nothing, if the disk refuses it.
 
     Adapters are merged. They are also written by themselves, to FOLDER/adapter, as PEFT reads them.
 
@@ -54,6 +55,9 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
             policy.image_processor.save_pretrained(unfinished)
         for name, content in policy.files.items():
             (unfinished / name).write_bytes(content)
+        if "chat_template.json" in policy.files:  # tokenizers read the template of this file only
+            template = policy.tokenizer.get_chat_template()
+            (unfinished / "chat_template.jinja").write_text(template, encoding="utf-8")
         head = model.get_output_embeddings().weight
         _update_configs(unfinished, dtype, is_tied=head is model.get_input_embeddings().weight)
         if about:

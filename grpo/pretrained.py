@@ -63,14 +63,18 @@ def load_policy(path: str, device: torch.device,
     """
     base, adapters = find_model(path)
     with loading(base, "policy", adapters):
-        tokenizer = load_tokenizer(base)
-        chat_text(tokenizer, [{"type": "image"}])
+        tokenizer = load_tokenizer(base, sees=True)
+        try:
+            chat_text(tokenizer, [{"type": "image"}])
+        except TypeError as error:  # it adds a string to this list
+            raise ValueError("expected a chat template for images, found one for text "
+                             f"({error})") from None
         image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
         model = load_model(AutoModelForImageTextToText, base, dtype)
-        # The local folder, or this machine's copy of the hub's.
-        folder = Path(cached_file(base, "config.json")).parent
-        names = [name for name in SOURCE_FILES if (folder / name).is_file()]
-        files = {name: (folder / name).read_bytes() for name in names}
+        # In the local folder, or as this machine's copy of the hub's, which may come only now.
+        places = {name: cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+                  for name in SOURCE_FILES}
+        files = {name: Path(place).read_bytes() for name, place in places.items() if place}
         policy = make_policy(model.to(device).eval(), tokenizer, image_processor, writes)
     for adapter in reversed(adapters):
         from grpo.lora import load_adapter_  # here: for who has adapters
@@ -96,7 +100,8 @@ def find_model(path: str) -> tuple[str, list[str]]:
         names = ["+".join(parts[:end]) for end in range(len(parts), 0, -1)]
         name = next((name for name in names if Path(name).is_dir()), parts[0])
         is_known = Path(name).is_dir() or re.fullmatch(HUB_NAME, name)
-        config = find_adapter_config_file(name) if is_known else None
+        with loading(name if is_known else path, "model", tuple(adapters)):
+            config = find_adapter_config_file(name) if is_known else None
         with loading(name if config else path, "model", tuple(adapters)):
             if not config:
                 return path, adapters
@@ -136,9 +141,15 @@ def check_model_path(path: str) -> None:
     (transformers passes over some). Raises it too for a path that is neither a folder nor like a
     hub name."""
     if Path(path).is_dir():
-        for pattern, what in (("*.safetensors", "weights"), ("tokenizer*.json", "tokenizer")):
-            if not list(Path(path).glob(pattern)):
+        for pattern, what in (("*.safetensors", "weights"), ("tokenizer.json", "tokenizer")):
+            files = list(Path(path).glob(pattern))
+            if not files:
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
+            for file in files:
+                with file.open("rb") as content:
+                    if content.read(19) == b"version https://git":
+                        raise ValueError(f"{file}: expected {what}, found Git LFS's pointer to it: "
+                                         "run git lfs pull there")
         for file in map(Path(path).joinpath, (*SOURCE_FILES, "generation_config.json")):
             if file.suffix == ".json" and file.is_file():
                 read_json(file, "a model's settings", dict)
@@ -146,15 +157,18 @@ def check_model_path(path: str) -> None:
         raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """tokenizer.json as it was saved, with the chat template from any file that has it.
+def load_tokenizer(path: str, sees: bool = False) -> PreTrainedTokenizerFast:
+    """tokenizer.json as it was saved, with the chat template from any file that has it. `sees`: the
+    model gets images. Its template is its processor's, where that has one: in Qwen2.5-VL the one in
+    tokenizer_config.json is for text alone.
 
     For a Qwen2 model, AutoTokenizer would replace tokenizer.json's word splitting by Qwen2's own. A
     checkpoint trained with another splitting would then read other tokens.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-    if not tokenizer.chat_template:  # only processors read chat_template.json
-        tokenizer.chat_template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
+    if sees or not tokenizer.chat_template:  # only processors read chat_template.json
+        of_processor = ProcessorMixin.get_processor_dict(path)[0].get("chat_template")
+        tokenizer.chat_template = of_processor or tokenizer.chat_template
     return tokenizer
 
 

@@ -135,7 +135,7 @@ def test_the_setting_that_is_named_changes_something(tmp_path, change, setting):
 def test_a_template_that_opens_think_is_named(tmp_path, capsys):
     assert not check_templates({"policy": "<think>\n\n</think>\n\n", "verifier": "</think> The answer is"}).problem
     assert (
-        "the verifier's opens <think>"
+        "verifier: it opens <think>"
         in check_templates({"policy": "a", "verifier": "<think>\n The answer is"}).problem
     )
     shutil.copytree("data/toy/policy", tmp_path / "policy")
@@ -144,7 +144,7 @@ def test_a_template_that_opens_think_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         check(toy_config(policy=str(tmp_path / "policy"), data="toy:train:12", run_dir=str(tmp_path / "run"), max_new_tokens=8))
     said = capsys.readouterr().out
-    assert stop.value.code == 2 and "WRONG  templates" in said and "the policy's opens <think>" in said
+    assert stop.value.code == 2 and "WRONG  templates" in said and "policy: it opens <think>" in said
 
 
 def test_memory_and_disk(tmp_path, monkeypatch):

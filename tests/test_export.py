@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from grpo.export import export_policy
 from grpo.pretrained import load_policy
@@ -34,9 +34,16 @@ def test_the_saved_policy_opens_in_transformers_with_the_same_logits(policy, pro
     assert again.tokenizer.chat_template == policy.tokenizer.chat_template
 
 
+TEXT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
 def flat_checkpoint(folder: Path, is_tied: bool) -> None:
     """The toy policy in the layout in which Qwen2.5-VL is published: text settings at the top level,
-    names of before transformers 5, the chat template inside tokenizer_config.json."""
+    names of before transformers 5, the chat template in chat_template.json. The one inside tokenizer_config.json takes
+    text alone."""
     source = Path("data/toy/policy")
     shutil.copytree(source, folder)
     config, tokenizer, processor = (
@@ -54,10 +61,12 @@ def flat_checkpoint(folder: Path, is_tied: bool) -> None:
     }
     sizes = processor.pop("size")
     processor |= {"min_pixels": sizes["shortest_edge"], "max_pixels": sizes["longest_edge"]}
-    tokenizer |= {"tokenizer_class": "Qwen2Tokenizer", "chat_template": (folder / "chat_template.jinja").read_text(),
+    template = {"chat_template": (folder / "chat_template.jinja").read_text()}
+    tokenizer |= {"tokenizer_class": "Qwen2Tokenizer", "chat_template": TEXT_TEMPLATE,
                   "additional_special_tokens": tokenizer.pop("extra_special_tokens")}
     (folder / "chat_template.jinja").unlink()
-    for name, content in (("config", config), ("tokenizer_config", tokenizer), ("preprocessor_config", processor)):
+    for name, content in (("config", config), ("tokenizer_config", tokenizer), ("preprocessor_config", processor),
+                          ("chat_template", template)):
         (folder / f"{name}.json").write_text(json.dumps(content))
     if not is_tied:
         weights = load_file(source / "model.safetensors")
@@ -83,7 +92,9 @@ def test_an_export_has_its_sources_files_and_opens_to_the_same_model(layout, dty
     umask = os.umask(0)
     os.umask(umask)
     for folder in (tmp_path / "once", tmp_path / "twice"):
-        assert {path.name for path in folder.iterdir()} == {path.name for path in source.iterdir()}
+        names = {path.name for path in source.iterdir()} | {"chat_template.jinja"}  # also for tokenizers alone
+        assert {path.name for path in folder.iterdir()} == names
+        assert PreTrainedTokenizerFast.from_pretrained(folder).chat_template == first.tokenizer.chat_template
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
         for file in ("tokenizer.json", "preprocessor_config.json"):
             assert (folder / file).read_bytes() == (source / file).read_bytes()

@@ -286,6 +286,38 @@ def test_layers_that_are_more_than_their_weights_are_refused(policy, change, mes
         make_policy(policy.model, policy.tokenizer, policy.image_processor)
 
 
+@pytest.mark.parametrize("name, what", [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")])
+def test_pointers_of_git_lfs_are_named(copy_of, name, what):
+    """What a clone without LFS leaves in place of large files."""
+    path = copy_of("policy") / name
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7031673\n")
+    with pytest.raises(ValueError, match=f"^{path}: expected {what}, found Git LFS's pointer to it: run git lfs pull"):
+        load_policy(str(path.parent), CPU)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"expected a model folder with .*, found no {what}"):
+        load_policy(str(path.parent), CPU)
+
+
+def test_a_policys_template_is_its_processors_and_a_verifiers_its_tokenizers(copy_of):
+    """Qwen2.5-VL's tokenizer_config.json has the template of Qwen2.5, which takes text alone."""
+    for_text = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}\nA:"
+    for kind in LOAD:
+        folder = copy_of(kind)
+        own = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").unlink()
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": for_text}))
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+        assert LOAD[kind](str(folder), CPU).tokenizer.chat_template == (own if kind == "policy" else for_text)
+
+
+def test_a_policy_whose_only_template_takes_text_is_refused(copy_of):
+    folder = copy_of("policy")
+    (folder / "chat_template.jinja").write_text("{{ 'A' + messages[0].content }}")
+    with pytest.raises(ValueError, match=r"expected a chat template for images, found one for text \(can only conc"):
+        load_policy(str(folder), CPU)
+
+
 @pytest.mark.parametrize("kind", ["policy", "verifier"])
 def test_a_template_in_chat_template_json_alone_is_read(copy_of, kind):
     folder = copy_of(kind)

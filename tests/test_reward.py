@@ -560,6 +560,22 @@ def test_letters_have_the_probabilities_of_a_head_that_is_scaled_or_capped(token
         assert answer.probs == pytest.approx(want.tolist(), abs=1e-4)
 
 
+def test_scores_of_attention_are_capped_where_the_model_caps_them(tokenizer, tmp_path, monkeypatch):
+    """transformers 5.17 takes SDPA for Gemma 2, which cannot cap, where 5.24 takes "eager"."""
+    torch.manual_seed(0)
+    model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, attn_logit_softcapping=0.5))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(40)
+    path, asked = saved(model, tokenizer, tmp_path), draw(QUESTIONS, 1, "k")
+    monkeypatch.setattr(hf.Gemma2PreTrainedModel, "_supports_sdpa", True)
+    verifier = load_verifier(path, torch.device("cpu"))
+    eager = hf.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    writer = verifier.writers[False]
+    ids = writer.head_ids + writer.caption_ids("red") + writer.question_ids(asked[0])
+    want = eager(torch.tensor([ids])).logits[0, -1, writer.letter_ids[: len(asked[0].options)]].softmax(-1)
+    assert verifier(["red"], [asked], ["k"])[0][0].probs == pytest.approx(want.tolist(), abs=1e-5)
+
+
 def test_a_context_without_an_end_has_room_for_all(tokenizer, tmp_path):
     verifier = load_verifier(saved(KINDS["Bloom"](), tokenizer, tmp_path), torch.device("cpu"))
     assert not hasattr(verifier.model.config, "max_position_embeddings") and verifier.context == math.inf

@@ -92,7 +92,7 @@ def check_templates(texts: dict[str, str]) -> Finding:
     ]
     return Finding(
         "templates", f"of {' and '.join(texts)}",
-        f"the {thinking[0]}'s opens <think>: it would think where it is to answer; take a model "
+        f"{' and '.join(thinking)}: it opens <think>, to think where it is to answer; take a model "
         "that does not think, or close it in the chat template with </think>" if thinking else "",
     )
 
@@ -221,8 +221,9 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
                              run.sampler.model.dtype.itemsize, len(prompt.input_ids), image_tokens)
     images = step_images(run.sampler.model, config, world_size(), run.sampler.model.dtype.itemsize,
                          image_tokens, device.type == "cuda", prompt.features is not None)
-    parts |= {"images": images, "phase rollout": sampling, "phase verifier": reward_peak - before,
-              "phase update": update_peak - before,
+    parts |= {"images": images, "phase rollout": sampling,
+              "phase verifier": max(0, reward_peak - before),
+              "phase update": max(0, update_peak - before),
               "peak": images + max(before + sampling, reward_peak, update_peak)}
     group_tokens = len(prompt.input_ids) + config.group_size * length
     rounds = math.ceil(share / max(1, config.rollout_tokens // group_tokens))
