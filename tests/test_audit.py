@@ -175,7 +175,20 @@ def test_records_without_questions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="line 1: expected a question as asked with"):
         read_rows(path)
     path.write_text(json.dumps(row("a", [one(0, None, gold=None)])))
-    with pytest.raises(ValueError, match="expected answers of a verifier, found a judge's ratings"):
+    with pytest.raises(ValueError, match="expected answers of a verifier .* found a judge's ratings"):
+        main(["replay", str(path), "--verifier", "data/toy/verifier"])
+
+
+def test_questions_of_all_sorts_are_replayed_and_those_in_words_refused(tmp_path):
+    """CaptionQA offers its abstain option on some questions only: the verifier's call on all of them had failed."""
+    def of_one_sort(captions, asked, names):
+        assert len({question.abstain for group in asked for question in group}) == 1
+        return reads(captions, asked, names)
+
+    assert replay([row("i", [one(0, 0), one(1, 1, abstain=1)], caption="x x")], of_one_sort)["questions"] == 2
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row("a", [one(0, None, gold=-1, options=[])])))
+    with pytest.raises(ValueError, match="expected answers of a verifier to questions with options"):
         main(["replay", str(path), "--verifier", "data/toy/verifier"])
 
 

@@ -75,6 +75,14 @@ def test_a_malformed_gold_raises(gold):
             score()
 
 
+def test_an_empty_item_of_a_list_is_an_answer_that_nobody_gives():
+    """The row had passed when it was read, and ended the evaluation at the first reply with two items."""
+    for kind, flag in (("Fact Checking", "NO"), ("Factoid", "YES")):
+        assert chartqapro("[red, blue]", ["[red, ]"], kind, [flag]) == chartqapro("red", ["[red, ]"], kind, [flag]) == 0.5
+    assert chartqapro("red", ["['']"], "Fact Checking", []) == 0
+    assert released_score("blue", ("['red', '']",), "info") == 0 and released_score("red", ("['red', '']",), "info") == 1
+
+
 def test_chartqapro_lists_by_hand():
     # 2010 is right, 2013 is not 2014 (a year); as plain numbers both are within 5%
     assert chartqapro("[2010, 2013]", ["[2010, 2014]"], "Factoid", ["YES"]) == 0.5
@@ -115,8 +123,6 @@ def test_captionqa_yes_no_rule_and_its_quirk():
     # as published: what only looks like a yes/no question cannot be abstained on
     assert not captionqa_offers_abstain("Is it red or blue?", ["red", "blue"])
     assert not captionqa_offers_abstain("Who is it?", ["the one with blue eyes", "the one with no hat"])
-    with pytest.raises(ValueError, match="expected at least 2 choices, got 1"):
-        captionqa_abstain_credit(1)
 
 
 @pytest.mark.parametrize(("prediction", "golds", "rule", "expected"), RELEASED)

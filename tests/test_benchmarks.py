@@ -312,6 +312,7 @@ NAN = float("nan")
     ("choice", {"choices": ["12", None]}, "expected non-empty text in every choice"),
     ("choice", {"choices": ["12", NAN]}, "expected non-empty text in every choice"),
     ("choice", {"questions": [{"question": "Q?", "choices": ["12", "x"], "answer": NAN}]}, "expected answer, found columns"),
+    ("chartqapro", {"Question": "[]", "Answer": "[]"}, "expected an answer for each of 0 questions"),
     ("chartqapro", {"Question": ["Q?"], "Answer": [None]}, "expected an answer for each of 1 questions"),
     ("chartqapro", {"Question": ["Q?", None], "Answer": ["1", "2"]}, "expected an answer for each of 2 questions"),
     ("chartqa", {"prompt": "How many?", "answer": [NAN]}, "expected answers in words"),
@@ -505,6 +506,7 @@ def test_a_place_that_is_none_is_refused(tmp_path, answer):
     ("docvqa", {"question": "Q?", "answer": "[open", "image": {"bytes": b"a"}}, "expected a list in '[open'"),
     ("chartqapro", {"Question": ["a", "b"], "Answer": ["1"], "image": b"a"}, "expected an answer for each of 2 questions"),
     ("ai2d", {"question": "Q?", "options": ["a", "b"], "answer": "2", "image": {"bytes": b"a"}}, "answer_index 2 outside"),
+    ("captionqa", {"prompt": "Q?", "answer": "a", "image": {"bytes": b"a"}}, "expected question, found columns"),
     ("chartqa", {"question": "Q?", "answer": "1", "image": {"bytes": None, "path": "x"}},
      "expected a picture in 'image', got {'bytes': None"),
 ])

@@ -231,6 +231,9 @@ def test_a_step_that_does_not_fit_is_said_and_not_killed(monkeypatch):
     (memory,), _ = longest(config)
     assert "does not fit into" in memory.facts and "too much: --gradient-checkpointing" in memory.problem
     assert torch.ones(1 << 26).sum() == 1 << 26  # the limit is gone
+    with monkeypatch.context() as patched:
+        patched.setattr(preflight, "reward_step", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        assert "(MemoryError)" in longest(config)[0][0].facts  # Python's own has no text
     monkeypatch.setattr(preflight, "world_size", lambda: 2)  # the other rank waits in a collective: this one ends both
     with pytest.raises(ValueError, match=r"rank 0: the longest step does not fit into .* GiB \(.*\): --gradient-checkp"):
         longest(config)

@@ -33,14 +33,9 @@ from grpo.config import RewardConfig, TrainConfig
 from grpo.distributed import compute_dtype, local_device
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts
-from reward.caprl import (
-    Asked,
-    AskVerifier,
-    answer_stats,
-    caption_rewards,
-    load_verifier,
-)
+from reward.caprl import Asked, AskVerifier, answer_stats, caption_rewards, load_verifier
 from reward.style import empty_kinds, repetition
+from tools.prism import ask_all
 from tools.stats import markdown, mean
 
 
@@ -372,7 +367,7 @@ def replay(rows: Sequence[dict], verifier: AskVerifier, batch_size: int = 64) ->
         captions = [row["caption"] for row in part]
         asked = [list(map(_as_asked, row["questions"])) for row in part]
         names = [f"replay:{start + place}" for place in range(len(part))]
-        for row, answers in zip(part, verifier(captions, asked, names)):
+        for row, answers in zip(part, ask_all(captions, asked, names, verifier, write=None)):
             both = [(question, answer) for question, answer in zip(row["questions"], answers)
                     if not question["failure"] and not answer.failure]
             agree += [question["chosen"] == answer.chosen for question, answer in both]
@@ -399,9 +394,10 @@ def main(arguments: list[str]) -> None:
         print(format_audit(audit_run(config)))
         return
     rows = read_rows(config.records)
-    if any(question["gold"] is None for row in rows for question in row["questions"]):
-        raise ValueError(f"{config.records}: expected answers of a verifier, found a judge's "
-                         "ratings")
+    questions = [question for row in rows for question in row["questions"]]
+    if any(question["gold"] is None or not question["options"] for question in questions):
+        raise ValueError(f"{config.records}: expected answers of a verifier to questions with "
+                         "options, found a judge's ratings, or answers in words")
     device = local_device()
     verifier = load_verifier(config.verifier, device, compute_dtype(device), config.verifier_name,
                              mode=config.mode, temperature=config.temperature)

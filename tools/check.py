@@ -3,7 +3,6 @@ models, data and machine. No weight changes."""
 
 import json
 import math
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -134,9 +133,9 @@ def check_lengths(sampler: Policy, image_tokens: Sequence[int], text_tokens: int
 
 def longest_prompt(verifier: Verifier, examples: Sequence[Example]) -> int:
     """Tokens of the longest prompt beside the caption: head, question and options."""
-    writer, rng, longest = verifier.writers[True], random.Random(0), 0
+    writer, longest = verifier.writers[True], 0
     for question in (question for example in examples for question in example.questions):
-        asked = shuffle_options(question, 0, rng, abstain=len(question.choices) < len(LETTERS))
+        asked = shuffle_options(question, 0, None, abstain=len(question.choices) < len(LETTERS))
         longest = max(longest, len(writer.question_ids(asked)))
     return len(writer.head_ids) + len(writer.caption_ids("")) + longest
 
@@ -212,7 +211,7 @@ def check_longest_step(run: Run, reward: Reward, examples: Sequence[Example], pr
             update_s, update_peak = measure(lambda: try_update(run, rollouts, config), device)
             trial, drawn = try_step(run, reward, mine, config)
     except MemoryError as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or ["MemoryError"])[0][:200]  # Python's own is empty
         facts = f"the longest step does not fit into {_gib(available)} ({reason})"
         if world_size() > 1:
             raise ValueError(f"rank {rank()}: {facts}: {LESS_MEMORY}") from None

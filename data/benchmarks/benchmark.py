@@ -6,9 +6,9 @@
 
 The first is KIND:PATH, with a file, a pattern or a folder of parquet files. The others are the
 project's own questions; the last is the share of them that `train.py --eval-data 0.02` holds out.
-The kind says what is asked and how it is scored. The path and the file's
-columns never do. docs/formats.md tells where each file comes from. A row that cannot be asked or
-scored is refused with its reason, and counted. It is no zero, and no free point.
+The kind says what is asked and how it is scored. The path and the file's columns never do.
+docs/formats.md tells where each file comes from. A row that cannot be asked or scored is refused
+with its reason, and counted. It is no zero, and no free point.
 """
 
 from collections.abc import Sequence

@@ -130,7 +130,7 @@ def _checklist_items(row: Row) -> tuple[list[Item], list[str]]:
 
 def _question(row: Row, kind: str) -> Question | FreeQuestion:
     metric = KINDS[kind]
-    if isinstance(row.cells.get("prompt"), str):
+    if isinstance(row.cells.get("prompt"), str) and metric != "captionqa":  # it needs options
         from data.benchmarks.released import released_question  # here: for who has these files
 
         return released_question(row, kind, metric)
@@ -152,11 +152,10 @@ def _chartqapro_question(row: Row, kind: str) -> FreeQuestion:
     """Several turns are a conversation: those before the last come with their answers. In
     `chartqapro-script` no type asks for an equal answer, as in the published script."""
     questions, answers = (_as_list(row.cell(name, name.lower())) for name in ("Question", "Answer"))
-    if len(questions) != len(answers) or not all(map(str.strip, questions + answers)):
-        raise ValueError(
-            f"expected an answer for each of {len(questions)} questions, got {answers} "
-            f"for {questions}"
-        )
+    is_whole = questions and all(map(str.strip, questions + answers))
+    if len(questions) != len(answers) or not is_whole:
+        raise ValueError(f"expected an answer for each of {len(questions)} questions, got "
+                         f"{answers} for {questions}")
     flags = _as_list(row.cells.get("Year", row.cells.get("year")) or [])
     turns = zip(questions[:-1], answers[:-1])
     earlier = "".join(f"{question}\n{answer}\n" for question, answer in turns)

@@ -110,7 +110,7 @@ def released_score(prediction: str, answers: tuple[str, ...], rule: Rule) -> flo
         texts = [prediction]
     if len(answers) == 1:
         with suppress(ValueError):  # not a list that is written as text
-            answers = tuple(text_list(answers[0])) or answers
+            answers = tuple(filter(str.strip, text_list(answers[0]))) or answers
     # The other way round here too: so the 5% are of the prediction.
     if any(relaxed_accuracy(answer, text) for answer in answers for text in texts):
         return 1.0

@@ -95,7 +95,7 @@ def read_run(run_dir: Path) -> Source:
     if held_out:
         series[HELD_OUT] = {row["step"]: row["accuracy"] for row in held_out}
     files = [(int(path.stem.removeprefix("step_")), path)
-             for path in sorted(run_dir.glob("rollouts/step_??????.jsonl"))]
+             for path in sorted(run_dir.glob(f"rollouts/step_{'[0-9]' * 6}.jsonl"))]
     files = [(step, path) for step, path in files if step < num_steps]
     groups, bands = [], {"accuracy": {}}
     bands[HELD_OUT] = {row["step"]: (row["low"], row["high"]) for row in held_out
