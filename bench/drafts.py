@@ -31,7 +31,7 @@ import tyro
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from data.folders import list_images
+from data.folders import load_images
 from data.images import open_image
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
@@ -111,8 +111,9 @@ def main(config: DraftConfig) -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     policy = load_policy(config.policy, torch.device("cpu"))
-    images = map(open_image, list_images(Path(config.images))) if config.images else (
-        draw(make_scene("heldout", index)) for index in range(config.num_images))
+    images = (draw(make_scene("heldout", index)) for index in range(config.num_images))
+    if config.images:
+        images = (open_image(image) for _, image in load_images(Path(config.images)))
     prompts = [policy.prompt(image) for image in islice(images, config.num_images)]
     groups = []
     for number, prompt in enumerate(tqdm(prompts, desc="captions", leave=False)):

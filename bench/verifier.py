@@ -31,7 +31,7 @@ from data.toy.world import make_scene, scene_questions, write_caption
 from grpo.config import RewardConfig
 from grpo.distributed import compute_dtype, local_device
 from reward.attention import share_heads_
-from reward.caprl import PromptWriter, ask, option_logits_, run_head, run_rows_
+from reward.caprl import PromptWriter, ask, letter_logits, question_rows_, run_head, run_rows_
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def separate(model, head, captions, questions, letter_ids) -> Tensor:
 
 
 def expanded(model, head, captions, questions, letter_ids) -> Tensor:
-    return option_logits_(model, head, captions, questions, run_head(model, head), letter_ids)
+    rows = question_rows_(model, head, captions, questions, run_head(model, head))
+    hidden, _, _ = run_rows_(model, *rows)
+    return letter_logits(model, hidden[:, -1], letter_ids)
 
 
 def packed(model, head, captions, questions, letter_ids) -> Tensor:

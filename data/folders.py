@@ -11,15 +11,6 @@ from data.formats import contents, data_files, row_image
 from data.images import IMAGE_SUFFIXES, printable
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Every image file below `folder`, as `list_files` finds them. Raises ValueError for none."""
-    paths = list_files(folder, IMAGE_SUFFIXES)
-    if not paths:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder}: expected images ({suffixes}), found none")
-    return paths
-
-
 def list_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """The files below `folder` with one of these endings, in capitals or not, sorted by path.
 

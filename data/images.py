@@ -113,10 +113,9 @@ def decoding(image: ImageSource) -> Iterator[None]:
     """Turns whatever is raised inside into a ValueError: a sentence with the picture's name, the
     same in every run.
 
-    The only place that catches every Exception. No document says what a decoder may raise on a
-    broken file, and releases of Pillow add to it. They raise RuntimeError, NotImplementedError,
-    struct.error, MemoryError and more. A list would miss some, and one picture would end a run of a
-    million.
+    Every Exception: no document says what a decoder may raise on a broken file, and releases of
+    Pillow add to it. They raise RuntimeError, NotImplementedError, struct.error, MemoryError and
+    more. A list would miss some, and one picture would end a run of a million.
     """
     try:
         yield

@@ -14,11 +14,10 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -137,17 +136,17 @@ def read_json(path: Path, what: str, kind: type = object) -> Any:
 
 
 def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
-             called: Mapping[str, str] = MappingProxyType({})) -> None:
+             called: dict[str, str] | None = None) -> None:
     """The first process writes the settings; later ones hold their own against them. Raises
     ValueError, naming the setting, for one with another value, unless it is `free`.
 
-    called: by setting, the free one that says what the setting's value is called.
+    called: setting -> the free one that the message names with it, as a path beside a hash.
     """
     write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), keep=True)
     saved = read_json(path, "settings", dict)
     for name, value in json.loads(json.dumps(settings)).items():
         if name not in free and saved.get(name) != value:
-            label = called.get(name, "")
+            label = (called or {}).get(name, "")
             now, then = (f"{values.get(label, '')} {values.get(name)!r}".strip()
                          for values in (settings, saved))
             raise ValueError(f"{path}: expected {name} {now} as now asked for, found {then}; "

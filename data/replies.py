@@ -145,7 +145,6 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 
-
 # A choice's text ends before a space, sign or bracketed label; a number not before its unit.
 _TEXT_END = re.compile(
     r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
@@ -153,10 +152,8 @@ _TEXT_END = re.compile(
     r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
 )
 
-
 # Words before a label that make any letter count.
 _ANSWER_IS = r"\b(?:answer|option|choice)(?: is)?:? ?|答案[是为]?:? ?|(?<!不)选[项择]? ?"
-
 
 # Where another clause begins, perhaps with small words.
 _CLAUSE_START = (
@@ -164,15 +161,12 @@ _CLAUSE_START = (
     r" [-\u2013\u2014] |(?<!\w)(?=[(\[])"
 )
 
-
 # Its letter; I is a word unless it stands in brackets or ends the reply.
 _LETTER = r"(?P<letter>[a-hj]|i(?=[)\]]|\W*$))(?: (?P=letter)\b)*"
-
 
 # What is said of a letter, and what of that agrees with it.
 _JUDGED = re.compile(r" (?:is|was|seems?|looks?|gets?|has|can|could|may|would|should|must)\b")
 _AFFIRMED = re.compile(r" is (?:the )?(?:right|correct|best|answer|supported|most likely)\b")
-
 
 # What may come after a letter without a bracket.
 _LABEL_END = (
@@ -180,31 +174,25 @@ _LABEL_END = (
     + _AFFIRMED.pattern
 )
 
-
 _NAMED = re.compile(
     rf"(?:(?P<first>^|{_ANSWER_IS})|{_CLAUSE_START})"
     rf"""["'*_`$(\[]*{_LETTER}["'*_`$]*(?:[)\]]|(?={_LABEL_END}))"""
 )
-
 
 # From the last stop or "so" to the end.
 _SENTENCE_SO_FAR = re.compile(
     r"(?:(?!\b(?:so|thus|therefore|hence)\b|, but\b|[.!?;\n]|所以|因此).)*$"
 )
 
-
 # Signs between an answer and what follows, and the first clause of that.
 _BETWEEN = re.compile(r"""(?:[\s,:;"'*`)\]\u3001]|\.(?!\d)|[-\u2013\u2014]\s)*""")
 
-
 _CLAUSE = re.compile(r"(?:(?! because )[^.,:;!?\n\u3001]|[.,:](?=\d))*")
-
 
 # The sentence about the answer, up to its reason.
 _VERDICT = re.compile(
     r"\W*(?:(?!\b(?:because|since|explanation|reason)|因为|由于)(?:[^.!?\n]|\.(?=\w)))*"
 )
-
 
 # Words that make a sentence about an answer a denial, or a doubt.
 _DENIAL = re.compile(
@@ -222,13 +210,11 @@ _DENIAL = re.compile(
     r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是"
 )
 
-
 # A choice named after one of these is an answer of its own.
 _SAYS = re.compile(
     r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)|'s|[是为选])\b[: ]*"
     r"""["'*(\[]*(?:(?:the|an?) )?"""
 )
-
 
 # What was said before one of these may not be the last word.
 _WITHDRAWN = re.compile(
@@ -236,7 +222,6 @@ _WITHDRAWN = re.compile(
     r"scratch|on second thought|first (?:thought|guess)|at first|initially|rather(?! than)|"
     r"no(?=[,.!:]))\b|但|不过|不对|其实|等等|而是|应该是"
 )
-
 
 # It goes on with more choices or another amount: "red & blue", "9 a.m. or 10 p.m.", "10 to 12".
 _GOES_ON = re.compile(

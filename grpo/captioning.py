@@ -76,9 +76,7 @@ def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], set
 
 def _caption_rows(policy: Policy, prompts: list[Prompt], keys: list[str],
                   settings: Captioning) -> Iterator[dict]:
-    """A row for each key, those of a prompt adjacent."""
-    if not prompts:
-        return
+    """A row for each key, those of a prompt adjacent. Nothing is run until one is asked for."""
     rollouts = sample_rollouts(policy, prompts, keys, settings.max_new_tokens,
                                settings.temperature, settings.rollout_tokens)
     columns = (rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist())

@@ -128,7 +128,7 @@ class Phases:
     def __init__(self, device: torch.device, timeout_minutes: float):
         self.device, self.timeout = device, timedelta(minutes=timeout_minutes)
         self.work: dict[str, float] = {}
-        self.idle: dict[str, float] = {}
+        self.idle = 0.0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -149,14 +149,14 @@ class Phases:
                 raise TimeoutError(f"rank {rank()}, phase {name}: not all ranks came to its end "
                                    f"({error})") from None
         self.work[name] = self.work.get(name, 0.0) + ended - started
-        self.idle[name] = self.idle.get(name, 0.0) + time.perf_counter() - ended
+        self.idle += time.perf_counter() - ended
 
     def take(self) -> dict[str, float]:
         """Numbers since the last call. `seconds_*`: seconds of work in a phase, mean over ranks.
         `idle_share`: the share of all ranks' time that was spent waiting."""
         seconds = {f"seconds_{name}": value for name, value in self.work.items()}
-        totals = sum_across_ranks(seconds | {"idle": sum(self.idle.values())})
-        self.work, self.idle = {}, {}
+        totals = sum_across_ranks(seconds | {"idle": self.idle})
+        self.work, self.idle = {}, 0.0
         idle, work = totals.pop("idle"), sum(totals.values())
         means = {key: value / world_size() for key, value in totals.items()}
         return means | {"idle_share": idle / (idle + work)}

@@ -22,8 +22,6 @@ def rank_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
     """All ranks, over which weights are sharded. With `replicas` over 1 (HSDP), neighbouring ranks
     form that many equal groups. Each group shards the whole model, and gradients are summed over
     the groups."""
-    if world_size() % replicas:
-        raise ValueError(f"replicas {replicas}: expected a divisor of the {world_size()} ranks")
     shape = (world_size(),) if replicas == 1 else (replicas, world_size() // replicas)
     names = ("replicate", "shard")[-len(shape) :]
     return init_device_mesh(device.type, shape, mesh_dim_names=names)

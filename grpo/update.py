@@ -1,8 +1,8 @@
 """The update: optimizer steps on a batch of rollouts. Micro-batches do not change the result."""
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,13 +62,13 @@ def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]
     sizes = group_sizes(rollouts)
 
     def is_too_large(count: int) -> bool:
-        return max(sum(part) for part in split_evenly(sizes, count)) > token_budget
+        parts = even_parts(len(sizes), count)
+        return max(sum(sizes[start:stop]) for start, stop in parts) > token_budget
 
     count = 1
     while count < len(sizes) and any(gather_rows([is_too_large(count)])):
         count += 1
-    ends = [0, *accumulate(len(part) for part in split_evenly(sizes, count))]
-    return list(pairwise(ends))
+    return even_parts(len(sizes), count)
 
 
 def group_sizes(rollouts: Rollouts) -> list[int]:
@@ -77,10 +77,10 @@ def group_sizes(rollouts: Rollouts) -> list[int]:
     return [len(prompt.input_ids) + length for prompt, length in zip(rollouts.prompts, captions)]
 
 
-def split_evenly(items: Sequence[int], count: int) -> list[Sequence[int]]:
-    """The items in `count` consecutive parts, whose lengths differ by 1 at most."""
-    ends = [len(items) * place // count for place in range(count + 1)]
-    return [items[start:stop] for start, stop in pairwise(ends)]
+def even_parts(num: int, count: int) -> list[tuple[int, int]]:
+    """(start, stop) of `count` consecutive parts of so many items. Their sizes differ by 1 at most.
+    """
+    return list(pairwise(num * place // count for place in range(count + 1)))
 
 
 def update_policy(scorer: CompletionScorer,

@@ -327,7 +327,7 @@ class Rewards:
     def stats(self) -> dict[str, float]:
         """`answer_stats` and, where claims are judged, the share that could not be."""
         failed = [bool(claim["failure"]) for record in self.claims or [] for claim in record]
-        judged = {} if self.claims is None else {"failed_claims": _mean(failed)}
+        judged = {} if self.claims is None else {"failed_claims": mean(failed)}
         return answer_stats(self.records) | judged
 
 
@@ -381,24 +381,24 @@ def answer_stats(records: Sequence[Sequence[dict]]) -> dict[str, float]:
     `accuracy`, `unparsed_share` and `abstain_share`. The accuracy counts choices, also where the
     reward is soft. Ratings, which have no right option, have the first share only."""
     rows = [row for record in records for row in record]
-    failed_share = {"failed_share": _mean([bool(row["failure"]) for row in rows])}
+    failed_share = {"failed_share": mean([bool(row["failure"]) for row in rows])}
     if rows and all(row["gold"] is None for row in rows):
         return failed_share
     scored = [row for row in rows if not row["failure"]]
     abstained = [row["abstain"] is not None and row["chosen"] == row["abstain"] for row in scored]
     return {
-        "accuracy": _mean([row["correct"] for row in scored]),
-        "unparsed_share": _mean([row["chosen"] is None for row in scored]),
-        "abstain_share": _mean(abstained),
+        "accuracy": mean([row["correct"] for row in scored]),
+        "unparsed_share": mean([row["chosen"] is None for row in scored]),
+        "abstain_share": mean(abstained),
     } | failed_share
 
 
 def mean_score(record: Sequence[dict]) -> float:
     """Mean score over a caption's questions, or claims, that could be scored; NaN without one."""
-    return _mean([row["score"] for row in record if not row["failure"]])
+    return mean([row["score"] for row in record if not row["failure"]])
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
@@ -500,15 +500,15 @@ class Verifier:
                  question_ids: list[list[list[int]]], questions: list[Asked],
                  streams: list[str]) -> list[Answer]:
         """One answer for each question of the batch."""
-        ids = (self.model, writer.head_ids, caption_ids, question_ids)
-        head_cache = self._head_cache(writer.head_ids)
+        rows = question_rows_(self.model, writer.head_ids, caption_ids, question_ids,
+                              self._head_cache(writer.head_ids))
         if self.mode == "logits":
-            logits = option_logits_(*ids, head_cache, writer.letter_ids).cpu()
+            hidden, _, _ = run_rows_(self.model, *rows)
+            logits = letter_logits(self.model, hidden[:, -1], writer.letter_ids).cpu()
             offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
             return list(map(choose_letter, offered))
-        past = question_rows_(*ids, head_cache)
         sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids)
-        replies = self._generate(*past, sampler)
+        replies = self._generate(*rows, sampler)
         broken = sampler.is_broken.tolist()
         return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
 
@@ -568,16 +568,6 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 # --------------------------------------------------------------------------- 6. the mechanics
-
-
-def option_logits_(model: PreTrainedModel, head: list[int], captions: list[list[int]],
-                   questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor],
-                   letter_ids: list[int]) -> Tensor:
-    """Logits of the letters at the answer's position, float32, a row for each (caption, question):
-    (sum of questions, letters). Head, captions and questions are token ids; for `head_cache` see
-    `run_head`."""
-    hidden, _, _ = run_rows_(model, *question_rows_(model, head, captions, questions, head_cache))
-    return letter_logits(model, hidden[:, -1], letter_ids)
 
 
 def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int]) -> Tensor:

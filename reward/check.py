@@ -9,7 +9,7 @@ from reward.caprl import PromptWriter, letter_logits, question_rows_, run_head, 
 @torch.no_grad()
 def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
     """Raises ValueError if two short rows end in other hidden states in a batch than each alone.
-    They are run as `option_logits_` runs them. The answers of such a model on one caption would
+    They are run as `Verifier` runs them. The answers of such a model on one caption would
     depend on the captions beside it."""
     # Lengths that `pad_left` does not round up: the longest row must be without padding.
     head, text = writer.head_ids[-16:], model.config.get_text_config()

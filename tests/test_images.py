@@ -13,8 +13,8 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, TiffImagePlugin
 
 from data.examples import StoredImage
-from data.folders import list_images
-from data.images import FEWER_PIXELS, FORMATS, MAX_PIXELS, image_path, image_size, open_image
+from data.folders import list_files
+from data.images import FEWER_PIXELS, FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, image_path, image_size, open_image
 from data.tones import seen_otherwise
 
 
@@ -312,14 +312,11 @@ def test_tokens_foretold_are_those_the_processor_makes_turned_or_not(tmp_path, p
     assert red[:, 0].min() > 1.8 and red[:, 1:].max() < -1.3
 
 
-def test_list_images_goes_into_subfolders_and_refuses_an_empty_one(tmp_path):
+def test_list_files_goes_into_subfolders(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.PNG", "deep/a.jpg", "note.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in list_images(tmp_path)] == ["b.PNG", "a.jpg"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: expected images"):
-        list_images(tmp_path / "empty")
+    assert [path.name for path in list_files(tmp_path, IMAGE_SUFFIXES)] == ["b.PNG", "a.jpg"]
 
 
 def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys):
@@ -335,7 +332,7 @@ def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys):
              "itself.png": "itself.png", "nowhere.png": "nothing", "o.png": "../elsewhere/k.png", "long.png": "x" * 300}
     for link, target in links.items():
         (tmp_path / "in" / link).symlink_to(target)
-    found = {path.relative_to(tmp_path / "in").as_posix() for path in list_images(tmp_path / "in")}
+    found = {path.relative_to(tmp_path / "in").as_posix() for path in list_files(tmp_path / "in", IMAGE_SUFFIXES)}
     assert found - {"linked/k.png", "deep/again/k.png"} == {*names, "itself.png", "nowhere.png", "o.png", "long.png"}
     assert len(found & {"linked/k.png", "deep/again/k.png"}) == 1
     said = capsys.readouterr().err

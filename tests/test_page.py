@@ -525,7 +525,7 @@ def large_run(run_dir: Path) -> Path:
         ids = [f"image-{(step * 16 + place) % 800}" for place in range(16)]
         steps.append([row(id, place) for place, id in enumerate(ids) for _ in range(8)])
         for id in ids:
-            keep_thumbnail(run_dir, id, photo.copy)
+            keep_thumbnail(run_dir, id, photo)
     return made_run(run_dir, steps, num_steps=200)
 
 
@@ -960,8 +960,8 @@ def test_the_picture_is_shown_large(driver, tmp_path, width):
     data = evaluation(tmp_path / "set.jsonl", [{"id": "x", "image": "x.png", "questions": questions}])
     picture.save(tmp_path / "x.png")
     run = made_run(tmp_path / "run", [[caption_row("x"), caption_row("y")]], data=str(data))
-    keep_thumbnail(run, "x", picture.copy)
-    keep_thumbnail(run, "y", picture.copy)
+    keep_thumbnail(run, "x", picture)
+    keep_thumbnail(run, "y", picture)
     with opened(driver, write_page(run, full_mb=5), width):
         press(driver, "body", "z")
         said = "return document.querySelector('#zoom output')?.textContent"  # it comes after the picture

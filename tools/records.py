@@ -1,11 +1,9 @@
 """What a training step leaves beside its numbers: rows, their audit, thumbnails."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from data.examples import Example
-from data.images import open_image
 from grpo.config import TrainConfig
 from grpo.distributed import all_or_none, gather_rows, rank
 from grpo.run import Run
@@ -28,5 +26,5 @@ def gather_records(run_dir: Path, run: Run, reward: Reward, examples: Sequence[E
             probes = examples[: config.probe_images]
             audit = audit_step(rows, step, run.sampler, reward.verifier, probes, config)
             for example in batch[:SHOWN_GROUPS]:
-                keep_thumbnail(run_dir, example.id, partial(open_image, example.image))
+                keep_thumbnail(run_dir, example.id, example.image)
     return rows, audit

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from reward.caprl import mean
 from reward.style import empty_share
 from tools.budgets import count_words
 
@@ -72,8 +73,8 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     """Per family and over "all"; NaN where nothing was measured.
 
     accuracy, low, high          mean score over questions, with its interval
-    released                     of CapRL's own files, the mean score by its release's script
     best                         the same with each image's best caption
+    released                     of CapRL's own files, the mean score by its release's script
     images, questions            their numbers
     right, wrong, abstained, unparsed
                                  shares of the answers
@@ -134,10 +135,6 @@ def precision(summary: dict[str, float]) -> float:
     """CAPEval: share of these items that the caption has right; NaN where there are none."""
     said = completeness(summary)
     return summary["right"] / said if said else math.nan
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def paired_difference(rows: Sequence[dict], others: Sequence[dict],

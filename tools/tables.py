@@ -3,12 +3,10 @@
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.benchmarks.benchmark import Benchmark, Picture
-from data.images import open_image
 from data.io import check_room, json_lines, write_whole
 from tools.budgets import budget_name
 from tools.published import judge_name, published_table
@@ -103,7 +101,7 @@ def keep_thumbnails(out: Path, benchmarks: Sequence[Benchmark]) -> None:
         for picture in benchmark.pictures[:THUMBNAILS]:
             id = shown_id(benchmarks, benchmark, picture)
             with suppress(ValueError):  # one that cannot be opened has its sentence in the rows
-                keep_thumbnail(out, id, partial(open_image, picture.image))
+                keep_thumbnail(out, id, picture.image)
 
 
 def write_tables(out: Path, text: str, benchmarks: Sequence[Benchmark], tables: Tables) -> None:

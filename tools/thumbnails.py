@@ -2,12 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
-
+from data.examples import ImageSource
+from data.images import open_image
 from data.io import write_whole
 
 SHOWN_GROUPS = 16
@@ -30,13 +29,13 @@ def thumbnail_file(source: Path, id: str) -> Path:
     return folder / f"{plain}-{digest}.webp"
 
 
-def keep_thumbnail(source: Path, id: str, open_image: Callable[[], Image.Image]) -> None:
+def keep_thumbnail(source: Path, id: str, image: ImageSource) -> None:
     """Writes the thumbnail of the image `id`, unless it is there. source: a run's folder or an
     evaluation's file."""
     path = thumbnail_file(source, id)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture, file = open_image(), BytesIO()
+        picture, file = open_image(image), BytesIO()
         picture.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
         picture.save(file, format="WEBP", quality=80)
         write_whole(path, file.getvalue())

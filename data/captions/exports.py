@@ -122,7 +122,7 @@ def check_captions(out: Path) -> None:
         raise ValueError(f"{out}: expected a caption, found none; {reason}")
 
 
-def export_captions(out: Path, layout: str) -> Path:
+def export_captions(out: Path, layout: str) -> None:
     """Writes `out`/llava.json or `out`/sharegpt.json. Rows without a usable caption are left out
     and counted.
 
@@ -173,7 +173,6 @@ def export_captions(out: Path, layout: str) -> Path:
     for why, names in otherwise.items():
         print(f"warning: images that a trainer may see otherwise than the captioner did: "
               f"{len(names)} {why}, the first is {names[0]}")
-    return target
 
 
 def _not_exported(row: dict) -> str:

@@ -19,7 +19,7 @@ from data.parquet import parquet_rows
 DETAILCAPS_REFERENCES = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gemini15Pro")
 
 
-def export_for_judge(out: Path, benchmark: str, reference: str = "") -> list[Path]:
+def export_for_judge(out: Path, benchmark: str, reference: str = "") -> None:
     """Writes the benchmark's files into `out`. With CapArena's `reference`,
     caparena_auto_600.json, they are pairs, else captions. Raises ValueError for captions that
     are not of the benchmark's images, or where there is none."""
@@ -52,7 +52,6 @@ def export_for_judge(out: Path, benchmark: str, reference: str = "") -> list[Pat
     num_empty = sum(not row["caption"].strip() for row in told)
     print(f"{', '.join(str(out / name) for name in files)}: {len(told)} captions, {num_empty} of "
           f"them empty; {len(rows) - len(told)} images could not be opened and have none")
-    return [out / name for name in files]
 
 
 def _by_name(out: Path, what: str, captions: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -100,11 +100,8 @@ def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
         path.unlink(missing_ok=True)
 
 
-Batches = Iterator[list[dict]]
-"""Batches of rows."""
-
-
-def write_shard(lease: Lease, batches: Callable[[int], Batches]) -> Batches:
+def write_shard(lease: Lease,
+                batches: Callable[[int], Iterator[list[dict]]]) -> Iterator[list[dict]]:
     """Writes the shard's rows and finishes it; yields each batch of rows when it is on the disk.
 
     batches: given the number of rows that earlier workers have left, the batches of all rows after

@@ -88,7 +88,7 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
     settings["questions"] = text_hash(json.dumps(questions))
     inputs = [(example.id, example) for example in examples]
     work = partial(measure_questions, answer=answer, config=config)
-    rows = work_through(inputs, folder, settings, config.retry_failed, 1, work, "images")
+    rows = work_through(inputs, folder, settings, config.retry_failed, 1, work)
     decisions = decide_questions(examples, rows, config)
     finish(folder, kept_examples(examples, decisions), filter_report(examples, decisions),
            decisions)

@@ -88,8 +88,7 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
     for key in ("out", "batch_size", "retry_failed"):
         settings.pop(key)
     work = partial(write_batch, write=write, config=config)
-    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work,
-                        "images")
+    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work)
     sources = dict(images)
     examples = (
         Example(row["id"], sources[row["id"]], tuple(map(read_question, row["questions"])))

@@ -84,8 +84,7 @@ def choose_images(config: ImagesConfig) -> None:
     work = partial(measure_batch, extra=extra)
     settings = {key: getattr(config, key)
                 for key in ("images", "encoder", "classifier", "unsafe_label")}
-    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work,
-                        "images")
+    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work)
     lines, examples, decisions = [], [], []
     if rank() == 0:
         bar = tqdm(benchmarks, desc="benchmarks", unit="image", disable=not benchmarks)
@@ -109,7 +108,7 @@ def measure_batch(batch: Inputs, extra: dict[str, Measure]) -> list[dict]:
         entropy, edges = likeness.detail(image)
         rows.append({
             "id": id, "fate": "measured", "width": image.width, "height": image.height,
-            "picture": picture_hash(source), "digest": likeness.pixel_hash(image),
+            "picture": picture_hash(source), "digest": picture_hash(image),
             "hash": likeness.perceptual_hash(image).tobytes().hex(),
             "entropy": round(entropy, 4), "edges": round(edges, 5),
         })
@@ -147,7 +146,7 @@ def decide(rows: Sequence[dict], benchmark: Sequence[tuple[str, np.ndarray]],
     by_size = sorted(_kept(decisions), key=lambda row: -row["width"] * row["height"])
     if by_size:
         near = likeness.near_duplicates(np.stack([hashes[row["id"]] for row in by_size]),
-                               config.max_hash_distance)
+                                        config.max_hash_distance)
         for row, (other, distance) in zip(by_size, near, strict=True):
             row["hash_distance"] = distance
             if distance is not None and distance <= config.max_hash_distance:
@@ -159,7 +158,7 @@ def decide(rows: Sequence[dict], benchmark: Sequence[tuple[str, np.ndarray]],
         stored = {row["id"]: base64.b64decode(row.get("embedding", "")) for row in rows}
         vectors = np.stack([np.frombuffer(stored[row["id"]], np.float16) for row in chosen])
         near = likeness.semantic_duplicates(vectors.astype(np.float32), config.max_similarity,
-                                   config.clusters, config.seed)
+                                            config.clusters, config.seed)
         for row, (other, cosine) in zip(chosen, near, strict=True):
             row["similarity"] = cosine
             if cosine is not None and cosine > config.max_similarity:

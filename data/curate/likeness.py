@@ -1,15 +1,7 @@
-"""How alike two pictures are: pixel for pixel, to the eye, in meaning. Also how much there is to
-see in a picture."""
-
-import hashlib
+"""How alike two pictures are, to the eye and in meaning. Also how much there is to see in one."""
 
 import numpy as np
 from PIL import Image
-
-
-def pixel_hash(image: Image.Image) -> str:
-    """The same for two files with the same pixels."""
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
 def detail(image: Image.Image) -> tuple[float, float]:

@@ -25,7 +25,7 @@ Inputs = Sequence[tuple[str, Any]]
 
 
 def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: bool, batch_size: int,
-                 work: Callable[[Inputs], list[dict]], what: str) -> list[dict]:
+                 work: Callable[[Inputs], list[dict]]) -> list[dict]:
     """A row for each input, in their order, on every rank; `work` is asked for those that have none
     yet.
 
@@ -40,7 +40,7 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
         raise ValueError(f"{source}: expected ids that are unique, found {repeated[0]!r} more than "
                          "once")
     rows = folder / "rows"
-    with all_or_none(what):
+    with all_or_none("images"):
         if rank() == 0:
             rows.mkdir(parents=True, exist_ok=True)
             if any(rows.glob("*.jsonl")) and not (folder / "settings.json").exists():
@@ -52,10 +52,10 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     done = read_rows(rows)
     gather_rows([])  # all have read before anyone writes
     mine = [pair for pair in inputs if pair[0] not in done][rank() :: world_size()]
-    print0(f"{len(inputs)} {what}, {len(done)} done before")
+    print0(f"{len(inputs)} images, {len(done)} done before")
     starts = range(0, len(mine), batch_size)
-    with all_or_none(what), (rows / f"rank-{rank():03d}.jsonl").open("ab") as file:
-        for start in tqdm(starts, desc=what, unit="batch", disable=rank() != 0):
+    with all_or_none("images"), (rows / f"rank-{rank():03d}.jsonl").open("ab") as file:
+        for start in tqdm(starts, desc="images", unit="batch", disable=rank() != 0):
             file.writelines(json_lines(work(mine[start : start + batch_size])))
             file.flush()
     done = read_rows(rows)
