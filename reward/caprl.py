@@ -473,7 +473,7 @@ class Verifier:
         caption_ids = [writer.caption_ids(caption) for caption in captions]
         question_ids = [list(map(writer.question_ids, group)) for group in asked]
         lengths = [
-            len(caption) + max(map(len, group))
+            len(caption) + max(map(len, group), default=0)
             for caption, group in zip(caption_ids, question_ids, strict=True)
         ]
         beside = len(writer.head_ids) + (self.max_new_tokens if self.mode == "sample" else 0)
@@ -483,7 +483,7 @@ class Verifier:
             reason = (f"caption and question have {length} tokens, "
                       f"the verifier has room for {room}")
             answers.append([Answer(None, failure=reason)] * len(group))
-        fits = [i for i, length in enumerate(lengths) if length <= room]
+        fits = [i for i, length in enumerate(lengths) if length <= room and asked[i]]
         fits.sort(key=lengths.__getitem__)  # rows of like lengths share a batch: less padding
         sizes = [length + beside for length in lengths]
         for batch in token_batches(fits, list(map(len, asked)), sizes, self.token_budget):

@@ -441,6 +441,14 @@ def test_replies_are_those_of_a_loop_without_a_cache(verifier_model, tokenizer, 
     assert len({id(layer) for layer in written}) >= verifier_model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("mode", ["logits", "sample"])
+def test_captions_without_questions_have_no_answers(verifier_model, tokenizer, mode):
+    verifier = Verifier(verifier_model, tokenizer, mode=mode, max_new_tokens=2)
+    asked = draw([COLOR], 1, "a")
+    assert verifier(["red", "a star"], [[], []], ["a", "b"]) == [[], []]
+    assert verifier(["red", "a star"], [[], asked], ["a", "b"]) == [[], *verifier(["a star"], [asked], ["b"])]
+
+
 @pytest.mark.parametrize("repeats", [False, True])
 def test_room_without_a_token_is_masked_where_no_token_is_padding(monkeypatch, repeats):
     """transformers leaves the mask out there. The scores of each token are those of a forward without a cache."""
