@@ -227,7 +227,8 @@ def check_weights(folder: Path, model: PreTrainedModel) -> None:
     for name, weight in model.named_parameters():
         low, high = map(float, torch.aminmax(weight.detach()))
         is_finite = math.isfinite(low) and math.isfinite(high)
-        if not is_finite or (low == high == 0 and weight.ndim > 1):  # a bias may be zeros
+        is_matrix = weight.ndim > 1 and name.endswith(".weight")  # a bias may be zeros
+        if not is_finite or (low == high == 0 and is_matrix):
             raise ValueError(f"{folder}: expected finite numbers in {name}, and not only zeros, "
                              f"found {low} to {high}")
 
