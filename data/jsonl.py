@@ -5,8 +5,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 
-from data.io import check_text
+from data.io import check_text, short
 
 
 def read_log(path: Path) -> list[dict]:
@@ -44,6 +45,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 def filled(row: dict) -> dict:
     """The row without its nulls: what is null is absent."""
     return {key: value for key, value in row.items() if value is not None}
+
+
+def check_types(where: str, row: dict, kinds: dict[type | UnionType, str]) -> None:
+    """Raises ValueError for a value of another kind. kinds: {int | float: "reward score"}; a key
+    that is absent is none."""
+    for kind, names in kinds.items():
+        for name in names.split():
+            if name in row and not isinstance(row[name], kind):
+                raise ValueError(f"{where}: expected {name} as {getattr(kind, '__name__', kind)}, "
+                                 f"got {short(row[name])}")
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:

@@ -15,6 +15,9 @@ LOGS = ("metrics.jsonl", "audit.jsonl", "timing.jsonl")
 EVAL_LOG = "eval.jsonl"
 """The file with a line per evaluation on held-out images, by tools/held_out.py."""
 
+ROLLOUTS = f"step_{'[0-9]' * 6}.jsonl"
+"""Names of the files with a step's captions."""
+
 CONSOLE = ("reward", "flat_groups", "length", "clip_share", "kl", "entropy", "seconds",
            "tokens_per_second")
 """Numbers of each step's line on the console."""

@@ -130,9 +130,6 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
         if checkpoint and not saved:
             raise ValueError(f"{run_dir / 'config.json'}: expected the settings of the run to "
                              f"resume, found none beside {checkpoint[0]}")
-        if config.resume and not checkpoint and (run_dir / "final").exists():
-            raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found a finished "
-                             "run without any")
     num_steps = 0
     if checkpoint:
         folder, num_steps = checkpoint
@@ -144,8 +141,8 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
         if rank() == 0:
             make_room(run_dir, state)
             fixed = {"contents": contents, "template_date": TEMPLATE_DATE.isoformat()}
-            start_run(run_dir, config.flat() | fixed)
             rewind(run_dir, num_steps)
+            start_run(run_dir, config.flat() | fixed)
             log_start(run_dir, num_steps, world_size())
     return num_steps
 

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
-from data.io import heartbeat, read_json, to_json, write_whole
+from data.io import heartbeat, read_json, short, to_json, write_whole
 from grpo.config import TrainConfig
-from grpo.log import EVAL_LOG, LOGS
+from grpo.log import EVAL_LOG, LOGS, ROLLOUTS
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -89,16 +89,25 @@ def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) ->
                              f"resume began with ({begun}), found others ({value})")
 
 
+def best_line(run_dir: Path) -> dict:
+    """The line of eval.jsonl whose policy is in best/; empty without one."""
+    path = run_dir / "best/step.json"
+    return read_json(path, "the line of an evaluation", dict) if path.exists() else {}
+
+
 def rewind(run_dir: Path, num_steps: int) -> None:
     """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step
-    before that is missing or there twice."""
+    before that is missing or there twice, and for no steps where a run has exported its policy."""
+    if not num_steps and (best_line(run_dir).get("step") or (run_dir / "final").exists()):
+        raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found the policy of a "
+                         "run without any")
     for name in (*LOGS, EVAL_LOG):
         path = run_dir / name
         if name == EVAL_LOG and not path.exists():
             continue
         content = path.read_bytes() if path.exists() else b""
         lines = content.splitlines(keepends=True)  # of bytes: an id may contain U+2028
-        steps = [_step_of(line) for line in lines]
+        steps = [_step_of(line, f"{path} line {n}") for n, line in enumerate(lines, start=1)]
         # An evaluation is of the policy after that many steps, and not all of them have one.
         end = num_steps + (name == EVAL_LOG)
         kept = [step for step in steps if step < end]
@@ -110,18 +119,19 @@ def rewind(run_dir: Path, num_steps: int) -> None:
                             f"keep the first line of each step in {', '.join(LOGS)}, then --resume")
             raise ValueError(message)
         write_whole(path, b"".join(line for line, step in zip(lines, steps) if step < end))
-    for path in (run_dir / "rollouts").glob("step_*.jsonl"):
-        number = path.stem.removeprefix("step_")
-        if number.isdecimal() and int(number) >= num_steps:  # else it is no file of ours
+    for path in (run_dir / "rollouts").glob(ROLLOUTS):
+        if int(path.stem.removeprefix("step_")) >= num_steps:
             path.unlink()
 
 
-def _step_of(line: bytes) -> float:
-    """The line's step. Infinity for a line that was cut off: its step is done again."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError):
+def _step_of(line: bytes, where: str) -> float:
+    """The line's step. Infinity for the last one if it was cut off: its step is done again."""
+    if not line.endswith(b"\n"):
         return math.inf
+    with suppress(ValueError, TypeError, KeyError):
+        if type(step := json.loads(line)["step"]) is int:
+            return step
+    raise ValueError(f"{where}: expected the numbers of a step, found {short(line)}")
 
 
 # ------------------------------------------------------------------------- one writer per folder

@@ -34,6 +34,24 @@ def row(id: str, questions: list[dict], reward: float | None = 0.5, length: int 
     return {"id": id, "caption": caption, "length": length, "reward": reward, "questions": questions}
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"reward": "much"}, r"line 1: expected reward as .*, got 'much'"), ({"questions": None}, "list, got None"),
+    ({"questions": [one(0, 0, score="1")]}, "expected score as"), ({"questions": [one(0, [1])]}, "expected chosen as"),
+])
+def test_records_of_another_kind_are_named(tmp_path, change, message):
+    (tmp_path / "rollouts").mkdir()
+    path = tmp_path / "rollouts/step_000000.jsonl"
+    path.write_text(json.dumps(row("i", [one(0, 0)]) | change))
+    (tmp_path / "rollouts/step_000000 (copy).jsonl").write_text("no step of the run")
+    with pytest.raises(ValueError, match=f"{path} .*{message}"):
+        audit_run(AuditConfig(tmp_path))
+    path.write_text(json.dumps(row("i", [one(0, 0)])))
+    assert audit_run(AuditConfig(tmp_path))["steps"] == 1
+    path.write_text(json.dumps({key: value for key, value in row("i", []).items() if key != "reward"}))
+    with pytest.raises(ValueError, match="line 1: expected the key 'reward'"):
+        audit_run(AuditConfig(tmp_path))
+
+
 def test_audit_hand_computed():
     rows = [
         row("i", [one(0, 0), one(1, 0, gold=1)], 0.5, 10),
@@ -189,6 +207,13 @@ def test_questions_of_all_sorts_are_replayed_and_those_in_words_refused(tmp_path
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(row("a", [one(0, None, gold=-1, options=[])])))
     with pytest.raises(ValueError, match="expected answers of a verifier to questions with options"):
+        main(["replay", str(path), "--verifier", "data/toy/verifier"])
+
+
+def test_a_replay_that_could_score_nothing_is_no_result(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row("i", [one(0, None, failure="too long")])))
+    with pytest.raises(ValueError, match="expected at least one question that both verifiers could score"):
         main(["replay", str(path), "--verifier", "data/toy/verifier"])
 
 

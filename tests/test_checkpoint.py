@@ -475,7 +475,7 @@ def test_a_folder_with_anything_of_a_run_is_no_new_one(left_alone, tmp_path):
         (tmp_path / name).rmdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/final").mkdir()
-    with pytest.raises(ValueError, match="expected a checkpoint to go on from, found a finished run without any"):
+    with pytest.raises(ValueError, match="expected a checkpoint to go on from, found the policy of a run without any"):
         train(settings(tmp_path / "run"))
 
 

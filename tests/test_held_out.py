@@ -21,7 +21,7 @@ from grpo.config import TrainConfig, change
 from grpo.log import log_step
 from grpo.recipes import toy_config
 from grpo.run_dir import check_resumes, rewind, start_run
-from tools.held_out import KEYS, export, set_aside, standing
+from tools.held_out import KEYS, export, read_evaluations, set_aside, standing
 from tools.stats import summarize
 from train import train
 
@@ -200,6 +200,43 @@ def test_evaluations_are_taken_back_to_the_checkpoint(tmp_path):
     path.write_text('{"step": 0}\n{"step": 2}\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"eval.jsonl: .*two processes have written steps 2: keep the first line"):
         rewind(tmp_path, 4)
+    path.write_text(damaged := '{"step": 0}\nstep": 2}\n{"step": 4}\n')
+    with pytest.raises(ValueError, match=r"eval.jsonl line 2: expected the numbers of a step, found b'step"):
+        rewind(tmp_path, 4)
+    assert path.read_text() == damaged
+
+
+def test_a_lost_evaluation_of_the_best_policy_is_named(tmp_path):
+    """A worse policy would take its place."""
+    path, best = tmp_path / "eval.jsonl", {"step": 2, "accuracy": 0.5}
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/step.json").write_text(json.dumps(best))
+    for text in ('{"step": 0, "accuracy": 0.1}\n', ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="eval.jsonl: expected the line of best/step.json, found none"):
+            read_evaluations(tmp_path)
+    path.write_text(json.dumps(best) + '\n{"step": 4, "accuracy": null}\n')
+    assert [row["step"] for row in read_evaluations(tmp_path)] == [2, 4]
+    for row in ({"step": 4}, {"step": 4, "accuracy": "x"}, {"accuracy": 0.5}):
+        path.write_text(f"{json.dumps(best)}\n{json.dumps(row)}\n")
+        with pytest.raises(ValueError, match="eval.jsonl: expected a step and an accuracy, found {"):
+            read_evaluations(tmp_path)
+
+
+def test_a_run_without_its_checkpoints_is_not_begun_anew(tmp_path):
+    start_run(tmp_path, {})
+    log_step(tmp_path, 0, {}, {}, {}, [])
+    (tmp_path / "best").mkdir()
+    for step in (0, 2):  # the initial policy has no checkpoint
+        (tmp_path / "best/step.json").write_text(json.dumps({"step": step, "accuracy": 0.5}))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        if step:
+            with pytest.raises(ValueError, match="expected a checkpoint to go on from, found the policy of a run"):
+                rewind(tmp_path, 0)
+            assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        else:
+            rewind(tmp_path, 0)
+            log_step(tmp_path, 0, {}, {}, {}, [])
 
 
 # ----------------------------------------------------------------------------- what is held out

@@ -446,17 +446,55 @@ def test_what_is_null_or_cut_off_is_absent(tmp_path):
     assert ">None<" not in (tmp_path / "rows.html").read_text()
     made_run(tmp_path / "run", [])
     (tmp_path / "run/metrics.jsonl").write_text('{"reward": 1}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl: expected a step in each row, got {'rew"):
+    with pytest.raises(ValueError, match="metrics.jsonl row 1: expected step 0, got None"):
         main([str(tmp_path / "run")])
     (tmp_path / "run/metrics.jsonl").unlink()
     start = {"step": 0, "time": "now", "commit": None, "machine": {"cpu": "a chip", "cores": None}, "versions": None}
     evaluation(tmp_path / "run/starts.jsonl", [start])
     assert "a chip, ? cores, ? GiB, ?" in write_page(tmp_path / "run").read_text()
     evaluation(tmp_path / "run/starts.jsonl", [start, {"step": 1, "time": None}])
-    with pytest.raises(ValueError, match="starts.jsonl: expected a time and a step in each row, got {'step': 1}"):
+    with pytest.raises(ValueError, match="starts.jsonl row 2: expected a time and a step, got {'step': 1}"):
         main([str(tmp_path / "run")])
     with pytest.raises(ValueError, match="max_mb 0: expected more than 0"):
         PageConfig(tmp_path, max_mb=0)
+
+
+WRONG_KINDS = {
+    "metrics.jsonl": ('{"step": 1}', "row 1: expected step 0, got 1"),
+    "timing.jsonl": ('{"step": 0}\n{"step": 0}', "row 2: expected step 1, got 0"),
+    "eval.jsonl": ('{"step": 0, "accuracy": "half"}', "row 1: expected accuracy as int | float, got 'half'"),
+    "starts.jsonl": ('{"step": 0, "time": "now", "machine": [1]}', r"row 1: expected machine as dict, got \[1\]"),
+    "rollouts/step_000000.jsonl": ('{"id": "1", "caption": "x", "reward": "much"}', "row 1: expected reward as int"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_KINDS)
+def test_values_of_another_kind_are_named(tmp_path, name):
+    text, message = WRONG_KINDS[name]
+    run = made_run(tmp_path / "run", [[caption_row("x")]])
+    (run / name).write_text(f"{text}\n")
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        write_page(run)
+
+
+@pytest.mark.parametrize("change", [{"options": 3}, {"probs": "x"}, {"source": [1]}, {"reply": 5}, {"score": "1"}])
+def test_values_of_a_question_of_another_kind_are_named(tmp_path, change):
+    path = evaluation(tmp_path / "rows.jsonl", [caption_row("x", questions=[asked() | change])])
+    with pytest.raises(ValueError, match=f"rows.jsonl row 1: expected {next(iter(change))} as "):
+        load_sources(path)
+
+
+def test_a_number_without_end_is_no_point_of_a_curve(tmp_path):
+    run = made_run(tmp_path / "run", [[caption_row("x")]])
+    (run / "metrics.jsonl").write_text('{"step": 0, "reward": Infinity, "kl": 1e999, "length": 3}\n')
+    assert write_page(run).exists() and load_sources(run)[0].series["reward"] == {0: None}
+
+
+def test_an_answer_in_words_is_right_if_all_of_it_is():
+    words = {"question": "Where?", "options": [], "gold": -1}
+    assert outcome(words | {"correct": True, "unparsed": False}) == "r"
+    assert outcome(words | {"correct": False, "score": 0.5, "unparsed": False}) == "w"
+    assert outcome(words | {"correct": False, "unparsed": True}) == "u" and outcome(words | {"failure": "x"}) == "f"
 
 
 # --------------------------------------------------------------------------------------------- text

@@ -27,10 +27,12 @@ from tqdm import tqdm
 from data.choices import LETTERS
 from data.examples import Example
 from data.images import open_image
-from data.jsonl import read_jsonl, read_log
+from data.io import short
+from data.jsonl import check_types, read_jsonl, read_log
 from data.ranges import check_range
 from grpo.config import RewardConfig, TrainConfig
 from grpo.distributed import compute_dtype, local_device
+from grpo.log import ROLLOUTS
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts
 from reward.caprl import Asked, AskVerifier, answer_stats, caption_rewards, load_verifier
@@ -277,20 +279,26 @@ class ReplayConfig:
 
 RECORD_KEYS = ("question", "options", "gold", "abstain", "source", "chosen", "correct", "score",
                "failure")
+RECORD_TYPES = {str: "question failure", list: "options", int | None: "gold abstain source chosen",
+                int | float | None: "score"}
 
 
-def read_rows(path: Path) -> list[dict]:
-    """Rollout rows of a file. Raises ValueError for a row that is none, naming file and line."""
+def read_rows(path: Path, *numbers: str) -> list[dict]:
+    """Rollout rows of a file, with these numbers. Raises ValueError for a row that is none, naming
+    file and line."""
     rows = []
     for number, row in read_jsonl(path):
-        missing = [key for key in ("id", "caption", "questions") if key not in row]
+        where = f"{path} line {number}"
+        missing = [key for key in ("id", "caption", "questions", *numbers) if key not in row]
         if missing:
-            raise ValueError(f"{path} line {number}: expected the key {missing[0]!r}, "
-                             f"got {sorted(row)}")
+            raise ValueError(f"{where}: expected the key {missing[0]!r}, got {sorted(row)}")
+        check_types(where, row, {str: "id caption", list: "questions claims",
+                                 int | float | None: " ".join(numbers)})
         for question in row["questions"]:
             if not isinstance(question, dict) or not set(RECORD_KEYS) <= set(question):
-                raise ValueError(f"{path} line {number}: expected a question as asked with "
-                                 f"{RECORD_KEYS}, got {question!r}")
+                raise ValueError(f"{where}: expected a question as asked with {RECORD_KEYS}, "
+                                 f"got {short(question)}")
+            check_types(where, question, RECORD_TYPES)
         rows.append(row)
     return rows
 
@@ -299,14 +307,14 @@ def audit_run(config: AuditConfig) -> dict:
     """Steps are audited one at a time and averaged, the probes of audit.jsonl too; questions are
     counted over all steps. always_right, always_wrong: questions ("id:place") asked often enough
     whose answers agree."""
-    files = sorted(config.run_dir.glob("rollouts/step_*.jsonl"))
+    files = sorted(config.run_dir.glob(f"rollouts/{ROLLOUTS}"))
     if not files:
         raise ValueError(f"{config.run_dir}: expected a run folder with rollouts/step_*.jsonl, "
                          "found none")
     probes = [row for row in read_log(config.run_dir / "audit.jsonl") if "probe_accuracy" in row]
     steps, right = [], {}
     for path in tqdm(files, desc="audit", unit="step"):
-        rows = read_rows(path)
+        rows = read_rows(path, "reward", "length")
         steps.append(audit(rows))
         for row in rows:
             for question in scored_questions(row):
@@ -359,7 +367,7 @@ def replay(rows: Sequence[dict], verifier: AskVerifier, batch_size: int = 64) ->
 
     agreement: share of questions with the same choice, unreadable replies among them.
     rank_correlation: mean within groups, of the captions' mean scores. Questions that either could
-    not score are left out.
+    not score are left out. Raises ValueError if none is left.
     """
     agree, before, after = [], [], []
     for start in tqdm(range(0, len(rows), batch_size), desc="replay", unit="batch"):
@@ -373,6 +381,9 @@ def replay(rows: Sequence[dict], verifier: AskVerifier, batch_size: int = 64) ->
             agree += [question["chosen"] == answer.chosen for question, answer in both]
             before.append(mean([question["chosen"] == question["gold"] for question, _ in both]))
             after.append(mean([answer.chosen == question["gold"] for question, answer in both]))
+    if not agree:
+        raise ValueError("expected at least one question that both verifiers could score, found "
+                         "none")
     correlation, num_groups = rank_correlation([row["id"] for row in rows], before, after)
     return {
         "captions": len(rows), "questions": len(agree),

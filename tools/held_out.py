@@ -33,7 +33,7 @@ from data.benchmarks.benchmark import (
     load_benchmark,
 )
 from data.examples import Example
-from data.io import json_lines, naming, read_json, text_hash, to_json
+from data.io import json_lines, naming, short, text_hash, to_json
 from data.jsonl import read_log
 from data.pictures import picture_keys
 from grpo.checkpoint import latest_checkpoint, save_checkpoint, training_state
@@ -41,7 +41,7 @@ from grpo.config import TrainConfig
 from grpo.distributed import Phases, all_or_none, gather_rows, print0, rank
 from grpo.log import EVAL_LOG, finite_numbers
 from grpo.run import Run, export
-from grpo.run_dir import check_writer
+from grpo.run_dir import best_line, check_writer
 from reward.caprl import Verifier
 from tools.caption_cache import CaptionsConfig, write_captions
 from tools.prism import prism, word_answerer
@@ -97,6 +97,24 @@ def standing(rows: Sequence[dict], patience: int, stop_at: float) -> tuple[dict 
     return best, ""
 
 
+def read_evaluations(run_dir: Path) -> list[dict]:
+    """The lines of eval.jsonl. Raises ValueError for one that is none, and if that of best/ is
+    missing: a worse policy would take its place."""
+    path, rows = run_dir / EVAL_LOG, read_log(run_dir / EVAL_LOG)
+    for row in rows:
+        if type(row.get("step")) is not int or type(row.get("accuracy", "")) not in MEASURED:
+            raise ValueError(f"{path}: expected a step and an accuracy, found {short(row)}")
+    kept = best_line(run_dir)
+    if kept and kept not in rows:
+        raise ValueError(f"{path}: expected the line of best/step.json, found none: put it back, "
+                         "or move best/ away")
+    return rows
+
+
+MEASURED = (int, float, type(None))
+"""Types of an accuracy; None where nothing could be scored."""
+
+
 class HeldOut:
     """Measures the policy between the steps of a run. Every rank must call all methods."""
 
@@ -120,7 +138,9 @@ class HeldOut:
         self.run_dir, self.run, self.path = run_dir, run, run_dir / EVAL_LOG
         self.verifier = verifier.under(mode="logits")
         self.phases, self.trackers = phases, trackers
-        self.rows = gather_rows(read_log(self.path) if rank() == 0 else [])
+        with all_or_none("held-out"):
+            rows = read_evaluations(run_dir) if rank() == 0 else []
+        self.rows = gather_rows(rows)
         num_steps = first_step
         for step in steps:
             if self._evaluate(step):
@@ -176,12 +196,8 @@ class HeldOut:
         folder, states = self.run_dir / "best", []
         with all_or_none("best"):
             if rank() == 0:
-                about = folder / "step.json"
-                kept = None
-                if about.exists():
-                    kept = read_json(about, "the line of an evaluation", dict)
                 checkpoint = latest_checkpoint(self.run_dir)
-                states.append((kept, checkpoint[1] if checkpoint else 0))
+                states.append((best_line(self.run_dir), checkpoint[1] if checkpoint else 0))
         kept, num_saved = gather_rows(states)[0]
         is_new = best == last and kept != last
         if (is_new or is_end) and last["step"] > num_saved:

@@ -68,12 +68,14 @@ def earned(row: dict) -> float | None:
 
 def outcome(question: dict) -> str:
     """A letter: the verifier's option is right, is wrong, or abstains; its reply is unreadable; the
-    asking failed; or a judge gave a score."""
+    asking failed; or a judge gave a score. In words (gold -1) only all of an answer is right."""
     chosen, gold = question.get("chosen"), question.get("gold")
     if question.get("failure"):
         return "f"
     if gold is None:
         return "s"
+    if gold == -1:
+        return "u" if question.get("unparsed") else "r" if question.get("correct") else "w"
     if chosen is None:
         return "u"
     if chosen == gold:

@@ -1,12 +1,13 @@
 """What a page shows: a run's folder, or an evaluation's file, read."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.io import short
-from data.jsonl import filled, read_log
-from grpo.log import EVAL_LOG, LOGS
+from data.jsonl import check_types, filled, read_log
+from grpo.log import EVAL_LOG, LOGS, ROLLOUTS
 from grpo.run_dir import saved_config
 from tools.stats import bootstrap_interval, by_image
 from tools.thumbnails import SHOWN_GROUPS
@@ -83,19 +84,24 @@ def read_run(run_dir: Path) -> Source:
                          "found none")
     series: dict[str, Series] = {}
     for name in LOGS:
-        for row in read_log(run_dir / name):
-            if type(row.get("step")) is not int:
-                raise ValueError(f"{run_dir / name}: expected a step in each row, got {row!r:.80}")
+        for number, row in enumerate(read_log(run_dir / name)):
+            if row.get("step") != number:  # a line is lost, or two processes have written
+                raise ValueError(f"{run_dir / name} row {number + 1}: expected step {number}, "
+                                 f"got {short(row.get('step'))}")
             for key, value in row.items():
                 if key != "step" and (value is None or isinstance(value, int | float)):
-                    series.setdefault(key, {})[row["step"]] = value
+                    is_number = value is not None and math.isfinite(value)
+                    series.setdefault(key, {})[number] = value if is_number else None
     num_steps = len(series.get("reward", {}))
-    held_out = [row for row in read_log(run_dir / EVAL_LOG)
-                if type(row.get("step")) is int and known([row.get("accuracy")])]
+    evaluations = list(map(filled, read_log(run_dir / EVAL_LOG)))
+    for number, row in enumerate(evaluations, start=1):
+        check_types(f"{run_dir / EVAL_LOG} row {number}", row,
+                    {int: "step", int | float: "accuracy low high"})
+    held_out = [row for row in evaluations if {"step", "accuracy"} <= set(row)]
     if held_out:
         series[HELD_OUT] = {row["step"]: row["accuracy"] for row in held_out}
     files = [(int(path.stem.removeprefix("step_")), path)
-             for path in sorted(run_dir.glob(f"rollouts/step_{'[0-9]' * 6}.jsonl"))]
+             for path in sorted(run_dir.glob(f"rollouts/{ROLLOUTS}"))]
     files = [(step, path) for step, path in files if step < num_steps]
     groups, bands = [], {"accuracy": {}}
     bands[HELD_OUT] = {row["step"]: (row["low"], row["high"]) for row in held_out
@@ -108,11 +114,19 @@ def read_run(run_dir: Path) -> Source:
             bands["accuracy"][step] = bootstrap_interval(correct)
         groups += [(step, group) for group in images[:SHOWN_GROUPS]]
     starts = tuple(map(filled, read_log(run_dir / "starts.jsonl")))
-    for start in starts:
+    for number, start in enumerate(starts, start=1):
+        where = f"{run_dir / 'starts.jsonl'} row {number}"
         if not {"time", "step"} <= set(start):
-            raise ValueError(f"{run_dir / 'starts.jsonl'}: expected a time and a step in each row, "
-                             f"got {short(start)}")
+            raise ValueError(f"{where}: expected a time and a step, got {short(start)}")
+        check_types(where, start, {dict: "machine versions", str: "commit"})
     return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
+
+
+ROW_TYPES = {str: "benchmark captioner finish_reason", list: "questions claims", dict: "parts",
+             int | float: "reward accuracy advantage length tokens"}
+QUESTION_TYPES = {str: "id family reply failure", list: "options probs", int: "gold chosen source",
+                  int | float: "score released_score"}
+"""By type, the keys of a caption and of a question that are shown."""
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -120,14 +134,16 @@ def read_rows(path: Path) -> list[dict]:
     row."""
     rows = list(map(filled, read_log(path)))
     for number, row in enumerate(rows, start=1):
+        where = f"{path} row {number}"
         if not isinstance(row.get("id"), str) or not isinstance(row.get("caption"), str):
-            raise ValueError(f"{path} row {number}: expected an id and a caption, "
-                             f"got {sorted(row)}")
+            raise ValueError(f"{where}: expected an id and a caption, got {sorted(row)}")
+        check_types(where, row, ROW_TYPES)
         for question in row.setdefault("questions", []):
             if not isinstance(question, dict) or not isinstance(question.get("question"), str):
-                raise ValueError(f"{path} row {number}: expected questions as asked, "
-                                 f"got {question!r}")
+                raise ValueError(f"{where}: expected questions as asked, got {short(question)}")
         row["questions"] = list(map(filled, row["questions"]))
+        for question in row["questions"]:
+            check_types(where, question, QUESTION_TYPES)
     return rows
 
 
