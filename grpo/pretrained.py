@@ -263,6 +263,7 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if found != wanted:
         raise ValueError(f"expected an image processor with the model's {', '.join(sizes)}, "
                          f"{wanted}, found {found}")
+    check_config(model)
     from grpo.fused import fuse_  # here, too
 
     fuse_(model)
@@ -281,6 +282,27 @@ def make_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     policy = Policy(model, tokenizer, image_processor, ends, pad_id, forbidden)
     policy.prompt(Image.new("RGB", (64, 64)))  # so that a wrong template or processor raises now
     return policy
+
+
+def check_config(model: PreTrainedModel) -> None:
+    """Raises ValueError for settings of config.json that do not fit the weights, where transformers
+    fails only when the model runs: sections of angles, heads of the tower, ids of the markers."""
+    text, tower = model.config.get_text_config(), model.model.visual
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rope = text.rope_parameters or {}
+    wanted = int(head_dim * rope.get("partial_rotary_factor", 1)) // 2
+    if sum(rope.get("mrope_section") or [wanted]) != wanted:
+        raise ValueError(f"expected a mrope_section that adds up to {wanted}, half of what is "
+                         f"turned of a head, found {rope['mrope_section']}")
+    width, heads = tower.blocks[0].attn.qkv.in_features, tower.config.num_heads
+    if width % heads:
+        raise ValueError(f"expected a num_heads that divides the tower's width, {width}, found "
+                         f"{heads}")
+    rows = len(model.get_output_embeddings().weight)
+    for name in (name.removeprefix("config.") for name in LAYOUT if name.startswith("config.")):
+        if not 0 <= getattr(model.config, name) < rows:
+            raise ValueError(f"expected a {name} below {rows}, the rows of the vocabulary, found "
+                             f"{getattr(model.config, name)}")
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -286,6 +286,22 @@ def test_layers_that_are_more_than_their_weights_are_refused(policy, change, mes
         make_policy(policy.model, policy.tokenizer, policy.image_processor)
 
 
+@pytest.mark.parametrize("part, change, message", [
+    ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}},
+     r"a mrope_section that adds up to 32, half of what is turned of a head, found \[4, 4, 4\]"),
+    ("vision_config", {"num_heads": 3}, "a num_heads that divides the tower's width, 128, found 3"),
+    ("", {"video_token_id": 151656}, "a video_token_id below 751, the rows of the vocabulary, found 151656"),
+    ("", {"vision_start_token_id": -1}, "a vision_start_token_id below 751"),
+])
+def test_settings_that_do_not_fit_the_weights_are_named(copy_of, part, change, message):
+    path = copy_of("policy") / "config.json"
+    config = json.loads(path.read_text())
+    (config[part] if part else config).update(change)
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{path.parent}: expected .*expected {message}"):
+        load_policy(str(path.parent), CPU)
+
+
 @pytest.mark.parametrize("name, what", [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")])
 def test_pointers_of_git_lfs_are_named(copy_of, name, what):
     """What a clone without LFS leaves in place of large files."""
