@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from base64 import b64encode
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from data import parquet
 from data.curate import work
 from data.curate.__main__ import main
 from data.curate.answers import BLIND, SEEING, answer_by_options
@@ -258,6 +260,56 @@ def test_writing_tries_again_and_records_what_failed(tmp_path, capsys):
     assert len(load_examples(str(tmp_path / "out/examples.jsonl"))) == 3 and len(rows_of(tmp_path / "out")) == 4
     with pytest.raises(ValueError, match=r"settings.json: expected seed 1 as now asked for, found 0; take another --out"):
         generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, seed=1), scripted)
+
+
+def pictures_in(folder: Path, kind: str, colors: list[str]) -> str:
+    """A set of plain pictures as parquet or JSONL, or as links to files in `folder`/drive."""
+    pictures = []
+    for color in colors:
+        Image.new("RGB", (140, 112), color).save(into := BytesIO(), "PNG")
+        pictures.append(into.getvalue())
+    path = folder / f"set.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([{"id": str(n), "image": picture} for n, picture in enumerate(pictures)]), path)
+    elif kind == "jsonl":
+        lines = [{"id": str(n), "image": b64encode(picture).decode()} for n, picture in enumerate(pictures)]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    else:
+        (folder / "drive").mkdir(exist_ok=True)
+        path.mkdir(exist_ok=True)
+        for n, picture in enumerate(pictures):
+            (folder / f"drive/{n}").write_bytes(picture)
+            if not (path / f"{n}.png").is_symlink():
+                (path / f"{n}.png").symlink_to(folder / f"drive/{n}")
+    parquet._open.cache_clear()  # another run is another process
+    parquet._groups.kept.clear()
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["links", "parquet", "jsonl"])
+def test_the_work_on_a_picture_is_done_again_where_it_is_another_one_and_kept_where_it_cannot_be_read(tmp_path, kind):
+    """Rows of another parquet file, and pictures in base64, kept the questions of those before; a drive that was away for
+    a moment cost what was written."""
+    config = GenerateConfig(pictures_in(tmp_path, kind, ["red", "blue"]), str(tmp_path / "out"))
+
+    def run() -> list[str]:
+        def write(images, keys):
+            asked.extend(image.getpixel((0, 0)) for image in images)
+            return [(BLOCK.format(id=image.getpixel((0, 0))), False) for image in images]
+
+        asked = []
+        generate(config, write)
+        return asked
+
+    assert run() == [(255, 0, 0), (0, 0, 255)] and run() == []
+    if kind == "links":
+        (tmp_path / "drive").rename(tmp_path / "away")
+        assert run() == []
+        (tmp_path / "away").rename(tmp_path / "drive")
+    pictures_in(tmp_path, kind, ["red", "yellow"])
+    assert run() == [(255, 255, 0)] and run() == []
+    rows = load_examples(str(tmp_path / "out/examples.jsonl"))
+    assert [row.questions[0].question for row in rows] == [f"What color is the {c}?" for c in ((255, 0, 0), (255, 255, 0))]
 
 
 def test_a_photo_that_was_replaced_gets_questions_and_measures_of_its_own(tmp_path):

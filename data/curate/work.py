@@ -6,14 +6,14 @@ Nothing is deleted.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data.examples import Example
+from data.examples import Example, ImageSource
 from data.export import write_examples
 from data.images import picture_hash
 from data.io import agree_on, json_lines, short, write_whole
@@ -30,8 +30,8 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     yet.
 
     `work` takes a batch and returns a row with `id` and `fate` for each. A row with `picture`, the
-    picture's hash, is made again where the file at that path is another one now. Raises ValueError
-    for ids that are not unique, and where the rows in the folder were made with other settings.
+    picture's hash, is made again where the picture is another one now. Raises ValueError for ids
+    that are not unique, and where the rows in the folder were made with other settings.
     """
     counts = Counter(id for id, _ in inputs)
     repeated = [id for id, count in counts.items() if count > 1]
@@ -47,8 +47,10 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
                 raise ValueError(f"{folder / 'settings.json'}: expected the settings of the rows "
                                  "beside it, found none; take another --out")
             agree_on(folder / "settings.json", settings)
+            done = read_rows(rows)
+            replaced = {id for id, source in inputs if id in done and is_replaced(done[id], source)}
             for path in rows.glob("*.jsonl"):
-                take_out_unfinished(path, retry_failed, dict(inputs))
+                take_out_unfinished(path, retry_failed, replaced)
     done = read_rows(rows)
     gather_rows([])  # all have read before anyone writes
     mine = [pair for pair in inputs if pair[0] not in done][rank() :: world_size()]
@@ -62,22 +64,21 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     return [done[id] for id, _ in inputs]
 
 
-def take_out_unfinished(path: Path, retry_failed: bool, inputs: dict[str, Any]) -> None:
+def take_out_unfinished(path: Path, retry_failed: bool, replaced: Collection[str]) -> None:
     """Takes out what is to be done again. That is a last line that was cut off, rows of pictures
     that have been replaced and, if asked for, rows that failed."""
     rows = [row for row in _rows_of(path) if not (retry_failed and row["fate"] == "failed")
-            and not _is_replaced(row, inputs)]
+            and row["id"] not in replaced]
     write_whole(path, json_lines(rows))
 
 
-def _is_replaced(row: dict, inputs: dict[str, Any]) -> bool:
-    source = inputs.get(row["id"])
-    source = source.image if isinstance(source, Example) else source
-    if "picture" not in row or not isinstance(source, Path):  # others were copied into `images`
-        return False
-    with suppress(OSError):
-        return row["picture"] != picture_hash(source)
-    return True
+def is_replaced(row: dict, source: ImageSource | Example) -> bool:
+    """Whether the picture is another one now. One that cannot be read, as of a drive that is away,
+    is not: what was done on it stays."""
+    image = source.image if isinstance(source, Example) else source
+    with suppress(OSError, ValueError):
+        return "picture" in row and row["picture"] != picture_hash(image)
+    return False
 
 
 def read_rows(folder: Path) -> dict[str, dict]:
