@@ -94,4 +94,6 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
             is_path = isinstance(written, str) and isinstance(image, Path)
             fallback = written if is_path else name + where
             images.append((str(fallback if content.get("id") is None else content["id"]), image))
+    if not images:
+        raise ValueError(f"{path}: expected at least one row with an image, found none")
     return images

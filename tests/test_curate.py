@@ -376,7 +376,9 @@ def test_the_tiny_policy_runs_through_both_commands(tmp_path):
     """It writes no questions and knows no letters; every row still has its fate."""
     export(ExportConfig(tmp_path / "toy", num=8))  # of so many, some second attempt differs from the first
     photos, model = str(tmp_path / "toy/images"), ["--model", "data/toy/policy"]
-    main(["generate", "--images", photos, "--out", str(tmp_path / "w"), *model, "--attempts", "2", "--max-new-tokens", "40"])
+    with pytest.raises(ValueError, match=r"w: expected at least one image in the set, found none; 8 of 8 failed \(no sound"):
+        main(["generate", "--images", photos, "--out", str(tmp_path / "w"), *model, "--attempts", "2",
+              "--max-new-tokens", "40"])
     rows = rows_of(tmp_path / "w")
     assert [row["fate"] for row in rows] == ["failed"] * 8 and all(len(row["attempts"]) == 2 for row in rows)
     assert any(row["attempts"][0]["text"] != row["attempts"][1]["text"] for row in rows)
@@ -407,7 +409,8 @@ def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
     assert [len(example.questions) for example in kept] == [2, 2] and kept[1].family == "cards"
     report = (tmp_path / "out/report.md").read_text()
     mute = Answer(None, failure="too long")
-    filter_questions(FilterConfig(source, str(tmp_path / "mute")), lambda *given: [mute] * len(given[2]))
+    with pytest.raises(ValueError, match=r"mute: expected .* 3 of 3 failed \(too long\)"):
+        filter_questions(FilterConfig(source, str(tmp_path / "mute")), lambda *given: [mute] * len(given[2]))
     assert {(row["fate"], row["reason"]) for row in rows_of(tmp_path / "mute")} == {("failed", "too long")}
     assert "| could not be scored |" in (tmp_path / "mute/report.md").read_text()
     assert "| over the cap |" in report and "## over the cap" in report and "train-000001.png" in report
@@ -562,6 +565,20 @@ def test_rows_without_their_settings_are_not_gone_on_with(tmp_path):
     (tmp_path / "out/settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json: expected the settings of the rows beside it, found none"):
         generate(config, scripted)
+
+
+def test_where_every_picture_is_broken_the_program_fails_and_has_written_why(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"out: expected at least one image .* 1 of 1 failed \(.*a.png: expected an image"):
+        choose_images(ImagesConfig(str(photos), str(tmp_path / "out")))
+    assert "| failed | 1 |" in (tmp_path / "out/report.md").read_text()
+    Image.new("RGB", (140, 112)).save(photos / "a.png")  # blank: nothing is kept, and nothing has failed
+    choose_images(ImagesConfig(str(photos), str(tmp_path / "blank")))
+    pq.write_table(pa.table({"id": pa.array([], pa.string()), "image": pa.array([], pa.binary())}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet: expected at least one row with an image, found none"):
+        choose_images(ImagesConfig(str(tmp_path / "x.parquet"), str(tmp_path / "none")))
 
 
 def test_ids_must_be_unique(tmp_path):

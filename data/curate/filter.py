@@ -90,7 +90,7 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
     work = partial(measure_questions, answer=answer, config=config)
     rows = work_through(inputs, folder, settings, config.retry_failed, 1, work)
     decisions = decide_questions(examples, rows, config)
-    finish(folder, kept_examples(examples, decisions), filter_report(examples, decisions),
+    finish(folder, rows, kept_examples(examples, decisions), filter_report(examples, decisions),
            decisions)
 
 

@@ -99,7 +99,8 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
     lines += [f"{sum(len(row['questions']) for row in rows)} questions", ""]
     attempts = [attempt for row in rows for attempt in row["attempts"]]
     dropped = Counter(block["reason"] for attempt in attempts for block in attempt["dropped"])
-    finish(folder, examples, lines + (count_table("dropped blocks", dropped) if dropped else []))
+    lines += count_table("dropped blocks", dropped) if dropped else []
+    finish(folder, rows, examples, lines)
 
 
 def write_batch(batch: Inputs, write: WriteTexts, config: GenerateConfig) -> list[dict]:

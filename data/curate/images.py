@@ -94,7 +94,7 @@ def choose_images(config: ImagesConfig) -> None:
         examples = [Example(row["id"], sources[row["id"]], ()) for row in decisions
                     if row["fate"] == "kept"]
         lines = count_table("images", Counter(row["fate"] for row in decisions))
-    finish(folder, examples, lines, decisions)
+    finish(folder, rows, examples, lines, decisions)
 
 
 def measure_batch(batch: Inputs, extra: dict[str, Measure]) -> list[dict]:

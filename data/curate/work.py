@@ -93,10 +93,10 @@ def _rows_of(path: Path) -> list[dict]:
     return rows
 
 
-def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str],
+def finish(folder: Path, rows: Sequence[dict], examples: Iterable[Example], lines: Sequence[str],
            decisions: Sequence[dict] = ()) -> None:
     """Rank 0 writes the set, the report and, where measurements were decided on, decisions.jsonl;
-    the others wait."""
+    the others wait. Raises ValueError, when all is written, if rows failed and none was kept."""
     with all_or_none("finish"):
         if rank() == 0:
             if decisions:
@@ -104,6 +104,10 @@ def finish(folder: Path, examples: Iterable[Example], lines: Sequence[str],
             num = write_examples(folder, examples)
             write_whole(folder / "report.md", ("\n".join(lines) + "\n").encode())
             print("\n".join([*lines, f"{num} images: {folder / 'examples.jsonl'}"]))
+            failed = [row["reason"] for row in rows if row["fate"] == "failed"]
+            if failed and not num:
+                raise ValueError(f"{folder}: expected at least one image in the set, found none; "
+                                 f"{len(failed)} of {len(rows)} failed ({failed[0]})")
 
 
 def count_table(name: str, counts: Counter) -> list[str]:
