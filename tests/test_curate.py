@@ -511,7 +511,7 @@ def test_killed_and_rerun_by_more_and_fewer_ranks_no_row_is_lost_or_doubled(tmp_
         monkeypatch.setattr(work, "world_size", lambda w=ranks: w)
         if this_rank:  # what rank 0 has done before the others start
             for path in (out / "rows").glob("*.jsonl"):
-                take_out_unfinished(path, False, {})
+                take_out_unfinished(path, False, ())
         before = finished()
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()
@@ -550,13 +550,60 @@ def test_the_toy_writers_lessons_are_read_back():
     assert parse_questions(write_blocks(asked)) == asked
 
 
-@pytest.mark.parametrize("row", [{"fate": "written"}, {"id": None, "fate": "written"}, {"id": "00.png"}])
-def test_a_row_without_id_or_fate_is_named(tmp_path, row):
-    config = GenerateConfig(str(scenes(tmp_path / "photos", 1)), str(tmp_path / "out"))
-    generate(config, scripted)
+CHANGES = [  # command, what is done to its row, what is said to be wrong
+    ("generate", lambda row: row.pop("id"), "'id' .* found None"),
+    ("generate", lambda row: row.pop("fate"), "'fate' .* found None"),
+    ("generate", lambda row: row.update(fate=["written"]), "'fate' .* found \\['written'\\]"),
+    ("generate", lambda row: row.update(tries=row.pop("attempts")), "'attempts' .* found None"),
+    ("generate", lambda row: row["attempts"][0].update(dropped=[{}]), "'attempts' .* found \\["),
+    ("generate", lambda row: row["questions"][0].update(answer_index=4), "'questions' .* found \\["),
+    ("generate", lambda row: row.update(questions=None), "'questions' .* found None"),
+    ("generate", lambda row: row.update(picture=5), "'picture' .* found 5"),
+    ("images", lambda row: row.update(width="140"), "'width' .* found '140'"),
+    ("images", lambda row: row.pop("entropy"), "'entropy' .* found None"),
+    ("images", lambda row: row.update(hash=row["hash"][2:]), "'hash' .* found '"),
+    ("images", lambda row: row.update(hash="z" * 64), "'hash' .* found 'zz"),
+    ("images", lambda row: row.update(fate="failed"), "'reason' .* found None"),
+    ("filter", lambda row: row["questions"][1].pop("with_image"), "'questions' .* found \\["),
+    ("filter", lambda row: row["questions"][0].update(prior="0.2"), "'questions' .* found \\["),
+]
+
+
+@pytest.mark.parametrize("command, change, message", CHANGES)
+def test_a_row_of_another_form_is_named_with_its_file(tmp_path, command, change, message):
+    """Keys that were renamed or had another type ended in a KeyError, or in a sentence without the file."""
+    run = work_on(tmp_path, command)
+    run()
+    [row] = rows_of(tmp_path / "out")
+    change(row)
     (tmp_path / "out/rows/rank-000.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"rank-000.jsonl: expected an id and a fate in each row, got \{"):
-        generate(config, scripted)
+    with pytest.raises(ValueError, match=f"rank-000.jsonl: expected {message}"):
+        run()
+
+
+def work_on(folder: Path, command: str):
+    """Runs a command on one image, for `filter` with two questions."""
+    image = scenes(folder / "photos", 1) / "00.png"
+    example = Example("00.png", image, (QUESTION, replace(QUESTION, question="What shape is the cup?", answer_index=0)))
+    (image.parent / "set").write_text(json.dumps(example_row(example, "00.png")) + "\n")
+    source, out = str(image.parent), str(folder / "out")
+    return {
+        "images": lambda: choose_images(ImagesConfig(source, out)),
+        "generate": lambda: generate(GenerateConfig(source, out), scripted),
+        "filter": lambda: filter_questions(FilterConfig(f"{source}/set", out), sees),
+    }[command]
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_a_row_with_the_numbers_of_fewer_or_more_questions_is_refused(tmp_path, num):
+    """The questions that had none were gone without a fate."""
+    run = work_on(tmp_path, "filter")
+    run()
+    [row] = rows_of(tmp_path / "out")
+    row["questions"] = [*row["questions"], *row["questions"]][:num]
+    (tmp_path / "out/rows/rank-000.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"out/rows: expected 2 questions of id '00.png', found {num}"):
+        run()
 
 
 def test_rows_without_their_settings_are_not_gone_on_with(tmp_path):

@@ -88,7 +88,8 @@ def filter_questions(config: FilterConfig, answer: AnswerQuestions | None = None
     settings["questions"] = text_hash(json.dumps(questions))
     inputs = [(example.id, example) for example in examples]
     work = partial(measure_questions, answer=answer, config=config)
-    rows = work_through(inputs, folder, settings, config.retry_failed, 1, work)
+    forms = {"failed": FORM, "measured": FORM}
+    rows = work_through(inputs, folder, settings, config.retry_failed, 1, work, forms)
     decisions = decide_questions(examples, rows, config)
     finish(folder, rows, kept_examples(examples, decisions), filter_report(examples, decisions),
            decisions)
@@ -103,6 +104,11 @@ def kept_examples(examples: Sequence[Example], rows: Sequence[dict]) -> Iterable
 
 
 # ---------------------------------------------------------------------------------- measurements
+
+
+NUMBERS = {"with_image": int, "without_image": int, "prior": (int, float)}
+FORM = {"reason": str, "questions": [({"failure": str}, NUMBERS)]}
+"""What is expected in rows/, as `fits` in data/curate/work.py reads it."""
 
 
 def measure_questions(batch: Inputs, answer: AnswerQuestions, config: FilterConfig) -> list[dict]:
@@ -151,9 +157,14 @@ def measure_question(asked: Sequence[Asked], seen: Sequence[Answer],
 
 def decide_questions(examples: Sequence[Example], rows: Sequence[dict],
                      config: FilterConfig) -> list[dict]:
-    """The rows with the fate of each question beside the numbers that it rests on."""
+    """The rows with the fate of each question beside the numbers that it rests on. Raises
+    ValueError for a row that has not the numbers of all its questions."""
     decisions = []
     for example, row in zip(examples, rows, strict=True):
+        num, found = len(example.questions), len(row["questions"])
+        if found != num and (found or row["fate"] != "failed"):  # there are none without a picture
+            raise ValueError(f"{Path(config.out) / 'rows'}: expected {num} questions of id "
+                             f"{example.id!r}, found {found}")
         measured = zip(example.questions, row["questions"])
         verdicts = [judge_question(question, numbers, config) for question, numbers in measured]
         fate = "failed" if row["fate"] == "failed" else "filtered"

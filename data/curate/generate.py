@@ -88,7 +88,8 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
     for key in ("out", "batch_size", "retry_failed"):
         settings.pop(key)
     work = partial(write_batch, write=write, config=config)
-    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work)
+    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work,
+                        {"failed": FORM, "written": FORM})
     sources = dict(images)
     examples = (
         Example(row["id"], sources[row["id"]], tuple(map(read_question, row["questions"])))
@@ -101,6 +102,11 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
     dropped = Counter(block["reason"] for attempt in attempts for block in attempt["dropped"])
     lines += count_table("dropped blocks", dropped) if dropped else []
     finish(folder, rows, examples, lines)
+
+
+FORM = {"reason": str, "questions": [read_question],
+        "attempts": [{"text": str, "dropped": [{"reason": str}]}]}
+"""What is expected in rows/, as `fits` in data/curate/work.py reads it."""
 
 
 def write_batch(batch: Inputs, write: WriteTexts, config: GenerateConfig) -> list[dict]:

@@ -84,7 +84,9 @@ def choose_images(config: ImagesConfig) -> None:
     work = partial(measure_batch, extra=extra)
     settings = {key: getattr(config, key)
                 for key in ("images", "encoder", "classifier", "unsafe_label")}
-    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work)
+    form = FORM | {name: EXTRA_FORM[name] for name in extra}
+    rows = work_through(images, folder, settings, config.retry_failed, config.batch_size, work,
+                        {"failed": {"reason": str}, "measured": form})
     lines, examples, decisions = [], [], []
     if rank() == 0:
         bar = tqdm(benchmarks, desc="benchmarks", unit="image", disable=not benchmarks)
@@ -95,6 +97,20 @@ def choose_images(config: ImagesConfig) -> None:
                     if row["fate"] == "kept"]
         lines = count_table("images", Counter(row["fate"] for row in decisions))
     finish(folder, rows, examples, lines, decisions)
+
+
+def read_hash(text: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(text), np.uint64).reshape(4)
+
+
+def read_embedding(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.float16).astype(np.float32)
+
+
+FORM = {"width": int, "height": int, "digest": str, "hash": read_hash, "entropy": (int, float),
+        "edges": (int, float)}
+EXTRA_FORM = {"embedding": read_embedding, "unsafe": (int, float)}
+"""What is expected in rows/, as `fits` in data/curate/work.py reads it."""
 
 
 def measure_batch(batch: Inputs, extra: dict[str, Measure]) -> list[dict]:
@@ -134,7 +150,7 @@ def decide(rows: Sequence[dict], benchmark: Sequence[tuple[str, np.ndarray]],
             "unsafe": row.get("unsafe", 0.0) > config.max_unsafe,
         }
         row["fate"] = next((reason for reason, holds in reasons.items() if holds), "kept")
-    hashes = {row["id"]: np.frombuffer(bytes.fromhex(row["hash"]), np.uint64) for row in measured}
+    hashes = {row["id"]: read_hash(row["hash"]) for row in measured}
     if benchmark:
         names, known = zip(*benchmark)
         known = np.stack(known, axis=1)
@@ -155,10 +171,10 @@ def decide(rows: Sequence[dict], benchmark: Sequence[tuple[str, np.ndarray]],
                 row |= {"fate": fate, "of": by_size[other]["id"]}
     chosen = _kept(decisions)
     if config.encoder and chosen:
-        stored = {row["id"]: base64.b64decode(row.get("embedding", "")) for row in rows}
-        vectors = np.stack([np.frombuffer(stored[row["id"]], np.float16) for row in chosen])
-        near = likeness.semantic_duplicates(vectors.astype(np.float32), config.max_similarity,
-                                            config.clusters, config.seed)
+        stored = {row["id"]: row["embedding"] for row in rows if row["fate"] == "measured"}
+        vectors = np.stack([read_embedding(stored[row["id"]]) for row in chosen])
+        near = likeness.semantic_duplicates(vectors, config.max_similarity, config.clusters,
+                                            config.seed)
         for row, (other, cosine) in zip(chosen, near, strict=True):
             row["similarity"] = cosine
             if cosine is not None and cosine > config.max_similarity:

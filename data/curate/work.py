@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from tqdm import tqdm
@@ -23,15 +24,19 @@ from grpo.distributed import all_or_none, gather_rows, print0, rank, world_size
 Inputs = Sequence[tuple[str, Any]]
 """(id, input) of each."""
 
+Forms = dict[str, dict[str, Any]]
+"""Fate -> the keys of rows with it, each with the form of its value (see `fits`)."""
+
 
 def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: bool, batch_size: int,
-                 work: Callable[[Inputs], list[dict]]) -> list[dict]:
+                 work: Callable[[Inputs], list[dict]], forms: Forms) -> list[dict]:
     """A row for each input, in their order, on every rank; `work` is asked for those that have none
     yet.
 
     `work` takes a batch and returns a row with `id` and `fate` for each. A row with `picture`, the
     picture's hash, is made again where the picture is another one now. Raises ValueError for ids
-    that are not unique, and where the rows in the folder were made with other settings.
+    that are not unique, and where the rows in the folder are not as `forms` says, or were made with
+    other settings.
     """
     counts = Counter(id for id, _ in inputs)
     repeated = [id for id, count in counts.items() if count > 1]
@@ -47,11 +52,11 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
                 raise ValueError(f"{folder / 'settings.json'}: expected the settings of the rows "
                                  "beside it, found none; take another --out")
             agree_on(folder / "settings.json", settings)
-            done = read_rows(rows)
+            done = read_rows(rows, forms)
             replaced = {id for id, source in inputs if id in done and is_replaced(done[id], source)}
             for path in rows.glob("*.jsonl"):
                 take_out_unfinished(path, retry_failed, replaced)
-    done = read_rows(rows)
+    done = read_rows(rows, forms)
     gather_rows([])  # all have read before anyone writes
     mine = [pair for pair in inputs if pair[0] not in done][rank() :: world_size()]
     print0(f"{len(inputs)} images, {len(done)} done before")
@@ -60,14 +65,14 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
         for start in tqdm(starts, desc="images", unit="batch", disable=rank() != 0):
             file.writelines(json_lines(work(mine[start : start + batch_size])))
             file.flush()
-    done = read_rows(rows)
+    done = read_rows(rows, forms)
     return [done[id] for id, _ in inputs]
 
 
 def take_out_unfinished(path: Path, retry_failed: bool, replaced: Collection[str]) -> None:
     """Takes out what is to be done again. That is a last line that was cut off, rows of pictures
     that have been replaced and, if asked for, rows that failed."""
-    rows = [row for row in _rows_of(path) if not (retry_failed and row["fate"] == "failed")
+    rows = [row for row in read_log(path) if not (retry_failed and row["fate"] == "failed")
             and row["id"] not in replaced]
     write_whole(path, json_lines(rows))
 
@@ -77,20 +82,39 @@ def is_replaced(row: dict, source: ImageSource | Example) -> bool:
     is not: what was done on it stays."""
     image = source.image if isinstance(source, Example) else source
     with suppress(OSError, ValueError):
-        return "picture" in row and row["picture"] != picture_hash(image)
+        return bool(row.get("picture")) and row["picture"] != picture_hash(image)
     return False
 
 
-def read_rows(folder: Path) -> dict[str, dict]:
-    return {row["id"]: row for path in sorted(folder.glob("*.jsonl")) for row in _rows_of(path)}
-
-
-def _rows_of(path: Path) -> list[dict]:
-    rows = read_log(path)
-    for row in rows:
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("fate"), str):
-            raise ValueError(f"{path}: expected an id and a fate in each row, got {short(row)}")
+def read_rows(folder: Path, forms: Forms) -> dict[str, dict]:
+    """By id. Raises ValueError, naming the file, for a row that is not as `forms` says."""
+    rows = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in read_log(path):
+            form = next((forms[fate] for fate in forms if fate == row.get("fate")), {"fate": ()})
+            for key, part in {"id": str, "picture": (str, NoneType), **form}.items():
+                if not fits(row.get(key), part):
+                    raise ValueError(f"{path}: expected {key!r} as this command writes it, "
+                                     f"found {short(row.get(key))} in {short(row)}")
+            rows[row["id"]] = row
     return rows
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Whether a value of JSON has this form: a type, a list of one form, a form for each key, a
+    tuple of forms of which one will do, or a function that raises for what it cannot read."""
+    if isinstance(form, dict):
+        return type(value) is dict and all(fits(value.get(key), form[key]) for key in form)
+    if isinstance(form, list):
+        return type(value) is list and all(fits(each, form[0]) for each in value)
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, type):
+        return type(value) is form
+    with suppress(TypeError, ValueError):
+        form(value)
+        return True
+    return False
 
 
 def finish(folder: Path, rows: Sequence[dict], examples: Iterable[Example], lines: Sequence[str],
