@@ -92,6 +92,8 @@ def no_sound_row(source: str, refused: Sequence[str]) -> str:
 
     refused: the sentence of each row.
     """
+    if not refused:
+        return f"{source}: expected at least one image with questions, found none"
     said = f"{refused[0]} (1 of {len(refused)}, and no row can be used)"
     return _no_lines(data_files(source)[0]) or said
 

@@ -521,6 +521,20 @@ def test_a_set_is_not_written_over_the_one_it_is_made_from(tmp_path):
     inspect(InspectConfig(str(tmp_path / "set"), out=str(tmp_path / "out")))  # again, that is no harm
 
 
+def test_where_no_picture_can_be_read_the_set_and_the_manifest_of_before_stay(tmp_path):
+    source, out = write_set(tmp_path, [raw("x"), raw("y", image_path="none.png")]), tmp_path / "out"
+    inspect(InspectConfig(source, out=str(out)))
+    written = [out / "examples.jsonl", Path(f"{source}.manifest.jsonl")]
+    before = [path.read_bytes() for path in written]
+    (tmp_path / "a.png").rename(tmp_path / "away.png")
+    for folder in ("", str(out)):
+        with pytest.raises(ValueError, match=r"line 1: .*a.png: expected a file, found nothing \(1 of 2, and no row can be"):
+            inspect(InspectConfig(source, out=folder))
+    assert [path.read_bytes() for path in written] == before
+    with pytest.raises(ValueError, match="empty.parquet: expected at least one image with questions, found none"):
+        inspect(InspectConfig(write_parquet(tmp_path / "empty.parquet", [])))
+
+
 def test_a_picture_that_has_changed_is_written_again(tmp_path):
     for color in ("red", "blue"):
         Image.new("RGB", (28, 28), color).save(tmp_path / f"{color}.png")

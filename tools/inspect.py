@@ -31,7 +31,7 @@ class InspectConfig:
 
 def inspect(config: InspectConfig) -> dict[str, int]:
     """Reads all rows and the heads of all images, prints counts and writes the manifest; returns
-    the counts."""
+    the counts. Raises ValueError, and writes nothing, where no row can be used."""
     if config.image_root and not config.out:
         raise ValueError("image_root: expected `out` with it, since a run looks for images beside "
                          "the file")
@@ -49,6 +49,10 @@ def inspect(config: InspectConfig) -> dict[str, int]:
                 # As a picture in a row is called
                 reason = str(error).removeprefix(f"{row.file} {row.where}: ")
                 refused.append(Refused(row.file, row.where, reason, row.example.id))
+    if not kept:  # a drive may be away, and a good set be there from an earlier run
+        from data.advice import no_sound_row
+
+        raise ValueError(no_sound_row(config.source, list(map(str, refused))))
     num_refused = sum(fault.question is None for fault in refused)
     counts = {
         "rows": num_rows, "images": len(kept),
