@@ -25,7 +25,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -41,7 +41,7 @@ class StoredImage:
 
     name: str
     """How messages and records call it: "train-00000.parquet row 17"."""
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] = field(repr=False)
 
 
 ImageSource = Path | StoredImage | Image.Image

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from data.examples import ImageSource
-from data.formats import contents, data_files, row_image
+from data.formats import contents, data_files, id_text, row_image
 from data.images import IMAGE_SUFFIXES, printable
 
 
@@ -88,12 +88,13 @@ def load_images(path: Path) -> list[tuple[str, ImageSource]]:
                 if isinstance(content, str):
                     raise ValueError(content)
                 image = row_image(content, file, where, file.parent)
+                written = content.get("image") or content.get("image_path")
+                is_path = isinstance(written, str) and isinstance(image, Path)
+                fallback = written if is_path else name + where
+                id = fallback if content.get("id") is None else id_text(content["id"])
             except ValueError as error:
                 raise ValueError(f"{file} {where}: {error}") from None
-            written = content.get("image") or content.get("image_path")
-            is_path = isinstance(written, str) and isinstance(image, Path)
-            fallback = written if is_path else name + where
-            images.append((str(fallback if content.get("id") is None else content["id"]), image))
+            images.append((id, image))
     if not images:
         raise ValueError(f"{path}: expected at least one row with an image, found none")
     return images

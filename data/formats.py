@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.examples import ImageSource, StoredImage
 from data.images import IMAGE_SUFFIXES, image_path
@@ -67,8 +68,9 @@ def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageS
             raise ValueError(f"expected text in 'qa_response', got {short(entries)}")
         from data.written import parse_questions  # here: a page of its own, built on this one
 
-        ids = [row.get(key) for key in ("id", "image_path", "image")]
-        id = next((name for name in ids if name is not None), where)
+        paths = (row.get(key) for key in ("image_path", "image"))
+        ids = [id, *(path for path in paths if isinstance(path, str)), where]
+        id = id_text(next(id for id in ids if id is not None))
         entries = parse_questions(entries)
     else:
         keys = [form, "id", *([] if {"images", "image_path"} & set(row) else ["image"])]
@@ -78,8 +80,7 @@ def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageS
 
             keys = sorted(row) if form in row else row_kind(row, file)
             raise ValueError(f"expected the key {missing[0]!r}, got {keys}")
-        if not isinstance(id, str | int) or id == "":
-            raise ValueError(f"expected a text in 'id', got {short(id)}")
+        id = id_text(id)
         if form == "reward_model":
             entries = entries.get("ground_truth") if isinstance(entries, dict) else None
     image = row_image(row, file, where, root)
@@ -87,7 +88,14 @@ def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageS
         name = "'reward_model.ground_truth'" if form == "reward_model" else "'questions'"
         raise ValueError(f"expected a list with at least one question in {name}, "
                          f"got {short(entries)}")
-    return str(id), image, str(row.get("family") or row.get("domain") or "all"), entries
+    return id, image, str(row.get("family") or row.get("domain") or "all"), entries
+
+
+def id_text(id: Any, key: str = "id") -> str:
+    """The id as text. Raises ValueError if it is empty, or neither text nor a whole number."""
+    if type(id) not in (str, int) or id == "":
+        raise ValueError(f"expected a text in {key!r}, got {short(id)}")
+    return str(id)
 
 
 def row_image(row: dict, file: Path, where: str, root: Path) -> ImageSource:

@@ -5,6 +5,7 @@ import base64
 import json
 import os
 import random
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -17,6 +18,9 @@ import pytest
 from PIL import Image
 
 from data import parquet
+from data.benchmarks.benchmark import load_benchmark
+from data.captions.exports import caption_rows
+from data.captions.shards import plan_shards
 from data.curate.__main__ import main as curate
 from data.examples import Example, Question, StoredImage, load_examples
 from data.export import example_row, write_examples
@@ -274,6 +278,31 @@ def test_pictures_are_listed_from_a_folder_of_parquet_files_too(tmp_path):
     write_parquet(tmp_path / "set/train-2.parquet", [caprl("c", image=None)])
     with pytest.raises(ValueError, match="train-2.parquet row 0: expected a picture in 'image', got None"):
         load_images(tmp_path / "set")
+
+
+@pytest.mark.parametrize("id", [b"x", True, [1], 1.5])
+def test_an_id_that_is_no_text_or_whole_number_is_refused_wherever_rows_are_read(tmp_path, id):
+    """It became Python's text for it; bytes became an address in memory, another one in each run."""
+    rows = [own(id, image=png(), question="Color?", answer="red")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    found = "StoredImage(name='{}/x.parquet row 0')" if isinstance(id, bytes) else str(id)
+    refusal = re.escape(f"x.parquet row 0: expected a text in 'id', got {found.format(tmp_path)}")
+    for read in (load_images, lambda path: load_examples(str(path)), lambda path: load_benchmark(f"exact:{path}")):
+        with pytest.raises(ValueError, match=refusal):
+            read(tmp_path / "x.parquet")
+    [(_, _, picture)] = plan_shards(tmp_path / "x.parquet", 8)[0].images()
+    with pytest.raises(ValueError, match=refusal):
+        open_image(picture)
+    if isinstance(id, bytes):
+        return
+    path = Path(write(tmp_path / "x.jsonl", rows[0] | {"image": "a.png", "caption": "Red."}))
+    (tmp_path / "a.png").write_bytes(png())
+    for read in (load_images, lambda path: load_examples(str(path)), lambda path: load_benchmark(f"exact:{path}"),
+                 lambda path: plan_shards(path, 8)):
+        with pytest.raises(ValueError, match=re.escape(f"x.jsonl line 1: expected a text in 'id', got {id}")):
+            read(path)
+    with pytest.raises(ValueError, match="x.jsonl line 1: expected an object with id and caption, got"):
+        list(caption_rows(path))
 
 
 def test_a_picture_may_be_written_in_base64(tmp_path):

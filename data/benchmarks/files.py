@@ -12,13 +12,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.examples import ImageSource, StoredImage
-from data.formats import row_image
+from data.formats import id_text, row_image
 from data.images import image_path, picture_hash
 from data.io import check_text, read_json, short
 from data.jsonl import filled, json_rows
@@ -109,8 +109,13 @@ def _jsonl_rows(path: Path) -> Iterator[Row | str]:
             file = path.parent / str(cells.get("image", cells.get("image_path", "")))
             return _picture_file("image", file)
 
-        id = cells.get("img_path", cells.get("id", where.removeprefix("line ")))
-        yield Row(f"{path} {where}", str(id), cells, picture)
+        key = "img_path" if "img_path" in cells else "id"
+        try:
+            id = id_text(cells.get(key, where.removeprefix("line ")), key)
+        except ValueError as error:
+            yield f"{path} {where}: {error}"
+            continue
+        yield Row(f"{path} {where}", id, cells, picture)
 
 
 def _json_rows(path: Path) -> Iterator[Row | str]:
@@ -264,13 +269,17 @@ def _decode(text: str) -> bytes:
 # ----------------------------------------------------------------------------------------- parquet
 
 
-def picture_rows(path: Path, group: int | None = None) -> Iterator[Row]:
-    """The rows of a parquet file, or of one row group. Raises ValueError if they cannot be read. A
-    row without an id has its place for one."""
+def picture_rows(path: Path, group: int | None = None,
+                 id_columns: Sequence[str] = ID_COLUMNS) -> Iterator[Row]:
+    """The rows of a parquet file, or of one row group. A row without an id has its place for one.
+    Raises ValueError if they cannot be read, or where an id is neither text nor a whole number."""
     for place, cells in parquet_rows(path, group=group):
         cells = told(cells)
-        ids = [cells[name] for name in ID_COLUMNS if name in cells]
-        id = str(ids[0] if ids else f"{path.stem}:{place}")
+        key = next((key for key in id_columns if cells.get(key, "") != ""), "")
+        try:
+            id = id_text(cells[key], key) if key else f"{path.stem}:{place}"
+        except ValueError as error:
+            raise ValueError(f"{path} row {place}: {error}") from None
 
         def picture(cells=cells, where=f"row {place}"):
             image = cells.get("binary")  # DetailCaps: its `image` says where it came from

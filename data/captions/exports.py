@@ -98,7 +98,7 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
     if not isinstance(whole, dict) or {"id", "caption", "error"} & set(whole):
         for number, row in read_jsonl(path):
             where = f"{path} line {number}"
-            named = {"id": str(row["id"])} if row.get("id") is not None else {}
+            named = {"id": str(row["id"])} if type(row.get("id")) is int else {}
             yield where, checked_row(where, row | named, "id")
         return
     for id, captions in whole.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 from data.benchmarks.files import IMAGE_COLUMNS, picture_rows
 from data.examples import ImageSource, StoredImage
 from data.folders import list_files, print_left_out
+from data.formats import id_text
 from data.images import IMAGE_SUFFIXES, printable
 from data.io import text_hash
 from data.jsonl import read_jsonl
@@ -99,7 +100,10 @@ def _jsonl_images(path: Path) -> Iterator[tuple[str, str]]:
         if not isinstance(image, str) or image.startswith("data:") or len(image) >= 1024:
             got = f"{image!r:.80}"
             raise ValueError(f"{path} line {number}: expected a path in 'image', got {got}")
-        id = image if row.get("id") is None else str(row["id"])
+        try:
+            id = image if row.get("id") is None else id_text(row["id"])
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
         if id in first_line:
             before = f"was used before, on line {first_line[id]}"
             raise ValueError(f"{path} line {number}: id {id!r} {before}")
@@ -126,9 +130,9 @@ def _parquet_shards(path: Path, name: str) -> list[Shard]:
 def _parquet_images(path: Path, file: str, group: int) -> Iterator[tuple[str, str, ImageSource]]:
     stem = file.removesuffix(path.suffix)
     try:
-        for row in picture_rows(path, group):
+        for row in picture_rows(path, group, ("id",)):
             name, id = row.where.replace(str(path), file), row.id
-            if row.cells.get("id") is None:
+            if row.cells.get("id") in (None, ""):
                 # An `index` begins again in each file, and two images would have the same id.
                 id = f"{stem}:{row.where.rsplit(' ', 1)[1]}"
             try:
