@@ -112,7 +112,11 @@ def _read_blob(path: Path, group: int, leaf: str, row: int, name: str,
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name}: expected a picture ({_line(error)})") from None
     value = value if place is None else value[place]
-    return (value["bytes"] if isinstance(value, dict) else value) or b""
+    value = value.get("bytes", value) if isinstance(value, dict) else value
+    if not isinstance(value, bytes | None):
+        raise ValueError(f"{name}: expected the bytes of a picture in {_top(leaf)!r} itself, "
+                         f"found them in {leaf}")
+    return value or b""
 
 
 class _Groups:

@@ -305,6 +305,18 @@ def test_an_id_that_is_no_text_or_whole_number_is_refused_wherever_rows_are_read
         list(caption_rows(path))
 
 
+def test_bytes_that_lie_deeper_than_a_picture_does_are_told_in_a_sentence(tmp_path):
+    """Two shapes ended in a KeyError or a TypeError."""
+    shapes = [{"data": {"bytes": png(), "path": None}}, {"bytes": [png()]}, {"picture": png(), "path": ""}]
+    for shape in shapes:
+        pq.write_table(pa.Table.from_pylist([caprl("a") | {"image": shape}]), tmp_path / "x.parquet")
+        parquet._open.cache_clear()
+        parquet._groups.kept.clear()
+        [example] = load_examples(str(tmp_path / "x.parquet"))
+        with pytest.raises(ValueError, match=r"x.parquet row 0: expected the bytes .* in 'image' itself, found .* image\.\w+"):
+            open_image(example.image)
+
+
 def test_a_picture_may_be_written_in_base64(tmp_path):
     text = base64.b64encode(png(color="blue")).decode()
     rows = [own("a"), own("b", image=text), own("c", image=f"data:image/png;base64,{text}")]
