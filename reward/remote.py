@@ -51,6 +51,8 @@ AWAY = (408, 429, 502, 503, 504)
 """Statuses of a server that is busy or restarts: sent again until the deadline."""
 TRIES = 5
 """So often a question is asked whose answers cannot be used (status 500, no JSON, no text)."""
+BAD_ANSWER = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""Errors of reading one of these: JSON may be nested too deeply, and a number too large."""
 
 Content = TypeVar("Content")
 
@@ -139,7 +141,7 @@ class Server:
                 if response.status == 200:
                     try:
                         return read(response.json())
-                    except (AttributeError, LookupError, TypeError, ValueError) as error:
+                    except BAD_ANSWER as error:
                         reason = f"an answer that cannot be used ({_first_line(error)}): {reason}"
                 if response.status in (200, 500):
                     num_bad += 1
@@ -230,7 +232,10 @@ def first_token(logprobs: dict) -> dict[str, float]:
         top = logprobs["top_logprobs"][0]
     if not top or not all(value <= 1e-3 for value in top.values()):  # NaN is not
         raise ValueError("expected log-probabilities of the first token")
-    return {token: math.exp(value) for token, value in top.items()}
+    probs = {token: math.exp(value) for token, value in top.items()}
+    if sum(probs.values()) > 1.05:  # a server may round them
+        raise ValueError(f"expected probabilities of 1 together, got {sum(probs.values()):.3g}")
+    return probs
 
 
 def choose_likely(top: dict[str, float], num_options: int,

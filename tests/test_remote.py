@@ -227,7 +227,8 @@ def test_both_forms_of_log_probabilities_are_read():
     assert first_token(as_list) == {"B": pytest.approx(math.exp(-0.5))}
     assert first_token({"top_logprobs": [{" A": 0.0}]}) == {" A": 1.0}
     for wrong in ({"top_logprobs": []}, {"top_logprobs": [{}]}, {"top_logprobs": [{" A": math.nan}]},
-                  {"top_logprobs": [{" A": 12.0}]}, {"top_logprobs": [{" A": None}]}, {"content": [{}]}, {}):
+                  {"top_logprobs": [{" A": 12.0}]}, {"top_logprobs": [{" A": None}]}, {"content": [{}]}, {},
+                  {"top_logprobs": [{" A": 0.0, " B": 0.0}]}):
         with pytest.raises((LookupError, TypeError, ValueError)):
             first_token(wrong)
 
@@ -353,9 +354,10 @@ def test_the_key_is_sent_and_written_nowhere(monkeypatch, capsys):
 @pytest.mark.parametrize("fault", [
     None, (429, b"slow down", {"Retry-After": 0}), (500, b"oops", {}), (502, b"<html>", {}), (503, b"", {}),
     (504, b"", {"Retry-After": "soon"}), (408, b"", {}), b"{", b"[]", {"choices": []}, {"error": "x"},
-    {"choices": [{"logprobs": {"top_logprobs": [{" A": "high"}]}}]},
+    {"choices": [{"text": "A", "logprobs": {"top_logprobs": [{" A": "high"}]}}]},
     {"choices": [letters(A=0.9, B=0.1)["choices"][0] | {"finish_reason": "abort"}]},
-    (200, b'{"choices": [', {"Content-Encoding": "gzip"}), b"\xff\xfe",
+    (200, b'{"choices": [', {"Content-Encoding": "gzip"}), b"\xff\xfe", b'{"choices":' + b"[" * 100_000,
+    {"choices": [{"text": "A", "logprobs": {"top_logprobs": [{" A": -(10**400)}]}}]}, letters(A=1, B=1, C=1),
 ])
 def test_what_may_pass_is_asked_again(fault):
     """Two faults, then the answer: one answer, and nothing of the faults in it."""
