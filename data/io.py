@@ -123,11 +123,11 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False
         unfinished.unlink(missing_ok=True)
 
 
-def read_json(path: Path, what: str, kind: type = object) -> Any:
+def read_json(path: Path, what: str, kind: type = object, decode: Callable = json.loads) -> Any:
     """The content of a JSON file. Raises ValueError, with `what` was expected, if there is none or
     none of this kind."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = decode(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected {what} ({error})") from None
     if not isinstance(content, kind):

@@ -4,8 +4,9 @@ broken."""
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import UnionType
+from typing import Any
 
 from data.io import check_text, short
 
@@ -42,19 +43,46 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         yield int(where.removeprefix("line ")), row
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"expected each key once, got {max(keys, key=keys.count)!r} twice")
+    return row
+
+
+decode_json = json.JSONDecoder(object_pairs_hook=_once).decode
+"""As json.loads, which takes the last of equal keys. Raises ValueError for them."""
+
+
 def filled(row: dict) -> dict:
     """The row without its nulls: what is null is absent."""
     return {key: value for key, value in row.items() if value is not None}
 
 
-def check_types(where: str, row: dict, kinds: dict[type | UnionType, str]) -> None:
-    """Raises ValueError for a value of another kind. kinds: {int | float: "reward score"}; a key
-    that is absent is none."""
-    for kind, names in kinds.items():
-        for name in names.split():
-            if name in row and not isinstance(row[name], kind):
-                raise ValueError(f"{where}: expected {name} as {getattr(kind, '__name__', kind)}, "
-                                 f"got {short(row[name])}")
+def check_form(where: str, row: dict, form: dict[str, Any]) -> None:
+    """Raises ValueError for a key whose value does not have its form; see `fits`."""
+    for key, part in form.items():
+        if not fits(row.get(key), part):
+            raise ValueError(f"{where}: expected {key!r} as it was written here, "
+                             f"got {short(row.get(key))}")
+
+
+def fits(value: Any, form: Any) -> bool:
+    """Whether a value of JSON has this form: a type, a list of one form, a form for each key, a
+    tuple of forms of which one will do, or a function that raises for what it cannot read."""
+    if isinstance(form, dict):
+        return type(value) is dict and all(fits(value.get(key), form[key]) for key in form)
+    if isinstance(form, list):
+        return type(value) is list and all(fits(each, form[0]) for each in value)
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, type):
+        return type(value) is form
+    with suppress(TypeError, ValueError):
+        form(value)
+        return True
+    return False
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
@@ -107,7 +135,7 @@ def _line(line: bytes, offset: int) -> Line | str:
 
 def _json_row(line: bytes) -> dict | str:
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
+        row = decode_json(line.decode("utf-8-sig"))  # a byte order mark is no part of the first key
     except (ValueError, RecursionError) as error:  # errors of decoding are ValueErrors
         return f"expected a JSON object ({error})"
     return row if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"

@@ -146,9 +146,18 @@ _groups = _Groups()
 @lru_cache(maxsize=64)
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: expected a parquet file ({_line(error)})") from None
+    check_columns(path, file.schema_arrow.names)
+    return file
+
+
+def check_columns(path: Path, names: Sequence[str]) -> None:
+    """Raises ValueError where two columns have one name: of their cells the last would be read."""
+    twice = next((name for name in names if name and names.count(name) > 1), "")
+    if twice:
+        raise ValueError(f"{path}: expected columns of different names, found {twice!r} twice")
 
 
 def _line(error: Exception) -> str:

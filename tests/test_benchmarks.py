@@ -179,6 +179,25 @@ def test_own_jsonl_and_the_toy_world(tmp_path):
     assert asked(load_benchmark(f"chartqa:{tmp_path}/free.jsonl")) == [(RED, "b", "all", FreeQuestion("N?", ("12",)))]
 
 
+def test_a_key_or_column_that_is_there_twice_is_refused(tmp_path):
+    """The last of two answers was asked."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    question = '{"question": "C?", "choices": ["x", "y"], "answer_index": 0, "answer_index": 1}'
+    (tmp_path / "own.jsonl").write_text(f'{{"id": "a", "image": "a.png", "questions": [{question}]}}\n')
+    for source in (f"{tmp_path}/own.jsonl", f"choice:{tmp_path}/own.jsonl"):
+        with pytest.raises(ValueError, match=r"own.jsonl line 1: .*expected each key once, got 'answer_index' twice"):
+            load_benchmark(source)
+    (tmp_path / "list.json").write_text('[{"image": "a.png", "prompt": "C?", "answer": "1", "answer": "2"}]')
+    with pytest.raises(ValueError, match=r"list.json: .*expected each key once, got 'answer' twice"):
+        load_benchmark(f"chartqa:{tmp_path}/list.json")
+    (tmp_path / "x.tsv").write_text(f"index\timage\tquestion\tanswer\tanswer\t\t\n0\t{b64('red')}\tC?\t1\t2\t\t\n")
+    table = pa.table([["C?"], ["1"], ["2"], [png("red")]], ["question", "answer", "answer", "image"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    for name in ("x.tsv", "x.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: expected columns of different names, found 'answer' twice"):
+            load_benchmark(f"chartqa:{tmp_path}/{name}")
+
+
 def test_a_folder_is_one_split(tmp_path):
     for name, color in (("test-00000-of-00002", "red"), ("test-00001-of-00002", "blue")):
         row = {"question": "Q?", "answer": "1", "image": {"bytes": png(color), "path": ""}}

@@ -19,6 +19,9 @@ def test_a_log_that_is_being_written_is_read_up_to_its_last_whole_line(tmp_path)
     path.write_text('{"step": 0}\n{"step": 1, \n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl line 2: expected a JSON object \("):
         read_log(path)
+    path.write_text('{"step": 0}\n{"step": 1, "step": 2}\n')  # no line that was cut off
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2: .*expected each key once, got 'step' twice"):
+        read_log(path)
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="metrics.jsonl line 1: expected a JSON object, got list"):
         read_log(path)

@@ -21,8 +21,8 @@ from data.examples import ImageSource, StoredImage
 from data.formats import id_text, row_image
 from data.images import image_path, picture_hash
 from data.io import check_text, read_json, short
-from data.jsonl import filled, json_rows
-from data.parquet import parquet_rows
+from data.jsonl import decode_json, filled, json_rows
+from data.parquet import check_columns, parquet_rows
 
 csv.field_size_limit(sys.maxsize)  # a cell may hold a picture
 
@@ -122,7 +122,7 @@ def _json_rows(path: Path) -> Iterator[Row | str]:
     """A list of rows, as CapRL's evaluation files are. A row's id is its place in the list: what
     else could be one, may be that of a picture with several questions. Paths are below the folder
     of the file or, if that is called json_file, below the one that holds it."""
-    rows = read_json(path, "a JSON list of rows")
+    rows = read_json(path, "a JSON list of rows", decode=decode_json)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a JSON list of rows, found {short(rows)}")
     folder = path.absolute().parent
@@ -184,6 +184,7 @@ def _tsv_rows(path: Path) -> Iterator[Row | str]:
 
         reader = csv.reader(lines(), delimiter="\t")
         header = _next_cells(reader, f"{path}") or []
+        check_columns(path, header)
         start, number = place, 0
         row_lines.clear()
         while (values := _next_cells(reader, f"{path} row {number}")) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.images import image_name
 from data.io import check_text, read_json, short, text_hash, write_whole
-from data.jsonl import filled, read_jsonl
+from data.jsonl import decode_json, filled, read_jsonl
 from data.tones import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
@@ -94,7 +94,7 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
         return
     whole = None
     with suppress(ValueError):  # no such file, or not one object: read by lines
-        whole = read_json(path, "an object")
+        whole = read_json(path, "an object", decode=decode_json)
     if not isinstance(whole, dict) or {"id", "caption", "error"} & set(whole):
         for number, row in read_jsonl(path):
             where = f"{path} line {number}"
