@@ -198,6 +198,28 @@ def test_a_key_or_column_that_is_there_twice_is_refused(tmp_path):
             load_benchmark(f"chartqa:{tmp_path}/{name}")
 
 
+@pytest.mark.parametrize(("kind", "change", "reason"), [
+    ("exact", {"question": ["x", "y"]}, "expected text in 'question', got ['x', 'y']"),
+    ("exact", {"question": 5}, "expected text in 'question', got 5"),
+    ("exact", {"answer": True}, "expected a text or a number, got True"),
+    ("docvqa", {"answers": [["a"]]}, "expected a text or a number, got ['a']"),
+    ("chartqa", {"answer": {"a": 1}}, "expected a text or a number, got {'a': 1}"),
+    ("chartqa", {"prompt": "How many?", "answer": True}, "expected a text or a number, got True"),
+    ("chartqapro", {"answer": {"a": 1}}, "expected a text or a number, got {'a': 1}"),
+    ("chartqapro", {"answer": [True]}, "expected a text or a number, got True"),
+    ("choice", {"question": {"a": 1}}, "expected text in 'question', got {'a': 1}"),
+    ("choice", {"choices": [True, False], "answer": "A"}, "expected a text or a number, got True"),
+    ("choice", {"choices": ["['x']", "y"], "answer": ["x"]}, "expected a text or a number, got ['x']"),
+    ("captionqa", {"choices": ["True", "False"], "answer": True}, "expected a text or a number, got True"),
+])
+def test_what_is_no_text_is_not_asked_as_python_writes_it(tmp_path, kind, change, reason):
+    """A list was asked as "['x', 'y']", and "True" was the gold of a true."""
+    (tmp_path / "a.png").write_bytes(png("red"))
+    row = {"id": "a", "image": "a.png", "question": "C?", "answer": "12", "choices": ["12", "y"]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "b"} | change) + "\n")
+    assert reason in load_benchmark(f"{kind}:{tmp_path}/x.jsonl").refused[0]
+
+
 def test_a_folder_is_one_split(tmp_path):
     for name, color in (("test-00000-of-00002", "red"), ("test-00001-of-00002", "blue")):
         row = {"question": "Q?", "answer": "1", "image": {"bytes": png(color), "path": ""}}
@@ -606,8 +628,8 @@ def test_a_letter_of_caprls_own_files_counts_as_it_does_elsewhere(tmp_path):
     ({"answer": ""}, "expected answer"),
     ({"answer": []}, "expected answer"),
     ({"answer": None}, "expected answer"),
-    ({"answer": {"a": 1}}, "expected answers in words, got"),
-    ({"answer": ["red", ["blue"]]}, "expected answers in words, got"),
+    ({"answer": {"a": 1}}, "expected a text or a number, got"),
+    ({"answer": ["red", ["blue"]]}, "expected a text or a number, got"),
     ({"answer": "D"}, "expected the letter of one of 2 options"),
     ({"prompt": "<|im_start|>user\n<image><|im_end|>"}, "expected one text of a user"),
     ({"prompt": "<|im_start|>user\na<|im_end|>\n<|im_start|>user\nb<|im_end|>"}, "expected one text of a user, found 2"),

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +301,10 @@ def told(cells: dict) -> dict:
 
 
 def entry_text(entry: Any) -> str:
-    """The text of a list's entry; of null and of nan it is empty."""
+    """The text of a cell, or of a list's entry, that is text or a number; of null and of nan it is
+    empty. Raises ValueError for any other value: Python's text for it is nobody's."""
+    if isinstance(entry, bool) or not isinstance(entry, str | Number | None):
+        raise ValueError(f"expected a text or a number, got {short(entry)}")
     return "" if entry is None or entry != entry else str(entry)
 
 
@@ -313,4 +317,4 @@ def text_list(text: str) -> list[str]:
         raise ValueError(f"expected a list in {text[:60]!r} ({reason})") from None
     if not isinstance(value, list):
         raise ValueError(f"expected a list in {text[:60]!r}, found {type(value).__name__}")
-    return [entry_text(entry) for entry in value]
+    return ["" if entry is None else str(entry) for entry in value]

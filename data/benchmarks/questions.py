@@ -145,7 +145,7 @@ def _question(row: Row, kind: str) -> Question | FreeQuestion:
     answers = tuple(entry_text(answer).strip() for answer in answers)
     if not answers or not all(answers):
         raise ValueError(f"expected answers in words, got {list(answers)}")
-    return FreeQuestion(_with_hint(row, str(row.cell("question", "query"))), answers)
+    return FreeQuestion(_with_hint(row, _text(row, "question", "query")), answers)
 
 
 def _chartqapro_question(row: Row, kind: str) -> FreeQuestion:
@@ -170,7 +170,7 @@ def _chartqapro_question(row: Row, kind: str) -> FreeQuestion:
 def _choice_question(row: Row, kind: str) -> Question:
     """Options in lettered columns (VLMEvalKit, SEED), in a list (AI2D, CaptionQA, ours), or in the
     question's text (MMStar)."""
-    text, category = str(row.cell("question")), row.text("category", "kind")
+    text, category = _text(row, "question"), row.text("category", "kind")
     options = _options_in_columns(row)
     listed = row.cells.get("choices") or row.cells.get("options")
     if not options and listed:
@@ -207,7 +207,7 @@ def _answer_in_list(row: Row, kind: str, text: str, options: list[str]) -> int:
 
 def _place(answer: Any, kind: str, text: str, options: list[str]) -> int:
     if kind == "captionqa":
-        place = find_choice(str(answer), options)
+        place = find_choice(entry_text(answer), options)
         if place is None:
             raise ValueError(f"answer {answer!r}: expected the text of exactly one of {options}")
         if len(options) == 10 and captionqa_offers_abstain(text, options):
@@ -219,7 +219,7 @@ def _place(answer: Any, kind: str, text: str, options: list[str]) -> int:
             raise ValueError(f"answer {short(answer)}: expected the place, from 0, of one of "
                              f"{len(options)} options")
         return int(number[1])
-    return find_answer(str(answer), tuple(options))  # a letter, or a choice's text
+    return find_answer(entry_text(answer), tuple(options))  # a letter, or a choice's text
 
 
 def inline_options(text: str) -> tuple[str, list[str]]:
@@ -252,6 +252,13 @@ def _without_missing(options: list[str]) -> list[str]:
     return given[: max((place for place, option in enumerate(given, 1) if option), default=0)]
 
 
+def _text(row: Row, *names: str) -> str:
+    text = row.cell(*names)
+    if not isinstance(text, str):
+        raise ValueError(f"expected text in {names[0]!r}, got {short(text)}")
+    return text
+
+
 def _with_hint(row: Row, text: str) -> str:
     hint = row.text("hint")
     return f"{hint}\n{text}" if hint else text
@@ -261,4 +268,4 @@ def _as_list(value) -> list[str]:
     """A list, or the text of one; any other value is the only entry."""
     if isinstance(value, str):
         return text_list(value) if value.lstrip().startswith("[") else [value]
-    return [*map(entry_text, value)] if isinstance(value, list) else [str(value)]
+    return [*map(entry_text, value)] if isinstance(value, list) else [entry_text(value)]

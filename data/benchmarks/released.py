@@ -62,10 +62,9 @@ def released_question(row: Row, kind: str, metric: Metric) -> ReleasedQuestion:
     if isinstance(answers, str) and answers.lstrip().startswith("[") and kind == "infovqa":
         answers = text_list(answers)
     answers = answers if isinstance(answers, list) else [answers]
-    is_word = [isinstance(each, str | int | float) and entry_text(each).strip() for each in answers]
-    if not (answers and all(is_word)):
+    answers = [entry_text(answer).strip() for answer in answers]
+    if not (answers and all(answers)):
         raise ValueError(f"expected answers in words, got {answers}")
-    answers = [str(answer).strip() for answer in answers]
     choices: tuple[str, ...] = ()
     if metric in ("choice", "exact", "judged") and re.fullmatch(r"\(?[A-J]\)?\.?", answers[0]):
         try:
