@@ -65,7 +65,7 @@ def check_form(where: str, row: dict, form: dict[str, Any]) -> None:
     for key, part in form.items():
         if not fits(row.get(key), part):
             raise ValueError(f"{where}: expected {key!r} as it was written here, "
-                             f"got {short(row.get(key))}")
+                             f"found {short(row.get(key))}")
 
 
 def fits(value: Any, form: Any) -> bool:

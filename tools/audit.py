@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from types import NoneType
 from typing import Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ from data.choices import LETTERS
 from data.examples import Example
 from data.images import open_image
 from data.io import short
-from data.jsonl import check_types, read_jsonl, read_log
+from data.jsonl import check_form, read_jsonl, read_log
 from data.ranges import check_range
 from grpo.config import RewardConfig, TrainConfig
 from grpo.distributed import compute_dtype, local_device
@@ -277,10 +278,11 @@ class ReplayConfig:
         check_range(self, "temperature", above=0)
 
 
-RECORD_KEYS = ("question", "options", "gold", "abstain", "source", "chosen", "correct", "score",
-               "failure")
-RECORD_TYPES = {str: "question failure", list: "options", int | None: "gold abstain source chosen",
-                int | float | None: "score"}
+PLACE = (int, NoneType)
+RECORD = {"question": str, "options": [str], "gold": PLACE, "abstain": PLACE, "source": PLACE,
+          "chosen": PLACE, "correct": (bool, NoneType), "score": (int, float, NoneType),
+          "failure": str}
+"""The forms of a question as asked, see `data.jsonl.fits`."""
 
 
 def read_rows(path: Path, *numbers: str) -> list[dict]:
@@ -292,13 +294,13 @@ def read_rows(path: Path, *numbers: str) -> list[dict]:
         missing = [key for key in ("id", "caption", "questions", *numbers) if key not in row]
         if missing:
             raise ValueError(f"{where}: expected the key {missing[0]!r}, got {sorted(row)}")
-        check_types(where, row, {str: "id caption", list: "questions claims",
-                                 int | float | None: " ".join(numbers)})
+        check_form(where, row, {"id": str, "caption": str, "questions": list}
+                   | dict.fromkeys(numbers, (int, float, NoneType)))
         for question in row["questions"]:
-            if not isinstance(question, dict) or not set(RECORD_KEYS) <= set(question):
-                raise ValueError(f"{where}: expected a question as asked with {RECORD_KEYS}, "
+            if not isinstance(question, dict) or not set(RECORD) <= set(question):
+                raise ValueError(f"{where}: expected a question as asked with {', '.join(RECORD)}, "
                                  f"got {short(question)}")
-            check_types(where, question, RECORD_TYPES)
+            check_form(where, question, RECORD)
         rows.append(row)
     return rows
 

@@ -17,15 +17,15 @@ from tqdm import tqdm
 from data.examples import Example, ImageSource
 from data.export import write_examples
 from data.images import picture_hash
-from data.io import agree_on, json_lines, short, write_whole
-from data.jsonl import read_log
+from data.io import agree_on, json_lines, write_whole
+from data.jsonl import check_form, read_log
 from grpo.distributed import all_or_none, gather_rows, print0, rank, world_size
 
 Inputs = Sequence[tuple[str, Any]]
 """(id, input) of each."""
 
 Forms = dict[str, dict[str, Any]]
-"""Fate -> the keys of rows with it, each with the form of its value (see `fits`)."""
+"""Fate -> the keys of rows with it, each with the form of its value, see `data.jsonl.fits`."""
 
 
 def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: bool, batch_size: int,
@@ -92,29 +92,9 @@ def read_rows(folder: Path, forms: Forms) -> dict[str, dict]:
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_log(path):
             form = next((forms[fate] for fate in forms if fate == row.get("fate")), {"fate": ()})
-            for key, part in {"id": str, "picture": (str, NoneType), **form}.items():
-                if not fits(row.get(key), part):
-                    raise ValueError(f"{path}: expected {key!r} as this command writes it, "
-                                     f"found {short(row.get(key))} in {short(row)}")
+            check_form(str(path), row, {"id": str, "picture": (str, NoneType), **form})
             rows[row["id"]] = row
     return rows
-
-
-def fits(value: Any, form: Any) -> bool:
-    """Whether a value of JSON has this form: a type, a list of one form, a form for each key, a
-    tuple of forms of which one will do, or a function that raises for what it cannot read."""
-    if isinstance(form, dict):
-        return type(value) is dict and all(fits(value.get(key), form[key]) for key in form)
-    if isinstance(form, list):
-        return type(value) is list and all(fits(each, form[0]) for each in value)
-    if isinstance(form, tuple):
-        return any(fits(value, one) for one in form)
-    if isinstance(form, type):
-        return type(value) is form
-    with suppress(TypeError, ValueError):
-        form(value)
-        return True
-    return False
 
 
 def finish(folder: Path, rows: Sequence[dict], examples: Iterable[Example], lines: Sequence[str],

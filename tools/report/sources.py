@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from data.io import short
-from data.jsonl import check_types, filled, read_log
+from data.jsonl import check_form, filled, read_log
 from grpo.log import EVAL_LOG, LOGS, ROLLOUTS
 from grpo.run_dir import saved_config
 from tools.stats import bootstrap_interval, by_image
@@ -95,8 +96,8 @@ def read_run(run_dir: Path) -> Source:
     num_steps = len(series.get("reward", {}))
     evaluations = list(map(filled, read_log(run_dir / EVAL_LOG)))
     for number, row in enumerate(evaluations, start=1):
-        check_types(f"{run_dir / EVAL_LOG} row {number}", row,
-                    {int: "step", int | float: "accuracy low high"})
+        numbers = dict.fromkeys(("accuracy", "low", "high"), NUMBER)
+        check_form(f"{run_dir / EVAL_LOG} row {number}", row, {"step": (int, NoneType)} | numbers)
     held_out = [row for row in evaluations if {"step", "accuracy"} <= set(row)]
     if held_out:
         series[HELD_OUT] = {row["step"]: row["accuracy"] for row in held_out}
@@ -118,15 +119,24 @@ def read_run(run_dir: Path) -> Source:
         where = f"{run_dir / 'starts.jsonl'} row {number}"
         if not {"time", "step"} <= set(start):
             raise ValueError(f"{where}: expected a time and a step, got {short(start)}")
-        check_types(where, start, {dict: "machine versions", str: "commit"})
+        objects = dict.fromkeys(("machine", "versions"), (dict, NoneType))
+        check_form(where, start, {"commit": TEXT} | objects)
     return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
 
 
-ROW_TYPES = {str: "benchmark captioner finish_reason", list: "questions claims", dict: "parts",
-             int | float: "reward accuracy advantage length tokens"}
-QUESTION_TYPES = {str: "id family reply failure", list: "options probs", int: "gold chosen source",
-                  int | float: "score released_score"}
-"""By type, the keys of a caption and of a question that are shown."""
+TEXT, NUMBER, LIST = (str, NoneType), (int, float, NoneType), (list, NoneType)
+ROW = {
+    **dict.fromkeys(("benchmark", "captioner", "finish_reason"), TEXT),
+    **dict.fromkeys(("reward", "accuracy", "advantage", "length", "tokens"), NUMBER),
+    "parts": (dict, NoneType), "questions": LIST, "claims": LIST,
+}
+QUESTION = {
+    **dict.fromkeys(("id", "family", "reply", "failure"), TEXT),
+    **dict.fromkeys(("gold", "chosen", "source"), (int, NoneType)),
+    **dict.fromkeys(("score", "released_score"), NUMBER),
+    "options": LIST, "probs": ([(int, float)], NoneType),
+}
+"""The forms of what is shown of a caption and of a question."""
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -137,13 +147,13 @@ def read_rows(path: Path) -> list[dict]:
         where = f"{path} row {number}"
         if not isinstance(row.get("id"), str) or not isinstance(row.get("caption"), str):
             raise ValueError(f"{where}: expected an id and a caption, got {sorted(row)}")
-        check_types(where, row, ROW_TYPES)
+        check_form(where, row, ROW)
         for question in row.setdefault("questions", []):
             if not isinstance(question, dict) or not isinstance(question.get("question"), str):
                 raise ValueError(f"{where}: expected questions as asked, got {short(question)}")
         row["questions"] = list(map(filled, row["questions"]))
         for question in row["questions"]:
-            check_types(where, question, QUESTION_TYPES)
+            check_form(where, question, QUESTION)
     return rows
 
 
