@@ -381,6 +381,27 @@ def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
 
 
+def test_files_of_other_names_neither_count_nor_go(folder, tmp_path):
+    """A copy of a shard stood for one that was never captioned, a copied lease ended the worker with a message about int(),
+    and notes whose names began like a part's were deleted."""
+    out = tmp_path / "out"
+    config = CaptionConfig(str(folder), str(out), shard_size=2, **TOY | {"max_new_tokens": 4})
+    caption(config)
+    whole = (out / "shard-000002.jsonl").read_bytes()
+    (out / "shard-000002.jsonl").rename(tmp_path / "x")
+    others = ["shard-000001 (copy).jsonl", "shard-000001.jsonl.bak-mine", "shard-000002.lease-0000 (copy)",
+              "shard-000002.notes-by-me.txt", "shard-000002.part-0000-mine", "shard-0000021.part-0000.txt"]
+    for name in others:
+        (out / name).write_text("mine")
+    for path in out.glob("*.lease*"):
+        os.utime(path, (0, 0))
+    (out / "shard-000000.part-0000").touch()  # of a worker that was killed while it cleared up
+    caption(config)
+    assert (out / "shard-000002.jsonl").read_bytes() == whole
+    names = ["about.json", *(f"shard-00000{n}.jsonl" for n in range(3)), *others]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+
+
 def num_lines(out: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in out.glob("shard-*") if "lease" not in path.name)
 

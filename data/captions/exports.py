@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -27,9 +28,16 @@ def read_about(out: Path, **kinds: type) -> dict:
     return about
 
 
+def own_files(out: Path, ending: str, shard: str = "shard-[0-9]{6,}") -> list[Path]:
+    """The files called SHARD.ENDING, both regular expressions, by name. A copy or a note beside
+    them, however it begins, is somebody else's."""
+    name = re.compile(rf"{shard}\.(?:{ending})")
+    return sorted(out / found for found in os.listdir(out) if name.fullmatch(found))
+
+
 def count_finished(out: Path) -> int:
     """Finished shards in the folder."""
-    return sum(1 for _ in out.glob("shard-*.jsonl"))
+    return len(own_files(out, "jsonl"))
 
 
 def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:

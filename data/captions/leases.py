@@ -13,14 +13,16 @@ The folder of captions:
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 
-from data.captions.exports import count_finished
+from data.captions.exports import own_files
 from data.io import heartbeat, json_lines
+
+UNFINISHED = "(?:part|lease)-[0-9]{4}"
+"""Endings of what goes when the shard is finished."""
 
 
 class Lease:
@@ -53,7 +55,7 @@ class Lease:
             os.link(self.part, self.finished)  # unlike a rename, it never replaces
         except (FileExistsError, FileNotFoundError):
             return
-        for path in self.out.glob(f"{self.name}.*-*"):
+        for path in own_files(self.out, UNFINISHED, self.name):
             path.unlink(missing_ok=True)
 
 
@@ -62,7 +64,7 @@ def take_lease(out: Path, number: int, seconds: float) -> Lease | None:
     name = f"shard-{number:06d}"
     if (out / f"{name}.jsonl").exists():
         return None
-    held = sorted(out.glob(f"{name}.lease-*"))
+    held = own_files(out, "lease-[0-9]{4}", name)
     generation = int(held[-1].name[-4:]) + 1 if held else 0
     try:
         if held and time.time() - held[-1].stat().st_mtime < seconds:
@@ -85,18 +87,18 @@ def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
 
     None after each wait for other workers, which hold all that is left.
     """
-    order = deque(range(num_shards))
-    order.rotate(-(worker * num_shards // num_workers))  # workers begin far from each other
-    while count_finished(out) < num_shards:
+    start = worker * num_shards // num_workers  # workers begin far from each other
+    order = [*range(start, num_shards), *range(start)]
+    while left := [n for n in order if not (out / f"shard-{n:06d}.jsonl").exists()]:
         is_idle = True
-        for number in order:
+        for number in left:
             if lease := take_lease(out, number, seconds):
                 is_idle = False
                 yield lease
         if is_idle:
             time.sleep(min(seconds / 4, 5))
             yield None
-    for path in out.glob("shard-*.*-*"):  # of workers that were killed while they cleared up
+    for path in own_files(out, UNFINISHED):  # of workers that were killed while they cleared up
         path.unlink(missing_ok=True)
 
 
@@ -128,7 +130,7 @@ def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]
     The file is opened once: if the shard is taken over, finished and cleared away, later rows go
     nowhere.
     """
-    parts = sorted(lease.out.glob(f"{lease.name}.part-*"))
+    parts = own_files(lease.out, "part-[0-9]{4}", lease.name)
     lines = (path.read_bytes().splitlines(keepends=True) for path in parts)
     kept = max((list(takewhile(_is_row, part)) for part in lines), key=len, default=[])
     with lease.part.open("wb") as file:
