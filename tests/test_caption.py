@@ -381,6 +381,15 @@ def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
 
 
+def test_a_lease_of_a_time_to_come_is_taken_over(tmp_path):
+    """A worker waited for it in silence, here for a day. One that a clock a little ahead has written is held."""
+    first = take_lease(tmp_path, 0, 100.0)
+    os.utime(first.path, (time.time() + 50,) * 2)
+    assert take_lease(tmp_path, 0, 100.0) is None
+    os.utime(first.path, (time.time() + 86400,) * 2)
+    assert take_lease(tmp_path, 0, 100.0).generation == 1 and take_lease(tmp_path, 0, 100.0) is None
+
+
 def test_files_of_other_names_neither_count_nor_go(folder, tmp_path):
     """A copy of a shard stood for one that was never captioned, a copied lease ended the worker with a message about int(),
     and notes whose names began like a part's were deleted."""

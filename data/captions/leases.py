@@ -67,7 +67,8 @@ def take_lease(out: Path, number: int, seconds: float) -> Lease | None:
     held = own_files(out, "lease-[0-9]{4}", name)
     generation = int(held[-1].name[-4:]) + 1 if held else 0
     try:
-        if held and time.time() - held[-1].stat().st_mtime < seconds:
+        # A time that far ahead is no worker's: clocks agree to within `seconds`.
+        if held and abs(time.time() - held[-1].stat().st_mtime) < seconds:
             return None
         # Only the first of many workers makes it.
         (out / f"{name}.lease-{generation:04d}").touch(exist_ok=False)
