@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.captions.exports import check_captions, check_export, count_finished, export_captions
 from data.captions.leases import take_leases, write_shard
-from data.captions.shards import Shard, contents_hash, plan_shards
+from data.captions.shards import NamedImage, contents_hash, plan_shards
 from data.images import open_image
 from data.io import agree_on, check_room, naming, text_hash
 from data.program import run_program
@@ -100,8 +100,8 @@ def caption(config: CaptionConfig) -> None:
               disable=worker != 0) as bar:
         for lease in take_leases(out, len(shards), worker, num_workers, config.lease_seconds):
             if lease:  # else it has waited for other workers
-                batches = partial(shard_rows, policy, shards[lease.number], about["model"], config)
-                for rows in write_shard(lease, batches):
+                batches = partial(shard_rows, policy, about["model"], config)
+                for rows in write_shard(lease, shards[lease.number], batches):
                     totals.update(images=len(rows), unreadable=sum("error" in row for row in rows),
                                   tokens=sum(row.get("tokens", 0) for row in rows))
                     bar.set_postfix_str(speed(totals, started))
@@ -112,14 +112,12 @@ def caption(config: CaptionConfig) -> None:
     check_captions(out)
 
 
-def shard_rows(policy: Policy, shard: Shard, model: str, config: CaptionConfig,
-               num_done: int) -> Iterator[list[dict]]:
-    """Rows of the shard's images after the first `num_done`, batch by batch."""
-    left, prompt = list(shard.images())[num_done:], text_hash(config.instruction)
-    images = ((id, partial(open_image, image)) for id, _, image in left)
-    batches = caption_batches(policy, images, config, config.seed)
-    waiting = iter(left)
-    for batch in batches:
+def shard_rows(policy: Policy, model: str, config: CaptionConfig,
+               images: list[NamedImage]) -> Iterator[list[dict]]:
+    """Rows of the images, batch by batch."""
+    prompt, waiting = text_hash(config.instruction), iter(images)
+    pictures = ((id, partial(open_image, image)) for id, _, image in images)
+    for batch in caption_batches(policy, pictures, config, config.seed):
         yield [{"id": id, "image": name} | row | {"model": model, "prompt": prompt}
                for (id, name, _), (row,) in zip(islice(waiting, len(batch)), batch, strict=True)]
 

@@ -367,18 +367,43 @@ def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     assert take_lease(tmp_path, 0, 0.4) is None  # the holder lives: its thread touches the lease
     first.release()  # as if it had died
     os.utime(first.path, (time.time() - 10, time.time() - 10))
-    first.part.write_bytes(b'{"id": 0}\n{"id": 1}\n' + rest)
+    rows = [{"id": id, "image": f"{id}.png"} for id in "012"]
+    first.part.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with first.part.open("ab") as file:
+        file.write(rest)
     second = take_lease(tmp_path, 0, 0.4)
     assert second.generation == 1 and first.is_lost and not second.is_lost
-    with _new_part(second) as (num_done, append):
+    with _new_part(second, [(id, f"{id}.png", Path()) for id in "012"]) as (num_done, append):
         assert num_done == 2  # what was cut off in the middle of a line, or is no row, is gone
-        append([{"id": 2}])
+        append(rows[2:])
     second.finish()
     second.release()
-    assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2]
+    assert rows_of(tmp_path) == rows
     first.finish()  # the first one wakes up: nothing changes
-    assert [row["id"] for row in rows_of(tmp_path)] == [0, 1, 2] and take_lease(tmp_path, 0, 0.4) is None
+    assert rows_of(tmp_path) == rows and take_lease(tmp_path, 0, 0.4) is None
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
+
+
+@pytest.mark.parametrize(("lines", "found"), [
+    ([0, 2], r"line 2: expected id and image \[\('1.png', '1.png'\)\], found \[\('2.png', '2.png'\)\]"),
+    ([1, 0], r"line 1: expected id and image \[\('0.png', '0.png'\)\], found \[\('1.png', '1.png'\)\]"),
+    ([0, 1, 2], r"line 3: expected id and image \[\], found \[\('2.png', '2.png'\)\]"),
+])
+def test_a_part_with_rows_of_other_images_is_refused_and_stays(folder, tmp_path, lines, found):
+    """Its rows were counted, whose they were was not looked at: as many images were never captioned."""
+    config = CaptionConfig(str(folder), str(tmp_path), shard_size=2, **TOY | {"max_new_tokens": 4, "lease_seconds": 0.1})
+    caption(config)
+    whole = [line for path in sorted(tmp_path.glob("*.jsonl")) for line in path.read_text().splitlines(keepends=True)]
+    (tmp_path / "shard-000000.jsonl").unlink()
+    part = tmp_path / "shard-000000.part-0000"
+    part.write_text("".join(whole[n] for n in lines))
+    with pytest.raises(ValueError, match=rf"shard-000000.part-0000 {found}; without this file its shard begins anew"):
+        caption(config)
+    assert part.read_text() == "".join(whole[n] for n in lines)
+    part.unlink()
+    time.sleep(0.2)
+    caption(config)
+    assert (tmp_path / "shard-000000.jsonl").read_text() == "".join(whole[:2])
 
 
 def test_a_lease_of_a_time_to_come_is_taken_over(tmp_path):

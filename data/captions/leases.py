@@ -19,7 +19,8 @@ from itertools import takewhile
 from pathlib import Path
 
 from data.captions.exports import own_files
-from data.io import heartbeat, json_lines
+from data.captions.shards import NamedImage, Shard
+from data.io import heartbeat, json_lines, short
 
 UNFINISHED = "(?:part|lease)-[0-9]{4}"
 """Endings of what goes when the shard is finished."""
@@ -103,16 +104,18 @@ def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
         path.unlink(missing_ok=True)
 
 
-def write_shard(lease: Lease,
-                batches: Callable[[int], Iterator[list[dict]]]) -> Iterator[list[dict]]:
+def write_shard(
+    lease: Lease, shard: Shard, batches: Callable[[list[NamedImage]], Iterator[list[dict]]]
+) -> Iterator[list[dict]]:
     """Writes the shard's rows and finishes it; yields each batch of rows when it is on the disk.
 
-    batches: given the number of rows that earlier workers have left, the batches of all rows after
-    them. Ends early, without a message, when another worker has taken the shard over.
+    batches: given the images that earlier workers have left, the batches of their rows. Ends early,
+    without a message, when another worker has taken the shard over.
     """
     try:
-        with _new_part(lease) as (num_done, append):
-            for rows in batches(num_done):
+        images = list(shard.images())
+        with _new_part(lease, images) as (num_done, append):
+            for rows in batches(images[num_done:]):
                 if lease.is_lost:
                     return
                 append(rows)
@@ -124,16 +127,15 @@ def write_shard(lease: Lease,
 
 
 @contextmanager
-def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]]:
+def _new_part(lease: Lease, images: list[NamedImage]
+              ) -> Iterator[tuple[int, Callable[[list[dict]], None]]]:
     """How many rows earlier workers have left, now in this part, and a function that appends more.
 
-    All from the first line that is no row is dropped: it was cut off, or a power cut left zeros.
     The file is opened once: if the shard is taken over, finished and cleared away, later rows go
     nowhere.
     """
     parts = own_files(lease.out, "part-[0-9]{4}", lease.name)
-    lines = (path.read_bytes().splitlines(keepends=True) for path in parts)
-    kept = max((list(takewhile(_is_row, part)) for part in lines), key=len, default=[])
+    kept = max((_kept_lines(path, images) for path in parts), key=len, default=[])
     with lease.part.open("wb") as file:
 
         def append(rows: list[dict]) -> None:
@@ -144,6 +146,20 @@ def _new_part(lease: Lease) -> Iterator[tuple[int, Callable[[list[dict]], None]]
         file.writelines(kept)
         file.flush()
         yield len(kept), append
+
+
+def _kept_lines(part: Path, images: list[NamedImage]) -> list[bytes]:
+    """The lines before the first that is no row: it was cut off, or a power cut left zeros. Raises
+    ValueError for a row of another image than the shard has in this place."""
+    kept = list(takewhile(_is_row, part.read_bytes().splitlines(keepends=True)))
+    for number, line in enumerate(kept):
+        row = json.loads(line)
+        expected = [image[:2] for image in images[number : number + 1]]  # none behind the last
+        found = [(row.get("id"), row.get("image"))]
+        if found != expected:
+            raise ValueError(f"{part} line {number + 1}: expected id and image {expected}, found "
+                             f"{short(found)}; without this file its shard begins anew")
+    return kept
 
 
 def _is_row(line: bytes) -> bool:

@@ -22,13 +22,16 @@ from data.io import text_hash
 from data.jsonl import read_jsonl
 from data.parquet import parquet_columns, parquet_groups
 
+NamedImage = tuple[str, str, ImageSource]
+"""(id, how the row calls the image, image)"""
+
 
 @dataclass(frozen=True)
 class Shard:
     """A part of the images that one worker captions."""
 
-    images: Callable[[], Iterator[tuple[str, str, ImageSource]]]
-    """(id, how the row calls the image, image) of each, in order."""
+    images: Callable[[], Iterator[NamedImage]]
+    """Each, in order."""
     key: str
     """A hash of its contents, for about.json."""
     num_rows: int | None = None
@@ -83,7 +86,7 @@ def _file_shards(images: list[tuple[str, str]], folder: Path, size: int) -> list
     return shards
 
 
-def _files(images: list[tuple[str, str]], folder: Path) -> Iterator[tuple[str, str, ImageSource]]:
+def _files(images: list[tuple[str, str]], folder: Path) -> Iterator[NamedImage]:
     for id, name in images:
         yield id, name, folder / name
 
@@ -127,7 +130,7 @@ def _parquet_shards(path: Path, name: str) -> list[Shard]:
     ]
 
 
-def _parquet_images(path: Path, file: str, group: int) -> Iterator[tuple[str, str, ImageSource]]:
+def _parquet_images(path: Path, file: str, group: int) -> Iterator[NamedImage]:
     stem = file.removesuffix(path.suffix)
     try:
         for row in picture_rows(path, group, ("id",)):
@@ -152,7 +155,7 @@ def _tar_shard(path: Path, name: str) -> Shard:
     return Shard(partial(_tar_images, path, name), f"{name} {path.stat().st_size}")
 
 
-def _tar_images(path: Path, file: str) -> Iterator[tuple[str, str, ImageSource]]:
+def _tar_images(path: Path, file: str) -> Iterator[NamedImage]:
     """The images of a tar file by the place of their bytes, so that threads may read them.
 
     Ids are the tar's name and the member's without its last ending. Other members, unless they go
