@@ -25,7 +25,7 @@ from typing import Literal
 import tyro
 from tqdm import tqdm
 
-from data.captions.exports import check_captions, check_export, count_finished, export_captions
+from data.captions.exports import check_captions, check_export, export_captions, own_files
 from data.captions.leases import take_leases, write_shard
 from data.captions.shards import NamedImage, contents_hash, plan_shards
 from data.images import open_image
@@ -93,11 +93,12 @@ def caption(config: CaptionConfig) -> None:
                  contents=contents_hash(shards), rows=[shard.num_rows for shard in shards])
     out.mkdir(parents=True, exist_ok=True)
     # Machines may see images and policy under different paths. Earlier versions wrote no `rows`.
-    agree_on(out / "about.json", about, ("images", "policy", "rows"), called={"model": "policy"})
+    agree_on(out / "about.json", about, ("images", "policy", "rows"), called={"model": "policy"},
+             made=own_files(out, "jsonl|part-[0-9]{4}"))
     worker, num_workers = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     totals, started = Counter(), time.perf_counter()
-    with tqdm(desc="captions", unit="shard", total=len(shards), initial=count_finished(out),
-              disable=worker != 0) as bar:
+    with tqdm(desc="captions", unit="shard", total=len(shards), disable=worker != 0,
+              initial=len(own_files(out, "jsonl"))) as bar:
         for lease in take_leases(out, len(shards), worker, num_workers, config.lease_seconds):
             if lease:  # else it has waited for other workers
                 batches = partial(shard_rows, policy, about["model"], config)
@@ -105,7 +106,7 @@ def caption(config: CaptionConfig) -> None:
                     totals.update(images=len(rows), unreadable=sum("error" in row for row in rows),
                                   tokens=sum(row.get("tokens", 0) for row in rows))
                     bar.set_postfix_str(speed(totals, started))
-            bar.update(count_finished(out) - bar.n)
+            bar.update(len(own_files(out, "jsonl")) - bar.n)
         bar.update(len(shards) - bar.n)
     print(f"{out}: {len(shards)} shards finished; this worker captioned {totals['images']} images, "
           f"{totals['unreadable']} of them unreadable; {speed(totals, started)}", flush=True)

@@ -136,12 +136,16 @@ def read_json(path: Path, what: str, kind: type = object, decode: Callable = jso
 
 
 def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
-             called: dict[str, str] | None = None) -> None:
+             called: dict[str, str] | None = None, made: Iterable[Path] = ()) -> None:
     """The first process writes the settings; later ones hold their own against them. Raises
     ValueError, naming the setting, for one with another value, unless it is `free`.
 
     called: setting -> the free one that the message names with it, as a path beside a hash.
+    made: files of rows, looked for first. With one of them, and no settings, it raises too.
     """
+    if any(made) and not path.exists():
+        raise ValueError(f"{path}: expected the settings of the rows beside it, found none; "
+                         "take another --out")
     write_whole(path, (json.dumps(settings, indent=2) + "\n").encode(), keep=True)
     saved = read_json(path, "settings", dict)
     for name, value in json.loads(json.dumps(settings)).items():

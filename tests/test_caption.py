@@ -113,6 +113,15 @@ def test_a_finished_shard_that_is_damaged_or_anothers_is_no_success(folder, tmp_
     caption(settings)
 
 
+@pytest.mark.parametrize("left", ["shard-000000.jsonl", "shard-000000.part-0000"])
+def test_captions_without_their_settings_are_refused(folder, tmp_path, left):
+    """Those of other images or settings counted as finished, under a new about.json that was untrue."""
+    (tmp_path / left).write_text(row := json.dumps({"id": "x", "image": "x", "caption": "x"}) + "\n")
+    with pytest.raises(ValueError, match="about.json: expected the settings of the rows beside it, found none; take another"):
+        caption(CaptionConfig(str(folder), str(tmp_path), **TOY))
+    assert [path.name for path in tmp_path.iterdir()] == [left] and (tmp_path / left).read_text() == row
+
+
 def test_ids_that_begin_again_in_each_file_are_no_copied_shard(tmp_path):
     for n in range(2):
         row = {"id": "0", "image": f"{n}.parquet row 0", "caption": "x"}

@@ -35,18 +35,13 @@ def own_files(out: Path, ending: str, shard: str = "shard-[0-9]{6,}") -> list[Pa
     return sorted(out / found for found in os.listdir(out) if name.fullmatch(found))
 
 
-def count_finished(out: Path) -> int:
-    """Finished shards in the folder."""
-    return len(own_files(out, "jsonl"))
-
-
 def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
     """("shard-000000.jsonl line 1", row) of all shards, in the order of the input.
 
     Raises ValueError if some are missing, too short or a copy of another, or for a row as
     `checked_row` and `check_hashes` do: beside `texts` it needs `id`.
     """
-    about, num_finished = read_about(out), count_finished(out)
+    about, num_finished = read_about(out), len(own_files(out, "jsonl"))
     num_shards, seen = about["shards"], {}  # the shard that begins with an image
     if num_finished != num_shards:
         raise ValueError(f"{out}: expected {num_shards} finished shards, found {num_finished}")

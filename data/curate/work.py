@@ -48,10 +48,7 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
     with all_or_none("images"):
         if rank() == 0:
             rows.mkdir(parents=True, exist_ok=True)
-            if any(rows.glob("*.jsonl")) and not (folder / "settings.json").exists():
-                raise ValueError(f"{folder / 'settings.json'}: expected the settings of the rows "
-                                 "beside it, found none; take another --out")
-            agree_on(folder / "settings.json", settings)
+            agree_on(folder / "settings.json", settings, made=rows.glob("*.jsonl"))
             done = read_rows(rows, forms)
             replaced = {id for id, source in inputs if id in done and is_replaced(done[id], source)}
             for path in rows.glob("*.jsonl"):
