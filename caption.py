@@ -90,7 +90,8 @@ def caption(config: CaptionConfig) -> None:
     about = dict(images=config.images, policy=config.policy, model=model_hash(policy),
                  instruction=config.instruction, temperature=config.temperature,
                  max_new_tokens=config.max_new_tokens, seed=config.seed, shards=len(shards),
-                 contents=contents_hash(shards), rows=[shard.num_rows for shard in shards])
+                 rows=[shard.num_rows for shard in shards],
+                 contents=contents_hash(shard.key for shard in shards))
     out.mkdir(parents=True, exist_ok=True)
     # Machines may see images and policy under different paths. Earlier versions wrote no `rows`.
     agree_on(out / "about.json", about, ("images", "policy", "rows"), called={"model": "policy"},

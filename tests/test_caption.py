@@ -97,8 +97,12 @@ def test_a_finished_shard_that_is_damaged_or_anothers_is_no_success(folder, tmp_
     whole = second.read_text()
     other = [json.dumps(json.loads(line) | {"model": "0" * 16}) + "\n" for line in whole.splitlines()]
     asked = [json.dumps(json.loads(line) | {"prompt": "0" * 16}) + "\n" for line in whole.splitlines()]
+    strange = "a: expected rows of the images that about.json stands for, in their order, found others"
     damages = {
-        first.read_text(): "expected other images than in .*shard-000000.jsonl, found id '0.png' again",
+        first.read_text(): "expected another image than in .*shard-000000.jsonl line 1, found id '0.png' again",
+        2 * (whole.splitlines()[1] + "\n"): "line 2: expected another image than in .*01.jsonl line 1, found id '3.png' again",
+        whole.replace("3.png", "7.png"): strange,
+        "".join(whole.splitlines(keepends=True)[::-1]): strange,
         "".join(other): "shard-000001.jsonl line 1: expected model [0-9a-f]{16}, as about.json has it, found 0000",
         "".join(asked): "shard-000001.jsonl line 1: expected prompt [0-9a-f]{16}, as about.json has it, found 0000",
         whole[: len(whole) // 2]: "shard-000001.jsonl: expected 2 rows, found 1|shard-000001.jsonl line",
@@ -667,7 +671,7 @@ def test_detailcaps_is_captioned_and_exported_field_by_field(finished, tmp_path)
     ({"id": None}, "line 2: expected an object with id, image and caption, got"),
     ({"error": 5}, "line 2: expected an object with id, image and error, got"),
     ({"tokens": "5"}, "line 2: expected a number of tokens, got '5'"),
-    ({"id": "a"}, "expected a caption for each id, found two for a"),
+    ({"id": "a", "image": "x.parquet row 1"}, "expected a caption for each id, found two for a"),
 ])
 def test_a_row_that_would_be_lost_or_misread_ends_an_export(tmp_path, change, reason):
     """A doubled id lost a caption in silence, and what was no text a sentence."""
@@ -692,14 +696,16 @@ def test_an_export_of_no_captions_is_refused(tmp_path):
         main(["--out", str(shards(tmp_path / "two", "x", doubled)), "--export", "capability"])
 
 
-@pytest.mark.parametrize("about", [{}, [], {"shards": 1}, {"shards": "1", "images": "x"}, {"shards": 1, "images": 5}])
+@pytest.mark.parametrize("about", [{}, [], {"shards": 1}, {"shards": "1", "images": "x"}, {"shards": 1, "images": 5},
+                                   *({"shards": 1, "images": "x", "rows": rows} for rows in (1, {}, "", [1, 1], ["1"], [True])),
+                                   {"shards": True, "images": "x"}])
 def test_settings_that_are_none_are_named(tmp_path, about):
     out = shards(tmp_path / "out", "x", [{"id": "a", "image": "x.parquet row 0", "caption": "x"}])
     (out / "about.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"about.json: expected the settings in a folder that caption.py has written, found"):
         main(["--out", str(out), "--export", "detailcaps"])
     (out / "about.json").write_text(json.dumps({"shards": 1, "images": "x", "instruction": "y"}))  # and no max_new_tokens
-    with pytest.raises(ValueError, match=r"about.json: expected the settings in a folder that caption.py has written, found"):
+    with pytest.raises(ValueError, match=r"has written, found {.*'max_new_tokens': None, 'shards': 1, 'rows': None}"):
         main(["--out", str(out), "--export", "llava"])
 
 

@@ -6,8 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
+from data.captions.shards import contents_hash, files_key
 from data.images import image_name
 from data.io import check_text, read_json, short, text_hash, write_whole
 from data.jsonl import decode_json, filled, read_jsonl
@@ -23,8 +25,12 @@ def read_about(out: Path, **kinds: type) -> dict:
     what = "the settings in a folder that caption.py has written"
     about = read_json(out / "about.json", what, dict)
     kinds |= {"shards": int}
-    if not all(isinstance(about.get(name), kind) for name, kind in kinds.items()):
-        raise ValueError(f"{out / 'about.json'}: expected {what}, found {short(about)}")
+    rows = about.get("rows")  # earlier versions wrote none
+    if not (all(type(about.get(name)) is kind for name, kind in kinds.items())
+            and (rows is None or (type(rows) is list and len(rows) == about["shards"]
+                 and {*map(type, rows)} <= {int, type(None)}))):
+        found = short({name: about.get(name) for name in (*kinds, "rows")})
+        raise ValueError(f"{out / 'about.json'}: expected {what}, found {found}")
     return about
 
 
@@ -38,29 +44,37 @@ def own_files(out: Path, ending: str, shard: str = "shard-[0-9]{6,}") -> list[Pa
 def finished_rows(out: Path, *texts: str) -> Iterator[tuple[str, dict]]:
     """("shard-000000.jsonl line 1", row) of all shards, in the order of the input.
 
-    Raises ValueError if some are missing, too short or a copy of another, or for a row as
-    `checked_row` and `check_hashes` do: beside `texts` it needs `id`.
+    Raises ValueError if some are missing or too short, or have an image again or, of images that
+    are files, others than were asked for. For a row it does as `checked_row` and `check_hashes` do:
+    beside `texts` it needs `id`.
     """
     about, num_finished = read_about(out), len(own_files(out, "jsonl"))
-    num_shards, seen = about["shards"], {}  # the shard that begins with an image
+    num_shards, firsts, keys = about["shards"], {}, []  # where each shard's first image is
     if num_finished != num_shards:
         raise ValueError(f"{out}: expected {num_shards} finished shards, found {num_finished}")
-    for number, wanted in enumerate(about.get("rows") or [None] * num_shards):
-        path, num_rows = out / f"shard-{number:06d}.jsonl", 0
+    sizes = about.get("rows") or [None] * num_shards
+    for number, wanted in enumerate(sizes):
+        path, own = out / f"shard-{number:06d}.jsonl", {}  # where each of its images is
         if path.stat().st_size:  # a tar file without images leaves an empty one
             for line, row in read_jsonl(path):
                 where = f"{path} line {line}"
-                num_rows += 1
                 row = checked_row(where, row, "id", *texts)
                 check_hashes(where, row, about)
-                image = row["id"], row.get("image")  # ids of several parquet files may be equal
-                if num_rows == 1 and seen.setdefault(image, path) != path:
-                    raise ValueError(f"{where}: expected other images than in {seen[image]}, "
-                                     f"found id {row['id']!r} again")
+                image = row["id"], str(row.get("image"))  # ids of parquet files may be equal
+                if before := own.get(image, firsts.get(image)):
+                    raise ValueError(f"{where}: expected another image than in {before}, found id "
+                                     f"{row['id']!r} again")
+                own[image] = where
                 yield where, row
-        if wanted not in (None, num_rows):
-            raise ValueError(f"{path}: expected {wanted} rows, found {num_rows}; without this file "
+        firsts |= islice(own.items(), 1)
+        keys.append(files_key(own))
+        if wanted not in (None, len(own)):
+            raise ValueError(f"{path}: expected {wanted} rows, found {len(own)}; without this file "
                              "the same run captions its images again")
+    found = contents_hash(keys)
+    if None not in sizes and about.get("contents", found) != found:
+        raise ValueError(f"{out}: expected rows of the images that about.json stands for, in their "
+                         "order, found others: a shard is another folder's, or was changed")
 
 
 def check_hashes(where: str, row: dict, about: dict) -> None:

@@ -7,7 +7,7 @@ raises the reason when it is opened. So such a file stops neither its worker nor
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
@@ -69,8 +69,9 @@ def plan_shards(source: Path, shard_size: int) -> list[Shard]:
                      f"found {sorted(kinds)}")
 
 
-def contents_hash(shards: list[Shard]) -> str:
-    return text_hash("\n".join(shard.key for shard in shards))
+def contents_hash(keys: Iterable[str]) -> str:
+    """Of all shards' keys."""
+    return text_hash("\n".join(keys))
 
 
 # ---------------------------------------------------------------------------------- files by path
@@ -81,9 +82,13 @@ def _file_shards(images: list[tuple[str, str]], folder: Path, size: int) -> list
     shards = []
     for start in range(0, len(images), size):
         part = images[start : start + size]
-        key = text_hash("\n".join(id if id == name else f"{id}\t{name}" for id, name in part))
-        shards.append(Shard(partial(_files, part, folder), key, len(part)))
+        shards.append(Shard(partial(_files, part, folder), files_key(part), len(part)))
     return shards
+
+
+def files_key(images: Iterable[tuple[str, str]]) -> str:
+    """images: (id, path)."""
+    return text_hash("\n".join(id if id == name else f"{id}\t{name}" for id, name in images))
 
 
 def _files(images: list[tuple[str, str]], folder: Path) -> Iterator[NamedImage]:
