@@ -98,10 +98,18 @@ def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "p.thumbnails", "cache"}
     assert all(thumbnail_file(tmp_path / "p.jsonl", r["id"]).is_file() for r in rows)
     assert len(browser_data(load_sources(tmp_path / "p.jsonl"), 1e9)["pictures"]) == 4
-    with pytest.raises(ValueError, match="expected a new file, found one"):
+    with pytest.raises(ValueError, match="p.jsonl: expected nothing there yet, found an earlier evaluation's"):
         run(config)
     one = PrismConfig(**{**vars(config), "out": "", "num_captions": 3, "limit": 1})  # what is not there yet is written
     assert [r["caption"] for r in next(iter(run(one)[1].values()))][:2] == [r["caption"] for r in rows[:2]]
+
+
+@pytest.mark.parametrize("taken", ["o.jsonl", "o.md", "o.json", "o.thumbnails"])
+def test_nothing_of_an_earlier_evaluation_becomes_part_of_a_new_one(tmp_path, taken):
+    """Its thumbnails did: the page of a new data set with the same ids had the old one's pictures."""
+    (tmp_path / taken).mkdir()
+    with pytest.raises(ValueError, match=f"{taken}: expected nothing there yet, found an earlier evaluation's"):
+        run(FloorConfig(data=("toy:heldout:2",), out=f"{tmp_path}/o.jsonl", verifier="data/toy/verifier"))
 
 
 def test_several_captioners_and_floors_in_one_call(tmp_path, capsys):

@@ -11,7 +11,7 @@ from data.io import check_room, json_lines, write_whole
 from tools.budgets import budget_name
 from tools.published import judge_name, published_table
 from tools.stats import completeness, markdown, paired_difference, precision
-from tools.thumbnails import keep_thumbnail
+from tools.thumbnails import keep_thumbnail, thumbnail_file
 
 Rows = dict[tuple[str, str], list[dict]]
 """(benchmark, captioner) -> a row per caption"""
@@ -67,12 +67,12 @@ def check_out(name: str) -> Path:
     """The path of a new file. Raises ValueError for a name that is taken or does not end in .jsonl,
     and for a folder that cannot be written."""
     out = Path(name)
-    for ending in (".jsonl", ".md", ".json"):
-        path = out.with_suffix(ending)
-        if path.exists():
-            raise ValueError(f"{path}: expected a new file, found one")
     if out.suffix != ".jsonl":
         raise ValueError(f"{out}: expected a name that ends in .jsonl")
+    for path in (out, out.with_suffix(".md"), out.with_suffix(".json"),
+                 thumbnail_file(out, "").parent):
+        if path.exists():
+            raise ValueError(f"{path}: expected nothing there yet, found an earlier evaluation's")
     check_room(out.parent)
     return out
 
