@@ -23,7 +23,7 @@ from data.toy.world import draw, make_scene, scene_questions, write_caption
 from evaluate import DirectConfig, FloorConfig, PrismConfig, main, run
 from reward.caprl import Answer
 from tools.budgets import asked_once
-from tools.caption_cache import read_captions
+from tools.caption_cache import _read_cache, read_captions
 from tools.prism import prism
 from tools.published import PUBLISHED, judge_name
 from tools.report.captions import browser_data
@@ -317,6 +317,26 @@ def test_a_row_of_captions_that_is_none_is_named_before_anything_is_asked(tmp_pa
         read_captions(str(path), pictures)
     path.write_text(json.dumps({"id": "a", "caption": "x", "error": ""}) + "\n")
     assert read_captions(str(path), pictures) == [[{"caption": "x"}]]
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"k": None}, "row 2: expected a number k, got {'image'"),
+    ({"k": "0"}, "row 2: expected a number k, got {'image'"),
+    ({"caption": None}, "row 2: expected an object with image and caption, got"),
+    ({"image": None}, "row 2: expected an object with image and caption, got"),
+    ({"tokens": "5"}, "row 2: expected a number of tokens, got '5'"),
+    ({"caption": "x\ud83d"}, "row 2, got half a surrogate pair"),
+])
+def test_a_row_of_the_cache_that_is_none_is_named(tmp_path, change, reason):
+    """Each ended the evaluation with a traceback, some of them when all was answered. An empty file had only errors."""
+    row = {"image": "a", "k": 0, "caption": "x", "tokens": 2, "finish_reason": "stop"}
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"k": 1}) + "\n")
+    kept = {key: row[key] for key in ("caption", "tokens", "finish_reason")}
+    assert _read_cache(tmp_path) == {("a", 0): kept, ("a", 1): kept}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | change) + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/c.jsonl {reason}")):
+        _read_cache(tmp_path)
 
 
 def test_captions_are_found_by_the_ids_of_all_rows_of_a_picture(tmp_path):

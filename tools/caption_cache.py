@@ -4,6 +4,7 @@ The cache has a folder for each captioner with its settings. In it is a file for
 captions. A caption is known there by the hash of its picture and by its place k among K.
 """
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ import torch
 from tqdm import tqdm
 
 from data.benchmarks.benchmark import Benchmark, Picture
-from data.captions.exports import caption_rows
+from data.captions.exports import caption_rows, checked_row
 from data.examples import ImageSource
 from data.images import image_name, open_image, picture_hash
-from data.io import json_lines, naming, short, text_hash, write_whole
+from data.io import check_text, json_lines, naming, short, text_hash, write_whole
 from data.jsonl import read_log
 from data.ranges import check_range
 from grpo.captioning import Captioning, caption_batches
@@ -141,10 +142,15 @@ def _cache_key(image: ImageSource) -> str:
 
 
 def _read_cache(folder: Path) -> dict[tuple[str, int], CaptionRow]:
-    """(key of the picture, k) -> caption."""
+    """(key of the picture, k) -> caption. Raises ValueError for a row that is none."""
     known = {}
     for path in folder.glob("*.jsonl"):
-        for row in read_log(path):
+        for number, row in enumerate(read_log(path), start=1):
+            where = f"{path} row {number}"
+            check_text(where, json.dumps(row, ensure_ascii=False))
+            row = checked_row(where, row, "image")
+            if type(row.get("k")) is not int:
+                raise ValueError(f"{where}: expected a number k, got {short(row)}")
             known[row.pop("image"), row.pop("k")] = row
     return known
 
