@@ -56,8 +56,8 @@ class EvalConfig:
     """Longest answer in words, in tokens."""
     seed: int = 0
     out: str = ""
-    """A new file: a JSON line per caption, with every question and answer. The tables go beside it,
-    as .md and .json."""
+    """A new file: a JSON line per caption, with every question and answer. Tables (.md, .json) and
+    thumbnails go beside it; none of them may be there yet."""
 
     def __post_init__(self):
         check_range(self, "answer_tokens", at_least=1)

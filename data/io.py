@@ -141,7 +141,7 @@ def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
     ValueError, naming the setting, for one with another value, unless it is `free`.
 
     called: setting -> the free one that the message names with it, as a path beside a hash.
-    made: files of rows, looked for first. With one of them, and no settings, it raises too.
+    made: files of rows that are there already. Raises ValueError for one without settings.
     """
     if any(made) and not path.exists():
         raise ValueError(f"{path}: expected the settings of the rows beside it, found none; "

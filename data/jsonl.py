@@ -64,7 +64,7 @@ def check_form(where: str, row: dict, form: dict[str, Any]) -> None:
     """Raises ValueError for a key whose value does not have its form; see `fits`."""
     for key, part in form.items():
         if not fits(row.get(key), part):
-            raise ValueError(f"{where}: expected {key!r} as it was written here, "
+            raise ValueError(f"{where}: expected {key!r} in the form in which it is written, "
                              f"found {short(row.get(key))}")
 
 

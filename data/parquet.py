@@ -30,6 +30,12 @@ def parquet_columns(path: Path) -> list[str]:
     return _open(path).schema_arrow.names
 
 
+def column_type(path: Path, name: str) -> str:
+    """Arrow's word for the type of a column; empty without the column."""
+    schema = _open(path).schema_arrow
+    return str(schema.field(name).type) if name in schema.names else ""
+
+
 def parquet_groups(path: Path) -> list[int]:
     """Rows of each row group. Raises ValueError where the file cannot be read."""
     metadata = _open(path).metadata

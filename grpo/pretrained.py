@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_files
 
 from data.io import read_json, text_hash
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
@@ -71,10 +72,9 @@ def load_policy(path: str, device: torch.device,
                              f"({error})") from None
         image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
         model = load_model(AutoModelForImageTextToText, base, dtype)
-        # In the local folder, or as this machine's copy of the hub's, which may come only now.
-        places = {name: cached_file(base, name, _raise_exceptions_for_missing_entries=False)
-                  for name in SOURCE_FILES}
-        files = {name: Path(place).read_bytes() for name, place in places.items() if place}
+        # In the local folder, or from the hub, which is asked once for all of them.
+        places = cached_files(base, list(SOURCE_FILES), _raise_exceptions_for_missing_entries=False)
+        files = {Path(place).name: Path(place).read_bytes() for place in places or ()}
         policy = make_policy(model.to(device).eval(), tokenizer, image_processor, writes)
     for adapter in reversed(adapters):
         from grpo.lora import load_adapter_  # here: for who has adapters
@@ -142,10 +142,9 @@ def check_model_path(path: str) -> None:
     hub name."""
     if Path(path).is_dir():
         for pattern, what in (("*.safetensors", "weights"), ("tokenizer.json", "tokenizer")):
-            files = list(Path(path).glob(pattern))
-            if not files:
+            if not list(Path(path).glob(pattern)):
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
-            for file in files:
+            for file in named_files(Path(path), pattern):
                 with file.open("rb") as content:
                     if content.read(19) == b"version https://git":
                         raise ValueError(f"{file}: expected {what}, found Git LFS's pointer to it: "
@@ -155,6 +154,16 @@ def check_model_path(path: str) -> None:
                 read_json(file, "a model's settings", dict)
     elif not re.fullmatch(HUB_NAME, path):
         raise ValueError(f"{path}: expected a model's folder or a hub name, found no such folder")
+
+
+def named_files(folder: Path, pattern: str) -> list[Path]:
+    """Files of a model's folder. Of weights those that the index names, where there is one: a
+    release may have others beside them."""
+    index = folder / "model.safetensors.index.json"
+    if pattern != "*.safetensors" or not index.is_file():
+        return sorted(folder.glob(pattern))
+    names = read_json(index, "the index of a model's weights", dict).get("weight_map", {})
+    return [folder / name for name in sorted(set(names.values())) if (folder / name).is_file()]
 
 
 def load_tokenizer(path: str, sees: bool = False) -> PreTrainedTokenizerFast:
@@ -217,7 +226,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 def check_weights(folder: Path, model: PreTrainedModel) -> None:
     """Raises ValueError for weights that transformers loads though they are none: of another data
     type, not finite, or nothing but zeros, as in a file that was not written to its end."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in named_files(folder, "*.safetensors"):
         with safe_open(path, "pt") as weights:
             for name in weights.offset_keys():
                 dtype = weights.get_slice(name).get_dtype()
@@ -225,6 +234,8 @@ def check_weights(folder: Path, model: PreTrainedModel) -> None:
                     raise ValueError(f"{path}: expected {name} in one of {', '.join(FLOATS)}, "
                                      f"found {dtype}")
     for name, weight in model.named_parameters():
+        if not weight.numel() or weight.element_size() == 1:  # float8 has no order in torch
+            continue
         low, high = map(float, torch.aminmax(weight.detach()))
         is_finite = math.isfinite(low) and math.isfinite(high)
         is_matrix = weight.ndim > 1 and name.endswith(".weight")  # a bias may be zeros
@@ -299,10 +310,10 @@ def check_config(model: PreTrainedModel) -> None:
         raise ValueError(f"expected a num_heads that divides the tower's width, {width}, found "
                          f"{heads}")
     rows = len(model.get_output_embeddings().weight)
-    for name in (name.removeprefix("config.") for name in LAYOUT if name.startswith("config.")):
-        if not 0 <= getattr(model.config, name) < rows:
+    for name in LAYOUT:
+        if name.startswith("config.") and not 0 <= (found := attrgetter(name)(model)) < rows:
             raise ValueError(f"expected a {name} below {rows}, the rows of the vocabulary, found "
-                             f"{getattr(model.config, name)}")
+                             f"{found}")
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -107,10 +107,15 @@ def rewind(run_dir: Path, num_steps: int) -> None:
             continue
         content = path.read_bytes() if path.exists() else b""
         lines = content.splitlines(keepends=True)  # of bytes: an id may contain U+2028
-        steps = [_step_of(line, f"{path} line {n}") for n, line in enumerate(lines, start=1)]
+        steps = [_step_of(line) for line in lines]
         # An evaluation is of the policy after that many steps, and not all of them have one.
         end = num_steps + (name == EVAL_LOG)
         kept = [step for step in steps if step < end]
+        last = max((place for place, step in enumerate(steps) if step < end), default=0)
+        if math.inf in steps[:last]:  # behind the checkpoint all is written again
+            place = steps.index(math.inf)
+            raise ValueError(f"{path} line {place + 1}: expected the numbers of a step, found "
+                             f"{short(lines[place])}")
         if kept != (list(range(num_steps)) if name in LOGS else sorted(set(kept))):
             doubled = sorted({step for step in kept if kept.count(step) > 1})
             message = f"{path}: expected a line for each of {num_steps} steps, found {len(kept)}"
@@ -124,14 +129,12 @@ def rewind(run_dir: Path, num_steps: int) -> None:
             path.unlink()
 
 
-def _step_of(line: bytes, where: str) -> float:
-    """The line's step. Infinity for the last one if it was cut off: its step is done again."""
-    if not line.endswith(b"\n"):
-        return math.inf
+def _step_of(line: bytes) -> float:
+    """The line's step. Infinity for a line that was cut off, or has none."""
     with suppress(ValueError, TypeError, KeyError):
-        if type(step := json.loads(line)["step"]) is int:
+        if line.endswith(b"\n") and type(step := json.loads(line)["step"]) is int:
             return step
-    raise ValueError(f"{where}: expected the numbers of a step, found {short(line)}")
+    return math.inf
 
 
 # ------------------------------------------------------------------------- one writer per folder

@@ -10,8 +10,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 
 def share_heads_(model: PreTrainedModel) -> None:
-    """Has a model that uses transformers' "sdpa" attend by `shared_heads`. SDPA cannot cap scores:
-    where a model does (Gemma 2), it attends by "eager". transformers 5.17 would leave that out."""
+    """Has a model that uses transformers' "sdpa" attend by `shared_heads`. SDPA cannot cap scores.
+    A model that does (Gemma 2) attends by "eager"; transformers 5.17 takes SDPA for it, and leaves
+    the cap out."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
     if model.config._attn_implementation == "sdpa":

@@ -35,8 +35,8 @@ def row(id: str, questions: list[dict], reward: float | None = 0.5, length: int 
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"reward": "much"}, r"line 1: expected 'reward' as .*, found 'much'"), ({"questions": None}, "questions.*, found None"),
-    ({"questions": [one(0, 0, score="1")]}, "expected 'score' as"), ({"questions": [one(0, [1])]}, "expected 'chosen' as"),
+    ({"reward": "much"}, r"line 1: expected 'reward' in .*, found 'much'"), ({"questions": None}, "questions.*, found None"),
+    ({"questions": [one(0, 0, score="1")]}, "expected 'score' in"), ({"questions": [one(0, [1])]}, "expected 'chosen' in"),
 ])
 def test_records_of_another_kind_are_named(tmp_path, change, message):
     (tmp_path / "rollouts").mkdir()

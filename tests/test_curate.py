@@ -577,7 +577,7 @@ def test_a_row_of_another_form_is_named_with_its_file(tmp_path, command, change,
     [row] = rows_of(tmp_path / "out")
     change(row)
     (tmp_path / "out/rows/rank-000.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=f"rank-000.jsonl: expected {message}"):
+    with pytest.raises(ValueError, match=f"rank-000.jsonl row 1: expected {message}"):
         run()
 
 

@@ -275,6 +275,9 @@ def test_captions_may_be_one_object_from_ids_to_captions(tmp_path):
         ]
     path.write_text(json.dumps({"a": "One."}))
     assert read_captions(str(path), pictures[:1]) == [[{"caption": "One."}]]
+    path.write_text('{\n "a": "One.",\n "a": "Two."\n}')
+    with pytest.raises(ValueError, match="c.json: expected an object .*'a'.* twice"):
+        read_captions(str(path), pictures[:1])
     path.write_text(json.dumps({"a": 3}))
     with pytest.raises(ValueError, match="c.json, the object's 'a': expected an object with id and caption"):
         read_captions(str(path), pictures[:1])

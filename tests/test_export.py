@@ -128,6 +128,16 @@ def test_an_export_has_its_sources_files_and_opens_to_the_same_model(layout, dty
     assert again.tokenizer.all_special_ids == first.tokenizer.all_special_ids
 
 
+def test_a_template_among_the_processors_settings_is_exported_for_tokenizers_too(tmp_path):
+    source = shutil.copytree("data/toy/policy", tmp_path / "source")
+    template = (source / "chat_template.jinja").read_text()
+    (source / "chat_template.jinja").unlink()
+    (source / "processor_config.json").write_text(json.dumps({"chat_template": template}))
+    policy = load_policy(str(source), torch.device("cpu"))
+    export_policy(policy, tmp_path / "final", torch.float32)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "final").chat_template == template
+
+
 def test_an_export_of_a_source_without_a_tokenizers_config_or_with_rope_theta_elsewhere(tmp_path):
     """transformers 5 also reads a rope_theta that stands beside rope_parameters. Tried by hand: 4.57.6 opens the export
     with the same angles, 1 and 5000 ** (-2 / 64) first."""

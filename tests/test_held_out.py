@@ -204,6 +204,8 @@ def test_evaluations_are_taken_back_to_the_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"eval.jsonl line 2: expected the numbers of a step, found b'step"):
         rewind(tmp_path, 4)
     assert path.read_text() == damaged
+    rewind(tmp_path, 1)  # behind the checkpoint all is written again, whatever it was
+    assert path.read_text() == '{"step": 0}\n'
 
 
 def test_a_lost_evaluation_of_the_best_policy_is_named(tmp_path):
@@ -219,7 +221,7 @@ def test_a_lost_evaluation_of_the_best_policy_is_named(tmp_path):
     assert [row["step"] for row in read_evaluations(tmp_path)] == [2, 4]
     for row in ({"step": 4}, {"step": 4, "accuracy": "x"}, {"accuracy": 0.5}):
         path.write_text(f"{json.dumps(best)}\n{json.dumps(row)}\n")
-        with pytest.raises(ValueError, match="eval.jsonl: expected a step and an accuracy, found {"):
+        with pytest.raises(ValueError, match="eval.jsonl row 2: expected a step and an accuracy, found {"):
             read_evaluations(tmp_path)
 
 

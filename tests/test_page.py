@@ -462,9 +462,9 @@ def test_what_is_null_or_cut_off_is_absent(tmp_path):
 WRONG_KINDS = {
     "metrics.jsonl": ('{"step": 1}', "row 1: expected step 0, got 1"),
     "timing.jsonl": ('{"step": 0}\n{"step": 0}', "row 2: expected step 1, got 0"),
-    "eval.jsonl": ('{"step": 0, "accuracy": "half"}', "row 1: expected 'accuracy' as it was written here, found 'half'"),
-    "starts.jsonl": ('{"step": 0, "time": "now", "machine": [1]}', r"row 1: expected 'machine' as .* found \[1\]"),
-    "rollouts/step_000000.jsonl": ('{"id": "1", "caption": "x", "reward": "much"}', "row 1: expected 'reward' as"),
+    "eval.jsonl": ('{"step": 0, "accuracy": "half"}', "row 1: expected 'accuracy' in the form .* found 'half'"),
+    "starts.jsonl": ('{"step": 0, "time": "now", "machine": [1]}', r"row 1: expected 'machine' in .* found \[1\]"),
+    "rollouts/step_000000.jsonl": ('{"id": "1", "caption": "x", "reward": "much"}', "row 1: expected 'reward' in"),
 }
 
 
@@ -480,7 +480,7 @@ def test_values_of_another_kind_are_named(tmp_path, name):
 @pytest.mark.parametrize("change", [{"options": 3}, {"probs": ["x"]}, {"source": [1]}, {"reply": 5}, {"score": "1"}])
 def test_values_of_a_question_of_another_kind_are_named(tmp_path, change):
     path = evaluation(tmp_path / "rows.jsonl", [caption_row("x", questions=[asked() | change])])
-    with pytest.raises(ValueError, match=f"rows.jsonl row 1: expected '{next(iter(change))}' as "):
+    with pytest.raises(ValueError, match=f"rows.jsonl row 1: expected '{next(iter(change))}' in "):
         load_sources(path)
 
 

@@ -290,8 +290,8 @@ def test_layers_that_are_more_than_their_weights_are_refused(policy, change, mes
     ("text_config", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]}},
      r"a mrope_section that adds up to 32, half of what is turned of a head, found \[4, 4, 4\]"),
     ("vision_config", {"num_heads": 3}, "a num_heads that divides the tower's width, 128, found 3"),
-    ("", {"video_token_id": 151656}, "a video_token_id below 751, the rows of the vocabulary, found 151656"),
-    ("", {"vision_start_token_id": -1}, "a vision_start_token_id below 751"),
+    ("", {"video_token_id": 151656}, "a config.video_token_id below 751, the rows of the vocabulary, found 151656"),
+    ("", {"vision_start_token_id": -1}, "a config.vision_start_token_id below 751"),
 ])
 def test_settings_that_do_not_fit_the_weights_are_named(copy_of, part, change, message):
     path = copy_of("policy") / "config.json"
@@ -312,6 +312,17 @@ def test_pointers_of_git_lfs_are_named(copy_of, name, what):
     path.unlink()
     with pytest.raises(ValueError, match=f"expected a model folder with .*, found no {what}"):
         load_policy(str(path.parent), CPU)
+
+
+def test_weights_that_the_index_does_not_name_are_not_looked_at(copy_of):
+    """Mistral's releases have the same weights once more, in one file."""
+    folder = copy_of("policy")
+    keys_of = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(keys_of, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    load_policy(str(folder), CPU)
 
 
 def test_a_policys_template_is_its_processors_and_a_verifiers_its_tokenizers(copy_of):

@@ -22,6 +22,7 @@ take.
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 
 from tqdm import tqdm
 
@@ -34,7 +35,7 @@ from data.benchmarks.benchmark import (
 )
 from data.examples import Example
 from data.io import json_lines, naming, short, text_hash, to_json
-from data.jsonl import read_log
+from data.jsonl import fits, read_log
 from data.pictures import picture_keys
 from grpo.checkpoint import latest_checkpoint, save_checkpoint, training_state
 from grpo.config import TrainConfig
@@ -101,18 +102,16 @@ def read_evaluations(run_dir: Path) -> list[dict]:
     """The lines of eval.jsonl. Raises ValueError for one that is none, and if that of best/ is
     missing: a worse policy would take its place."""
     path, rows = run_dir / EVAL_LOG, read_log(run_dir / EVAL_LOG)
-    for row in rows:
-        if type(row.get("step")) is not int or type(row.get("accuracy", "")) not in MEASURED:
-            raise ValueError(f"{path}: expected a step and an accuracy, found {short(row)}")
+    form = {"step": int, "accuracy": (int, float, NoneType)}
+    for number, row in enumerate(rows, start=1):
+        if "accuracy" not in row or not fits(row, form):
+            raise ValueError(f"{path} row {number}: expected a step and an accuracy, found "
+                             f"{short(row)}")
     kept = best_line(run_dir)
     if kept and kept not in rows:
-        raise ValueError(f"{path}: expected the line of best/step.json, found none: put it back, "
-                         "or move best/ away")
+        raise ValueError(f"{path}: expected the line of best/step.json, found none: move best/ "
+                         "away, or put the line back, if the checkpoint is not from before it")
     return rows
-
-
-MEASURED = (int, float, type(None))
-"""Types of an accuracy; None where nothing could be scored."""
 
 
 class HeldOut:

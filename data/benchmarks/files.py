@@ -111,8 +111,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row | str]:
             return _picture_file("image", file)
 
         key = "img_path" if "img_path" in cells else "id"
+        written = cells.get(key, "")
         try:
-            id = id_text(cells.get(key, where.removeprefix("line ")), key)
+            id = where.removeprefix("line ") if written == "" else id_text(written, key)
         except ValueError as error:
             yield f"{path} {where}: {error}"
             continue
@@ -274,7 +275,7 @@ def _decode(text: str) -> bytes:
 def picture_rows(path: Path, group: int | None = None,
                  id_columns: Sequence[str] = ID_COLUMNS) -> Iterator[Row]:
     """The rows of a parquet file, or of one row group. A row without an id has its place for one.
-    Raises ValueError if they cannot be read, or where an id is neither text nor a whole number."""
+    Raises ValueError if they cannot be read, or where an id is neither text nor a number."""
     for place, cells in parquet_rows(path, group=group):
         cells = told(cells)
         key = next((key for key in id_columns if cells.get(key, "") != ""), "")
@@ -302,7 +303,7 @@ def told(cells: dict) -> dict:
 
 def entry_text(entry: Any) -> str:
     """The text of a cell, or of a list's entry, that is text or a number; of null and of nan it is
-    empty. Raises ValueError for any other value: Python's text for it is nobody's."""
+    empty. Raises ValueError for any other value: its text in Python is no answer."""
     if isinstance(entry, bool) or not isinstance(entry, str | Number | None):
         raise ValueError(f"expected a text or a number, got {short(entry)}")
     return "" if entry is None or entry != entry else str(entry)

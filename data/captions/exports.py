@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 
 from data.captions.shards import contents_hash, files_key
 from data.images import image_name
 from data.io import check_text, read_json, short, text_hash, write_whole
-from data.jsonl import decode_json, filled, read_jsonl
+from data.jsonl import decode_json, filled, fits, read_jsonl
 from data.tones import seen_otherwise
 
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")
@@ -24,12 +25,10 @@ def read_about(out: Path, **kinds: type) -> dict:
     setting of `kinds` is not of that type."""
     what = "the settings in a folder that caption.py has written"
     about = read_json(out / "about.json", what, dict)
-    kinds |= {"shards": int}
+    form = kinds | {"shards": int, "rows": ([(int, NoneType)], NoneType)}
     rows = about.get("rows")  # earlier versions wrote none
-    if not (all(type(about.get(name)) is kind for name, kind in kinds.items())
-            and (rows is None or (type(rows) is list and len(rows) == about["shards"]
-                 and {*map(type, rows)} <= {int, type(None)}))):
-        found = short({name: about.get(name) for name in (*kinds, "rows")})
+    if not fits(about, form) or (rows is not None and len(rows) != about["shards"]):
+        found = short({name: about.get(name) for name in form})
         raise ValueError(f"{out / 'about.json'}: expected {what}, found {found}")
     return about
 
@@ -111,13 +110,14 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
         return
     whole = None
     with suppress(ValueError):  # no such file, or not one object: read by lines
-        whole = read_json(path, "an object", decode=decode_json)
+        whole = read_json(path, "an object")
     if not isinstance(whole, dict) or {"id", "caption", "error"} & set(whole):
         for number, row in read_jsonl(path):
             where = f"{path} line {number}"
             named = {"id": str(row["id"])} if type(row.get("id")) is int else {}
             yield where, checked_row(where, row | named, "id")
         return
+    whole = read_json(path, "an object", decode=decode_json)  # no image twice
     for id, captions in whole.items():
         for caption in captions if isinstance(captions, list) else [captions]:
             where = f"{path}, the object's {id!r}"

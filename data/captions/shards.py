@@ -5,6 +5,7 @@ raises the reason when it is opened. So such a file stops neither its worker nor
 """
 
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from data.formats import id_text
 from data.images import IMAGE_SUFFIXES, printable
 from data.io import text_hash
 from data.jsonl import read_jsonl
-from data.parquet import parquet_columns, parquet_groups
+from data.parquet import column_type, parquet_columns, parquet_groups
 
 NamedImage = tuple[str, str, ImageSource]
 """(id, how the row calls the image, image)"""
@@ -129,6 +130,9 @@ def _parquet_shards(path: Path, name: str) -> list[Shard]:
         wanted = " or ".join(IMAGE_COLUMNS)
         rows = f"{sum(groups)} rows of {columns}"
         raise ValueError(f"{path}: expected rows with {wanted}, found {rows}")
+    kind = column_type(path, "id")
+    if re.match("(large_|fixed_size_)?(binary|list)|bool|struct|map", kind):
+        raise ValueError(f"{path}: expected text or numbers in the column 'id', found {kind}")
     return [
         Shard(partial(_parquet_images, path, name, group), f"{name} {group} {num_rows}")
         for group, num_rows in enumerate(groups)

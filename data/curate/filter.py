@@ -108,7 +108,7 @@ def kept_examples(examples: Sequence[Example], rows: Sequence[dict]) -> Iterable
 
 NUMBERS = {"with_image": int, "without_image": int, "prior": (int, float)}
 FORM = {"reason": str, "questions": [({"failure": str}, NUMBERS)]}
-"""What is expected in rows/, as `fits` in data/curate/work.py reads it."""
+"""What is expected in rows/, see `data.jsonl.fits`."""
 
 
 def measure_questions(batch: Inputs, answer: AnswerQuestions, config: FilterConfig) -> list[dict]:

@@ -106,7 +106,7 @@ def generate(config: GenerateConfig, write: WriteTexts | None = None) -> None:
 
 FORM = {"reason": str, "questions": [read_question],
         "attempts": [{"text": str, "dropped": [{"reason": str}]}]}
-"""What is expected in rows/, as `fits` in data/curate/work.py reads it."""
+"""What is expected in rows/, see `data.jsonl.fits`."""
 
 
 def write_batch(batch: Inputs, write: WriteTexts, config: GenerateConfig) -> list[dict]:

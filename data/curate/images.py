@@ -110,7 +110,7 @@ def read_embedding(text: str) -> np.ndarray:
 FORM = {"width": int, "height": int, "digest": str, "hash": read_hash, "entropy": (int, float),
         "edges": (int, float)}
 EXTRA_FORM = {"embedding": read_embedding, "unsafe": (int, float)}
-"""What is expected in rows/, as `fits` in data/curate/work.py reads it."""
+"""What is expected in rows/, see `data.jsonl.fits`."""
 
 
 def measure_batch(batch: Inputs, extra: dict[str, Measure]) -> list[dict]:

@@ -50,7 +50,8 @@ def work_through(inputs: Inputs, folder: Path, settings: dict, retry_failed: boo
             rows.mkdir(parents=True, exist_ok=True)
             agree_on(folder / "settings.json", settings, made=rows.glob("*.jsonl"))
             done = read_rows(rows, forms)
-            replaced = {id for id, source in inputs if id in done and is_replaced(done[id], source)}
+            looked = tqdm(inputs, desc="pictures done before", unit="image", disable=not done)
+            replaced = {id for id, source in looked if id in done and is_replaced(done[id], source)}
             for path in rows.glob("*.jsonl"):
                 take_out_unfinished(path, retry_failed, replaced)
     done = read_rows(rows, forms)
@@ -87,9 +88,9 @@ def read_rows(folder: Path, forms: Forms) -> dict[str, dict]:
     """By id. Raises ValueError, naming the file, for a row that is not as `forms` says."""
     rows = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for row in read_log(path):
+        for number, row in enumerate(read_log(path), start=1):
             form = next((forms[fate] for fate in forms if fate == row.get("fate")), {"fate": ()})
-            check_form(str(path), row, {"id": str, "picture": (str, NoneType), **form})
+            check_form(f"{path} row {number}", row, {"id": str, "picture": (str, NoneType), **form})
             rows[row["id"]] = row
     return rows
 

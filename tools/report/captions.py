@@ -68,7 +68,8 @@ def earned(row: dict) -> float | None:
 
 def outcome(question: dict) -> str:
     """A letter: the verifier's option is right, is wrong, or abstains; its reply is unreadable; the
-    asking failed; or a judge gave a score. In words (gold -1) only all of an answer is right."""
+    asking failed; or a judge gave a score. An answer in words (gold -1) is right with the full
+    score only."""
     chosen, gold = question.get("chosen"), question.get("gold")
     if question.get("failure"):
         return "f"
