@@ -102,7 +102,6 @@ def find_model(path: str) -> tuple[str, list[str]]:
         is_known = Path(name).is_dir() or re.fullmatch(HUB_NAME, name)
         with loading(name if is_known else path, "model", tuple(adapters)):
             config = find_adapter_config_file(name) if is_known else None
-        with loading(name if config else path, "model", tuple(adapters)):
             if not config:
                 return path, adapters
             if name in adapters:

@@ -213,7 +213,7 @@ def test_questions_of_all_sorts_are_replayed_and_those_in_words_refused(tmp_path
 def test_a_replay_that_could_score_nothing_is_no_result(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(row("i", [one(0, None, failure="too long")])))
-    with pytest.raises(ValueError, match="expected at least one question that both verifiers could score"):
+    with pytest.raises(ValueError, match="r.jsonl: expected at least one question that both verifiers could score"):
         main(["replay", str(path), "--verifier", "data/toy/verifier"])
 
 

@@ -414,5 +414,9 @@ def main(arguments: list[str]) -> None:
     device = local_device()
     verifier = load_verifier(config.verifier, device, compute_dtype(device), config.verifier_name,
                              mode=config.mode, temperature=config.temperature)
-    for key, value in replay(rows, verifier).items():
+    try:
+        numbers = replay(rows, verifier)
+    except ValueError as error:
+        raise ValueError(f"{config.records}: {error}") from None
+    for key, value in numbers.items():
         print(f"{key}: {value:.3f}" if isinstance(value, float) else f"{key}: {value}")
