@@ -423,7 +423,7 @@ def decoding(config: GpuConfig, device: torch.device) -> None:
         decoder.add(cache, mask)
         step = lambda d=decoder: d.step(rows % 500, starts + d.longest, rows)  # noqa: E731
         first = seconds(step, 1, warm_ups=0)
-        kept.append([step().float().clone() for _ in range(2)][-1])
+        kept.append([step().clone() for _ in range(2)][-1])
         say(f"a token of all rows, {way}", recorded=decoder.recording is not None,
             first_ms=1e3 * first, again_ms=1e3 * seconds(step, config.tokens // 4),
             peak_gib=peak_gib())

@@ -18,7 +18,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from grpo.policy import send
@@ -129,8 +129,8 @@ class Decoder:
         return not self.uses_graphs or num_done >= len(self.ages) / 2
 
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Logits (n, V) after the next token of n rows. Every group's age grows by 1, whichever of
-        its rows are among them.
+        """Logits (n, V) float32 after the next token of n rows. Every group's age grows by 1,
+        whichever of its rows are among them.
 
         tokens, positions: (n,) int64. rows: (n,) int64, ascending places among the P * G rows.
         """
@@ -168,7 +168,8 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor,
                  longest: int) -> Tensor:
-        """Logits (n, V). ages: (P,). The first `longest` places of the captions' room are read."""
+        """Logits (n, V) float32. ages: (P,). The first `longest` places of the captions' room are
+        read."""
         slots = ages[rows // self.group_size]
         has_all_rows = len(rows) == len(self.ages) * self.group_size  # kernels take no fewer
         unseen = self.padding if self.uses_kernels and has_all_rows else self._bias(ages, longest)
@@ -178,7 +179,7 @@ class Decoder:
         cos, sin = ((part * scaling).to(x.dtype)[:, None] for part in (angle.cos(), angle.sin()))
         for layer, prefix, suffix in zip(self.layers, self.prefix, self.suffix):
             x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), unseen, rows, slots)
-        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
+        return head_logits(self.head, F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
     def _bias(self, ages: Tensor, longest: int) -> Tensor:
         """(P, 1, 1, 1, T + A) float32: -inf on padding, and on what is not written yet."""
@@ -197,3 +198,11 @@ class Decoder:
             for i, pair in enumerate(self.suffix):  # a layer at a time: never the whole cache twice
                 # With zeros: unwritten places are read with probability 0, and 0 * nan is nan.
                 self.suffix[i] = tuple(F.pad(part, (0, 0, 0, more)) for part in pair)
+
+
+def head_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Logits (n, V) float32 of (n, H). On a GPU they are never in half precision, as in training:
+    a logit of 16 to 32 would be rounded in bfloat16 by up to 1/16."""
+    if hidden.is_cuda and hidden.dtype != torch.float32 and head.bias is None:
+        return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+    return head(hidden).float()

@@ -22,7 +22,7 @@ class Recording:
     rows: Tensor  # (B,) int64: 0 to B - 1
     ages: Tensor  # (P,)
     replay: Callable[[], None]
-    logits: Tensor  # (B, V)
+    logits: Tensor  # (B, V) float32
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from grpo.decode import Decoder
+from grpo.decode import Decoder, head_logits
 from grpo.policy import Policy, Prompt, image_inputs, send
 
 
@@ -116,7 +116,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         while new := batch.next_prompts():
             new_logits, cache, mask = read_prompts(policy, [prompts[i] for i in new])
             batch.add(new, cache, mask)
-            logits = torch.cat([logits, new_logits.float().repeat_interleave(group_size, 0)])
+            logits = torch.cat([logits, new_logits.repeat_interleave(group_size, 0)])
 
         rows, places, steps, positions = batch.where  # (n,) each
         logits = temper_logits_(logits, temperature or 1.0, forbidden)
@@ -141,7 +141,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
         if kept is not None:
             token = token[kept]
         rows, places, steps, positions = batch.where
-        logits = decoder.step(token, positions, places).float() if batch.live else logits[:0]
+        logits = decoder.step(token, positions, places) if batch.live else logits[:0]
         batch.where[2:] += 1
 
     longest = max(lengths)
@@ -153,8 +153,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
 
 
 def read_prompts(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """A forward over the P prompts, padded on the left. Returns the next token's logits (P, V), the
-    KV cache and the mask (P, T) int64."""
+    """A forward over the P prompts, padded on the left. Returns the next token's logits (P, V)
+    float32, the KV cache and the mask (P, T) int64."""
     device, width = policy.model.device, max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.pad_id)  # (P, T)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -170,4 +170,4 @@ def read_prompts(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Dyn
         position_ids=position_ids.to(device), past_key_values=cache, use_cache=True,
     ).last_hidden_state  # (P, T, H)
     # One product for all rows. torch would multiply the slice of `logits_to_keep` row by row.
-    return policy.model.lm_head(hidden[:, -1]), cache, mask
+    return head_logits(policy.model.lm_head, hidden[:, -1]), cache, mask

@@ -52,7 +52,7 @@ def judge_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Se
                          RATING_INSTRUCTION + as_plain_text(caption, judge), RATING_START)
             for caption, example in zip(captions[batch], examples[batch])
         ]
-        logits.append(read_prompts(judge, prompts)[0][:, digit_ids].float().cpu())  # (b, 5)
+        logits.append(read_prompts(judge, prompts)[0][:, digit_ids].cpu())  # (b, 5)
     probs = torch.cat(logits).softmax(-1)  # (B, 5)
     rewards = (probs @ torch.arange(5.0)) / 4  # (B,)
     records = [[rating_record(*row)] for row in zip(rewards.tolist(), probs.tolist())]

@@ -20,7 +20,7 @@ from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene
 from grpo import rollout
 from grpo.batch import count_together
-from grpo.decode import Decoder
+from grpo.decode import Decoder, head_logits
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import make_policy
 from grpo.recording import _warm_up_stream, record
@@ -51,6 +51,20 @@ def test_greedy_equals_generate_with_images_of_different_sizes(policy, prompts):
         assert got.tokens[row, : got.lengths[row]].tolist() == want.tolist()
         rows.append(want.tolist())
     assert len({tuple(row) for row in rows}) > 1  # the images do matter
+
+
+def test_logits_are_not_rounded_on_a_gpu(monkeypatch):
+    """16 + 1/32: the nearest number of bfloat16 is 16. A CPU stands in for the GPU, whose product has float32 results."""
+    head = torch.nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+    head.weight.data[:] = torch.tensor([[16.0, 1 / 32]])
+    hidden = torch.ones(3, 2, dtype=torch.bfloat16)
+    assert head_logits(head, hidden).flatten().tolist() == [16.0] * 3  # on a CPU
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    logits = head_logits(head, hidden)
+    assert logits.dtype == torch.float32 and logits.flatten().tolist() == [16 + 1 / 32] * 3
+    head.bias = torch.nn.Parameter(torch.tensor([4.0], dtype=torch.bfloat16))  # a judge may have one
+    assert head_logits(head, hidden).flatten().tolist() == [20.0] * 3
 
 
 def test_generate_of_another_batch_size_leaves_no_trace(policy, prompts):

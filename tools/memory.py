@@ -117,9 +117,9 @@ def rollout_bytes(policy: PreTrainedModel, config: TrainConfig, num_ranks: int, 
     # 64: the first room where the kernels of grpo/attend.py do not run. Where they do it is 256.
     shortest = prompt_tokens + config.group_size * min(64, config.max_new_tokens)
     rows = min(prompts, max(1, config.rollout_tokens // shortest)) * config.group_size
-    # The last step's probabilities, and logits in float32; in bfloat16 also as they came, and in a
-    # CUDA graph's memory.
-    logits = rows * text.vocab_size * (4 + 4 + (0 if width == 4 else 2 * width))
+    # The last step's probabilities and logits in float32. On a GPU, in half precision, a CUDA graph
+    # has logits in its memory, too.
+    logits = rows * text.vocab_size * (4 + 4 + (0 if width == 4 else 4))
     # A layer's keys and values once more, in float32 and while they grow, and the scores.
     attention = 2 * cache // text.num_hidden_layers * 4 // width
     num_places = prompt_tokens + config.max_new_tokens
