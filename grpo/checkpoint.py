@@ -27,8 +27,10 @@ METADATA_CRC = "metadata.crc32"
 """The file with the checksum of `.metadata`, torch's list of tensors and their places."""
 
 
-def training_state(scorer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """All that a step changes, by name: trained weights and AdamW's moments.
+def training_state(scorer: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a step changes, by name: trained weights and the optimizer's state, AdamW's moments.
+    It is read into these tensors too, so they must be there before the first step
+    (`init_moments_`).
 
     Random draws and the learning rate are functions of the step: no checkpoint needs them.
     """
@@ -111,8 +113,8 @@ def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
 
 def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
     """Fills `state` in place. The number of ranks may differ from that at saving. Raises ValueError
-    if the checkpoint is damaged or does not fit, OSError (ValueError on the other ranks) if a file
-    cannot be read. Every rank must call this."""
+    if the checkpoint is damaged, or has other tensors than `state`, OSError (ValueError on the
+    other ranks) if a file cannot be read. Every rank must call this."""
     with all_or_none("checkpoint"):
         verify_checksums(folder)
     try:
@@ -121,6 +123,11 @@ def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read "
                          f"({last_line(error)})") from None
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    if unread := sorted(saved.keys() - state.keys()):  # torch passes over these without a word
+        raise ValueError(f"{folder}: expected only what this run has a place for, found also "
+                         f"{unread[0]} (1 of {len(unread)}; `init_moments_` in grpo/update.py "
+                         "makes the places of the optimizer's state)")
 
 
 def verify_checksums(folder: Path) -> None:

@@ -35,7 +35,7 @@ def prepare_training_(model: PreTrainedModel, config: TrainConfig) -> None:
 
 def init_moments_(optimizer: torch.optim.AdamW) -> None:
     """Makes the state that AdamW would make at its first step. So a checkpoint has the same entries
-    before and after that step."""
+    before and after that step. Another optimizer has other entries: they are made here, too."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             device = parameter.device if group["fused"] else "cpu"

@@ -391,6 +391,9 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
         load_checkpoint_(folder, {"weight.c": torch.zeros(3)})
     with pytest.raises(ValueError, match="step_000001: expected a checkpoint of this policy that can be read"):
         load_checkpoint_(folder, toy_state()[2] | {"weight.a": torch.zeros(4)})
+    fewer = {key: value for key, value in toy_state()[2].items() if "exp_avg" not in key}
+    with pytest.raises(ValueError, match=r"step_000001: .* found also exp_avg.a \(1 of 2; `init_moments_`"):
+        load_checkpoint_(folder, fewer)  # as after a change of the optimizer
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match="latest: expected a whole checkpoint, found none at"):
         latest_checkpoint(tmp_path)
