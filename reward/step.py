@@ -22,41 +22,6 @@ RewardFunction = Callable[[Sequence[str], Sequence[Example], Sequence[str], Sequ
 """(captions, the example of each, a key that siblings share, lengths in tokens) -> rewards"""
 
 
-def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
-    """Means over all ranks' captions and groups. A value that no rank has measured is NaN."""
-    rewards = result.rewards
-    groups = rewards.view(-1, rollouts.group_size)  # (P, G)
-    scored = ~rewards.isnan()
-    lowest, highest = groups.nan_to_num(torch.inf).amin(1), groups.nan_to_num(-torch.inf).amax(1)
-    counts = {
-        "captions": len(rewards), "scored": scored.sum().item(), "groups": len(groups),
-        "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(),
-    }
-    of_scored = {"reward": rewards[scored].sum().item()} | {
-        f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()
-    }
-    of_captions = {
-        "length": rollouts.lengths.sum().item(),
-        "truncated_share": rollouts.truncated.sum().item(),
-    }
-    # A rank without a measurement of a statistic leaves it to the others.
-    sizes = {"failed_claims": sum(map(len, result.claims or ()))}  # else ranks count by captions
-    weights = {key: sizes.get(key, len(rewards)) * math.isfinite(value)
-               for key, value in result.stats.items()}
-    of_stats = {key: result.stats[key] * n if n else 0.0 for key, n in weights.items()}
-    sums = sum_across_ranks(
-        counts | of_scored | of_captions | of_stats
-        | {f"weight of {key}": n for key, n in weights.items()}
-    )
-    num_scored = sums["scored"]
-    return {
-        "flat_groups": sums["flat_groups"] / (sums["groups"] if num_scored else math.nan),
-        "unscored_captions": sums["captions"] - num_scored,
-    } | {key: sums[key] / (sums[f"weight of {key}"] or math.nan) for key in of_stats} | {
-        key: sums[key] / (num_scored or math.nan) for key in of_scored
-    } | {key: sums[key] / sums["captions"] for key in of_captions}
-
-
 @dataclass(frozen=True)
 class Reward:
     """What scores the captions of a run."""
@@ -123,6 +88,41 @@ def compare_siblings(result: Rewards, config: TrainConfig) -> Tensor:
     if config.normalize_parts:
         return part_advantages(result.parts, result.weights, result.rewards, *settings)
     return group_advantages(result.rewards, *settings)
+
+
+def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
+    """Means over all ranks' captions and groups. A value that no rank has measured is NaN."""
+    rewards = result.rewards
+    groups = rewards.view(-1, rollouts.group_size)  # (P, G)
+    scored = ~rewards.isnan()
+    lowest, highest = groups.nan_to_num(torch.inf).amin(1), groups.nan_to_num(-torch.inf).amax(1)
+    counts = {
+        "captions": len(rewards), "scored": scored.sum().item(), "groups": len(groups),
+        "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(),
+    }
+    of_scored = {"reward": rewards[scored].sum().item()} | {
+        f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()
+    }
+    of_captions = {
+        "length": rollouts.lengths.sum().item(),
+        "truncated_share": rollouts.truncated.sum().item(),
+    }
+    # A rank without a measurement of a statistic leaves it to the others.
+    sizes = {"failed_claims": sum(map(len, result.claims or ()))}  # else ranks count by captions
+    weights = {key: sizes.get(key, len(rewards)) * math.isfinite(value)
+               for key, value in result.stats.items()}
+    of_stats = {key: result.stats[key] * n if n else 0.0 for key, n in weights.items()}
+    sums = sum_across_ranks(
+        counts | of_scored | of_captions | of_stats
+        | {f"weight of {key}": n for key, n in weights.items()}
+    )
+    num_scored = sums["scored"]
+    return {
+        "flat_groups": sums["flat_groups"] / (sums["groups"] if num_scored else math.nan),
+        "unscored_captions": sums["captions"] - num_scored,
+    } | {key: sums[key] / (sums[f"weight of {key}"] or math.nan) for key in of_stats} | {
+        key: sums[key] / (num_scored or math.nan) for key in of_scored
+    } | {key: sums[key] / sums["captions"] for key in of_captions}
 
 
 def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:
