@@ -71,7 +71,7 @@ class RewardConfig:
                              f"{self.length_full}")
 
     @property
-    def has_style(self) -> bool:
+    def has_other_parts(self) -> bool:
         """Whether anything beside the accuracy is rewarded."""
         return bool(self.length_weight or self.repetition_weight or self.praise_weight
                     or self.correctness_weight)
@@ -178,7 +178,8 @@ class TrainConfig:
 
     # advantage
     leave_one_out: bool = False
-    """The baseline is the mean of the group's other rewards [C1], not of all its rewards [P]."""
+    """The baseline is the mean of the group's other rewards [C1], not of all its rewards [P]. All
+    advantages of a group of n measured captions become n / (n - 1) times larger, no more."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation. [P]"""
     normalize_parts: bool = False
@@ -290,7 +291,7 @@ class TrainConfig:
         if self.probe_images < 2:
             raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor "
                              "takes another image's caption")
-        if self.reward == "judge" and (asked.soft or asked.abstain or asked.has_style):
+        if self.reward == "judge" and (asked.soft or asked.abstain or asked.has_other_parts):
             raise ValueError("reward judge: expected neither soft nor abstain nor weights, its "
                              "rating is the whole reward")
         check_range(self, "max_failed_share", at_least=0, at_most=1)

@@ -354,7 +354,7 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
         records.append([answer_record(question, answer, config.soft) for question, answer in pairs])
     parts = {"accuracy": torch.tensor([mean_score(record) for record in records])}
     weights = {}
-    if config.has_style:
+    if config.has_other_parts:
         from reward.style import style_parts  # here: the paper's reward is the accuracy alone
 
         others, weights = style_parts(captions, lengths, config)
