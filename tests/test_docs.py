@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import tyro
+from PIL import Image
 from torch.distributed.run import parse_args
 
+from data.examples import load_examples
 from data.images import IMAGE_SUFFIXES
 from data.toy.export import ExportConfig, export
 
@@ -247,6 +249,18 @@ def test_the_lines_of_python_in_the_readme_run(tiny_run, tmp_path, monkeypatch, 
     assert plain_caption == our_caption and len(our_caption.split()) > 5 and reward == "tensor([1.])"
 
 
+def test_the_lines_of_python_on_a_table_of_questions_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (56, 56)).save(tmp_path / "photos/a.png")
+    table = "image,question,a,b,c,d,answer\na.png,How many?,two,three,,,B\na.png,Which color?,red,blue,green,pink,C\n"
+    (tmp_path / "questions.csv").write_text(table, encoding="utf-8-sig")
+    exec((REPO / "docs/data.md").read_text("utf-8").split("```python\n")[1].split("```")[0], {})
+    [example] = load_examples("photos")
+    assert example.id == "a.png" and [len(question.choices) for question in example.questions] == [2, 4]
+    assert [question.choices[question.answer_index] for question in example.questions] == ["three", "green"]
+
+
 def test_commands_of_the_hub_have_flags_that_it_knows():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     commands = set(re.findall(r"hf (download|upload) ([^`\n#]*)", text))
@@ -315,6 +329,7 @@ nan = float("nan")
 priced = load_reward(toy_config(), torch.device("cpu")).score(["Red.", "A red star."], [example] * 2, ["k"] * 2, [1, 3])
 assert torch.allclose(priced.parts["words"], torch.tensor([-0.002, -0.006]))  # one word, three words
 assert torch.equal(priced.rewards, priced.parts["accuracy"] + priced.parts["words"])
+assert priced.weights == {"words": 0.002}
 got = rank_advantages(torch.tensor([0.0, 0.5, 1.0, 0.5, 0.3, nan, 0.3, 0.9]), 4)
 want = torch.tensor([-1, 0, 1, 0, -1 / 3, 0, -1 / 3, 2 / 3])  # beats less beaten, of three siblings
 assert torch.allclose(got, want), got
