@@ -115,11 +115,11 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
 
     phases = Phases(run.device, config.timeout_minutes)
     saved_at, num_skipped, step = time.monotonic(), 0, first_step
-    steps = range(first_step, config.num_steps)
-    opened = ahead(partial(open_step, run.sampler, examples, config), steps, num_ahead=1)
-    steps = bar = tqdm(steps, desc="train", unit="step", disable=rank() != 0)
-    if watch:
-        steps = watch(bar, first_step, run_dir, run, reward.verifier, phases, trackers)
+    numbers = range(first_step, config.num_steps)
+    opened = ahead(partial(open_step, run.sampler, examples, config), numbers, num_ahead=1)
+    bar = tqdm(numbers, desc="train", unit="step", disable=rank() != 0)
+    steps = (watch(bar, first_step, run_dir, run, reward.verifier, phases, trackers) if watch
+             else bar)
     with catch_stop_signals(lambda: step) as signals:
         for step in steps:
             started = time.perf_counter()

@@ -118,16 +118,16 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
             batch.add(new, cache, mask)
             logits = torch.cat([logits, new_logits.repeat_interleave(group_size, 0)])
 
-        rows, places, steps, positions = batch.where  # (n,) each
+        rows, _, ages, _ = batch.where  # (n,) each
         logits = temper_logits_(logits, temperature or 1.0, forbidden)
         probs = logits.softmax(-1)  # (n, V)
         is_broken = probs[:, 0].isnan()  # a NaN in a row makes the whole row NaN
-        token = draw_tokens(probs, uniforms[rows, steps]) if temperature else logits.argmax(-1)
-        tokens[rows, steps] = token
-        logprobs[rows, steps] = probs.gather(-1, token[:, None]).squeeze(-1).log()
+        token = draw_tokens(probs, uniforms[rows, ages]) if temperature else logits.argmax(-1)
+        tokens[rows, ages] = token
+        logprobs[rows, ages] = probs.gather(-1, token[:, None]).squeeze(-1).log()
         del probs  # as large as the next step's logits
         ends = torch.isin(token, eos_ids)
-        is_last = steps + 1 == max_new_tokens
+        is_last = ages + 1 == max_new_tokens
         # The only wait for the device in a step: whatever else decides is known on the host.
         ends, stops, broken = torch.stack([ends, ends | is_last, is_broken]).tolist()
         if any(broken):
@@ -140,7 +140,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
             tokens[group], logprobs[group] = policy.pad_id, 0.0
         if kept is not None:
             token = token[kept]
-        rows, places, steps, positions = batch.where
+        _, places, _, positions = batch.where
         logits = decoder.step(token, positions, places) if batch.live else logits[:0]
         batch.where[2:] += 1
 
