@@ -247,6 +247,9 @@ def load_adapter_(model: PreTrainedModel, folder: Path) -> None:
         if shapes != wanted:
             raise ValueError(f"expected an adapter of this base and rank {rank}, with {wanted} for "
                              f"{name}, found {shapes or 'none'}")
+        if not all(value.is_floating_point() and value.float().isfinite().all()
+                   for value in pair.values()):
+            raise ValueError(f"expected finite numbers for {name}, found others")
         attach_(layer, pair["A"], pair["B"], scale)
     merge_adapters_(model)
 
