@@ -47,8 +47,9 @@ DEADLINE_S = 1200.0
 large model again is back by then; after 30 minutes other ranks give up (timeout_minutes)."""
 MAX_WAIT_S = 30.0
 """Longest wait before a request is sent again, unless the server asks for a longer one."""
-AWAY = (408, 429, 502, 503, 504)
-"""Statuses of a server that is busy or restarts: sent again until the deadline."""
+AWAY = (408, 425, 429, 502, 503, 504, *range(520, 531))
+"""Statuses of a server that is busy or restarts, from 520 as Cloudflare says so for it: sent again
+until the deadline."""
 TRIES = 5
 """So often a question is asked whose answers cannot be used (status 500, no JSON, no text)."""
 BAD_ANSWER = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -145,7 +146,7 @@ class Server:
                         reason = f"an answer that cannot be used ({_first_line(error)}): {reason}"
                 if response.status in (200, 500):
                     num_bad += 1
-                with suppress(urllib3.exceptions.InvalidHeader):
+                with suppress(urllib3.exceptions.InvalidHeader, *BAD_ANSWER):
                     delay = max(delay, urllib3.Retry().get_retry_after(response) or 0.0)
             left = 0.0 if deadline is None else deadline - time.monotonic()
             if is_final or left <= 0 or num_bad == tries or is_over.wait(min(delay, left)):
@@ -333,7 +334,8 @@ class RemoteVerifier(Verifier):
         return self._content(reply["choices"][0], reply["choices"][0]["text"])
 
     def _content(self, choice: dict, text: object) -> str | dict[str, float]:
-        if choice.get("finish_reason") in ("abort", "error"):  # vLLM and SGLang, as they stop
+        # vLLM and SGLang, as they stop; services that hold an answer back
+        if choice.get("finish_reason") in ("abort", "error", "content_filter"):
             raise ValueError(f"the answer was cut off: {choice['finish_reason']}")
         if self.mode == "logits":
             return first_token(choice["logprobs"])
