@@ -20,6 +20,8 @@ def data_files(source: str) -> list[Path]:
     """The file, or every *.parquet and *.jsonl below the folder, linked and hidden folders too.
     Files of other endings, but pictures, are counted on stderr. Raises ValueError where there is
     none."""
+    if not source:  # pathlib takes it for the working directory
+        raise ValueError("expected a file or a folder of files with questions, got an empty text")
     path = Path(source)
     if path.is_file():
         return [path]

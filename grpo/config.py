@@ -288,6 +288,8 @@ class TrainConfig:
                     "save_every save_minutes export_every resample_flat", at_least=0)
         check_range(self, "temperature verifier_temperature max_grad_norm", above=0)
         check_range(self, "timeout_minutes", above=0, at_most=525_600)  # a year
+        if not self.run_dir:
+            raise ValueError("run_dir: expected a folder, got an empty text")
         if self.probe_images < 2:
             raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor "
                              "takes another image's caption")

@@ -92,8 +92,6 @@ def find_model(path: str) -> tuple[str, list[str]]:
     names; a relative path is one from the working directory. A base may have adapters too. Raises
     ValueError if one of them is no folder of a model and not like a hub name.
     """
-    if not path:  # pathlib takes it for the working directory
-        raise ValueError("expected a model's folder or a hub name, got an empty text")
     adapters: list[str] = []
     while True:
         parts = path.split("+")  # a folder's name may have it too: the longest that is there counts
@@ -120,6 +118,8 @@ def find_model(path: str) -> tuple[str, list[str]]:
 def loading(path: str, what: str, adapters: Sequence[str] = ()) -> Iterator[None]:
     """Any error of loading a checkpoint inside becomes a ValueError of one sentence. adapters:
     those whose base it is."""
+    if not path:  # pathlib takes it for the working directory
+        raise ValueError(f"expected a {what}'s folder or a hub name, got an empty text")
     try:
         if not Path(path, "adapter_config.json").is_file():
             check_model_path(path)

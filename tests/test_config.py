@@ -86,6 +86,7 @@ def test_the_table_of_recipes_is_that_of_the_presets():
         ({"reward": "judge", "length_weight": 0.2}, "reward judge: expected neither soft nor abstain nor weights"),
         ({"max_failed_share": 1.5}, "max_failed_share 1.5: expected 0 to 1"),
         ({"probe_images": 1}, "probe_images 1: expected at least 2"),
+        ({"run_dir": ""}, "run_dir: expected a folder, got an empty text"),
         ({"clip_high": -0.2}, "clip_high -0.2: expected 0 or more"),
         ({"warmup_steps": -1}, "warmup_steps -1: expected 0 or more"),
         ({"weight_decay": -0.1}, "weight_decay -0.1: expected 0 or more"),
@@ -117,6 +118,8 @@ def test_groups_are_not_split_over_ranks():
     "program, arguments, message",
     [
         (train, "toy --data none.jsonl", "none.jsonl: expected a file or a folder of files with questions, found nothing"),
+        (train, "toy --data=", "expected a file or a folder of files with questions, got an empty text"),
+        (train, "toy --verifier=", "expected a verifier's folder or a hub name, got an empty text"),
         (train, "toy --policy tests", "tests: expected a model folder with *.safetensors, found no weights"),
         (train, "toy --verifier tests", "tests: expected a model folder with *.safetensors, found no weights"),
         (train, "toy --policy BROKEN", "BROKEN/model.safetensors: expected weights, found Git LFS"),
