@@ -52,7 +52,8 @@ def test_tolerance_is_relative_to_the_target():
 
 
 @pytest.mark.parametrize(
-    "prediction", ["", " ", "nan", "inf", "1e999", "[", "[[[[", "10,10", "None", "10 20", "%", "\x00", "1_0"]
+    "prediction", ["", " ", "nan", "inf", "1e999", "[", "[[[[", "10,10", "None", "10 20", "%", "\x00", "1_0",
+                   pytest.param("[0x" + "f" * 4000 + "]", id="long")]
 )
 def test_a_malformed_prediction_earns_nothing(prediction):
     assert not relaxed_accuracy(prediction, "10") and not exact_match(prediction, "10")

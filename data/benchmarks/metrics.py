@@ -149,10 +149,10 @@ def _items(text: str) -> list[str]:
     if not (text.startswith("[") and text.endswith("]")):
         return [text]
     try:
-        parsed = ast.literal_eval(text)
+        parsed = [*map(str, ast.literal_eval(text))]  # a number may be too long for `str`
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # as it documents
         parsed = text[1:-1].split(",")
-    items = [str(item).strip(" '\"") for item in parsed]
+    items = [item.strip(" '\"") for item in parsed]
     return items or [text]
 
 
