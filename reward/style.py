@@ -85,11 +85,12 @@ _OF_PICTURE = r"(?: of the (?:image|picture|photo(?:graph)?|scene|chart|figure|s
 _GOOD = (r"(?:comprehensive|detailed|thorough|complete|accurate|precise|exhaustive|faithful|full|"
          r"vivid|clear|rich|in-depth|everything|every)")
 _DOES = (r"(?:\w+ly (?:and )?){0,2}(?:provides?|offers?|gives?|presents?|captures?|covers?|"
-         r"conveys?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|highlights?|"
-         r"aims?|serves?|allows?|enables?|leaves?|describes?|is|has|should|would|will|can)")
+         r"conveys?|communicates?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|highlights?|"
+         r"aims?|serves?|allows?|enables?|leaves?|describes?|represents?|is|has|should|would|will|"
+         r"can)")
 EMPTY = {
     "praise": re.compile("|".join((
-        rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_OWN}s?{_OF_PICTURE},? {_DOES}\b",
+        rf"\b(?:th(?:is|ese)|my|our)(?: \w+,?){{0,3}} {_OWN}s?{_OF_PICTURE},? {_DOES}\b",
         # these words may also be of what the picture shows
         rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_TEXT}s?{_OF_PICTURE},? {_DOES}(?: \S+){{0,8}}? "
         rf"(?:{_GOOD}|no (?:\w+ )?(?:aspect|detail|element)s?|image|picture|scene|reader)\b",
@@ -100,16 +101,21 @@ EMPTY = {
         rf"^(?:here is|here's|below is|the following is) (?:an? |the |my )?(?:\w+[, ]+)*?{_TEXT}\b",
         r"^(?:\w+, )?i(?: have|'ve) (?:\w+ly )?(?:described|provided|included|captured|covered)\b",
         r"^(?:certainly|sure|of course|absolutely)[,!.]",
-        r"^(?:please |if you [^,]+, )?(?:i hope (?:this|that|it) helps|let me know|feel free)\b",
+        r"^(?:please |if you [^,]+, )?(?:(?:i )?hope (?:this|that|it)(?: \w+)? helps|let me know|"
+        r"feel free)\b",
         r"\b(?:(?:every|all|no) (?:\w+ )?details?|nothing) (?:\w+ ){0,2}"
         r"(?:captured|described|covered|missed|overlooked|left out|omitted)\b",
     )), re.IGNORECASE),
     "hedge": re.compile("|".join((
-        r"\b(?:possibly|perhaps|presumably|probably|seemingly|apparently|likely)\b",
-        r"\b(?:may|might|could) (?:\w+ly )?(?:be|have|indicate|suggest|represent|imply|depict)\b",
-        r"\b(?:seems?|appears?) (?:to|as if|as though|like)\b",
+        r"\b(?:possibly|perhaps|maybe|presumably|supposedly|probably|arguably|seemingly|apparently|"
+        r"likely)\b",
+        r"\b(?:may|might|could) (?:\w+ly )?(?:be(?! (?:seen|found|read)\b)|have|indicate|suggest|"
+        r"represent|imply|depict)\b",
+        r"\b(?:seems?|appears?) (?:to(?! (?:the|its|his|her|their)\b)|like)\b",
+        r"\b(?:seems?|appears?|looks?) as (?:if|though)\b",
         r"\b(?:suggest|indicat|imply|hint)ing (?:that|at|an?)\b",
-        r"\b(?:it is|it's|is|are) (?:\w+ )?(?:unclear|uncertain|hard to tell|not clear)\b",
+        r"\b(?:it is|it's|is|are) (?:\w+ )?(?:unclear|uncertain|not clear|possible that|"
+        r"(?:hard|difficult|impossible) to (?:tell|say))\b",
     )), re.IGNORECASE),
 }
 """Sentences that earn nothing: "praise" is of the caption itself or to its reader, "hedge" leaves

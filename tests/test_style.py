@@ -44,7 +44,10 @@ This detailed analysis ensures a complete understanding of the chart.
 I've provided a detailed description of the image above.
 I have included all relevant details.
 Nothing has been left out.
-If you have any questions, feel free to ask."""
+If you have any questions, feel free to ask.
+This detailed caption communicates the contents of the infographic.
+My description covers the whole image.
+Hope this description helps!"""
 HEDGE = """\
 The man is possibly a teacher.
 The building may be a church.
@@ -57,7 +60,12 @@ The bars likely stand for sales.
 The dogs' owner may be one of the boys' friends.
 The vehicle could be a delivery van.
 The cloudy sky is bright, suggesting that it is noon.
-He is presumably the owner."""
+He is presumably the owner.
+Maybe the dog is asleep.
+It is possible that he is her father.
+It is difficult to say whether it rains.
+It looks as if it were night.
+The room is arguably a kitchen."""
 SOBER = """\
 The chart was published in May 2020.
 The caption below the figure says that sales rose by 5%.
@@ -100,17 +108,25 @@ The dashboard has a sidebar with the items Overview, Account and Settings.
 The page has a full description of the ingredients under the heading.
 The painting depicts a full moon over a calm sea.
 Every detail of the armour is engraved in silver.
-Two details of the painting are enlarged in circles."""
+Two details of the painting are enlarged in circles.
+A church tower may be seen behind the trees.
+The price could be read from the label.
+A tree appears to the left of the house.
+The arrow appears to its right.
+He looks to the left.
+My Account is the last item of the menu.
+The year is hard to read.
+A note on the door asks whether it is possible to enter."""
 
 
 @pytest.mark.parametrize(("kind", "text"), [("praise", PRAISE), ("hedge", HEDGE), ("", SOBER)])
-def test_84_sentences(kind, text):
+def test_100_sentences(kind, text):
     lines = text.splitlines()
     got = {line: empty_kinds(line) for line in lines}
     if kind == "praise":  # what follows the greeting is sober
         assert got.pop("Certainly! The picture shows a cat.") == ["praise", ""]
     assert got == {line: [kind] for line in got}
-    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 42
+    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 50
 
 
 def test_sentences_of_lists_headings_and_abbreviations():
