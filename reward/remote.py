@@ -231,7 +231,7 @@ def first_token(logprobs: dict) -> dict[str, float]:
         top = {token["token"]: token["logprob"] for token in reversed(likely)}
     else:
         top = logprobs["top_logprobs"][0]
-    if not top or not all(value <= 1e-3 for value in top.values()):  # NaN is not
+    if not top or not all(value is not False and value <= 1e-3 for value in top.values()):  # no NaN
         raise ValueError("expected log-probabilities of the first token")
     probs = {token: math.exp(value) for token, value in top.items()}
     if sum(probs.values()) > 1.05:  # a server may round them

@@ -9,6 +9,7 @@ from conftest import Forked, run_as_program
 import caption
 import evaluate
 import train
+from data.curate import __main__ as curate
 from data.program import run_program
 from grpo.config import RewardConfig, TrainConfig, change
 from grpo.recipes import PRESETS, parse_train_config, toy_config
@@ -146,6 +147,8 @@ def test_groups_are_not_split_over_ranks():
         (audit, "replay none.jsonl --verifier data/toy/verifier", "none.jsonl: expected a file, found nothing"),
         (audit, "audit tests", "tests: expected a run folder with rollouts/step_*.jsonl, found none"),
         (audit, "replay BADGOLD --verifier data/toy/verifier", "BADGOLD line 1: expected the key 'caption', got"),
+        (curate, "images --images= --out x", "images: expected a path, got an empty text"),
+        (curate, "filter --data BADGOLD --model data/toy/looker --out=", "out: expected a path, got an empty text"),
         (caption, "--images EMPTY --out x.jsonl --policy data/toy/policy", "EMPTY: expected images, "),
         (caption, "--images none --out x --policy data/toy/policy", "none: expected a folder or a file of images, found"),
     ],

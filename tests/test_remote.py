@@ -228,7 +228,7 @@ def test_both_forms_of_log_probabilities_are_read():
     assert first_token({"top_logprobs": [{" A": 0.0}]}) == {" A": 1.0}
     for wrong in ({"top_logprobs": []}, {"top_logprobs": [{}]}, {"top_logprobs": [{" A": math.nan}]},
                   {"top_logprobs": [{" A": 12.0}]}, {"top_logprobs": [{" A": None}]}, {"content": [{}]}, {},
-                  {"top_logprobs": [{" A": 0.0, " B": 0.0}]}):
+                  {"top_logprobs": [{" A": 0.0, " B": 0.0}]}, {"top_logprobs": [{" A": False}]}):
         with pytest.raises((LookupError, TypeError, ValueError)):
             first_token(wrong)
 

@@ -35,6 +35,9 @@ COMMANDS = {
 def main(arguments: list[str]) -> None:
     configs = {name: config for name, (config, _) in COMMANDS.items()}
     config = tyro.extras.subcommand_cli_from_dict(configs, args=arguments)
+    for name in ("images", "data", "out"):  # pathlib takes an empty one for the working directory
+        if getattr(config, name, None) == "":
+            raise ValueError(f"{name}: expected a path, got an empty text")
     with naming(Path(config.out)):
         check_room(Path(config.out))
         is_filter = isinstance(config, FilterConfig)
