@@ -42,9 +42,14 @@ FEWER_PIXELS = {
     "JPEG2000": 30_000_000,
     "progressive JPEG": 75_000_000,
     "LAB": 40_000_000,
+    "bmp_rle": 7_000_000,
+    "ppm": 3_500_000,
+    "ppm_plain": 2_500_000,
 }
 """Most pixels of formats that take 10 to 26 bytes for each while they are decoded, or, as LAB, 70
-ns. So no picture needs over 1 GB or 3 s."""
+ns. Or up to 1 µs, as the last three, which are decoders of Pillow in Python: of BMP in runs, of
+PPM with a maximum that is neither 255 nor 65535, and of PPM in decimal digits. So no picture needs
+over 1 GB or 3 s."""
 
 MAX_ASPECT_RATIO = 200
 """Longer side over shorter side: the most that the image processors of Qwen's models accept."""
@@ -98,6 +103,8 @@ def read_head(image: ImageSource) -> Image.Image:
         width, height = opened.size
     kind = "progressive JPEG" if "progressive" in opened.info else opened.format
     kind = "LAB" if opened.mode == "LAB" else kind
+    decoder = next((tile[0] for tile in getattr(opened, "tile", ())), None)
+    kind = decoder if decoder in FEWER_PIXELS else kind
     most = FEWER_PIXELS.get(kind, MAX_PIXELS)
     if width * height > most:
         pixels = f"pixels of {kind}" if kind in FEWER_PIXELS else "pixels"

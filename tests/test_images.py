@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -275,6 +276,24 @@ def test_decoders_that_need_more_memory_get_fewer_pixels(monkeypatch):
     monkeypatch.setitem(FEWER_PIXELS, "LAB", 400)
     with pytest.raises(ValueError, match="x: expected at most 400 pixels of LAB, got 30 x 20"):
         open_image(stored(Image.new("LAB", (30, 20)), "TIFF"))
+
+
+def test_pictures_that_pillow_decodes_in_python_get_fewer_pixels(monkeypatch):
+    """One of 100 million pixels took 100 s."""
+    runs = struct.pack("<IiiHHIIiiII", 40, 30, 20, 1, 8, 1, 82, 0, 0, 256, 0) + bytes(1024) + b"\x1e\7\0\0" * 20 + b"\0\1"
+    pictures = {
+        "bmp_rle": b"BM" + struct.pack("<IHHI", 14 + len(runs), 0, 0, 1078) + runs,
+        "ppm": b"P5 30 20 4095\n" + bytes(1200),
+        "ppm_plain": b"P3 30 20 255\n" + b"7 " * 1800,
+    }
+    for decoder, content in pictures.items():
+        picture = StoredImage("x", partial(bytes, content))
+        assert open_image(picture).size == (30, 20)
+        monkeypatch.setitem(FEWER_PIXELS, decoder, 400)
+        with pytest.raises(ValueError, match=f"x: expected at most 400 pixels of {decoder}, got 30 x 20"):
+            image_size(picture)
+    for head in (b"P5 30 20 65535\n", b"P6 30 20 255\n"):
+        assert open_image(StoredImage("x", partial(bytes, head + bytes(1800)))).size == (30, 20)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
