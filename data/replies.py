@@ -102,6 +102,10 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     texts = [fold_choice(choice) for choice in choices]
     own = texts[place]
     letters = {LETTERS.lower().index(match["letter"]) for match in _NAMED.finditer(rest)}
+    for match in re.finditer(r" ([a-j])(?:[.):]| -) ?", rest):  # "A) red B) gre": all options said
+        listed, said = LETTERS.lower().index(match[1]), rest[match.end() :]
+        if listed < len(texts) and said[: len(texts[listed])] == texts[listed][: len(said)]:
+            letters.add(listed)
     if letters.intersection(range(len(choices))) - {place}:
         return False
     is_stance = own in ("yes", "是") or _DENIAL.search(own)  # "No, it is not" denies nothing
@@ -145,10 +149,13 @@ _LEAD = re.compile(
     re.IGNORECASE,
 )
 
-# A choice's text ends before a space, sign or bracketed label; a number not before its unit.
+# A choice's text ends before a space, sign or bracketed label; a number not before its unit, and
+# "no" not before its noun ("No information", "no mention of it").
 _TEXT_END = re.compile(
     r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
-    r"""(?<=\d) (?!(?:is|as|in|on|at|it)\b)[a-z]{1,2}\b)"""
+    r"""(?<=\d) (?!(?:is|as|in|on|at|it)\b)[a-z]{1,2}\b|"""
+    r"(?<=\bno) (?!(?:a|an|the|this|that|these|those|it|its|he|she|they|we|i|you|there|because|"
+    r"since|as|for|in|on|at)\b)\w)"
     r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
 )
 
@@ -227,6 +234,6 @@ _WITHDRAWN = re.compile(
 _GOES_ON = re.compile(
     r"""[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor)\b)|["'*_`)\]]* ?(?:(?:to|through|thru|until|"""
     r"till|vs|versus|x|by|times|of|out of|over|plus|minus|point|per|percent\w*|dozens?|hundreds?|"
-    r"thousands?|millions?|billions?|trillions?|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|"
+    r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|"
     r"one|two|three|four|five|six|seven|eight|nine|ten|pairs?|squared|cubed)\b|\d|[万千百亿十])"
 )

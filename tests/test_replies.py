@@ -183,9 +183,18 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
                      "green, because the caption does not mention red", "green; the answer is B", "gr\u00adeen"]),
         (("Yes", "No"), 1, ["No, there is no dog", "No. There isn't a dog", "B) No, it is not"]),
         (("Yes", "No"), None, ["Yes is wrong", "No is wrong", "A) No"]),
+        # of another thing than the question's there is none
+        (("Yes", "No"), None, ["No information", "no mention of it", "No way to tell", "No answer.", "No one knows",
+                               "The answer is no evidence of that"]),
+        (("Yes", "No"), 1, ["No", "No because it is red", "No the car is red", "No, no information"]),
+        (("No cars", "Two cars"), 0, ["No cars", "no cars are seen"]),
+        # all options, one after the other, as far as the reply goes
+        (COLORS, None, ["A) red B) green C) blue D) pink", "A. red B. gr", "A: red B: green", "(A) red (B) green",
+                        "A - red B - green", "red B. green", "A. red B."]),
+        (COLORS, 0, ["A) red because of B. Smith", "A) red as in plan b. Smith"]),
         # amounts and ranges
         (("2", "10", "200"), None, ["2 million", "2 hundred", "10 to 12", "10 x 12", "10 by 12", "10 × 12", "2 and a half",
-                                    "10 p.m.", "2 km", "2 万", "10 percent", "2 thirds"]),
+                                    "10 p.m.", "2 km", "2 万", "2 lakh", "10 percent", "2 thirds"]),
         (("2", "10", "200"), 0, ["2", "2 cars", "2 is right", "A"]),
         (("two", "three"), None, ["two hundred", "two thirds", "two to three"]),
         (("5%", "5"), None, ["5 percent", "5 per cent"]),
