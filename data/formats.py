@@ -94,9 +94,9 @@ def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageS
 
 
 def id_text(id: Any, key: str = "id") -> str:
-    """The id as text. Raises ValueError if it is empty, or neither text nor a number (pandas makes
-    whole numbers to 1.0 where one is missing)."""
-    if type(id) not in (str, int, float) or id == "":
+    """The id as text. Raises ValueError if it is empty, or neither text nor a number. Where one is
+    missing, pandas makes it to NaN, which is none, and whole numbers to 1.0."""
+    if type(id) not in (str, int, float) or id == "" or id != id:
         raise ValueError(f"expected a text or a number in {key!r}, got {short(id)}")
     return str(id)
 

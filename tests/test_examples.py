@@ -3,6 +3,7 @@
 
 import base64
 import json
+import math
 import os
 import random
 import re
@@ -356,6 +357,7 @@ def picture(data: bytes | None) -> dict:
 BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
     (caprl, dict(id=None), "expected a text or a number in 'id', got None"),
     (caprl, dict(id=""), "expected a text or a number in 'id', got ''"),
+    (own, dict(id=math.nan), "expected a text or a number in 'id', got nan"),
     (caprl, dict(id="first"), "id 'first' was used before, on row 0"),
     (caprl, dict(image=None), "expected a picture in 'image', got None"),
     (caprl, picture(None), "expected a picture in 'image', got None"),
