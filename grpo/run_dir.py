@@ -48,7 +48,11 @@ def saved_config(run_dir: Path) -> dict:
     """The settings of the run in the folder, empty if there is none. Raises ValueError if they
     cannot be read."""
     path = run_dir / "config.json"
-    return read_json(path, "the settings of a run", dict) if path.exists() else {}
+    saved = read_json(path, "the settings of a run", dict) if path.exists() else {}
+    contents = saved.get("contents", {})
+    if not isinstance(contents, dict) or not all(isinstance(one, str) for one in contents.values()):
+        raise ValueError(f"{path}: expected texts by name in contents, found {short(contents)}")
+    return saved
 
 
 _FILES = "configuration, tokenizer, chat template and image processor"

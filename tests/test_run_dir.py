@@ -105,3 +105,7 @@ def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: expected the settings of a run"):
         saved_config(tmp_path)
+    for contents in ("null", '{"data": 5}'):
+        (tmp_path / "config.json").write_text(f'{{"contents": {contents}}}')
+        with pytest.raises(ValueError, match="config.json: expected texts by name in contents, found"):
+            saved_config(tmp_path)
