@@ -468,6 +468,13 @@ WRONG_KINDS = {
 }
 
 
+def test_gpus_of_another_kind_are_named(tmp_path):
+    run = made_run(tmp_path / "run", [[caption_row("x")]])
+    (run / "starts.jsonl").write_text('{"step": 0, "time": "now", "machine": {"gpus": 8}}\n')
+    with pytest.raises(ValueError, match="starts.jsonl row 1: expected 'machine' in .* found {'gpus': 8}"):
+        write_page(run)
+
+
 @pytest.mark.parametrize("name", WRONG_KINDS)
 def test_values_of_another_kind_are_named(tmp_path, name):
     text, message = WRONG_KINDS[name]
@@ -477,7 +484,9 @@ def test_values_of_another_kind_are_named(tmp_path, name):
         write_page(run)
 
 
-@pytest.mark.parametrize("change", [{"options": 3}, {"probs": ["x"]}, {"source": [1]}, {"reply": 5}, {"score": "1"}])
+@pytest.mark.parametrize("change", [
+    {"options": 3}, {"probs": ["x"]}, {"source": [1]}, {"reply": 5}, {"score": "1"}, {"correct": "yes"},
+])
 def test_values_of_a_question_of_another_kind_are_named(tmp_path, change):
     path = evaluation(tmp_path / "rows.jsonl", [caption_row("x", questions=[asked() | change])])
     with pytest.raises(ValueError, match=f"rows.jsonl row 1: expected '{next(iter(change))}' in "):

@@ -119,8 +119,8 @@ def read_run(run_dir: Path) -> Source:
         where = f"{run_dir / 'starts.jsonl'} row {number}"
         if not {"time", "step"} <= set(start):
             raise ValueError(f"{where}: expected a time and a step, got {short(start)}")
-        objects = dict.fromkeys(("machine", "versions"), (dict, NoneType))
-        check_form(where, start, {"commit": TEXT} | objects)
+        machine = ({"gpus": ([str], NoneType)}, NoneType)
+        check_form(where, start, {"commit": TEXT, "machine": machine, "versions": (dict, NoneType)})
     return Source(run_dir.resolve().name, run_dir, groups, num_steps, config, starts, series, bands)
 
 
@@ -134,7 +134,7 @@ QUESTION = {
     **dict.fromkeys(("id", "family", "reply", "failure"), TEXT),
     **dict.fromkeys(("gold", "chosen", "source"), (int, NoneType)),
     **dict.fromkeys(("score", "released_score"), NUMBER),
-    "options": LIST, "probs": ([(int, float)], NoneType),
+    "options": LIST, "probs": ([(int, float)], NoneType), "correct": (bool, *NUMBER),
 }
 """The forms of what is shown of a caption and of a question."""
 
