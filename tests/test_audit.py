@@ -169,6 +169,22 @@ def test_a_run_is_audited_over_its_steps(tmp_path, capsys):
     assert "always_right: 1 of the 2 questions asked often enough: i:0" in format_audit(found)
     with pytest.raises(ValueError, match="expected a run folder with rollouts/step_"):
         audit_run(AuditConfig(tmp_path / "none"))
+    probes = tmp_path / "audit.jsonl"
+    probes.write_text('{"step": 0, "probe_accuracy": 0.5, "probe_no_caption": 0.25}\n{"probe_accuracy": 1.0}\n')
+    found = audit_run(AuditConfig(tmp_path))["mean"]
+    assert (found["probe_accuracy"], found["probe_no_caption"]) == (0.75, 0.25)
+    probes.write_text('{"step": 0, "probe_accuracy": "much"}\n')
+    with pytest.raises(ValueError, match="audit.jsonl row 1: expected 'probe_accuracy' in the form .* found 'much'"):
+        audit_run(AuditConfig(tmp_path))
+
+
+def test_a_question_without_failure_has_a_score(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(row("a", [one(0, 1) | {"score": None}])))
+    with pytest.raises(ValueError, match="r.jsonl line 1: expected 'score' in the form .* found None"):
+        read_rows(path)
+    path.write_text(json.dumps(row("a", [one(0, None, failure="too long") | {"score": None}])))
+    assert len(read_rows(path)) == 1
 
 
 def test_replay_hand_computed():

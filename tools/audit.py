@@ -300,7 +300,8 @@ def read_rows(path: Path, *numbers: str) -> list[dict]:
             if not isinstance(question, dict) or not set(RECORD) <= set(question):
                 raise ValueError(f"{where}: expected a question as asked with {', '.join(RECORD)}, "
                                  f"got {short(question)}")
-            check_form(where, question, RECORD)
+            scored = {} if question["failure"] else {"score": (int, float)}
+            check_form(where, question, RECORD | scored)
         rows.append(row)
     return rows
 
@@ -313,7 +314,11 @@ def audit_run(config: AuditConfig) -> dict:
     if not files:
         raise ValueError(f"{config.run_dir}: expected a run folder with rollouts/step_*.jsonl, "
                          "found none")
-    probes = [row for row in read_log(config.run_dir / "audit.jsonl") if "probe_accuracy" in row]
+    path, probes = config.run_dir / "audit.jsonl", []
+    for number, row in enumerate(read_log(path), start=1):
+        found = {key: value for key, value in row.items() if key.startswith("probe")}
+        check_form(f"{path} row {number}", found, dict.fromkeys(found, (int, float, NoneType)))
+        probes += [found] if found else []
     steps, right = [], {}
     for path in tqdm(files, desc="audit", unit="step"):
         rows = read_rows(path, "reward", "length")
@@ -325,8 +330,7 @@ def audit_run(config: AuditConfig) -> dict:
     often = {name: answers for name, answers in right.items() if len(answers) >= config.min_asked}
     series = {key: [step[key] for step in steps] for key in steps[0] if "letters" not in key}
     for key in probes[0] if probes else ():
-        if key.startswith("probe"):
-            series[key] = [math.nan if row[key] is None else row[key] for row in probes]
+        series[key] = [math.nan if row.get(key) is None else row[key] for row in probes]
     measured = {key: [value for value in values if not math.isnan(value)]
                 for key, values in series.items()}
     return {
