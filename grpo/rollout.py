@@ -100,6 +100,8 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     device = policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"
+    # First: it refuses more tokens than the policy has positions, whatever memory they would take.
+    decoder = Decoder(policy.model, group_size, max_new_tokens)
     tokens = torch.full((len(keys), max_new_tokens), policy.pad_id, device=device)  # (B, L)
     logprobs = torch.zeros(len(keys), max_new_tokens, device=device)  # (B, L)
     lengths, truncated = [0] * len(keys), [False] * len(keys)
@@ -109,7 +111,6 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     eos_ids = torch.tensor(policy.eos_ids, device=device)
     forbidden = torch.tensor(policy.forbidden_ids, dtype=torch.long, device=device)
 
-    decoder = Decoder(policy.model, group_size, max_new_tokens)
     batch = Batch(decoder, prompts, token_budget)
     logits = torch.empty(0, policy.model.lm_head.weight.shape[0], device=device)  # (n, V)
     while batch.waiting or batch.live:

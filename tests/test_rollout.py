@@ -198,9 +198,11 @@ def test_logits_that_are_not_finite_are_named(policy, prompts):
         sample_rollouts(policy, prompts[:1], keys(1, 2), 3)
 
 
-def test_captions_longer_than_the_policys_positions_are_refused(policy, prompts):
-    with pytest.raises(ValueError, match="max_new_tokens 4097: expected at most the 4096 positions of the policy"):
-        sample_rollouts(policy, prompts[:1], keys(1, 2), 4097)
+@pytest.mark.parametrize("length", [4097, 2**44])
+def test_captions_longer_than_the_policys_positions_are_refused(policy, prompts, length):
+    """Before their tensors are made: the system killed the process, or torch raised RuntimeError."""
+    with pytest.raises(ValueError, match=f"max_new_tokens {length}: expected at most the 4096 positions of the policy"):
+        sample_rollouts(policy, prompts[:1], keys(1, 2), length)
 
 
 def test_draw_tokens_never_takes_an_impossible_one():
