@@ -35,7 +35,8 @@ def estimate_memory(policy: PreTrainedModel, verifier: PreTrainedModel | None, c
     has_one_model = num_ranks == 1 and not is_gpu  # one model samples and learns
     is_sharded = num_ranks > 1 or is_gpu
     shards = num_ranks // config.replicas
-    parameters = num_parameters(policy)
+    parameters = sum(parameter.numel() for name, parameter in policy.named_parameters()
+                     if "lora_" not in name)  # of adapters below
     visual = policy.model.visual
     merger = sum(num_parameters(part) for name, part in visual.named_children() if "merger" in name)
     frozen = {"none": 0, "vision": num_parameters(visual) - merger,

@@ -107,7 +107,10 @@ def work(case: str, folder: Path) -> None:
                                                           device), load_examples(config.data)
     endless = replace(run.sampler, forbidden_ids=(*run.sampler.forbidden_ids, *run.sampler.eos_ids))
     run = replace(run, sampler=endless)
-    prompts = [run.sampler.prompt(open_image(example.image)) for example in examples]
+    # This step's, and those of the next one, which training opens meanwhile.
+    steps = [[run.sampler.prompt(open_image(example.image)) for example in examples]
+             for _ in range(2)]
+    prompts = steps[0]
     prompt = max(prompts, key=lambda prompt: len(prompt.input_ids))
     estimate = estimate_memory(
         run.sampler.model, reward.verifier.model, config, 1, False, len(prompt.input_ids),

@@ -100,8 +100,7 @@ def sample_rollouts(policy: Policy, prompts: Sequence[Prompt], keys: Sequence[st
     device = policy.model.device
     group_size, rest = divmod(len(keys), len(prompts))
     assert rest == 0, f"{len(keys)} keys for {len(prompts)} prompts"
-    # First: it refuses more tokens than the policy has positions, whatever memory they would take.
-    decoder = Decoder(policy.model, group_size, max_new_tokens)
+    decoder = Decoder(policy.model, group_size, max_new_tokens)  # first: it refuses too many tokens
     tokens = torch.full((len(keys), max_new_tokens), policy.pad_id, device=device)  # (B, L)
     logprobs = torch.zeros(len(keys), max_new_tokens, device=device)  # (B, L)
     lengths, truncated = [0] * len(keys), [False] * len(keys)

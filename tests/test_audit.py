@@ -185,6 +185,10 @@ def test_a_question_without_failure_has_a_score(tmp_path):
         read_rows(path)
     path.write_text(json.dumps(row("a", [one(0, None, failure="too long") | {"score": None}])))
     assert len(read_rows(path)) == 1
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts/step_000000.jsonl").write_text(json.dumps(row("a", [one(0, 1)]) | {"length": None}))
+    with pytest.raises(ValueError, match="line 1: expected 'length' in the form .* found None"):
+        audit_run(AuditConfig(tmp_path))
 
 
 def test_replay_hand_computed():

@@ -358,6 +358,7 @@ BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
     (caprl, dict(id=None), "expected a text or a number in 'id', got None"),
     (caprl, dict(id=""), "expected a text or a number in 'id', got ''"),
     (own, dict(id=math.nan), "expected a text or a number in 'id', got nan"),
+    (own, dict(family=["charts"]), "expected a text or a number in 'family', got ['charts']"),
     (caprl, dict(id="first"), "id 'first' was used before, on row 0"),
     (caprl, dict(image=None), "expected a picture in 'image', got None"),
     (caprl, picture(None), "expected a picture in 'image', got None"),

@@ -285,17 +285,16 @@ RECORD = {"question": str, "options": [str], "gold": PLACE, "abstain": PLACE, "s
 """The forms of a question as asked, see `data.jsonl.fits`."""
 
 
-def read_rows(path: Path, *numbers: str) -> list[dict]:
-    """Rollout rows of a file, with these numbers. Raises ValueError for a row that is none, naming
-    file and line."""
+def read_rows(path: Path, **numbers: tuple) -> list[dict]:
+    """Rollout rows of a file, with these numbers in these forms. Raises ValueError for a row that
+    is none, naming file and line."""
     rows = []
     for number, row in read_jsonl(path):
         where = f"{path} line {number}"
         missing = [key for key in ("id", "caption", "questions", *numbers) if key not in row]
         if missing:
             raise ValueError(f"{where}: expected the key {missing[0]!r}, got {sorted(row)}")
-        check_form(where, row, {"id": str, "caption": str, "questions": list}
-                   | dict.fromkeys(numbers, (int, float, NoneType)))
+        check_form(where, row, {"id": str, "caption": str, "questions": list} | numbers)
         for question in row["questions"]:
             if not isinstance(question, dict) or not set(RECORD) <= set(question):
                 raise ValueError(f"{where}: expected a question as asked with {', '.join(RECORD)}, "
@@ -321,7 +320,7 @@ def audit_run(config: AuditConfig) -> dict:
         probes += [found] if found else []
     steps, right = [], {}
     for path in tqdm(files, desc="audit", unit="step"):
-        rows = read_rows(path, "reward", "length")
+        rows = read_rows(path, reward=(int, float, NoneType), length=(int, float))
         steps.append(audit(rows))
         for row in rows:
             for question in scored_questions(row):
