@@ -47,7 +47,7 @@ def repetition(caption: str, n: int = 4) -> float:
 
 _NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|e\.g|i\.e|vs|cf|approx|fig|(?-i:[A-Z]))\.$", re.I)
 _NUMBER = re.compile(r"\bnos?\.$", re.I)
-_MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–]\s+|"  # noqa: RUF001
+_MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–◦▪‣●○■□·→]\s+|\[[ xX]\]\s+|"  # noqa: RUF001
                      r"\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")
 """Of a heading, a quotation or an item of a list."""
 SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|"  # noqa: RUF001

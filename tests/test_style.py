@@ -142,6 +142,7 @@ def test_sentences_of_lists_headings_and_abbreviations():
         "A street", "Left: Mr. Smith, e.g. as in Fig. 3, holds 2.5 kg of apples.", "He smiles!",
         "a red car (No. 7)", "3 trees", 'A "STOP." sign, seen at 5 p.m. by J. Doe.', "Is it lit?",
         "Yes...", "图中有两只猫。", "左边的是黑色的！"]  # noqa: RUF001
+    assert sentences("- [ ] a cat\n- [x] a cat\n◦ a cat\n  ▪ a cat\n→ a cat") == ["a cat"] * 5
     assert sentences("") == sentences(" \n--\n. ") == [] and sentences("no stop") == ["no stop"]
 
 
