@@ -102,10 +102,6 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     texts = [fold_choice(choice) for choice in choices]
     own = texts[place]
     letters = {LETTERS.lower().index(match["letter"]) for match in _NAMED.finditer(rest)}
-    for match in re.finditer(r" ([a-j])(?:[.):]| -) ?", rest):  # "A) red B) gre": all options said
-        listed, said = LETTERS.lower().index(match[1]), rest[match.end() :]
-        if listed < len(texts) and said[: len(texts[listed])] == texts[listed][: len(said)]:
-            letters.add(listed)
     if letters.intersection(range(len(choices))) - {place}:
         return False
     is_stance = own in ("yes", "是") or _DENIAL.search(own)  # "No, it is not" denies nothing
@@ -120,6 +116,12 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
         ends = [text for text in texts if clause and text.endswith(f" {clause}")]
         if ends and own not in ends:
             return False
+    for match in re.finditer(r" ([a-j])(?:[.):]| -) ?", rest):  # "A) red B) gre": all options said
+        listed, said = LETTERS.lower().index(match[1]), rest[match.end() :]
+        if listed == place or listed >= len(texts) or not (said or match.start() == 0):
+            continue  # an option's text may end in a letter: "Point B."
+        if said[: len(texts[listed])] == texts[listed][: len(said)]:
+            return False
     contrast = re.match(r", (?:and )?not ", rest)  # "2, not 3"
     other, after = _begun_by(rest[contrast.end() :] if contrast else "", choices)
     rest = rest if other in (None, place) else after
@@ -127,7 +129,8 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     if not {None, place}.issuperset(says) or _GOES_ON.match(rest) or _WITHDRAWN.search(rest):
         return False
     denial = _DENIAL.search(_VERDICT.match(rest)[0])
-    return not denial or bool(is_stance and re.match(r"[,.:;\n]", rest))
+    goes_on = re.match(r"[,.:;\n]", rest) or rest.startswith(f" {own} ")  # "B) No dogs are seen"
+    return not denial or bool(is_stance and goes_on)
 
 
 def _texts_in(said: str, texts: Sequence[str]) -> set[str]:
@@ -154,8 +157,8 @@ _LEAD = re.compile(
 _TEXT_END = re.compile(
     r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
     r"""(?<=\d) (?!(?:is|as|in|on|at|it)\b)[a-z]{1,2}\b|"""
-    r"(?<=\bno) (?!(?:a|an|the|this|that|these|those|it|its|he|she|they|we|i|you|there|because|"
-    r"since|as|for|in|on|at)\b)\w)"
+    r"(?<=\bno) (?!(?:a|an|the|this|that|these|those|it|its|his|her|their|he|she|they|we|i|you|"
+    r"there|is|was|seems|because|based|according|since|as|for|in|on|at)\b)\w)"
     r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
 )
 
@@ -234,6 +237,7 @@ _WITHDRAWN = re.compile(
 _GOES_ON = re.compile(
     r"""[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor)\b)|["'*_`)\]]* ?(?:(?:to|through|thru|until|"""
     r"till|vs|versus|x|by|times|of|out of|over|plus|minus|point|per|percent\w*|dozens?|hundreds?|"
-    r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|fourths?|fifths?|"
-    r"one|two|three|four|five|six|seven|eight|nine|ten|pairs?|squared|cubed)\b|\d|[万千百亿十])"
+    r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
+    r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
+    r"squared|cubed)\b|\d|[万千百亿十])"
 )

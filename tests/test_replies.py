@@ -186,12 +186,17 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         # of another thing than the question's there is none
         (("Yes", "No"), None, ["No information", "no mention of it", "No way to tell", "No answer.", "No one knows",
                                "The answer is no evidence of that"]),
-        (("Yes", "No"), 1, ["No", "No because it is red", "No the car is red", "No, no information"]),
+        (("Yes", "No"), 1, ["No", "No because it is red", "No the car is red", "No, no information", "No is correct.",
+                            "No according to the caption", "B) No dogs are seen", "B. No dogs are seen"]),
+        (("Yes", "No"), None, ["A) No dogs are seen"]),
         (("No cars", "Two cars"), 0, ["No cars", "no cars are seen"]),
         # all options, one after the other, as far as the reply goes
         (COLORS, None, ["A) red B) green C) blue D) pink", "A. red B. gr", "A: red B: green", "(A) red (B) green",
                         "A - red B - green", "red B. green", "A. red B."]),
-        (COLORS, 0, ["A) red because of B. Smith", "A) red as in plan b. Smith"]),
+        (COLORS, 0, ["A) red because of B. Smith", "A) red as in plan b. Smith", "A) red, as in panel B."]),
+        # but an option's own last letter is no other's label
+        (("Point A", "Point C", "Point B"), 2, ["C. Point B.", "C) Point B", "C - Point B.", "The answer is (C) Point B."]),
+        (("Ward C", "Ward B", "Ward A"), 0, ["A. Ward C.", "A) Ward C. The caption says Ward C.", "A. It is in ward C."]),
         # amounts and ranges
         (("2", "10", "200"), None, ["2 million", "2 hundred", "10 to 12", "10 x 12", "10 by 12", "10 × 12", "2 and a half",
                                     "10 p.m.", "2 km", "2 万", "2 lakh", "10 percent", "2 thirds"]),
