@@ -85,9 +85,9 @@ _OF_PICTURE = r"(?: of the (?:image|picture|photo(?:graph)?|scene|chart|figure|s
 _GOOD = (r"(?:comprehensive|detailed|thorough|complete|accurate|precise|exhaustive|faithful|full|"
          r"vivid|clear|rich|in-depth|everything|every)")
 _DOES = (r"(?:\w+ly (?:and )?){0,2}(?:provides?|offers?|gives?|presents?|captures?|covers?|"
-         r"conveys?|communicates?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|highlights?|"
-         r"aims?|serves?|allows?|enables?|leaves?|describes?|represents?|is|has|should|would|will|"
-         r"can)")
+         r"conveys?|communicates?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|"
+         r"highlights?|aims?|serves?|allows?|enables?|leaves?|describes?|represents?|is|has|should|"
+         r"would|will|can)")
 EMPTY = {
     "praise": re.compile("|".join((
         rf"\b(?:th(?:is|ese)|my|our)(?: \w+,?){{0,3}} {_OWN}s?{_OF_PICTURE},? {_DOES}\b",
@@ -109,13 +109,13 @@ EMPTY = {
     "hedge": re.compile("|".join((
         r"\b(?:possibly|perhaps|maybe|presumably|supposedly|probably|arguably|seemingly|apparently|"
         r"likely)\b",
-        r"\b(?:may|might|could) (?:\w+ly )?(?:be(?! (?:seen|found|read)\b)|have|indicate|suggest|"
-        r"represent|imply|depict)\b",
+        r"\b(?:may|might|could) (?:\w+ly )?(?:be(?! (?:\w+ly )?(?:seen|found|read)\b)|have|"
+        r"indicate|suggest|represent|imply|depict)\b",
         r"\b(?:seems?|appears?) (?:to(?! (?:the|its|his|her|their)\b)|like)\b",
         r"\b(?:seems?|appears?|looks?) as (?:if|though)\b",
         r"\b(?:suggest|indicat|imply|hint)ing (?:that|at|an?)\b",
-        r"\b(?:it is|it's|is|are) (?:\w+ )?(?:unclear|uncertain|not clear|possible that|"
-        r"(?:hard|difficult|impossible) to (?:tell|say))\b",
+        r"\b(?:it is|it's|is|are) (?:\w+ )?(?:unclear|uncertain|not clear|"
+        r"(?<!not )possible that|(?:hard|difficult|impossible) to (?:tell|say))\b",
     )), re.IGNORECASE),
 }
 """Sentences that earn nothing: "praise" is of the caption itself or to its reader, "hedge" leaves

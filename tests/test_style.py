@@ -109,14 +109,14 @@ The page has a full description of the ingredients under the heading.
 The painting depicts a full moon over a calm sea.
 Every detail of the armour is engraved in silver.
 Two details of the painting are enlarged in circles.
-A church tower may be seen behind the trees.
-The price could be read from the label.
+A church tower may be clearly seen behind the trees.
+The price could be found on the label.
 A tree appears to the left of the house.
 The arrow appears to its right.
 He looks to the left.
 My Account is the last item of the menu.
 The year is hard to read.
-A note on the door asks whether it is possible to enter."""
+With the door closed it is not possible that light enters."""
 
 
 @pytest.mark.parametrize(("kind", "text"), [("praise", PRAISE), ("hedge", HEDGE), ("", SOBER)])
