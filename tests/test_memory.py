@@ -56,6 +56,13 @@ def test_what_autograd_keeps_is_what_is_estimated(changes):
     assert sum(kept.values()) == pytest.approx(estimate["phase update"] - head - max(logits, inside) - pixels, rel=0.1)
 
 
+def test_adapters_that_are_there_are_counted_once(policy):
+    config = toy_config(lora_rank=8)
+    before = estimate_memory(policy.model, None, config, 1, False, 40, 20, 0)
+    add_adapters_(policy.model, config.lora, config.freeze, seed=0)
+    assert estimate_memory(policy.model, None, config, 1, False, 40, 20, 0) == before
+
+
 @pytest.mark.parametrize("vocab_size, rows", [(500, 0), (50_000, 160)])
 def test_one_token_more_in_the_vocabulary(policy, vocab_size, rows):
     """Its row of the head's gradient; of a large vocabulary, whose logits outweigh a layer's

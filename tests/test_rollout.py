@@ -67,6 +67,15 @@ def test_logits_are_not_rounded_on_a_gpu(monkeypatch):
     assert head_logits(head, hidden).flatten().tolist() == [20.0] * 3
 
 
+@torch.no_grad()
+def test_logits_of_prompts_and_of_steps_are_float32_in_half_precision(policy, prompts):
+    policy.model.to(torch.bfloat16)
+    logits, cache, mask = read_prompts(policy, prompts[:2])
+    decoder, rows = Decoder(policy.model, 1, 4), torch.arange(2)
+    decoder.add(cache, mask)
+    assert logits.dtype == decoder.step(torch.full_like(rows, 40), rows + 100, rows).dtype == torch.float32
+
+
 def test_generate_of_another_batch_size_leaves_no_trace(policy, prompts):
     """transformers keeps rope_deltas of the last batch on the model; a stale one shifts or breaks later forwards."""
     fresh = sample_rollouts(policy, prompts[:2], keys(2, 2), 8)
