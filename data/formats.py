@@ -90,7 +90,9 @@ def read_row(row: dict, file: Path, where: str, root: Path) -> tuple[str, ImageS
         name = "'reward_model.ground_truth'" if form == "reward_model" else "'questions'"
         raise ValueError(f"expected a list with at least one question in {name}, "
                          f"got {short(entries)}")
-    return id, image, id_text(row.get("family") or row.get("domain") or "all", "family"), entries
+    named = (key for key in ("family", "domain") if row.get(key) and row[key] == row[key])  # no NaN
+    key = next(named, None)
+    return id, image, id_text(row[key], key) if key else "all", entries
 
 
 def id_text(id: Any, key: str = "id") -> str:

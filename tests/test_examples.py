@@ -359,6 +359,7 @@ BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
     (caprl, dict(id=""), "expected a text or a number in 'id', got ''"),
     (own, dict(id=math.nan), "expected a text or a number in 'id', got nan"),
     (own, dict(family=["charts"]), "expected a text or a number in 'family', got ['charts']"),
+    (own, dict(family=math.nan, domain=["charts"]), "expected a text or a number in 'domain', got ['charts']"),
     (caprl, dict(id="first"), "id 'first' was used before, on row 0"),
     (caprl, dict(image=None), "expected a picture in 'image', got None"),
     (caprl, picture(None), "expected a picture in 'image', got None"),
@@ -636,6 +637,7 @@ ASKED = ROW["questions"][0]
     [
         own("x", image_path=None, images=None), own("x", image=None, image_path="a.png"),
         own("x", qa_response=None, reward_model=None), own("x", family=None, domain=None),
+        own("x", family=math.nan, domain=math.nan),
         own("x", questions=[ASKED | {"answer": None, "kind": None, "needs_image": None}]),
         own("x", questions=[ASKED | {"answer_index": None, "answer": "y"}]),
         raw("x", qa_response=BLOCKS, questions=None, family=None, image=None),
