@@ -153,12 +153,14 @@ _LEAD = re.compile(
 )
 
 # A choice's text ends before a space, sign or bracketed label; a number not before its unit, and
-# "no" not before its noun ("No information", "no mention of it").
+# "no" not where nothing is known ("No information", "no dog is mentioned").
 _TEXT_END = re.compile(
     r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
     r"""(?<=\d) (?!(?:is|as|in|on|at|it)\b)[a-z]{1,2}\b|"""
-    r"(?<=\bno) (?!(?:a|an|the|this|that|these|those|it|its|his|her|their|he|she|they|we|i|you|"
-    r"there|is|was|seems|because|based|according|since|as|for|in|on|at)\b)\w)"
+    r"(?<=\bno) (?:one (?:knows|can|says)|(?:\w+ ){0,2}(?:information|info|mention|way|idea|answer|"
+    r"choice|option|details?|indication|evidence|data|clues?|hints?|reference|description)|"
+    r"(?:[\w-]+ ){1,4}(?:is|are|was|were) (?:mentioned|described|stated|specified|given|provided|"
+    r"indicated))\b)"
     r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
 )
 

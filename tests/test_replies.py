@@ -185,9 +185,10 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         (("Yes", "No"), None, ["Yes is wrong", "No is wrong", "A) No"]),
         # of another thing than the question's there is none
         (("Yes", "No"), None, ["No information", "no mention of it", "No way to tell", "No answer.", "No one knows",
-                               "The answer is no evidence of that"]),
+                               "The answer is no evidence of that", "No dog is mentioned", "No such details are given"]),
         (("Yes", "No"), 1, ["No", "No because it is red", "No the car is red", "No, no information", "No is correct.",
-                            "No according to the caption", "B) No dogs are seen", "B. No dogs are seen"]),
+                            "No according to the caption", "No cars are visible", "no dogs",
+                            "B) No dogs are seen", "B. No dogs are seen"]),
         (("Yes", "No"), None, ["A) No dogs are seen"]),
         (("No cars", "Two cars"), 0, ["No cars", "no cars are seen"]),
         # all options, one after the other, as far as the reply goes
