@@ -153,6 +153,10 @@ def test_scores_by_budget_of_words(tmp_path, capsys):
     assert f"| toy:heldout:4 | dense | {' | '.join(cells)} |" in printed and "all |\n" in printed
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert "tokens" in rows[0] and "tokens" not in rows[4] and rows[0]["caption"].startswith(rows[4]["caption"])
+    main(["floor", "--captions", f"dense={tmp_path}/dense.jsonl", "--max-words", "8", "--verifier", "data/toy/verifier",
+          "--data", "toy:heldout:4"])
+    printed = capsys.readouterr().out
+    assert "dense, 8 words, another image's" in printed and "Score by budget" not in printed  # of the captions: none asked
 
 
 def test_a_caption_within_several_budgets_is_asked_about_once():

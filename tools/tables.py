@@ -34,10 +34,10 @@ def report(benchmarks: Sequence[Benchmark], rows: Rows, tables: Tables,
     if differences:
         header = "benchmark | captioner | less | questions: | difference: | 95% interval"
         parts.append("Paired, on the same questions:\n\n" + markdown(header, differences))
-    if budgets:
+    if budgets and (lines := _budget_rows(tables, budgets)):  # floors alone have none
         header = " | ".join(["benchmark | captioner", *(f"{n} words:" for n in budgets), "all:"])
         parts.append("Score by budget of words, in brackets the words per caption:\n\n"
-                     + markdown(header, _budget_rows(tables, budgets)))
+                     + markdown(header, lines))
     captionqa = {benchmark.name for benchmark in benchmarks if benchmark.kind == "captionqa"}
     if captionqa:
         shares = [[captioner, *(_number(table["all"][key]) for key in CAPTIONQA_SHARES)]
