@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -392,8 +392,9 @@ def measure(config: StepConfig, folder: Path) -> dict[str, list[dict]]:
     steps: dict[str, list[dict]] = {engine: [] for engine in workers}
     for _ in tqdm(range(config.repeats + 1), desc="steps", leave=False):
         for engine, worker in workers.items():
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended: its log says why
+                worker.stdin.write("go\n")
+                worker.stdin.flush()
             line = ""
             while not line.startswith("step "):
                 if not (line := worker.stdout.readline()):

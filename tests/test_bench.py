@@ -54,6 +54,21 @@ def test_the_worker_of_step_takes_its_turns(tmp_path):
     assert json.loads(json.dumps(second)) == second
 
 
+def test_step_shows_the_log_of_a_worker_that_has_ended(tmp_path, monkeypatch):
+    """As where TRL is not installed. It ended in a BrokenPipeError, and the log was lost."""
+    start = subprocess.Popen
+
+    def start_and_wait(command, **pipes):
+        worker = start(["sh", "-c", "echo no TRL here >&2; exit 1"], **pipes)
+        worker.wait()
+        return worker
+
+    monkeypatch.setattr("bench.step.save_models", lambda *arguments: None)
+    monkeypatch.setattr(subprocess, "Popen", start_and_wait)
+    with pytest.raises(RuntimeError, match="trl ended early:\nno TRL here"):
+        measure(StepConfig(engines=("trl",)), tmp_path)
+
+
 def test_claims_are_timed_beside_answers(capsys):
     claims.main(claims.ClaimsCost(hidden=64, layers=1, sizes=(56,), prompts=1, group_size=2, tokens=40, repeats=1))
     said = capsys.readouterr().out
