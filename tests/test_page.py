@@ -34,7 +34,14 @@ from tools.report.captions import (
     side_index,
 )
 from tools.report.curves import axis_numbers, draw_panel, hours, panels, ticks
-from tools.report.page import PageConfig, evaluation_table, main, question_table, write_page
+from tools.report.page import (
+    PageConfig,
+    evaluation_table,
+    main,
+    question_table,
+    shown_sources,
+    write_page,
+)
 from tools.report.sources import HELD_OUT, Source, evenly, load_sources
 from tools.settings import nearest_preset
 from tools.stats import paired_difference, summarize
@@ -379,6 +386,12 @@ def test_one_evaluation_of_several_captioners_and_benchmarks_is_taken_apart(tmp_
     assert "no caption and base" in write_page(path, captioners=["no caption", "base"]).read_text()
     with pytest.raises(ValueError, match=r"captioners: expected among \['base', 'ours', 'no caption'\], got 'x'"):
         write_page(path, captioners=["x"])
+    again = tmp_path / "again.jsonl"
+    again.write_bytes(path.read_bytes())
+    both = shown_sources([path, again], ["ours"])  # it was that of the second file alone
+    assert [(source.name, source.path) for source in both] == [(str(path), path), (str(again), again)]
+    with pytest.raises(ValueError, match="captioners: expected one or two to show, found 4"):
+        shown_sources([path, again], ["base", "ours"])
 
 
 def test_pages_that_do_not_fit_are_left_out_evenly(tmp_path):

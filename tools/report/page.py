@@ -176,11 +176,14 @@ def shown_sources(paths: Sequence[Path], captioners: Sequence[str]) -> list[Sour
     sources = [source for parts in loaded
                for source in (parts[:1] if paths[1:] and not captioners else parts)]
     if captioners:
-        by_name = {source.name: source for source in sources}
-        missing = [name for name in captioners if name not in by_name]
+        names = list(dict.fromkeys(source.name for source in sources))
+        missing = [name for name in captioners if name not in names]
         if missing:
-            raise ValueError(f"captioners: expected among {list(by_name)}, got {missing[0]!r}")
-        sources = [by_name[name] for name in captioners]
+            raise ValueError(f"captioners: expected among {names}, got {missing[0]!r}")
+        # of two files that both have one, each file's
+        sources = [source for name in captioners for source in sources if source.name == name]
+        if len(sources) > 2:
+            raise ValueError(f"captioners: expected one or two to show, found {len(sources)}")
     is_run = [source.config is not None for source in sources]
     given = " and ".join(map(str, paths))
     if len(set(is_run)) > 1:
