@@ -463,32 +463,30 @@ class Verifier:
                  names: Sequence[str]) -> list[list[Answer]]:
         """Answers to each caption's questions. names[i]: random stream of the replies to caption i.
 
-        All questions of a call offer the abstain option or none does. A caption fails on all its
-        questions if the longest of its prompts does not fit into the verifier's context. A
-        question whose logits are not finite fails alone.
+        All questions of a call offer the abstain option or none does. A question fails, and no
+        other of its caption, if its prompt does not fit into the verifier's context, or if its
+        logits are not finite.
         """
         offered = {question.abstain is not None for group in asked for question in group}
         assert len(offered) < 2, "expected the abstain option on all questions of a call or on none"
         writer = self.writers[True in offered]
         caption_ids = [writer.caption_ids(caption) for caption in captions]
         question_ids = [list(map(writer.question_ids, group)) for group in asked]
-        lengths = [
-            len(caption) + max(map(len, group), default=0)
-            for caption, group in zip(caption_ids, question_ids, strict=True)
-        ]
         beside = len(writer.head_ids) + (self.max_new_tokens if self.mode == "sample" else 0)
         room = self.context - beside
-        answers = []
-        for length, group in zip(lengths, asked):
-            reason = (f"caption and question have {length} tokens, "
-                      f"the verifier has room for {room}")
-            answers.append([Answer(None, failure=reason)] * len(group))
-        fits = [i for i, length in enumerate(lengths) if length <= room and asked[i]]
-        fits.sort(key=lengths.__getitem__)  # rows of like lengths share a batch: less padding
-        sizes = [length + beside for length in lengths]
-        for batch in token_batches(fits, list(map(len, asked)), sizes, self.token_budget):
-            ids = [caption_ids[i] for i in batch], [question_ids[i] for i in batch]
-            places = [(i, place) for i in batch for place in range(len(asked[i]))]
+        answers, fits, sizes = [], [], []  # fits: of each caption, places of questions with room
+        for caption, group in zip(caption_ids, question_ids, strict=True):
+            lengths = [len(caption) + len(question) for question in group]
+            reason = f"caption and question have {{}} tokens, the verifier has room for {room}"
+            answers.append([Answer(None, failure=reason.format(length)) for length in lengths])
+            fits.append([place for place, length in enumerate(lengths) if length <= room])
+            sizes.append(beside + max((lengths[place] for place in fits[-1]), default=0))
+        order = sorted((i for i, places in enumerate(fits) if places), key=sizes.__getitem__)
+        # Rows of like lengths share a batch: less padding.
+        for batch in token_batches(order, list(map(len, fits)), sizes, self.token_budget):
+            places = [(i, place) for i in batch for place in fits[i]]
+            kept = [[question_ids[i][place] for place in fits[i]] for i in batch]
+            ids = [caption_ids[i] for i in batch], kept
             questions = [asked[i][place] for i, place in places]
             streams = [f"{names[i]}:{place}:reply" for i, place in places]
             row_answers = self._answers(writer, *ids, questions, streams)

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -592,6 +593,22 @@ def test_a_context_without_an_end_has_room_for_all(tokenizer, tmp_path):
 
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0}
+@pytest.mark.parametrize("mode", ["logits", "sample"])
+def test_a_question_that_is_too_long_fails_alone(verifier_model, tokenizer, mode):
+    verifier = Verifier(verifier_model, tokenizer, mode=mode)
+    [short] = draw([COLOR], 1, "k")
+    long = replace(short, question="red " * 5000)
+    alone = verifier(["A red star.", "blue"], [[short, short]] * 2, ["a", "b"])
+    asked = [[short, long, short], [short, short, long]]
+    (first, failed, second), (*third, last) = verifier(["A red star.", "blue"], asked, ["a", "b"])
+    for answer in (failed, last):
+        assert re.match(r"caption and question have 50\d\d tokens, the verifier has room for \d+$", answer.failure)
+    for ours, theirs in zip([first, *third], [alone[0][0], *alone[1]], strict=True):
+        assert (ours.reply, ours.chosen, ours.failure) == (theirs.reply, theirs.chosen, "")
+        assert ours.probs == pytest.approx(theirs.probs, abs=1e-5)
+    assert second.failure == ""  # its reply is drawn by its place
+
+
 LONG_ROPE = ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 PHI = {name: value for name, value in SMALL.items() if name != "head_dim"} | {"pad_token_id": 738}
 STRETCHED = {
