@@ -86,7 +86,7 @@ _GOOD = (r"(?:comprehensive|detailed|thorough|complete|accurate|precise|exhausti
          r"vivid|clear|rich|in-depth|everything|every)")
 _DOES = (r"(?:\w+ly (?:and )?){0,2}(?:provides?|offers?|gives?|presents?|captures?|covers?|"
          r"conveys?|communicates?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|"
-         r"highlights?|aims?|serves?|allows?|enables?|leaves?|describes?|represents?|is|has|should|"
+         r"highlights?|aims?|serves?|allows?|enables?|leaves?|describes?|is|has|should|"
          r"would|will|can)")
 EMPTY = {
     "praise": re.compile("|".join((
@@ -107,7 +107,7 @@ EMPTY = {
         r"(?:captured|described|covered|missed|overlooked|left out|omitted)\b",
     )), re.IGNORECASE),
     "hedge": re.compile("|".join((
-        r"\b(?:possibly|perhaps|maybe|presumably|supposedly|probably|arguably|seemingly|apparently|"
+        r"\b(?:possibly|perhaps|maybe|presumably|probably|arguably|seemingly|apparently|"
         r"likely)\b",
         r"\b(?:may|might|could) (?:\w+ly )?(?:be(?! (?:\w+ly )?(?:seen|found|read)\b)|have|"
         r"indicate|suggest|represent|imply|depict)\b",

@@ -354,7 +354,7 @@ def test_the_key_is_sent_and_written_nowhere(monkeypatch, capsys):
 @pytest.mark.parametrize("fault", [
     None, (429, b"slow down", {"Retry-After": 0}), (500, b"oops", {}), (502, b"<html>", {}), (503, b"", {}),
     (504, b"", {"Retry-After": "soon"}), (503, b"", {"Retry-After": "Fri, 31 Dec 99999 23:59:59 GMT"}),
-    (429, b"", {"Retry-After": "9" * 5000}), (408, b"", {}), (522, b"", {}), (529, b"", {}), b"{", b"[]",
+    (429, b"", {"Retry-After": "9" * 5000}), (408, b"", {}), (425, b"", {}), (522, b"", {}), (529, b"", {}), b"{", b"[]",
     {"choices": []}, {"error": "x"},
     {"choices": [{"text": "A", "logprobs": {"top_logprobs": [{" A": "high"}]}}]},
     {"choices": [letters(A=0.9, B=0.1)["choices"][0] | {"finish_reason": "abort"}]},
