@@ -111,8 +111,7 @@ class Decoder:
     def _join(self, first: Tensor, second: Tensor) -> Tensor:
         """Keys or values of prompts along dimension 0, padded on the left to the prompts' room."""
         width = self.prompt_room(max(first.shape[2], second.shape[2]))
-        parts = (first, second)
-        return torch.cat([F.pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
+        return torch.cat([F.pad(it, (0, 0, width - it.shape[2], 0)) for it in (first, second)])
 
     def keep(self, groups: list[int]) -> None:
         """Keeps only these groups, in this order, and no more room than the oldest needs."""
@@ -120,8 +119,9 @@ class Decoder:
         self.ages = [self.ages[group] for group in groups]
         index, room = self.to_device(groups), self.room_for(self.longest)
         for i in range(len(self.layers)):  # a layer at a time, as in _grow
-            self.prefix[i] = tuple(part[index] for part in self.prefix[i])
-            self.suffix[i] = tuple(part[:, :, :, :room][index] for part in self.suffix[i])
+            suffix = (part[:, :, :, :room] for part in self.suffix[i])
+            self.suffix[i] = tuple(part.index_select(0, index) for part in suffix)
+            self.prefix[i] = tuple(part.index_select(0, index) for part in self.prefix[i])
         self.padding, self.device_ages = self.padding[index], self.device_ages[index]
 
     def is_worth_dropping(self, num_done: int) -> bool:

@@ -187,14 +187,15 @@ class HeadLogprobs(torch.autograd.Function):
             logits = _product(hidden[part], weight, memory)  # (rows, V)
             logits = temper_logits_(logits, temperature, forbidden)
             logprobs[part] = logits.gather(-1, targets[part, None]).squeeze(-1)
-            # A few rows at a time, so that there is never a second (rows, V).
             tensors = (logits, norms[part], entropies[part])
             for few, norm, entropy in zip(*(tensor.split(few_rows) for tensor in tensors)):
-                torch.logsumexp(few, -1, out=norm)
-                if with_entropy:
-                    probs = (few - norm[:, None]).exp_()
+                highest = few.amax(-1, keepdim=True)
+                exps = (few - highest).exp_()  # norm and entropy share them
+                total = exps.sum(-1)
+                torch.add(highest[:, 0], total.log(), out=norm)
+                if with_entropy:  # norm - the mean logit
                     few[:, forbidden] = 0.0  # 0 * -inf would be nan
-                    torch.sub(norm, probs.mul_(few).sum(-1), out=entropy)
+                    torch.sub(norm, exps.mul_(few).sum(-1) / total, out=entropy)
         logprobs -= norms
         ctx.save_for_backward(hidden, weight, targets, norms, forbidden)
         ctx.temperature, ctx.rows = temperature, rows

@@ -678,7 +678,8 @@ class RoomyLayer(DynamicLayer):
         self.is_whole = is_whole
         self.lazy_initialization(layer.keys, layer.values)
         # (B, heads, T + room, D) each. Rows are chosen last, since most come several times.
-        self.roomy = [F.pad(part, (0, 0, 0, room))[rows] for part in (layer.keys, layer.values)]
+        self.roomy = [F.pad(part, (0, 0, 0, room)).index_select(0, rows)
+                      for part in (layer.keys, layer.values)]
         self.keys, self.values = (part[:, :, : layer.keys.shape[2]] for part in self.roomy)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args,
