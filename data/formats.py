@@ -48,8 +48,8 @@ def contents(file: Path) -> Iterator[tuple[str, dict | str]]:
         from data.parquet import parquet_columns, parquet_rows  # here: a page of its own
 
         columns = parquet_columns(file)
-        names = ("id", "image", "images", "reward_model", "questions", "domain")
-        known = [name for name in names if name in columns]
+        names = "id image images image_path reward_model questions qa_response domain family"
+        known = [name for name in names.split() if name in columns]
         if not known:
             raise ValueError(f"{file}: expected columns like id, image, reward_model or questions, "
                              f"got {columns}")

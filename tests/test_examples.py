@@ -252,6 +252,16 @@ def test_captionqa_is_read_as_training_data(tmp_path):
     assert open_image(example.image).size == (8, 6)
 
 
+def test_a_parquet_file_keeps_the_families_and_forms_that_jsonl_has(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    asked = [{"question": "Color?", "choices": ["red", "blue"], "answer_index": 1}]
+    rows = [{"id": "a", "image": png(), "questions": asked, "family": "bars"}, raw("b")]
+    for row in rows:
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{row['id']}.parquet")
+    first, second = load_examples(str(tmp_path))
+    assert first.family == "bars" and second.image == tmp_path / "a.png" and len(second.questions) == 1
+
+
 def test_generator_output_is_read_and_its_bad_blocks_are_refused_one_by_one(tmp_path):
     bad = "#### 2. **Which?**\n - A) x\n - B) y\n**Answer:** B) x\n"
     examples, refused = scan_examples(write_set(tmp_path, [raw("a", qa_response=BLOCKS + bad)]))
