@@ -174,7 +174,7 @@ def test_own_jsonl_and_the_toy_world(tmp_path):
     assert load_benchmark(f"{tmp_path}/own.jsonl").name == "own"
     assert load_benchmark("toy:heldout:3").name == "toy:heldout:3"
     (tmp_path / "free.jsonl").write_text(
-        json.dumps({"id": "b", "image": "a.png", "question": "N?", "answer": 12}) + "\n"
+        json.dumps({"id": "b", "image": ".\\a.png", "question": "N?", "answer": 12}) + "\n"  # of Windows
     )
     assert asked(load_benchmark(f"chartqa:{tmp_path}/free.jsonl")) == [(RED, "b", "all", FreeQuestion("N?", ("12",)))]
 

@@ -107,8 +107,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row | str]:
         def picture(cells=cells):
             if "img_path" in cells:  # CAPEval
                 return _picture_file("img_path", path.parent / "image" / str(cells["img_path"]))
-            file = path.parent / str(cells.get("image", cells.get("image_path", "")))
-            return _picture_file("image", file)
+            written = str(cells.get("image", cells.get("image_path", "")))
+            return _picture_file("image", path.parent / written.replace("\\", "/"))
 
         key = "img_path" if "img_path" in cells else "id"
         written = cells.get(key, "")

@@ -117,7 +117,7 @@ def _jsonl_images(path: Path) -> Iterator[tuple[str, str]]:
             before = f"was used before, on line {first_line[id]}"
             raise ValueError(f"{path} line {number}: id {id!r} {before}")
         first_line[id] = number
-        yield id, image
+        yield id, image.replace("\\", "/")  # of a list written on Windows
 
 
 # ------------------------------------------------------------------------------------ parquet files
