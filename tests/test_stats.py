@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from tools.stats import bootstrap_interval, paired_difference, summarize
+from tools.stats import bootstrap_interval, markdown, paired_difference, summarize
 from tools.tables import format_table
 
 
@@ -60,3 +60,8 @@ def test_paired_difference_by_hand_and_by_brute_force():
     found = paired_difference(a, b)
     assert found["difference"] == pytest.approx(np.mean([min(1.0, x + 0.1) - x for x, _ in pairs]))
     assert found["high"] - found["low"] < 0.01 < summarize(a)["all"]["high"] - summarize(a)["all"]["low"]
+
+
+def test_a_bar_or_a_new_line_in_a_name_moves_no_number():
+    rows = [["a|b", "charts | maps\n  new", "0.5"]]
+    assert markdown("captioner | family | score:", rows).splitlines()[2:] == [r"| a\|b | charts \| maps new | 0.5 |"]

@@ -7,6 +7,7 @@ row is a caption as evaluate.py writes it: `id` of its image, `caption`, `questi
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -153,8 +154,11 @@ def paired_difference(rows: Sequence[dict], others: Sequence[dict],
 
 
 def markdown(header: str, rows: Iterable[Sequence]) -> str:
-    """A table. header: the columns' names between bars; those of numbers end in a colon."""
+    """A table. header: the columns' names between bars; those of numbers end in a colon. A bar or a
+    line's end in a cell, as a family's name may have them, would move its row's numbers."""
     names = header.split(" | ")
     lines = [[name.rstrip(":") for name in names],
              ["---:" if name.endswith(":") else "---" for name in names], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    cells = [[re.sub(r"\s*\n\s*", " ", str(cell)).replace("|", r"\|") for cell in line]
+             for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
