@@ -174,7 +174,7 @@ def test_jsonl_parquet_and_tar(folder, expected, tmp_path):
     (folder / "list.jsonl").unlink()
 
 
-def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
+def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected, capsys):
     images = tmp_path / "images"
     images.mkdir()
     (images / "0.png").write_bytes(png(0))
@@ -188,6 +188,9 @@ def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected):
     caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(tmp_path / "out"), **TOY))
     rows = rows_of(tmp_path / "out")
     assert [row.get("caption") for row in rows] == [expected[0], None, None, None, expected[1], None]
+    capsys.readouterr()
+    caption(CaptionConfig(str(tmp_path / "list.jsonl"), str(tmp_path / "out"), **TOY))  # nothing is left to do
+    assert "shard-000000.jsonl line 2: no caption, as of 4 images in all" in capsys.readouterr().err
     for n, reason in ((1, "expected an image that Pillow can read"), (2, "expected an image that Pillow can read"),
                       (3, "sides of at most 200 to 1"), (5, "expected an image, found nothing")):
         assert reason in rows[n]["error"] and "tokens" not in rows[n]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -127,16 +128,19 @@ def caption_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def check_captions(out: Path) -> None:
-    """Reads all rows of what is finished. Raises ValueError where no row has a caption, or as
-    `finished_rows` does."""
-    num_captions, said = 0, "no rows"
-    for _, row in finished_rows(out):
+    """Reads all rows of what is finished, and says how many images could not be opened, by whatever
+    worker. Raises ValueError where no row has a caption, or as `finished_rows` does."""
+    num_captions, errors = 0, []  # (where, why)
+    for where, row in finished_rows(out):
         num_captions += "error" not in row
-        if said == "no rows" and "error" in row:
-            said = f"the first: {row['error']}"
+        errors += [(where, row["error"])] if "error" in row else []
+    first = f"the first: {errors[0][1]}" if errors else "no rows"
     if not num_captions:
-        reason = f"no image could be opened ({said})"
-        raise ValueError(f"{out}: expected a caption, found none; {reason}")
+        raise ValueError(f"{out}: expected a caption, found none; no image could be opened "
+                         f"({first})")
+    if errors and os.environ.get("RANK", "0") == "0":
+        print(f"{errors[0][0]}: no caption, as of {len(errors)} images in all ({first}); without "
+              "the shards' files the same run captions their images again", file=sys.stderr)
 
 
 def export_captions(out: Path, layout: str) -> None:
