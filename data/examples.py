@@ -21,11 +21,9 @@ only if the set's manifest lists it:
     python -m data.examples part_0.jsonl --image-root photos --out set    # as this project's JSONL
 """
 
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -87,14 +85,6 @@ class Example:
     family: str = "all"
     other_ids: tuple[str, ...] = ()
     """Ids of later rows with the same picture, whose questions are among these."""
-
-
-def examples_hash(examples: Sequence[Example]) -> str:
-    """16 hexadecimal digits of the ids and questions, in order. All draws depend on these."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps([example.id, *map(astuple, example.questions)]).encode())
-    return digest.hexdigest()[:16]
 
 
 def load_examples(source: str) -> list[Example]:

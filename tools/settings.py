@@ -1,12 +1,15 @@
 """The settings of a run in words: what differs from the nearest preset. And hashes of the data and
 models that they only name."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 from torch import nn
 
-from data.examples import Example, examples_hash
+from data.examples import Example
 from data.io import text_hash
 from data.rows import read_manifest
 from grpo.config import TrainConfig
@@ -42,6 +45,14 @@ def describe_run(run: Run, num_images: int, config: TrainConfig) -> None:
         print0(f"{len(refused)} rows and questions of {config.data} are left out, as its manifest "
                "lists")
     print0(f"sampling: {check_sampling(run.sampler, config).facts}")
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """16 hexadecimal digits of the ids and questions, in order. All draws depend on these."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.id, *map(astuple, example.questions)]).encode())
+    return digest.hexdigest()[:16]
 
 
 def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
