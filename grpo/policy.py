@@ -92,13 +92,6 @@ class Policy:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
-    def names(self, ids: Sequence[int]) -> str:
-        """Ids with their tokens, for messages; ids without a token are counted."""
-        tokens = self.tokenizer.convert_ids_to_tokens(list(ids))
-        named = [f"{i} {token}" for i, token in zip(ids, tokens) if token is not None]
-        unnamed = [f"{tokens.count(None)} ids without a token"] if None in tokens else []
-        return ", ".join(named + unnamed)
-
 
 @torch.no_grad()
 def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:

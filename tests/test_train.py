@@ -18,7 +18,7 @@ from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.run import sample_step
 from grpo.update import prepare_training_
-from tools.check import check
+from tools.check import check, token_names
 from train import step_examples, train
 
 QUESTION = Question("What?", ("x", "y"), 1)
@@ -95,10 +95,11 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     finals = [train(toy_config(run_dir=str(tmp_path / name), **TINY)) for name in ("one", "two")]
     said = capsys.readouterr().out
     assert "12 images, 1 rank(s) on cpu, settings of toy, data 'toy:train:12', run_dir" in said and "TrainConfig(" not in said
-    ids = load_policy("data/toy/policy", torch.device("cpu"))
-    assert ids.names(ids.eos_ids) == "737 <|im_end|>, 738 <|endoftext|>"
-    sampling = f"no top-k or top-p, no penalties, at most 96 tokens; EOS {ids.names(ids.eos_ids)}, pad"
-    assert f"sampling: temperature 1.0, {sampling} " in said and f", never {ids.names(ids.forbidden_ids)};" in said
+    policy = load_policy("data/toy/policy", torch.device("cpu"))
+    ends, never = (token_names(policy, ids) for ids in (policy.eos_ids, policy.forbidden_ids))
+    assert ends == "737 <|im_end|>, 738 <|endoftext|>"
+    sampling = f"no top-k or top-p, no penalties, at most 96 tokens; EOS {ends}, pad"
+    assert f"sampling: temperature 1.0, {sampling} " in said and f", never {never};" in said
     records = []
     for name in ("one", "two"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

@@ -72,8 +72,8 @@ def format_findings(findings: Sequence[Finding]) -> str:
 
 
 def check_sampling(sampler: Policy, config: TrainConfig) -> Finding:
-    eos, pad, never = (sampler.names(ids) for ids in (sampler.eos_ids, [sampler.pad_id],
-                                                      sampler.forbidden_ids))
+    special = (sampler.eos_ids, [sampler.pad_id], sampler.forbidden_ids)
+    eos, pad, never = (token_names(sampler, ids) for ids in special)
     is_clear = set(sampler.eos_ids).isdisjoint(sampler.forbidden_ids)
     return Finding(
         "sampling",
@@ -82,6 +82,14 @@ def check_sampling(sampler: Policy, config: TrainConfig) -> Finding:
         "generation_config is not used",
         "" if is_clear else "an EOS id is an image marker too: look at the policy's config.json",
     )
+
+
+def token_names(policy: Policy, ids: Sequence[int]) -> str:
+    """Ids with their tokens, for messages; ids without a token are counted."""
+    tokens = policy.tokenizer.convert_ids_to_tokens(list(ids))
+    named = [f"{i} {token}" for i, token in zip(ids, tokens) if token is not None]
+    unnamed = [f"{tokens.count(None)} ids without a token"] if None in tokens else []
+    return ", ".join(named + unnamed)
 
 
 def check_templates(texts: dict[str, str]) -> Finding:
