@@ -1,21 +1,7 @@
-"""An image and its multiple-choice questions: the types that everything passes around, and the
-files they come from.
+"""An image and its multiple-choice questions: the types that everything passes around.
 
-Files are read as they are published, and told apart by what is in them, not by their names:
-
-- CapRL-QA-75K, parquet: `id`, `image`, `reward_model.ground_truth` with `question`, `choices`,
-  `answer` (a letter);
-- CaptionQA, parquet: `id`, `images`, `questions` with `question`, `choices`, `answer` (a text),
-  and `domain`;
-- what the released question generator writes, JSONL: `image_path`, `qa_response` (see
-  `parse_questions` in data/written.py);
-- this project's JSONL, one object per line, with `image` below the file's folder or in base64:
-    {"id": "chart-7", "image": "images/chart-7.png", "family": "bars", "questions": [
-     {"question": "How many bars?", "choices": ["two", "three"], "answer_index": 1}]}
-- a folder of these.
-
-Each row is taken or refused by itself, and each question in it. A run leaves out a refused row
-only if the set's manifest lists it:
+data/formats.py says which files they come from. Each row of a file is taken or refused by itself,
+and each question in it. A run leaves out a refused row only if the set's manifest lists it:
 
     python -m data.examples caprl-qa    # counts; refused rows go to caprl-qa.manifest.jsonl
     python -m data.examples part_0.jsonl --image-root photos --out set    # as this project's JSONL

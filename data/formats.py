@@ -1,4 +1,16 @@
-"""Rows of files as they are published, told apart by what is in them, not by the files' names."""
+"""Rows of files as they are published, told apart by what is in them, not by the files' names:
+
+- CapRL-QA-75K, parquet: `id`, `image`, `reward_model.ground_truth` with `question`, `choices`,
+  `answer` (a letter);
+- CaptionQA, parquet: `id`, `images`, `questions` with `question`, `choices`, `answer` (a text),
+  and `domain`;
+- what the released question generator writes, JSONL: `image_path`, `qa_response` (see
+  `parse_questions` in data/written.py);
+- this project's JSONL, one object per line, with `image` below the file's folder or in base64:
+    {"id": "chart-7", "image": "images/chart-7.png", "family": "bars", "questions": [
+     {"question": "How many bars?", "choices": ["two", "three"], "answer_index": 1}]}
+- a folder of these.
+"""
 
 import base64
 import os
