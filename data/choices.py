@@ -17,7 +17,6 @@ _CURLY = "\u201c\u201d\u300c\u300d\u2018\u2019\u3002\u3010\u3011"
 SIGNS = _WIDE | str.maketrans(_CURLY, "\"\"\"\"''.[]")
 """For `text.translate`: curly quotes and Chinese signs to their ASCII kin, one for one."""
 
-
 UNSEEN = re.compile(  # no width: control signs, soft hyphen, joiners, directions, fillers, styles
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f"
     "\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]"
@@ -46,12 +45,6 @@ def fold_choice(text: str) -> str:
         if len(folded) > 2 and folded[0] + folded[-1] in ('""', "''", "``", "**", "__", "()", "[]"):
             folded = folded[1:-1].strip()
     return folded
-
-
-def words(text: str) -> list[str]:
-    """In small letters; a Chinese or Japanese character is a word."""
-    word = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
-    return re.findall(word, text.casefold())
 
 
 def find_choice(text: str, choices: Sequence[str]) -> int | None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.choices import words
 from grpo.config import RewardConfig
 
 
@@ -41,6 +40,12 @@ def repetition(caption: str, n: int = 4) -> float:
     spoken = words(caption)
     grams = list(zip(*(spoken[i:] for i in range(n))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def words(text: str) -> list[str]:
+    """In small letters; a Chinese or Japanese character is a word."""
+    word = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
+    return re.findall(word, text.casefold())
 
 
 # ---------------------------------------------------------------------------------- sentences

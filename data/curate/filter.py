@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data.choices import fold_choice, words
+from data.choices import fold_choice
 from data.curate.answers import answer_by_options
 from data.curate.work import Inputs, count_table, finish, work_through
 from data.examples import Example, Question, load_examples
@@ -24,6 +24,7 @@ from data.ranges import check_range
 from grpo.distributed import all_or_none, compute_dtype, init_distributed
 from grpo.pretrained import load_policy
 from reward.caprl import Answer, Asked, PromptWriter, shuffle_options
+from reward.style import words
 
 
 @dataclass(frozen=True)
