@@ -110,7 +110,7 @@ def update_policy(scorer: CompletionScorer,
     ref_logprobs: dict[int, Tensor] = {}
     old_logprobs: dict[int, Tensor] = {}
     totals: dict[str, Tensor] = {}  # float64
-    num_skipped = 0
+    num_skipped, last_epoch = 0, config.inner_epochs - 1
     scorer.train(config.gradient_checkpointing)  # transformers checkpoints in train mode only
     for epoch in range(config.inner_epochs):
         # Sums stay on the device: the host goes on to the next micro-batch and does not wait.
@@ -122,9 +122,9 @@ def update_policy(scorer: CompletionScorer,
                 with torch.no_grad():
                     ref_logprobs[start], _ = reference(part, with_entropy=False)
             logprobs, entropies = scorer(part)  # (b, L)
+            own = logprobs.detach()
             if epoch == 0:  # the policy is still the one that sampled
-                is_sampled = config.sampler_logprobs
-                old_logprobs[start] = part.logprobs if is_sampled else logprobs.detach()
+                old_logprobs[start] = part.logprobs if config.sampler_logprobs else own
             loss, stats = policy_loss(
                 logprobs, old_logprobs[start], advantages[rows], weights[rows], config.clip_low,
                 config.clip_high, ref_logprobs.get(start), config.kl_coef, config.ratio,
@@ -132,20 +132,15 @@ def update_policy(scorer: CompletionScorer,
             loss_sum += loss.detach()
             # Gradients are averaged over ranks, but the weights' denominator is global already.
             (loss * world_size()).backward()
-            if epoch == 0:
-                gaps = (logprobs.detach() - part.logprobs).abs()
-                stats |= {
-                    "weight": weights[rows].sum(),
-                    "loss": loss.detach(),
-                    "entropy": (weights[rows] * entropies).sum(),
-                    "sampler_gap": (weights[rows] * gaps).sum(),
-                }
-            else:
-                stats.pop("kl", None)
-            if epoch + 1 < config.inner_epochs:
-                del stats["ratio"], stats["clip_share"]
+            stats |= {
+                "weight": weights[rows].sum(),
+                "loss": loss.detach(),
+                "entropy": (weights[rows] * entropies).sum(),
+                "sampler_gap": (weights[rows] * (own - part.logprobs).abs()).sum(),
+            }
             for key, value in stats.items():
-                totals[key] = totals.get(key, 0.0) + value.detach().double()
+                if epoch == (last_epoch if key in ("ratio", "clip_share") else 0):
+                    totals[key] = totals.get(key, 0.0) + value.double()
         if config.lora.lora_rank:
             from grpo.lora import average_gradients_  # here: for who has adapters
 
