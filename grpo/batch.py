@@ -104,10 +104,12 @@ class Batch:
         rows = [i for i, stop in enumerate(stops) if not stop]
         alive = sorted({self.live[i] // size for i in rows})
         num_done = len(self.groups) - len(alive)
-        is_worth = (num_done >= self.patience if self.waiting
-                    else decoder.is_worth_dropping(num_done))
+        # A copy makes room. If nobody waits it only saves work, and then a step that is recorded
+        # has to be recorded again.
+        enough = len(self.groups) / 2 if decoder.uses_graphs else 1
+        enough = self.patience if self.waiting else enough
         chosen = list(range(len(self.groups)))
-        if not alive or (num_done and is_worth) or len(self.groups) > slots:
+        if not alive or num_done >= enough or len(self.groups) > slots:
             oldest_first = sorted(alive, key=lambda group: -decoder.ages[group])
             chosen = sorted(oldest_first[:slots])
             decoder.keep(chosen)

@@ -44,9 +44,8 @@ class Decoder:
         self.head = model.lm_head
         self.rotary = text.rotary_emb
         self.layers = [LayerWeights(layer, self.eps) for layer in text.layers]
-        # Per layer: the prompts' keys and values, each (P, K, T, D).
+        # Keys and values per layer: the prompts' (P, K, T, D), the captions' (P, K, G, room, D).
         self.prefix: list[tuple[Tensor, Tensor]] = []
-        # Per layer: the captions' keys and values, each (P, K, G, room, D).
         self.suffix: list[tuple[Tensor, Tensor]] = []
         self.padding = torch.empty(0)  # (P,) int64: tokens on the left of each prompt's
         self.ages: list[int] = []  # of each group: caption tokens so far
@@ -123,10 +122,6 @@ class Decoder:
             self.suffix[i] = tuple(part.index_select(0, index) for part in suffix)
             self.prefix[i] = tuple(part.index_select(0, index) for part in self.prefix[i])
         self.padding, self.device_ages = self.padding[index], self.device_ages[index]
-
-    def is_worth_dropping(self, num_done: int) -> bool:
-        """Whether dropping `num_done` groups saves time: with graphs, if they are half of all."""
-        return not self.uses_graphs or num_done >= len(self.ages) / 2
 
     def step(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Logits (n, V) float32 after the next token of n rows. Every group's age grows by 1,
