@@ -96,33 +96,30 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     groups = rewards.view(-1, rollouts.group_size)  # (P, G)
     scored = ~rewards.isnan()
     lowest, highest = groups.nan_to_num(torch.inf).amin(1), groups.nan_to_num(-torch.inf).amax(1)
+    num_captions, num_scored = len(rewards), scored.sum().item()
+    num_claims = sum(map(len, result.claims or ()))
     counts = {
-        "captions": len(rewards), "scored": scored.sum().item(), "groups": len(groups),
-        "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(),
+        "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(), "groups": len(groups),
+        "unscored_captions": num_captions - num_scored,
     }
-    of_scored = {"reward": rewards[scored].sum().item()} | {
-        f"reward_{key}": part[scored].sum().item() for key, part in result.parts.items()
-    }
-    of_captions = {
-        "length": rollouts.lengths.sum().item(),
-        "truncated_share": rollouts.truncated.sum().item(),
-    }
-    # A rank without a measurement of a statistic leaves it to the others.
-    sizes = {"failed_claims": sum(map(len, result.claims or ()))}  # else ranks count by captions
-    weights = {key: sizes.get(key, len(rewards)) * math.isfinite(value)
-               for key, value in result.stats.items()}
-    of_stats = {key: result.stats[key] * n if n else 0.0 for key, n in weights.items()}
+    means = {}  # (sum, weight) of this rank; what it has not measured it leaves to the others
+    for key, value in result.stats.items():
+        weight = num_claims if key == "failed_claims" else num_captions
+        means[key] = (value * weight, weight) if math.isfinite(value) else (0.0, 0)
+    means["reward"] = rewards[scored].sum().item(), num_scored
+    for key, part in result.parts.items():
+        means[f"reward_{key}"] = part[scored].sum().item(), num_scored
+    means["length"] = rollouts.lengths.sum().item(), num_captions
+    means["truncated_share"] = rollouts.truncated.sum().item(), num_captions
     sums = sum_across_ranks(
-        counts | of_scored | of_captions | of_stats
-        | {f"weight of {key}": n for key, n in weights.items()}
+        counts | {key: total for key, (total, _) in means.items()}
+        | {f"weight of {key}": weight for key, (_, weight) in means.items()}
     )
-    num_scored = sums["scored"]
+    num_groups = sums["groups"] if sums["weight of reward"] else math.nan
     return {
-        "flat_groups": sums["flat_groups"] / (sums["groups"] if num_scored else math.nan),
-        "unscored_captions": sums["captions"] - num_scored,
-    } | {key: sums[key] / (sums[f"weight of {key}"] or math.nan) for key in of_stats} | {
-        key: sums[key] / (num_scored or math.nan) for key in of_scored
-    } | {key: sums[key] / sums["captions"] for key in of_captions}
+        "flat_groups": sums["flat_groups"] / num_groups,
+        "unscored_captions": sums["unscored_captions"],
+    } | {key: sums[key] / (sums[f"weight of {key}"] or math.nan) for key in means}
 
 
 def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:
