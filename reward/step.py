@@ -140,18 +140,16 @@ def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Reward
                  advantages: Tensor) -> list[dict]:
     """For each caption: its words, what was asked and answered, what it earned and for what.
     `examples`: (P,)."""
-    by_caption = [example for example in examples for _ in range(rollouts.group_size)]  # (B,)
-    columns = zip(
-        by_caption, rollouts.captions, rollouts.lengths.tolist(), rollouts.truncated.tolist(),
-        result.rewards.tolist(), advantages.tolist(), result.records, strict=True,
-    )
+    truncated, advantage = rollouts.truncated.tolist(), advantages.tolist()  # off the device once
     rows = []
-    for i, (example, caption, length, truncated, reward, advantage, record) in enumerate(columns):
-        parts = {key: part[i].item() for key, part in result.parts.items()}
+    for i, caption in enumerate(rollouts.captions):
+        example = examples[i // rollouts.group_size]
         rows.append({
-            "id": example.id, "family": example.family, "caption": caption, "length": length,
-            "truncated": truncated, "reward": reward, "parts": parts, "advantage": advantage,
-            "questions": record,
+            "id": example.id, "family": example.family, "caption": caption,
+            "length": rollouts.lengths[i].item(), "truncated": truncated[i],
+            "reward": result.rewards[i].item(),
+            "parts": {key: part[i].item() for key, part in result.parts.items()},
+            "advantage": advantage[i], "questions": result.records[i],
         })
         if result.claims is not None:
             judged = result.claims[i]
