@@ -117,9 +117,8 @@ class Decoder:
         self.recording = None
         self.ages = [self.ages[group] for group in groups]
         index, room = self.to_device(groups), self.room_for(self.longest)
-        for i in range(len(self.layers)):  # a layer at a time, as in _grow
-            suffix = (part[:, :, :, :room] for part in self.suffix[i])
-            self.suffix[i] = tuple(part.index_select(0, index) for part in suffix)
+        for i, pair in enumerate(self.suffix):  # a layer at a time, as in _grow
+            self.suffix[i] = tuple(part[:, :, :, :room].index_select(0, index) for part in pair)
             self.prefix[i] = tuple(part.index_select(0, index) for part in self.prefix[i])
         self.padding, self.device_ages = self.padding[index], self.device_ages[index]
 
