@@ -39,9 +39,9 @@ def init_moments_(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             device = parameter.device if group["fused"] else "cpu"
-            optimizer.state[parameter] = {"step": torch.tensor(0.0, device=device)} | {
-                name: torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                for name in ("exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0, device=device),
+                "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter),
             }
 
 
