@@ -82,8 +82,7 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
         if has_adapters and config.kl_coef > 0:
             reference = adapters_off(sampler.model)(scorer)
         elif config.kl_coef > 0:
-            model = load_policy(config.policy, device).model
-            reference = scorer_of(model.requires_grad_(False))
+            reference = scorer_of(load_policy(config.policy, device).model.requires_grad_(False))
     else:
         # here: how a model is sharded is a page of its own
         from grpo.sharding import cast_weights_, empty_model, fill_, rank_mesh, shard
