@@ -477,8 +477,8 @@ class Verifier:
         answers, fits, sizes = [], [], []  # fits: of each caption, places of questions with room
         for caption, group in zip(caption_ids, question_ids, strict=True):
             lengths = [len(caption) + len(question) for question in group]
-            reason = f"caption and question have {{}} tokens, the verifier has room for {room}"
-            answers.append([Answer(None, failure=reason.format(length)) for length in lengths])
+            answers.append([Answer(None, failure=f"caption and question have {length} tokens, the "
+                                   f"verifier has room for {room}") for length in lengths])
             fits.append([place for place, length in enumerate(lengths) if length <= room])
             sizes.append(beside + max((lengths[place] for place in fits[-1]), default=0))
         order = sorted((i for i, places in enumerate(fits) if places), key=sizes.__getitem__)
