@@ -702,13 +702,12 @@ class RowSampler(LogitsProcessor):
     the rows beside it."""
 
     def __init__(self, streams: list[str], temperature: float, max_new_tokens: int,
-                 forbidden_ids: Sequence[int] = ()):
+                 forbidden_ids: Sequence[int]):
         self.temperature, self.step = temperature, 0
         self.forbidden = torch.tensor(forbidden_ids, dtype=torch.long)
-        self.uniform = torch.empty(len(streams), max_new_tokens, dtype=torch.float64)  # (B, L)
-        for row, name in zip(self.uniform, streams):
-            rng = random.Random(name)
-            row[:] = torch.tensor([rng.random() for _ in range(max_new_tokens)])
+        sources = [random.Random(name) for name in streams]
+        uniform = [[rng.random() for _ in range(max_new_tokens)] for rng in sources]
+        self.uniform = torch.tensor(uniform)  # (B, L) float32
         self.is_broken = torch.zeros(len(streams), dtype=torch.bool)
         """Rows whose logits were not finite at some token."""
 
