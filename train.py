@@ -105,9 +105,8 @@ def train(config: TrainConfig) -> Path:
 def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],
                watch: Callable[..., Iterable[int]] | None, trackers: list, first_step: int,
                config: TrainConfig) -> None:
-    """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint. It then raises
-    SystemExit with the shell's code for that signal. watch: tools/held_out.py measures the policy
-    between steps."""
+    """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint and the shell's code
+    for that signal. watch: it measures the policy between steps, see tools/held_out.py."""
     # here: a reader of the algorithm need not meet them
     from grpo.log import alarms, count_skipped, log_step, step_timing
     from grpo.signals import catch_stop_signals

@@ -36,9 +36,8 @@ def fold_text(text: str) -> str:
 
 
 def fold_choice(text: str) -> str:
-    """What of a choice's text counts when it is compared. It is folded, without the quotes,
-    brackets or stars around it, and without punctuation after it. `6'` is no `6"`, and `-5` no
-    `5`."""
+    """What counts of a choice's text when it is compared: folded, without quotes, brackets or stars
+    around it or punctuation after it. `6'` is no `6"`, and `-5` no `5`."""
     folded, before = " ".join(fold_text(plain_text(text)).split()), None
     while folded != before:
         before, folded = folded, folded.rstrip(" .,:;!")
@@ -76,8 +75,7 @@ _OTHERS = re.compile(
 
 
 def means_places(text: str) -> bool:
-    """"All of the above", "the first two options", "以上都是"; not "above the table" or "the
-    following day"."""
+    """"All of the above", "the first two", "以上都是"; not "above a table", "the following day"."""
     return bool(_OTHERS.search(fold_text(plain_text(text))))
 
 

@@ -78,8 +78,7 @@ def format_bytes(size: int) -> str:
 
 
 def heartbeat(path: Path, every_s: float) -> threading.Event:
-    """Touches the file from a thread every `every_s` seconds, until the event is set or the file is
-    gone."""
+    """Touches the file from a thread every `every_s` seconds, until it is gone or the event set."""
     ended = threading.Event()
 
     def touch() -> None:

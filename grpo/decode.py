@@ -76,8 +76,7 @@ class Decoder:
         return min(room, -(-self.max_new_tokens // 8) * 8)
 
     def prompt_room(self, length: int) -> int:
-        """Tokens of the prompts' cache. On a GPU a multiple of 8, which the fast kernels for
-        products need."""
+        """Tokens of the prompts' cache; a multiple of 8 on a GPU, for its fast kernels."""
         return -(-length // 8) * 8 if self.uses_graphs else length
 
     def tokens_of_group(self, prompt_length: int, length: int) -> int:
@@ -139,8 +138,7 @@ class Decoder:
         return logits
 
     def _replay(self, tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor | None:
-        """The step's logits from its recording. None if no recording can be made; then none is
-        tried again."""
+        """The step's logits from its recording. None if none can be made: it is tried once."""
         from grpo.recording import Recording, record  # here: for GPUs alone
 
         if self.recording is None:
@@ -162,8 +160,7 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor,
                  longest: int) -> Tensor:
-        """Logits (n, V) float32. ages: (P,). The first `longest` places of the captions' room are
-        read."""
+        """Logits (n, V) float32. ages: (P,). longest: places of the captions' room to read."""
         slots = ages[rows // self.group_size]
         has_all_rows = len(rows) == len(self.ages) * self.group_size  # kernels take no fewer
         unseen = self.padding if self.uses_kernels and has_all_rows else self._bias(ages, longest)

@@ -1,5 +1,4 @@
-"""Ranks: start them, deal work to them, wait for them, add numbers up. With one process all of it
-does nothing."""
+"""Ranks: start them, deal work to them, wait for them, add numbers up. One process needs none."""
 
 import os
 import time
@@ -122,8 +121,7 @@ def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 class Phases:
-    """Seconds that this rank works in each phase of a step. Also the seconds that it then waits for
-    the slowest rank."""
+    """Seconds that this rank works in each phase of a step and then waits for the slowest rank."""
 
     def __init__(self, device: torch.device, timeout_minutes: float):
         self.device, self.timeout = device, timedelta(minutes=timeout_minutes)

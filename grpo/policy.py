@@ -17,8 +17,7 @@ CAPTION_INSTRUCTION = "Please describe this image in detail."
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device. From pinned memory, where alone the host does not wait for the device's work
-    before it."""
+    """On the device, by pinned memory: else the host waits for the device's work before it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -35,8 +35,7 @@ class Run:
     """Writes the captions. It is an unsharded copy in the compute dtype. On a single CPU, and with
     adapters, it is the trained model itself."""
     scorer: CompletionScorer
-    """The trained model, float32, sharded. With adapters it is whole and in the compute dtype; only
-    these are float32."""
+    """The trained model, float32, sharded. With adapters it is whole, and only they are float32."""
     reference: Callable[..., tuple[Tensor, Tensor]] | None
     """Scores like `scorer`, by the initial policy: frozen, sharded, in the compute dtype. With
     adapters it is `scorer` without them. None without a KL term."""
@@ -187,8 +186,7 @@ def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list
 
 
 def export(run: Run, folder: Path, config: TrainConfig, about: dict | None = None) -> None:
-    """Rank 0 writes the policy as a Hugging Face folder; the others wait for it. about: see
-    `export_policy`."""
+    """Rank 0 writes the policy as a Hugging Face folder (`export_policy`); the others wait."""
     from grpo.export import export_policy  # here: a reader of training need not meet it
 
     with all_or_none("export"):

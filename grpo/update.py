@@ -78,8 +78,7 @@ def group_sizes(rollouts: Rollouts) -> list[int]:
 
 
 def even_parts(num: int, count: int) -> list[tuple[int, int]]:
-    """(start, stop) of `count` consecutive parts of so many items. Their sizes differ by 1 at most.
-    """
+    """(start, stop) of `count` consecutive parts of `num` items. Sizes differ by 1 at most."""
     return list(pairwise(num * place // count for place in range(count + 1)))
 
 

@@ -312,8 +312,7 @@ class Rewards:
     """What the B captions of a step earned, and why."""
 
     rewards: Tensor
-    """(B,) float32. NaN where none of a caption's questions could be scored: GRPO leaves such a
-    caption out."""
+    """(B,) float32; NaN, which GRPO leaves out, where no question of a caption could be scored."""
     parts: dict[str, Tensor]
     """(B,) float32 each: what the reward is the sum of, weights applied."""
     records: list[list[dict]]
@@ -511,8 +510,7 @@ class Verifier:
         return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
 
     def _head_cache(self, head: list[int]) -> tuple[DynamicCache, Tensor]:
-        """What `run_head` returns, as a copy that may be changed. Each head is run once, since
-        weights are frozen."""
+        """A copy of what `run_head` returns. Each head is run once: the weights are frozen."""
         if tuple(head) not in self.head_caches:
             self.head_caches[tuple(head)] = run_head(self.model, head)
         return copy.deepcopy(self.head_caches[tuple(head)])
@@ -586,10 +584,9 @@ def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int])
 
 def question_rows_(model: PreTrainedModel, head: list[int], captions: list[list[int]],
                    questions: list[list[list[int]]], head_cache: tuple[DynamicCache, Tensor]):
-    """The arguments of `run_rows_` for each (caption, question). They are the token ids still to be
-    run, their place in the cache, the cache and its mask. Head, captions, questions are token ids;
-    for `head_cache`, which is changed, see `run_head`. Captions are run once each, where
-    `shares_prompts`."""
+    """The arguments of `run_rows_` for each (caption, question): the token ids still to be run,
+    their places in the cache, the cache and its mask. Head, captions, questions are token ids;
+    `head_cache` is of `run_head`, and changed. Where `shares_prompts`, captions are run once."""
     rows = [row for group in questions for row in group]
     parents = [i for i, group in enumerate(questions) for _ in group]
     if not shares_prompts(head_cache[0]):
@@ -698,8 +695,7 @@ class RoomyLayer(DynamicLayer):
 
 
 class RowSampler(LogitsProcessor):
-    """Sampling inside `generate` with a random stream for each row. So a reply does not depend on
-    the rows beside it."""
+    """Sampling inside `generate`, a random stream for each row: no reply depends on other rows."""
 
     def __init__(self, streams: list[str], temperature: float, max_new_tokens: int,
                  forbidden_ids: Sequence[int]):

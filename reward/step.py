@@ -76,7 +76,7 @@ def check_examples(examples: Sequence[Example], config: TrainConfig) -> None:
 
 def reward_step(reward: Reward, examples: Sequence[Example], rollouts: Rollouts, step: int | str,
                 config: TrainConfig) -> Rewards:
-    """Rewards of this rank's captions. `examples`: (P,)."""
+    """Rewards of this rank's captions. examples: (P,)."""
     by_caption = [example for example in examples for _ in range(config.group_size)]  # (B,)
     keys = [f"{config.seed}:{step}:{example.id}" for example in by_caption]
     return reward.score(rollouts.captions, by_caption, keys, rollouts.lengths.tolist())
@@ -138,8 +138,7 @@ def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> di
 
 def rollout_rows(examples: Sequence[Example], rollouts: Rollouts, result: Rewards,
                  advantages: Tensor) -> list[dict]:
-    """For each caption: its words, what was asked and answered, what it earned and for what.
-    `examples`: (P,)."""
+    """Of each caption: its words, what was asked and answered, what it earned. examples: (P,)."""
     truncated, advantage = rollouts.truncated.tolist(), advantages.tolist()  # off the device once
     rows = []
     for i, caption in enumerate(rollouts.captions):
