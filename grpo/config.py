@@ -33,8 +33,7 @@ class RewardConfig:
     """Add the option "The caption does not say", which is never right. Here it is shuffled with the
     others; in [C1] it is always last."""
     soft: bool = False
-    """A question earns the right option's probability, not 1 or 0. Needs verifier_mode "logits".
-    Ours: off."""
+    """A question earns the right option's probability. Needs verifier_mode "logits". Ours: off."""
     length_weight: float = 0.0
     """Weight of a length term that is added to the accuracy. The term is 1 from length_low to
     length_full tokens. Below it falls to 0 at no token, above to 0 at length_zero. [C++] 0.2"""
@@ -171,8 +170,7 @@ class TrainConfig:
     max_failed_share: float = 0.1
     """The run stops if a larger share of a step's questions could not be scored. Ours."""
     audit_every: int = 50
-    """Steps between two audits on the probe images: floors of the reward, agreement of shuffles.
-    0 for none. Ours."""
+    """Steps between two audits of floors and shuffles on the probe images; 0 for none. Ours."""
     probe_images: int = 16
     """Images that audits use, the first of the data. Ours."""
 
@@ -237,20 +235,17 @@ class TrainConfig:
     seed: int = 0
     """Every random draw is a function of (seed, step, image, use)."""
     check: bool = False
-    """Check models, data and machine, print the findings and stop. The exit code is 2 if something
-    is wrong."""
+    """Check models, data and machine, print the findings and stop; exit code 2 if one is wrong."""
     held_out: Annotated[HeldOutConfig, tyro.conf.OmitArgPrefixes] = HeldOutConfig()
     tensorboard: bool = False
-    """Also write for TensorBoard, to run_dir/tensorboard: the numbers, and some images with their
-    captions."""
+    """Also write numbers and some images with captions for TensorBoard, to run_dir/tensorboard."""
     tracker: str = ""
     """Also send numbers, settings and some captions to this module, which has `init`, `log` and
     `finish`: wandb or trackio. Ours: none."""
 
     # checkpoints
     resume: bool = False
-    """Go on with the run in run_dir from its latest checkpoint. Without a checkpoint it begins at
-    the start."""
+    """Go on with the run in run_dir from its latest checkpoint, or from the start without one."""
     save_every: int = 50
     """Steps between two checkpoints; 0 for none but the last. Ours."""
     save_minutes: float = 60.0
@@ -259,8 +254,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Checkpoints that are kept, the newest; each has 12 bytes per trained parameter. Ours."""
     export_every: int = 0
-    """Steps between two exports of the policy as a Hugging Face folder; 0 for the last one only.
-    Ours."""
+    """Steps between two exports of the policy, a Hugging Face folder; 0 for the last only. Ours."""
     max_skipped: int = 3
     """The run stops after this many consecutive steps with a non-finite gradient or, with
     resample_flat or mask_truncated, without a caption that teaches. Ours."""
@@ -272,8 +266,7 @@ class TrainConfig:
     offload_reference: bool = False
     """Keep the reference's shards in the host's memory. Ours: on the GPUs."""
     timeout_minutes: float = 30.0
-    """The run stops if ranks wait longer than this for another. The message names that rank and the
-    phase. Ours."""
+    """The run stops, naming rank and phase, if ranks wait longer than this for another. Ours."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of exported weights. Ours: as in the released checkpoints. On GPUs the sampler's
     bfloat16 weights are exported."""
