@@ -74,13 +74,12 @@ class Example:
 
 
 def load_examples(source: str) -> list[Example]:
-    """Examples of a file or of a folder of files. "toy:SPLIT:NUM" is NUM images of the toy world,
-    drawn on the spot.
+    """Examples of a file or of a folder of files, one for each row; `merge_pictures` in
+    data/pictures.py joins those of one picture. "toy:SPLIT:NUM" is NUM images of the toy world.
 
-    Each row is an example; `merge_pictures` in data/pictures.py joins those of one picture.
-    Images are opened later. Raises ValueError for an empty set, or at the first row or question
-    that does not fit, unless the set's manifest lists it. It names file, row, expected and found,
-    and where no row can be used, what the set is.
+    Raises ValueError for an empty set, or at the first row or question that does not fit, unless
+    the set's manifest lists it. It names file, row, expected and found, and where no row can be
+    used, what the set is.
     """
     from data.rows import scan_examples  # here: how files are read is a page of its own
 

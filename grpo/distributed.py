@@ -91,11 +91,9 @@ def gather_rows(rows: list[Any]) -> list[Any]:
 
 @contextmanager
 def all_or_none(what: str) -> Iterator[None]:
-    """A ValueError or OSError inside, on any rank, is raised on all ranks. So no rank waits for one
-    that has left.
-
-    A rank re-raises its own OSError, to which `naming` may add a path. All others get a ValueError.
-    """
+    """A ValueError or OSError inside, on any rank, is raised on all ranks: no rank waits for one
+    that has left. A rank's own OSError stays one, to which `naming` may add a path; the others get
+    a ValueError."""
     own: OSError | ValueError | None = None
     try:
         yield

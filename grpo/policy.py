@@ -63,8 +63,8 @@ class Policy:
     def prompt(self, image: Image.Image, instruction: str = CAPTION_INSTRUCTION,
                answer_start: str = "") -> Prompt:
         """The prompt up to the answer, or up to the end of its given first words. Raises ValueError
-        for an image that the processor refuses, such as one with a side ratio over 200. Raises it
-        too for an instruction that contains an image placeholder."""
+        for an image that the processor refuses, such as one with a side ratio over 200, and for an
+        instruction that contains an image placeholder."""
         pixels = self.image_processor(images=[image], return_tensors="pt")
         grid = pixels["image_grid_thw"]  # (1, 3)
         content = [{"type": "image"}, {"type": "text", "text": instruction}]

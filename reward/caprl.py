@@ -208,11 +208,8 @@ class PromptWriter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, abstain: bool = False,
                  prompt_text: str = "", answer_start: str = ANSWER_START):
-        """prompt_text: the user's turn with [CAPTION] and then [QUESTION], once each, where it is
-        not the reward's own.
-
-        Raises ValueError for a chat template or a tokenizer that cannot be used.
-        """
+        """prompt_text: the user's turn with [CAPTION] and then [QUESTION], once each; empty for the
+        reward's own. Raises ValueError for a chat template or tokenizer that cannot be used."""
         examples = ABSTAIN_EXAMPLES if abstain else WORKED_EXAMPLES
         content = prompt_text or f"{ANSWER_INSTRUCTION}\n\n{examples}\n\n{CAPTION_AND_QUESTION}"
         text = chat_text(tokenizer, content) if tokenizer.chat_template else content + "\n"
@@ -334,12 +331,10 @@ def caption_rewards(captions: Sequence[str], examples: Sequence[Example], keys: 
                     lengths: Sequence[int], verifier: AskVerifier,
                     config: RewardConfig) -> Rewards:
     """R(caption) = mean of [verifier's choice == gold] (paper, equation 2), in [0, 1], over N
-    questions, each under `num_shuffles` shuffles. The terms of reward/style.py are added where
-    `config` gives them a weight.
+    questions, each under `num_shuffles` shuffles; plus the weighted terms of reward/style.py.
 
-    Caption i has lengths[i] tokens of the policy and is of the image of examples[i]. Captions with
-    equal `keys` are siblings, see `stream_names`. What could not be scored is in the records with
-    its reason.
+    Caption i is of the image of examples[i] and has lengths[i] tokens of the policy. Captions with
+    equal `keys` are siblings, see `stream_names`. Records say why something could not be scored.
     """
     question_names, reply_names = stream_names(keys, config)
     asked = [
@@ -567,11 +562,8 @@ def load_verifier(path: str, device: torch.device, dtype: torch.dtype = torch.fl
 
 
 def letter_logits(model: PreTrainedModel, hidden: Tensor, letter_ids: list[int]) -> Tensor:
-    """Logits (rows, letters), float32, of hidden states (rows, H).
-
-    Only the letters' rows of the head: a few products in place of a vocabulary of 150,000. In
-    float32, where letters of like logits do not tie: a tie would always go to the first one.
-    """
+    """Logits (rows, letters) of hidden states (rows, H), by the letters' rows of the head alone. In
+    float32, where letters of like logits do not tie: a tie would always go to the first one."""
     lm_head, text = model.get_output_embeddings(), model.config.get_text_config()
     logits = F.linear(hidden.float(), lm_head.weight[letter_ids].float())
     if lm_head.bias is not None:
