@@ -8,9 +8,6 @@ LETTERS = "ABCDEFGHIJ"
 """Options are shown under these."""
 MAX_CHOICES = len(LETTERS)
 
-
-# ----------------------------------------------------------------------------------- texts compared
-
 _WIDE = {0xFF01 + place: 0x21 + place for place in range(94)}  # ASCII, as wide as Chinese signs
 _CURLY = "\u201c\u201d\u300c\u300d\u2018\u2019\u3002\u3010\u3011"
 
@@ -54,9 +51,6 @@ def find_choice(text: str, choices: Sequence[str]) -> int | None:
         if wanted and spelled.count(wanted) == 1:
             return spelled.index(wanted)
     return None
-
-
-# ------------------------------------------------------------------------- options that mean others
 
 
 _OTHERS = re.compile(
