@@ -17,6 +17,8 @@ def check_range(settings: Any, names: str, at_least: float = -math.inf, above: f
     for name in names.split():
         value = getattr(settings, name)
         most = min(at_most, LARGEST_COUNT if isinstance(value, int) else LARGEST_FLOAT)
+        if at_least <= value <= most and value > above:
+            continue
         is_bounded = at_most < math.inf or most < value < math.inf
         if above > -math.inf:
             expected = f"more than {above}, at most {most}" if is_bounded else f"more than {above}"
@@ -26,5 +28,4 @@ def check_range(settings: Any, names: str, at_least: float = -math.inf, above: f
             expected = f"at least {at_least}" if at_least else "0 or more"
         if abs(value) == math.inf:
             expected += ", not infinity"
-        if not (at_least <= value <= most and above < value < math.inf):
-            raise ValueError(f"{name} {value}: expected {expected}")
+        raise ValueError(f"{name} {value}: expected {expected}")
