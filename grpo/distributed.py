@@ -66,9 +66,9 @@ def control_group() -> dist.ProcessGroup | None:
     return _control
 
 
-def print0(*args: Any, **kwargs: Any) -> None:
+def print0(text: str) -> None:
     if rank() == 0:
-        print(*args, flush=True, **kwargs)
+        print(text, flush=True)
 
 
 def sum_across_ranks(values: dict[str, float]) -> dict[str, float]:
