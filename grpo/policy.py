@@ -99,10 +99,9 @@ def encode_images(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
     inner = policy.model.model
     if hasattr(inner.visual, "deepstack_merger_list"):
         return list(prompts)
-    device = policy.model.device
     encoded = []
     for prompt in prompts:
-        pixels = prompt.pixel_values.to(device)
+        pixels = prompt.pixel_values.to(policy.model.device)
         features = inner.get_image_features(pixels, prompt.grid).pooler_output[0]
         encoded.append(replace(prompt, pixel_values=pixels[:0].clone(), features=features))
     return encoded
