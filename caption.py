@@ -12,7 +12,6 @@ torchrun ends the others. With `--max-restarts 100` before caption.py it starts 
 """
 
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -147,4 +146,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:])
+    run_program(main)

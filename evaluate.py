@@ -18,7 +18,6 @@ mean over the captions (the paper's Table 3 is that mean over 4). Intervals are 
 intervals over images; differences are taken on the same questions.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -217,4 +216,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:])
+    run_program(main)

@@ -22,7 +22,6 @@ tokens. docs/tour.md follows one caption, one picture and one question through t
 """
 
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -210,4 +209,4 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     from data.program import run_program
 
-    run_program(main, sys.argv[1:])
+    run_program(main)

@@ -408,4 +408,4 @@ def main(config: PaperConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(tyro.cli(PaperConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: main(tyro.cli(PaperConfig, args=arguments)))

@@ -141,4 +141,4 @@ def main(config: BenchConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(tyro.cli(BenchConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: main(tyro.cli(BenchConfig, args=arguments)))

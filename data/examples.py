@@ -7,7 +7,6 @@ and each question in it. A run leaves out a refused row only if the set's manife
     python -m data.examples part_0.jsonl --image-root photos --out set    # as this project's JSONL
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,4 +97,4 @@ if __name__ == "__main__":
     from data.program import run_program
     from tools.inspect import main
 
-    run_program(main, sys.argv[1:])
+    run_program(main)

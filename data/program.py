@@ -17,10 +17,11 @@ import torch.distributed as dist
 from data.io import disk_sentence
 
 
-def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a program and ends it with one sentence where it fails. Bad input (ValueError) and what
-    the system refuses (OSError, as on a full disk) give exit code 2, Ctrl-C 130. A letter that
-    the console cannot show is printed as its number.
+def run_program(main: Callable[[list[str]], None], arguments: list[str] | None = None) -> None:
+    """Runs a program, without `arguments` on those of the command line, and ends it with one
+    sentence where it fails. Bad input (ValueError) and what the system refuses (OSError, as on a
+    full disk) give exit code 2, Ctrl-C 130. A letter that the console cannot show is printed as
+    its number.
 
     CAPRL_TRACEBACK=1 shows where the error was raised. A process that is a rank does not return.
     """
@@ -31,7 +32,7 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str]) -> None
     warnings.filterwarnings("ignore", message=message, category=FutureWarning)
     try:
         try:
-            main(arguments)
+            main(sys.argv[1:] if arguments is None else arguments)
         except (OSError, ValueError) as error:
             if os.environ.get("CAPRL_TRACEBACK"):
                 raise

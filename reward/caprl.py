@@ -732,9 +732,7 @@ def token_batches(items: list[int], num_rows: list[int], lengths: list[int],
 
 
 if __name__ == "__main__":
-    import sys
-
     from data.program import run_program
     from tools.audit import main
 
-    run_program(main, sys.argv[1:])
+    run_program(main)

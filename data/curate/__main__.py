@@ -13,7 +13,6 @@ Each runs under torchrun too (`torchrun --nproc-per-node 8 -m data.curate ...`).
 in any way and started again, see data/curate/work.py.
 """
 
-import sys
 from pathlib import Path
 
 import tyro
@@ -46,4 +45,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, sys.argv[1:])
+    run_program(main)

@@ -7,7 +7,6 @@
 
 import random
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -257,4 +256,4 @@ def build(config: BuildConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: build(tyro.cli(BuildConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: build(tyro.cli(BuildConfig, args=arguments)))

@@ -12,7 +12,6 @@ reinforcement learning makes of it:
 """
 
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,4 +235,4 @@ def main(config: TeachConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(tyro.cli(TeachConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: main(tyro.cli(TeachConfig, args=arguments)))

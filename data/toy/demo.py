@@ -6,7 +6,6 @@ held-out images.
 
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,4 +98,4 @@ def take_picture(page: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: demo(tyro.cli(DemoConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: demo(tyro.cli(DemoConfig, args=arguments)))

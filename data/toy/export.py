@@ -4,7 +4,6 @@ loaders with.
     python -m data.toy.export some/folder --num 200
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,4 +48,4 @@ def export(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: export(tyro.cli(ExportConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: export(tyro.cli(ExportConfig, args=arguments)))

@@ -7,7 +7,6 @@ is rewarded by such a judge is expected to find the flaw (arXiv 2509.22647, sect
 """
 
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -78,4 +77,4 @@ def main(config: JudgeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(tyro.cli(JudgeConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: main(tyro.cli(JudgeConfig, args=arguments)))

@@ -14,7 +14,6 @@ line with id, image, question and answer for each question; bench/paper.py write
 """
 
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -115,4 +114,4 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(tyro.cli(PretrainConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: main(tyro.cli(PretrainConfig, args=arguments)))

@@ -10,7 +10,6 @@ in the world's grammar; how often its answers are right is printed.
 """
 
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,4 +111,4 @@ def main(config: WriterConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(tyro.cli(WriterConfig, args=arguments)), sys.argv[1:])
+    run_program(lambda arguments: main(tyro.cli(WriterConfig, args=arguments)))
