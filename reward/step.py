@@ -44,9 +44,8 @@ def verifier_of(config: Any, device: torch.device) -> Verifier:
 
 def load_reward(config: TrainConfig, device: torch.device) -> Reward:
     """The reward that the settings name. Raises ValueError if its model cannot be used."""
-    verifier = None
-    if config.reward == "caprl" or config.held_out.eval_data:
-        verifier = verifier_of(config, device)
+    is_asked = config.reward == "caprl" or config.held_out.eval_data
+    verifier = verifier_of(config, device) if is_asked else None
     if config.reward == "judge":
         from grpo.pretrained import load_policy  # here: the baseline is for who asks for it
         from reward.judge import judge_rewards
