@@ -1,7 +1,5 @@
-"""Writing files: whole or not at all, and what a disk refuses. data/jsonl.py reads rows.
-
-A refusal is one sentence with path, reason and free bytes. It comes before the work if it can be
-known then.
+"""Writing files: whole or not at all, and what a disk refuses, told before the work if it can be
+known then. data/jsonl.py reads rows.
 """
 
 import errno
