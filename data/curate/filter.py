@@ -33,7 +33,7 @@ class FilterConfig:
     one."""
 
     data: str
-    """Images with questions, in any format that data/examples.py reads."""
+    """Images with questions, in any format that data/formats.py reads."""
     out: str
     """A folder for the filtered set."""
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"
