@@ -145,8 +145,8 @@ class CompletionScorer(nn.Module):
 
     def forward(self, rollouts: Rollouts, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probabilities (natural log) and entropies (nats) of the distribution that is sampled.
-        (B, L) float32 each, 0 beyond each completion's length. Only the first carry gradient. The
-        others, for the log, take half of the head's time, and are 0 without `with_entropy`."""
+        (B, L) float32 each, 0 beyond each completion's length. Only the log-probabilities carry
+        gradient. Entropies are for the log. They take time, and are 0 without `with_entropy`."""
         packed, device = pack_groups(rollouts), rollouts.tokens.device
         hidden = self.model.model(
             **image_inputs(self.model, packed.input_ids, rollouts.prompts),
