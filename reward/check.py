@@ -32,11 +32,13 @@ def check_rows(model: PreTrainedModel, writer: PromptWriter) -> None:
         raise ValueError(f"{wanted}, {name} fails with them: {error}") from None
     pairs = zip(hidden[:, -1].float(), alone)
     padded, longest = ((row - states).norm() / states.norm() for row, states in pairs)
-    # The longest row has no padding. So its difference shows how much is rounding, in any dtype.
-    if not (longest <= torch.finfo(model.dtype).eps ** 0.5 and padded <= max(8 * longest, 1e-4)):
+    # The longest row has no padding. So its difference shows how much is rounding, in any dtype. It
+    # may be 0 by luck, where half precision takes 1% off the other row.
+    most = torch.finfo(model.dtype).eps ** 0.5
+    if not (longest <= most and padded <= max(8 * longest, most)):
         error = max(padded.item(), longest.item())
         raise ValueError(f"{wanted}, {name}'s states come out {error:.1g} apart")
     error = (ours - logits).abs().max() / logits.abs().max()
-    if not error <= torch.finfo(model.dtype).eps ** 0.5:
+    if not error <= most:
         raise ValueError(f"expected logits of the head, scaled or capped as in Gemma, Granite and "
                          f"Cohere, {name}'s come out {error:.1g} apart")

@@ -535,10 +535,18 @@ def test_verifiers_of_other_kinds_answer_as_on_one_row_alone(tokenizer, tmp_path
                 assert answer.reply == tokenizer.decode(reply, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("folder", ["data/toy/verifier", None])
+def test_rounding_alone_refuses_no_verifier(tokenizer, tmp_path, folder):
+    """In bfloat16 the short row's states come out 0.002 to 0.007 apart, while the longest row's are equal by luck."""
+    torch.manual_seed(0)
+    load_verifier(folder or saved(gemma3(), tokenizer, tmp_path), torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make, message", [
     (lambda: hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=751, hidden_size=64, num_hidden_layers=2)), "states come out"),
     (lambda: hf.BertLMHeadModel(hf.BertConfig(
-        vocab_size=751, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)), "states come out"),
+        vocab_size=751, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)), "come out"),
     (lambda: hf.MiniMaxForCausalLM(hf.MiniMaxConfig(
         **SMALL, layer_types=["linear_attention", "full_attention"], num_local_experts=2)), "fails with them"),
     # Windows of 256 tokens, longer than a short row: its padding to a long row of the batch fills them.
@@ -546,9 +554,10 @@ def test_verifiers_of_other_kinds_answer_as_on_one_row_alone(tokenizer, tmp_path
         vocab_size=751, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=256,
     )), "states come out"),
 ])
-def test_a_verifier_that_padding_disturbs_is_refused_when_loaded(tokenizer, tmp_path, make, message):
-    with pytest.raises(ValueError, match=f"expected layers that padding and a cache do not disturb, .*{message}") as caught:
-        load_verifier(saved(make(), tokenizer, tmp_path), torch.device("cpu"))
+def test_a_verifier_that_padding_disturbs_is_refused_when_loaded(tokenizer, tmp_path, make, message, dtype):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=f"expected l(ayers that padding|ogits of the head).*{message}") as caught:
+        load_verifier(saved(make(), tokenizer, tmp_path), torch.device("cpu"), dtype)
     assert "\n" not in str(caught.value)
 
 
