@@ -45,7 +45,7 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
             owner, _, kind = name.rpartition(".")
             if kind not in ("lora_a", "lora_b"):
                 is_changed = owner in layers and kind == "weight"
-                value = layers[owner].merged() if is_changed else parameter
+                value = layers[owner].merged(dtype) if is_changed else parameter
                 weights[name] = value.detach().to("cpu", dtype)
         model.save_pretrained(unfinished, state_dict=weights, max_shard_size="5GB")
         if layers:

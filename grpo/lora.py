@@ -43,9 +43,21 @@ class LoraLinear(nn.Linear):
         inner = F.linear(x, self.lora_a.to(x.dtype))  # (..., R)
         return out + self.scale * F.linear(inner, self.lora_b.to(x.dtype))
 
-    def merged(self) -> Tensor:
-        """W + s B A, (out, in) float32."""
-        return self.weight.float() + self.scale * (self.lora_b.float() @ self.lora_a.float())
+    def merged(self, dtype: torch.dtype) -> Tensor:
+        """W + s B A, (out, in). It is rounded to bfloat16 by `round_by_chance`: the number nearest
+        to it is W again where the adapter adds less than half a step. Of 20 steps of training at
+        1e-6 a twentieth would be left."""
+        whole = self.weight.float() + self.scale * (self.lora_b.float() @ self.lora_a.float())
+        return round_by_chance(whole) if dtype == torch.bfloat16 else whole.to(dtype)
+
+
+def round_by_chance(numbers: Tensor) -> Tensor:
+    """Float32 numbers in bfloat16, rounded up or down by chance, so that sums are right: 1/4 of a
+    step becomes a step in 1 of 4 places. The draws are the same on all machines."""
+    draws = torch.randint(1 << 16, numbers.shape, dtype=torch.int32,
+                          generator=torch.Generator().manual_seed(0))
+    bits = numbers.view(torch.int32) + draws.to(numbers.device)  # bfloat16 is the upper half
+    return (bits & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
@@ -138,9 +150,9 @@ def average_gradients_(parameters: Iterable[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def merge_adapters_(model: nn.Module) -> None:
-    """Adds the adapters to the base's weights, in float32, and takes them off."""
+    """Adds the adapters to the base's weights and takes them off."""
     for layer in adapters(model).values():
-        layer.weight.data = layer.merged().to(layer.weight.dtype)
+        layer.weight.data = layer.merged(layer.weight.dtype)
         del layer.lora_a, layer.lora_b, layer.scale, layer.is_on
         layer.__class__ = nn.Linear
 

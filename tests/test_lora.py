@@ -27,6 +27,7 @@ from grpo.lora import (
     attach_,
     load_adapter_,
     merge_adapters_,
+    round_by_chance,
     save_adapter,
 )
 from grpo.pretrained import find_model, load_policy
@@ -204,9 +205,40 @@ def test_a_float32_export_of_a_bfloat16_base_rounds_nothing_and_copies_no_model(
         export_policy(policy, tmp_path / "final", save_dtype)
         opened = load_policy(str(tmp_path / "final"), CPU).model
         for name, layer in adapters(policy.model).items():
-            whole = layer.weight.float() + layer.scale * layer.lora_b @ layer.lora_a
-            assert torch.equal(opened.get_submodule(name).weight, whole.to(save_dtype).float()), name
+            whole, got = layer.weight.float() + layer.scale * layer.lora_b @ layer.lora_a, opened.get_submodule(name).weight
+            steps = 2 ** -7 if save_dtype == torch.bfloat16 else 0  # at most one
+            assert ((got - whole).abs() <= steps * torch.maximum(got.abs(), whole.abs())).all(), name
     assert policy.model.dtype == torch.bfloat16
+
+
+def test_rounding_by_chance_hand_made():
+    """From 1 on a step of bfloat16 is 1/128, from -0.5 on 1/256. A quarter above a number becomes the next in 1 of 4."""
+    steps = torch.tensor([0.0, 0.25, 0.5, 0.99])
+    for start, step in ((1.0, 1 / 128), (-0.5, -1 / 256)):
+        rounded = round_by_chance((start + steps * step).repeat(4000, 1)).float()
+        assert set(rounded.unique().tolist()) == {start, start + step}
+        assert torch.allclose((rounded != start).float().mean(0), steps, atol=0.03)
+        assert (rounded[:, 0] == start).all(), "what bfloat16 can write stays"
+
+
+@torch.no_grad()
+def test_an_adapter_below_half_a_step_of_the_base_is_not_lost(policy, tmp_path):
+    """The nearest numbers of bfloat16 were W again in most places: of this adapter 2% were left, in exports and where one
+    was loaded."""
+    export_policy(policy, tmp_path / "base", torch.bfloat16)
+    policy = load_policy(str(tmp_path / "base"), CPU, torch.bfloat16)
+    base = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    policy = with_adapters(policy)
+    for layer in adapters(policy.model).values():
+        layer.lora_b.data *= 1e-4
+    export_policy(policy, tmp_path / "final", torch.bfloat16)
+    for folder in ("final", "final/adapter"):
+        opened, along, length = load_policy(str(tmp_path / folder), CPU, torch.bfloat16).model, 0.0, 0.0
+        for name, layer in adapters(policy.model).items():
+            want = layer.scale * layer.lora_b @ layer.lora_a
+            got = opened.get_submodule(name).weight.float() - base[f"{name}.weight"].float()
+            along, length = along + (got * want).sum(), length + want.square().sum()
+        assert along / length == pytest.approx(1, abs=0.1), folder
 
 
 def test_peft_opens_the_adapter_to_the_same_logits(policy, prompts, tmp_path):
