@@ -8,6 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from grpo.decode import head_logits
+
 
 def share_heads_(model: PreTrainedModel) -> None:
     """Has a model that uses transformers' "sdpa" attend by `shared_heads`. SDPA cannot cap scores.
@@ -20,16 +22,21 @@ def share_heads_(model: PreTrainedModel) -> None:
 
 
 def join_rows_(model: PreTrainedModel) -> None:
-    """Makes lm_head one product for all rows. transformers gives it a slice, (B, 1, H). Where
-    weights have no gradients, torch multiplies a slice row by row, and reads a vocabulary of 152k B
-    times. A contiguous input is one product."""
+    """Makes lm_head one product for all rows, on a GPU with float32 results. transformers gives it
+    a slice, (B, 1, H). Where weights have no gradients, torch multiplies a slice row by row, and
+    reads a vocabulary of 152k B times."""
     lm_head = model.get_output_embeddings()
-    if not lm_head._forward_pre_hooks:  # a model may be prepared again, under other settings
-        lm_head.register_forward_pre_hook(_contiguous)
+    if type(lm_head) is nn.Linear:
+        lm_head.__class__ = JoinedHead
 
 
-def _contiguous(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    return (inputs[0].contiguous(),)
+class JoinedHead(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., V)."""
+        rows = hidden.flatten(0, -2)
+        is_rounded = rows.is_cuda and rows.dtype != torch.float32 and self.bias is None
+        logits = head_logits(self, rows) if is_rounded else super().forward(rows)
+        return logits.view(*hidden.shape[:-1], -1)
 
 
 def shared_heads(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,

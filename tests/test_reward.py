@@ -24,7 +24,7 @@ from data.examples import Example, Question
 from data.toy.world import make_scene, toy_example, write_caption
 from grpo.config import RewardConfig
 from grpo.rollout import read_prompts
-from reward.attention import cached_mask, shared_heads
+from reward.attention import cached_mask, join_rows_, shared_heads
 from reward.caprl import (
     ABSTAIN,
     ABSTAIN_EXAMPLES,
@@ -819,9 +819,16 @@ def test_the_vocabulary_is_read_once_for_all_rows(verifier_model, tokenizer, pol
     assert products == [("aten.mm.default", len(prompts))]
 
 
-def test_a_model_prepared_twice_has_one_hook(verifier_model, tokenizer):
-    Verifier(verifier_model, tokenizer).under(mode="sample")
-    assert len(verifier_model.lm_head._forward_pre_hooks) == 1
+def test_sampled_letters_are_not_rounded_on_a_gpu(monkeypatch):
+    """16 + 1/32 and 16 would be a tie in bfloat16. A CPU stands in for the GPU, whose product has float32 results."""
+    config = hf.Qwen2Config(vocab_size=2, hidden_size=2, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    model = hf.Qwen2ForCausalLM(config).bfloat16().requires_grad_(False)
+    model.lm_head.weight[:] = torch.tensor([[16.0, 1 / 32], [16, 0]])
+    for _ in range(2):  # prepared once or twice
+        join_rows_(model)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    assert model.lm_head(torch.ones(3, 1, 2).bfloat16()).tolist() == [[[16 + 1 / 32, 16]]] * 3
 
 
 def test_the_host_waits_once_for_each_token_of_a_reply(verifier_model, tokenizer):
