@@ -13,6 +13,7 @@ import torch
 
 from data.examples import Example
 from data.images import open_image
+from grpo.batch import count_together
 from grpo.policy import Policy
 from grpo.rollout import read_prompts
 from reward.caprl import Rewards
@@ -52,7 +53,10 @@ def judge_rewards(captions: Sequence[str], examples: Sequence[Example], keys: Se
                          RATING_INSTRUCTION + as_plain_text(caption, judge), RATING_START)
             for caption, example in zip(captions[batch], examples[batch])
         ]
-        logits.append(read_prompts(judge, prompts)[0][:, digit_ids].cpu())  # (b, 5)
+        while prompts:
+            num = count_together([len(prompt.input_ids) for prompt in prompts])
+            logits.append(read_prompts(judge, prompts[:num])[0][:, digit_ids].cpu())  # (b, 5)
+            prompts = prompts[num:]
     probs = torch.cat(logits).softmax(-1)  # (B, 5)
     rewards = (probs @ torch.arange(5.0)) / 4  # (B,)
     records = [[rating_record(*row)] for row in zip(rewards.tolist(), probs.tolist())]

@@ -6,6 +6,7 @@ import torch
 
 from data.examples import Example
 from data.toy.world import draw, make_scene
+from grpo.rollout import read_prompts
 from reward.judge import RATING_INSTRUCTION, RATING_START, RATINGS, judge_rewards
 
 EXAMPLES = [Example(str(index), draw(make_scene("train", index)), ()) for index in (0, 1, 2)]
@@ -30,6 +31,17 @@ def test_the_reward_is_the_expected_rating_of_a_separate_prompt(policy):
         assert reward.item() == pytest.approx((want - 1) / 4, abs=1e-5)
     assert torch.equal(result.parts["judge"], result.rewards) and result.stats["failed_share"] == 0
     assert judged(policy, batch_size=1).rewards.tolist() == pytest.approx(result.rewards.tolist(), abs=1e-5)
+
+
+def test_large_images_are_judged_within_the_samplers_bound(policy, monkeypatch):
+    """8 images of 16,000 tokens were one forward of 131,000, where the sampler's has at most 32,768."""
+    want, sizes = judged(policy).rewards.tolist(), []
+    monkeypatch.setattr("reward.judge.read_prompts", lambda judge, prompts: sizes.append(len(prompts)) or read_prompts(
+        judge, prompts))
+    for bound, numbers in ((1000, [3]), (1, [1, 1, 1])):
+        monkeypatch.setattr("grpo.batch.PREFILL_TOKENS", bound)
+        assert judged(policy).rewards.tolist() == pytest.approx(want, abs=1e-5) and sizes == numbers
+        sizes.clear()
 
 
 def test_sure_ratings_reach_the_ends(policy):
