@@ -534,6 +534,16 @@ def test_captions_are_admitted_by_their_length_not_by_the_longest_allowed(monkey
     assert steps == max(map(max, lengths)) - 1
 
 
+def test_groups_are_dropped_several_at_a_time_while_prompts_wait(monkeypatch):
+    """Room for 8 of 16 groups, whose captions end one after another. A drop copies the cache. So while some wait 2 go at a
+    time, a quarter of the room. After that a drop saves work alone, and a graph is recorded again: half of them go."""
+    keeps, keep = [], Scripted.keep
+    monkeypatch.setattr(Scripted, "keep", lambda self, groups: keeps.append(len(self.ages) - len(groups)) or keep(self, groups))
+    lengths = [[20 + 3 * p] for p in range(16)]
+    run_script(monkeypatch, lengths, 8 * (T + 80) + 100, 80)
+    assert keeps == [2, 2, 2, 2, 4, 2, 1, 1]
+
+
 def test_the_host_waits_once_a_token_also_where_rows_end(policy, prompts, monkeypatch):
     def end_often(module, args, output):
         output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5  # about one token in five
