@@ -4,9 +4,10 @@
   `answer` (a letter);
 - CaptionQA, parquet: `id`, `images`, `questions` with `question`, `choices`, `answer` (a text),
   and `domain`;
-- what the released question generator writes, JSONL: `image_path`, `qa_response` (see
+- what the released question generator writes, JSONL or parquet: `image_path`, `qa_response` (see
   `parse_questions` in data/written.py);
-- this project's JSONL, one object per line, with `image` below the file's folder or in base64:
+- this project's JSONL, one object per line, with `image` below the file's folder or in base64, or
+  parquet with the same columns:
     {"id": "chart-7", "image": "images/chart-7.png", "family": "bars", "questions": [
      {"question": "How many bars?", "choices": ["two", "three"], "answer_index": 1}]}
 - a folder of these.

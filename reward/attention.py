@@ -34,6 +34,7 @@ class JoinedHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V)."""
         rows = hidden.flatten(0, -2)
+        # The cases that head_logits multiplies by itself. In others it would call this again.
         is_rounded = rows.is_cuda and rows.dtype != torch.float32 and self.bias is None
         logits = head_logits(self, rows) if is_rounded else super().forward(rows)
         return logits.view(*hidden.shape[:-1], -1)
