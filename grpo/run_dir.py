@@ -71,21 +71,21 @@ FREE_ON_RESUME = {
 
 def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) -> None:
     """Raises ValueError if a setting that changes the numbers differs from when the run began.
-    The contents of data and models count too.
+    Of data and models the contents count, and not where they are now.
 
     saved: the run's config.json, empty for a new run. Older ones have no contents, and for a
     setting that came later its default: a new feature is off.
     """
     settings = config.flat()
     begun_with = TrainConfig().flat() | saved if saved else settings
+    begun_contents = saved.get("contents", {})
     for name, value in settings.items():
-        if name == "verifier" and "://" in value and "://" in str(begun_with[name]):
-            continue  # a server may move; the model's name there is in the contents
-        if name not in FREE_ON_RESUME and begun_with[name] != value:
+        may_move = name in begun_contents and value  # its contents are compared below
+        if not may_move and name not in FREE_ON_RESUME and begun_with[name] != value:
             raise ValueError(f"{name} {value!r}: expected {begun_with[name]!r} as the run to "
                              "resume has it")
     for name, value in contents.items():
-        begun = saved.get("contents", {}).get(name, value)
+        begun = begun_contents.get(name, value)
         differs = [then != now for then, now in zip(begun.split(" "), value.split(" "))]
         if any(differs):
             what = "rows" if "data" in name else "weights" if differs[0] else AROUND[name]

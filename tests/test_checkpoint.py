@@ -163,7 +163,7 @@ def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp
 
 def test_a_run_goes_on_with_its_own_rows_and_models_only(tmp_path):
     """Under the same paths: rows added, rows in another order, one weight of a model changed, another chat template,
-    two tokens of the tokenizer exchanged. The sentence says which of these it is."""
+    two tokens of the tokenizer exchanged. The sentence says which of these it is. At another path they are the same."""
     data = tmp_path / "set/examples.jsonl"
     export(ExportConfig(data.parent, num=3))
     rows = data.read_text().splitlines(keepends=True)
@@ -213,6 +213,14 @@ def test_a_run_goes_on_with_its_own_rows_and_models_only(tmp_path):
     train(replace(config, num_steps=2))
     want = saved.replace('"num_steps": 1', '"num_steps": 2')
     assert (tmp_path / "run/config.json").read_text() == want
+    moved = {"data": tmp_path / "moved/examples.jsonl"} | {name: tmp_path / f"moved_{name}" for name in around}
+    (tmp_path / "set").rename(tmp_path / "moved")
+    for name in around:
+        (tmp_path / name).rename(moved[name])
+    train(replace(config, num_steps=3, **{name: str(path) for name, path in moved.items()}))
+    steps = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    now = json.loads((tmp_path / "run/config.json").read_text())
+    assert len(steps) == 3 and now["data"] == str(moved["data"]) and now["contents"] == json.loads(saved)["contents"]
 
 
 def test_the_hash_of_weights_is_of_their_values(policy):

@@ -189,7 +189,7 @@ def test_programs_take_an_address(served, tmp_path, capsys):
     assert "agreement: 1.000" in capsys.readouterr().out
     contents = {"verifier": settings["contents"]["verifier"]}
     check_resumes(change(config, verifier="https://elsewhere/v1"), settings, contents)
-    for verifier, now in (("data/toy/verifier", contents), (served, {"verifier": "another 0123"})):
+    for verifier, now in (("data/toy/verifier", {"verifier": "4567 0123"}), (served, {"verifier": "another 0123"})):
         with pytest.raises(ValueError, match="verifier .*: expected"):
             check_resumes(change(config, verifier=verifier), settings, now)
 
