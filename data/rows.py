@@ -117,6 +117,8 @@ def read_question(entry: Any) -> Question:
     if not isinstance(choices, list):
         raise ValueError(f"expected a list of choices, got {short(choices)}")
     choices = strip_labels(choices)
+    if isinstance(place, float) and place.is_integer():  # pandas, of a column with gaps
+        place = int(place)
     if place is None or answer not in (None, ""):
         # Unsound choices are named before an answer that is none.
         Question(text, choices, 0 if place is None else place)

@@ -527,6 +527,16 @@ def test_a_number_is_a_place_for_ai2d_and_a_text_for_others(tmp_path):
     assert golds == {"ai2d": 2, "choice": 1}
 
 
+@pytest.mark.parametrize("place", ["1", "1.0"])
+def test_answer_index_of_a_table_is_a_place(tmp_path, place):
+    """As text in a TSV, with ".0" where pandas wrote it."""
+    cells = ("a", base64.b64encode(png("red")).decode(), "Q?", "['1', '2']", place)
+    head = ("index", "image", "question", "options", "answer_index")
+    (tmp_path / "x.tsv").write_text("\t".join(head) + "\n" + "\t".join(cells))
+    [(*_, question)] = asked(load_benchmark(f"choice:{tmp_path}/x.tsv"))
+    assert question.answer_index == 1
+
+
 @pytest.mark.parametrize("answer", [["1"], 1.5, True, "B", "-1", {"a": 1}])
 def test_a_place_that_is_none_is_refused(tmp_path, answer):
     """A list ended the program, 1.5 and true were option 1."""

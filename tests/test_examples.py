@@ -121,6 +121,15 @@ def test_a_bad_row_is_named_with_file_line_and_reason(tmp_path, row, message):
     assert str(error.value).startswith(path) and "\n" not in str(error.value)
 
 
+def test_a_whole_place_may_be_a_float(tmp_path):
+    """pandas makes 1 to 1.0 in a column with gaps, and a benchmark's table holds text."""
+    rows = [question(answer_index=place) | {"id": str(place)} for place in (1, 1.0)]
+    assert [one.questions[1].answer_index for one in load_examples(write(tmp_path / "q.jsonl", *rows))] == [1, 1]
+    for place in (0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="line 1: .*(answer_index .* outside 2 choices|expected a JSON object)"):
+            load_examples(write(tmp_path / "q.jsonl", question(answer_index=place)))
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(ValueError, match="nothing.jsonl: expected a file or a folder of files with questions"):
         load_examples(str(tmp_path / "nothing.jsonl"))

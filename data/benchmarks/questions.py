@@ -199,13 +199,13 @@ def _answer_in_list(row: Row, kind: str, text: str, options: list[str]) -> int:
     names = [name for name in ("answer_index", "answer")
              if row.cells.get(name) not in (None, "", [])]
     given = {name: row.cell(name) for name in names or ["answer"]}
-    places = {_place(answer, kind, text, options) for answer in given.values()}
+    places = {_place(answer, kind, text, options, name) for name, answer in given.items()}
     if len(places) > 1:
         raise ValueError(f"expected one choice in answer_index and answer, got {given}")
     return places.pop()
 
 
-def _place(answer: Any, kind: str, text: str, options: list[str]) -> int:
+def _place(answer: Any, kind: str, text: str, options: list[str], name: str) -> int:
     if kind == "captionqa":
         place = find_choice(entry_text(answer), options)
         if place is None:
@@ -213,10 +213,11 @@ def _place(answer: Any, kind: str, text: str, options: list[str]) -> int:
         if len(options) == 10 and captionqa_offers_abstain(text, options):
             raise ValueError("expected at most 9 choices beside the abstain option, got 10")
         return place
-    if kind == "ai2d" or isinstance(answer, int):  # AI2D: the place in the list, as text
+    # A table may hold the place as text, as AI2D's does, or with ".0", as pandas writes it.
+    if kind == "ai2d" or name == "answer_index" or isinstance(answer, int):
         number = re.fullmatch(r"(\d+)(?:\.0)?", str(answer).strip())
         if not number:
-            raise ValueError(f"answer {short(answer)}: expected the place, from 0, of one of "
+            raise ValueError(f"{name} {short(answer)}: expected the place, from 0, of one of "
                              f"{len(options)} options")
         return int(number[1])
     return find_answer(entry_text(answer), tuple(options))  # a letter, or a choice's text
