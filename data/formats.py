@@ -30,9 +30,9 @@ MANIFEST_SUFFIX = ".manifest.jsonl"
 
 
 def data_files(source: str) -> list[Path]:
-    """The file, or every *.parquet and *.jsonl below the folder, linked and hidden folders too.
-    Files of other endings, but pictures, are counted on stderr. Raises ValueError where there is
-    none."""
+    """The file, or every *.parquet and *.jsonl below the folder, linked and hidden folders too; of
+    what `python -m data.curate` wrote, examples.jsonl. Files of other endings, but pictures, are
+    counted on stderr. Raises ValueError where there is none."""
     if not source:  # pathlib takes it for the working directory
         raise ValueError("expected a file or a folder of files with questions, got an empty text")
     path = Path(source)
@@ -42,6 +42,9 @@ def data_files(source: str) -> list[Path]:
         from data.advice import nothing_there
 
         raise ValueError(nothing_there(source, "a file or a folder of files with questions"))
+    curated = path / "examples.jsonl"
+    if curated.is_file() and (path / "rows").is_dir():  # the rest says how it was made
+        return [curated]
     from data.folders import list_files  # here: a single file needs no search
 
     listed = list_files(path, IMAGE_SUFFIXES | {".parquet", ".jsonl"})

@@ -406,6 +406,7 @@ def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
     rows = rows_of(tmp_path / "out")
     assert [row["fate"] for row in rows] == ["measured", "failed", "measured"]
     kept = load_examples(str(tmp_path / "out/examples.jsonl"))
+    assert load_examples(str(tmp_path / "out")) == kept  # what is beside it says how it was made
     assert [len(example.questions) for example in kept] == [2, 2] and kept[1].family == "cards"
     report = (tmp_path / "out/report.md").read_text()
     mute = Answer(None, failure="too long")
