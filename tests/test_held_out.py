@@ -149,6 +149,18 @@ def test_a_run_ends_when_patience_does_and_goes_on_only_if_told(tmp_path, capsys
     assert [row["step"] for row in read_log(tmp_path / "run/eval.jsonl")] == [0, 1, 2, 3]
 
 
+def test_a_run_that_ends_before_its_first_step_goes_on_if_told(tmp_path, capsys):
+    """The initial policy was good enough: such a run too is a finished one."""
+    config = toy_config(run_dir=str(tmp_path / "run"), stop_at=0.01, **TINY | {"num_steps": 2},
+                        **EVAL | {"eval_every": 1, "eval_images": 1, "eval_samples": 0})
+    train(config)
+    train(replace(config, resume=True))
+    assert capsys.readouterr().out.count("the run ends after 0 steps: held-out accuracy ") == 2
+    train(change(config, resume=True, stop_at=1.0))
+    assert [row["step"] for row in read_log(tmp_path / "run/metrics.jsonl")] == [0, 1]
+    assert [row["step"] for row in read_log(tmp_path / "run/eval.jsonl")] == [0, 1, 2]
+
+
 def test_the_best_policy_has_a_checkpoint_before_it_is_exported(tmp_path, monkeypatch):
     """A kill in between: the resumed run exports it then, adapters too, and measures nothing twice."""
     config = toy_config(run_dir=str(tmp_path / "run"), save_every=0, lora_rank=2, **TINY | {"num_steps": 4},

@@ -191,15 +191,15 @@ class HeldOut:
 
     def _keep(self, best: dict | None, last: dict, is_end: bool) -> None:
         """Exports the policy if its evaluation is the best, unless it is exported. There is a
-        checkpoint of it then, and at the run's end."""
+        checkpoint of it then, but of the initial policy only at the run's end."""
         folder, states = self.run_dir / "best", []
         with all_or_none("best"):
             if rank() == 0:
                 checkpoint = latest_checkpoint(self.run_dir)
-                states.append((best_line(self.run_dir), checkpoint[1] if checkpoint else 0))
+                states.append((best_line(self.run_dir), checkpoint[1] if checkpoint else -1))
         kept, num_saved = gather_rows(states)[0]
         is_new = best == last and kept != last
-        if (is_new or is_end) and last["step"] > num_saved:
+        if ((is_new and last["step"]) or is_end) and last["step"] > num_saved:
             state = training_state(self.run.scorer, self.run.optimizer)
             save_checkpoint(self.run_dir, last["step"], state, self.config.keep_checkpoints)
         if is_new:
