@@ -57,6 +57,7 @@ class Run:
 
 def load_run(config: TrainConfig, device: torch.device) -> Run:
     """Loads the models and shards them. Raises ValueError, on all ranks, if one cannot be used."""
+    from grpo.layers import check_layers  # here: as in grpo/decode.py, which does it at each step
     from grpo.pretrained import load_policy  # here: how checkpoints are read is a page of its own
 
     has_one_model = world_size() == 1 and device.type == "cpu"  # the sampler is the trained model
@@ -66,6 +67,7 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
     with all_or_none("start"):
         load_dtype = dtype if has_adapters else torch.float32 if has_one_model else "auto"
         sampler = load_policy(config.policy, device, load_dtype)
+        check_layers(sampler.model, config.max_new_tokens)  # before the run folder is begun
         if has_adapters:
             from grpo.lora import adapters_off, add_adapters_  # here: for who asks for adapters
 

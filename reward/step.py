@@ -34,12 +34,18 @@ class Reward:
 
 
 def verifier_of(config: Any, device: torch.device) -> Verifier:
-    """The verifier that the settings `verifier...` name, of a training run or an evaluation."""
-    return load_verifier(
+    """The verifier that the settings `verifier...` name, of a training run or an evaluation. Raises
+    ValueError if it cannot be used."""
+    verifier = load_verifier(
         config.verifier, device, compute_dtype(device), config.verifier_name,
         mode=config.verifier_mode, temperature=config.verifier_temperature,
         max_new_tokens=config.verifier_max_new_tokens,
     )
+    room = verifier.context - len(verifier.writers[False].head_ids)
+    if verifier.mode == "sample" and config.verifier_max_new_tokens >= room:
+        raise ValueError(f"verifier_max_new_tokens {config.verifier_max_new_tokens}: expected less "
+                         f"than the {room} tokens that the verifier has beside its instructions")
+    return verifier
 
 
 def load_reward(config: TrainConfig, device: torch.device) -> Reward:

@@ -141,6 +141,10 @@ def test_groups_are_not_split_over_ranks():
         (train, "toy --abstain --data TEN", "abstain: expected at most 9 choices beside it, id 'a' has 10"),
         (train, "toy --offload-reference", "offload_reference: expected GPUs, there is nothing to offload from"),
         (train, "toy --replicas 2", "replicas 2: expected a divisor of the 1 ranks"),
+        (train, "toy --max-new-tokens 4097", "max_new_tokens 4097: expected at most the 4096 positions of the policy"),
+        (train, "toy --verifier-mode sample --verifier-max-new-tokens 4000",
+         "verifier_max_new_tokens 4000: expected less than the 3922 tokens that the verifier has beside its instruct"),
+        (train, "toy --check --max-new-tokens 4097", "max_new_tokens 4097: expected at most the 4096 positions of the"),
         (train, "toy --resume --run-dir FULL", "FULL/config.json: expected the settings of a run ("),
         (train, "toy --check --data none.jsonl", "none.jsonl: expected a file or a folder of files with questions, found"),
         (train, "toy --check --prompts-per-step 500", "prompts_per_step 500: expected at most the 480 images there are"),
@@ -174,6 +178,8 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(program, arguments, me
         run_program(program.main, arguments.split())
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith(f"error: {message}")
+    # Where a run had begun, other settings would be refused as another run's.
+    assert (tmp_path / "run/config.json").exists() == ("badimage" in arguments)
 
 
 @pytest.mark.parametrize(
