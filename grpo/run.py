@@ -65,7 +65,8 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
     if config.offload_reference and device.type == "cpu":
         raise ValueError("offload_reference: expected GPUs, there is nothing to offload from")
     with all_or_none("start"):
-        load_dtype = dtype if has_adapters else torch.float32 if has_one_model else "auto"
+        # On a CPU ranks begin with the weights of one: a merged adapter is not rounded.
+        load_dtype = dtype if has_adapters or device.type == "cpu" else "auto"
         sampler = load_policy(config.policy, device, load_dtype)
         check_layers(sampler.model, config.max_new_tokens)  # before the run folder is begun
         if has_adapters:

@@ -20,6 +20,7 @@ import train
 from data.io import naming
 from data.program import run_program
 from grpo import sharding
+from grpo.config import LoraConfig
 from grpo.distributed import (
     Phases,
     all_or_none,
@@ -32,7 +33,8 @@ from grpo.distributed import (
     world_size,
 )
 from grpo.logprobs import CompletionScorer
-from grpo.pretrained import load_policy
+from grpo.lora import adapters, add_adapters_, save_adapter
+from grpo.pretrained import load_policy, weights_hash
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.run import load_run
@@ -70,6 +72,7 @@ def step_on_rank(out: Path, policy: str, replicas: int, freeze: str) -> None:
     rows = slice(rank() * share * GROUP, (rank() + 1) * share * GROUP)
     mine = rollouts.groups(rank() * share, (rank() + 1) * share)
     before = {name: p.detach().clone() for name, p in sampler.model.named_parameters()}
+    weights = weights_hash(sampler.model)
     metrics = update_policy(
         scorer, run.reference, torch.optim.SGD(scorer.parameters(), lr=0.1), mine, advantages[rows], valid[rows], config
     )
@@ -85,12 +88,13 @@ def step_on_rank(out: Path, policy: str, replicas: int, freeze: str) -> None:
     ranks = gather_rows([rank()])
     if rank() == 0:
         torch.save({"metrics": metrics, "change": change, "gap": gap, "sharded": sharded, "ranks": ranks,
-                    "meshes": len(meshes)}, out)
+                    "meshes": len(meshes), "weights": weights}, out)
 
 
 RANKS = {
     "one": (1, 1, "none"), "two": (2, 1, "none"), "four": (4, 1, "none"), "two times two": (4, 2, "none"),
     "one, frozen": (1, 1, "vision"), "two, frozen": (2, 1, "vision"),
+    "one, of an adapter": (1, 1, "none"), "two, of an adapter": (2, 1, "none"),
 }
 """Ranks; replicas, groups of ranks over each of which the weights are sharded; what is not trained."""
 
@@ -99,8 +103,15 @@ RANKS = {
 def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     policy = shallow("data/toy/policy", folder / "policy", num_layers=2)
+    adapted = load_policy(policy, torch.device("cpu"), "auto").model
+    assert adapted.dtype == torch.bfloat16  # a sum with an adapter is rounded in it
+    add_adapters_(adapted, LoraConfig(lora_rank=2), "none", seed=0)
+    for layer in adapters(adapted).values():
+        layer.lora_b.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    save_adapter(adapted, folder / "adapter")
     for name, (num_ranks, *kind) in RANKS.items():
-        all_ranks(folder, num_ranks, step_on_rank, folder / f"{name}.pt", policy, *kind)
+        path = str(folder / "adapter") if "adapter" in name else policy
+        all_ranks(folder, num_ranks, step_on_rank, folder / f"{name}.pt", path, *kind)
     return {name: torch.load(folder / f"{name}.pt") for name in RANKS}
 
 
@@ -112,6 +123,13 @@ def test_ranks_take_the_step_of_one(steps, name):
     for key, change in one["change"].items():
         assert change.abs().max() > 0, key
         assert torch.allclose(more["change"][key], change, rtol=1e-3, atol=2e-8 + 1e-3 * change.abs().max().item()), key
+
+
+def test_ranks_begin_with_the_weights_of_one(steps):
+    """An adapter is merged into its base: the sum must not be rounded on some numbers of ranks only."""
+    one, two = steps["one, of an adapter"], steps["two, of an adapter"]
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
+    assert two["weights"] == one["weights"]
 
 
 def test_ranks_leave_the_frozen_tower_alone(steps):
