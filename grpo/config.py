@@ -71,9 +71,8 @@ class RewardConfig:
 
     @property
     def has_other_parts(self) -> bool:
-        """Whether anything beside the accuracy is rewarded."""
-        return bool(self.length_weight or self.repetition_weight or self.praise_weight
-                    or self.correctness_weight)
+        """Whether anything beside the accuracy is rewarded, by the settings called ..._weight."""
+        return any(value for name, value in vars(self).items() if name.endswith("_weight"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import random
 import signal
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -189,6 +190,16 @@ def test_only_what_has_a_weight_is_a_part():
     assert weights == {"length": 0.5, "repetition": 2.0, "praise": 0.1}
     assert {key: part.tolist() for key, part in parts.items()} == {
         "length": [0.25, 0.25], "repetition": [0, -1.0], "praise": [pytest.approx(-0.05), 0]}
+
+
+def test_every_weight_is_a_part_one_that_a_fork_adds_too():
+    @dataclass(frozen=True)
+    class Forked(RewardConfig):
+        color_weight: float = 0.0
+
+    weights = [field.name for field in fields(Forked) if field.name.endswith("_weight")]
+    assert len(weights) == 5 and not Forked().has_other_parts
+    assert all(replace(Forked(), **{name: 0.5}).has_other_parts for name in weights)
 
 
 # ------------------------------------------------------------------------- parts compared apart
