@@ -261,6 +261,24 @@ def test_the_lines_of_python_on_a_table_of_questions_run(tmp_path, monkeypatch):
     assert [question.choices[question.answer_index] for question in example.questions] == ["three", "green"]
 
 
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")
+"""(path, heading) of a link to a file of ours."""
+
+
+def anchors(page: Path) -> set[str]:
+    """What links call the page's headings."""
+    headings = re.findall(r"^#+ (.+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for path, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not heading or heading in anchors(target), (path, heading)
+
+
 def test_commands_of_the_hub_have_flags_that_it_knows():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     commands = set(re.findall(r"hf (download|upload) ([^`\n#]*)", text))
