@@ -369,6 +369,7 @@ def test_the_forks_of_the_docs_work(tmp_path):
         (tmp_path / name).symlink_to(REPO / name)
     priced, recall, advantage = blocks("python")
     assert len(recall.split("def recall_rewards")[1].splitlines()) <= 20
+    assert max(map(len, f"{priced}{recall}{advantage}".splitlines())) <= 100  # as `make lint` wants it
     for _ in range(2):  # the second time as where a reader has applied the page: nothing changes
         (tmp_path / "reward/priced.py").write_text(priced)
         (tmp_path / "reward/recall.py").write_text(recall)
