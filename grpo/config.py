@@ -92,6 +92,10 @@ class LoraConfig:
     def __post_init__(self):
         check_range(self, "lora_rank", at_least=0)
         check_range(self, "lora_alpha", above=0)
+        others = self.lora_alpha, self.lora_targets
+        if not self.lora_rank and others != (LoraConfig.lora_alpha, LoraConfig.lora_targets):
+            raise ValueError("lora_alpha and lora_targets: expected a lora_rank too, without one "
+                             "all weights are trained")
 
 
 @dataclass(frozen=True)
