@@ -131,7 +131,8 @@ class Server:
             try:
                 response = self.http.request(
                     "GET" if body is None else "POST", self.address + path, json=body,
-                    retries=False, timeout=urllib3.Timeout(min(CONNECT_S, limit), limit),
+                    retries=False,
+                    timeout=urllib3.Timeout(connect=min(CONNECT_S, limit), read=limit),
                 )
             except urllib3.exceptions.HTTPError as error:
                 reason = re.sub(r"^.*?(?: object at \w+>|\)): ", "", str(error))

@@ -394,6 +394,13 @@ def test_retry_after_is_kept_to():
     assert times[2] - times[1] > 0.9
 
 
+def test_an_answer_may_take_longer_than_a_connection(monkeypatch):
+    monkeypatch.setattr(remote, "CONNECT_S", 0.3)
+    with stub(lambda path, body: time.sleep(0.6) or letters(A=1)) as server:
+        assert ask_one(load_verifier(server.address, CPU))[0].chosen == 0
+    assert len(server.seen) == 3  # the models, the first question and this one: none sent twice
+
+
 def test_what_has_no_answer_at_the_deadline_has_failed_and_the_rest_counts(monkeypatch):
     monkeypatch.setattr(RemoteVerifier, "deadline_s", 1.0)
     held = threading.Event()
