@@ -382,6 +382,14 @@ def test_what_does_not_pass_is_a_failure_with_its_reason(fault, num_tries, reaso
     assert reason in answer.failure and answer.chosen is None and len(server.seen) == 2 + num_tries
 
 
+def test_a_reply_that_is_all_thought_is_no_answer():
+    thought = {"message": {"content": "", "reasoning_content": "A or"}, "finish_reason": "length"}
+    models = {"data": [{"id": "data/absent"}]}
+    with stub(lambda path, body: {"choices": [thought]}, models) as server, \
+            pytest.raises(ValueError, match="used up before any text"):
+        load_verifier(server.address, CPU, mode="sample")
+
+
 def test_retry_after_is_kept_to():
     times, replies = [], [letters(A=1), (429, b"", {"Retry-After": 1}), letters(A=1)]
 
