@@ -24,6 +24,8 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     said = reply.rpartition("</think>")[2]
     said = re.sub(r"(?s)<think>.*|<\|[^<>]*\|>|</?answer>", "", said).translate(SIGNS)
     said = UNSEEN.sub("", said)[:MOST_READ]
+    if "\\boxed{" in said:
+        said = _BOX.sub(r"\1", _BOX.sub(r"\1", re.sub(r"\\[()\[\]]", "", said)))
     place, rest = _begun_by(said, choices)
     lead = _LEAD.match(said)
     while place is None and lead:
@@ -36,14 +38,16 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
 
 
 def _begun_by(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
-    """Place of the choice whose text begins `said`, perhaps after its letter ("B green"), or None;
-    and the rest, folded."""
+    """Place of the choice whose text begins `said`, perhaps after its letter ("B green",
+    "B (green)"), or None; and the rest, folded."""
     texts = [fold_choice(choice) for choice in choices]
     folded = re.sub(r"[^\S\n]+", " ", fold_text(said)).strip(" ")
     place = find_choice(said, choices)
     if place is not None:
         return place, folded if re.fullmatch("[a-j]", texts[place]) else ""  # maybe a label
-    spelled = [*texts, *(f"{letter} {text}" for letter, text in zip(LETTERS.lower(), texts))]
+    lettered = list(zip(LETTERS.lower(), texts))
+    spelled = [*texts, *(f"{letter} {text}" for letter, text in lettered),
+               *(f"{letter} ({text})" for letter, text in lettered)]
     begins = [t for t in spelled if folded.startswith(t) and _TEXT_END.match(folded, len(t))]
     longest = max(begins, key=len, default="")
     if spelled.count(longest) != 1 or re.fullmatch("[a-j]? ?", longest):
@@ -142,8 +146,11 @@ def _texts_in(said: str, texts: Sequence[str]) -> set[str]:
     return set(re.findall(rf"(?<!{word})(?:{either})(?!{word})", said)) if either else set()
 
 
-# All but the first are of folded text. \u3001: comma of Chinese lists; \u2044: bar of a fraction;
-# \u2013 and \u2014: dashes.
+# What a reply in LaTeX has in a box, perhaps as text in it; the end may be cut off.
+_BOX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)(?:\}|$)")
+
+# All but the first two are of folded text. \u3001: comma of Chinese lists; \u2044: bar of a
+# fraction; \u2013 and \u2014: dashes.
 _LEAD = re.compile(
     r"""[\s:,]+|[*_"'`(\[#>]+|(?:so|thus|therefore)\b|"""
     r"(?:(?:the|my) )?(?:(?:correct|right|best|final) )?"
