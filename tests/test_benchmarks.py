@@ -443,6 +443,9 @@ def test_a_picture_that_cannot_be_read_refuses_its_row_alone(tmp_path, monkeypat
     assert [picture.id for picture in found.pictures] == ["0"] and len(found.refused) == 2
     assert "x.jsonl line 2: expected a picture that can be read ([Errno 13] Permission denied" in found.refused[0]
     assert "x.jsonl line 3: image " in found.refused[1] and "expected a file, found nothing" in found.refused[1]
+    rows[1]["image"] = "iVBO" * 3000  # base64, which such files do not have: not all of it is shown
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_benchmark(f"chartqa:{tmp_path}/x.jsonl").refused[0]) < 600
 
 
 def test_half_a_surrogate_pair_in_the_text_of_a_list_refuses_its_row(tmp_path):

@@ -20,7 +20,7 @@ from typing import Any
 
 from data.examples import ImageSource, StoredImage
 from data.formats import id_text, row_image
-from data.images import image_path, picture_hash
+from data.images import image_name, image_path, picture_hash
 from data.io import check_text, read_json, short
 from data.jsonl import decode_json, filled, json_rows
 from data.parquet import check_columns, parquet_rows
@@ -163,7 +163,7 @@ def image_names(value: Any) -> list[str]:
 
 def _picture_file(column: str, file: Path) -> tuple[str, Path]:
     if not os.path.isfile(file):  # Path's own raises for a name that is too long
-        raise ValueError(f"{column} {file}: expected a file, found nothing")
+        raise ValueError(f"{column} {image_name(file)}: expected a file, found nothing")
     return picture_hash(file), file
 
 
