@@ -61,7 +61,7 @@ def _is_part(line: str) -> bool:
 
 def _parse_block(block: list[str]) -> Question:
     """Raises ValueError with one of a few phrases, to be counted by."""
-    words, options, answers = [], [], []
+    words, options, answers, is_open = [], [], [], False
     for line in [_HEADER.sub("", block[0]), *block[1:]]:
         answer, option = _ANSWER.match(line), _OPTION.match(line)
         if answer:
@@ -70,8 +70,11 @@ def _parse_block(block: list[str]) -> Question:
             continue  # an explanation
         elif option and words:
             options.append((option[1], option[2].strip("*")))
-        elif options and line.strip():
-            options[-1] = (options[-1][0], f"{options[-1][1]} {line.strip()}")
+            is_open = True
+        elif options:
+            is_open &= bool(line.strip())  # what comes after an empty line is a remark
+            if is_open:
+                options[-1] = (options[-1][0], f"{options[-1][1]} {line.strip()}")
         elif line.strip():
             words.append(re.sub(rf"^{_NUMBER}\s*", "", line.strip(" \t#*")).strip(" *"))
     question = " ".join(words).strip()

@@ -32,6 +32,19 @@ B）蓝
 """,
         Question("颜色？", ("红", "蓝"), 1),
     ),
+    "a remark before the answer": (
+        """\
+#### 4. **Which?**
+ - A) x
+ - B) y
+
+**Explanation:** the sign
+says x.
+
+**Answer:** A) x
+""",
+        Question("Which?", ("x", "y"), 0),
+    ),
     "bold letters": (
         """\
 ### Question 3: Which?
