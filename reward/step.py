@@ -102,14 +102,16 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     scored = ~rewards.isnan()
     lowest, highest = groups.nan_to_num(torch.inf).amin(1), groups.nan_to_num(-torch.inf).amax(1)
     num_captions, num_scored = len(rewards), scored.sum().item()
-    num_claims = sum(map(len, result.claims or ()))
+    asked = [row for record in result.records for row in record]
+    num_answered = sum(not row["failure"] for row in asked)
+    num_asked = {"failed_share": len(asked), "failed_claims": sum(map(len, result.claims or ()))}
     counts = {
         "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(), "groups": len(groups),
         "unscored_captions": num_captions - num_scored,
     }
     means = {}  # (sum, weight) of this rank; what it has not measured it leaves to the others
     for key, value in result.stats.items():
-        weight = num_claims if key == "failed_claims" else num_captions
+        weight = num_asked.get(key, num_answered)
         means[key] = (value * weight, weight) if math.isfinite(value) else (0.0, 0)
     means["reward"] = rewards[scored].sum().item(), num_scored
     for key, part in result.parts.items():

@@ -39,6 +39,15 @@ def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, mo
     assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
 
 
+def test_ranks_count_by_the_questions_that_they_could_score(policy, batch, monkeypatch):
+    """1 of 1 right here, 0 of 8 there: 1 of 9, as one rank would have it."""
+    other = {"accuracy": 0.0, "weight of accuracy": 8}
+    monkeypatch.setattr("reward.step.sum_across_ranks",
+                        lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    metrics = reward_metrics(batch[0], Rewards(torch.ones(8), {}, [record(True)] + [record(None)] * 7))
+    assert metrics["accuracy"] == pytest.approx(1 / 9) and metrics["failed_share"] == pytest.approx(7 / 8)
+
+
 def test_ranks_count_by_the_claims_they_have(policy, batch, monkeypatch):
     """One of 1 claim failed here, none of 99 there: 1 of 100. A rank without claims counts nothing."""
     other = {"failed_claims": 0.0, "weight of failed_claims": 99}
