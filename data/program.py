@@ -23,7 +23,8 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str] | None =
     full disk) give exit code 2, Ctrl-C 130. A letter that the console cannot show is printed as
     its number.
 
-    CAPRL_TRACEBACK=1 shows where the error was raised. A process that is a rank does not return.
+    CAPRL_TRACEBACK=1 shows where the error was raised. A process that is a rank does not return,
+    nor does one that Ctrl-C stops.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -45,15 +46,15 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str] | None =
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("\nstopped by Ctrl-C", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            _leave(SystemExit(128 + signal.SIGINT))
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code == 2:  # tyro has printed what is wrong
             tell_torchrun("error: expected other arguments, see above torchrun's own lines")
         if dist.is_initialized():
-            _leave_ranks(error)
+            _leave(error)
         raise
     if dist.is_initialized():
-        _leave_ranks(SystemExit(0))
+        _leave(SystemExit(0))
 
 
 def tell_torchrun(text: str) -> None:
@@ -70,11 +71,12 @@ def tell_torchrun(text: str) -> None:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-def _leave_ranks(error: BaseException) -> None:
+def _leave(error: BaseException) -> None:
     """Ends this process at once, with the code that `error` would have ended it with.
 
-    Threads of gloo outlive the interpreter where anything (a mesh, a DTensor, a group) still holds
-    a process group. Now and then they abort the process while it leaves: "terminate called without
+    The interpreter would first wait for its threads, such as those that a verifier's server has not
+    answered. Threads of gloo outlive it where anything (a mesh, a DTensor, a group) still holds a
+    process group. Now and then they abort the process while it leaves: "terminate called without
     an active exception" (pytorch issue 190489). Pull request 179291 destroyed the groups at exit.
     That does not always help, and it was given up. So the interpreter is never taken down.
     """

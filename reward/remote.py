@@ -132,7 +132,7 @@ class Server:
                 response = self.http.request(
                     "GET" if body is None else "POST", self.address + path, json=body,
                     retries=False,
-                    timeout=urllib3.Timeout(connect=min(CONNECT_S, limit), read=limit),
+                    timeout=urllib3.Timeout(total=limit, connect=min(CONNECT_S, limit)),
                 )
             except urllib3.exceptions.HTTPError as error:
                 reason = re.sub(r"^.*?(?: object at \w+>|\)): ", "", str(error))

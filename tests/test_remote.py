@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import random
 import re
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -407,6 +409,33 @@ def test_an_answer_may_take_longer_than_a_connection(monkeypatch):
     with stub(lambda path, body: time.sleep(0.6) or letters(A=1)) as server:
         assert ask_one(load_verifier(server.address, CPU))[0].chosen == 0
     assert len(server.seen) == 3  # the models, the first question and this one: none sent twice
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+import torch
+from data.program import run_program
+from reward.caprl import Asked, load_verifier
+
+def main(arguments):
+    verifier = load_verifier(arguments[0], torch.device("cpu"))
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    verifier(["red"], [[Asked("Q?", ("a", "b"), gold=0, source=0)]], ["stream"])
+
+run_program(main)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_server():
+    held = threading.Event()
+    first = iter([True])
+    try:
+        with stub(lambda path, body: letters(A=1) if next(first, False) else held.wait()) as server:
+            done = subprocess.run([sys.executable, "-c", INTERRUPTED, server.address], capture_output=True,
+                                  text=True, timeout=120, env=os.environ | {"PYTHONPATH": os.getcwd()})
+            assert len(server.seen) == 3 and done.returncode == 130 and "stopped by Ctrl-C" in done.stderr
+    finally:
+        held.set()
 
 
 def test_what_has_no_answer_at_the_deadline_has_failed_and_the_rest_counts(monkeypatch):
