@@ -419,6 +419,7 @@ from reward.caprl import Asked, load_verifier
 
 def main(arguments):
     verifier = load_verifier(arguments[0], torch.device("cpu"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     verifier(["red"], [[Asked("Q?", ("a", "b"), gold=0, source=0)]], ["stream"])
 
