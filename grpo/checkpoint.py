@@ -162,10 +162,17 @@ def metadata_crc(folder: Path) -> str:
 
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """Silences torch's warning that only a single process saves or loads."""
+    """Silences torch's warning that only a single process saves or loads. What stops a rank, such
+    as Ctrl-C, is raised as it is: torch makes an error of the checkpoint of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
-        yield
+        try:
+            yield
+        except dcp.api.CheckpointException as error:
+            for reason, _ in error.failures.values():
+                if isinstance(reason, KeyboardInterrupt | SystemExit):
+                    raise reason from None
+            raise
 
 
 def last_line(error: BaseException) -> str:

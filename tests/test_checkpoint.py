@@ -18,6 +18,7 @@ import torch
 import torch.distributed.run
 from conftest import Forked, shallow
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from data import io
@@ -405,6 +406,24 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
     (folder / ".metadata").unlink()
     with pytest.raises(ValueError, match="latest: expected a whole checkpoint, found none at"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_while_a_checkpoint_is_written_or_read_is_no_fault_of_it(tmp_path, monkeypatch, stop):
+    save_checkpoint(tmp_path, 1, toy_state()[2], keep=1)
+
+    def stopped(*_) -> None:
+        raise stop
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", stopped)
+    monkeypatch.setattr(FileSystemReader, "read_data", stopped)
+    with pytest.raises(type(stop)) as caught:
+        save_checkpoint(tmp_path, 2, toy_state()[2], keep=1)
+    assert getattr(caught.value, "code", None) == getattr(stop, "code", None)
+    folder, num_steps = latest_checkpoint(tmp_path)
+    assert num_steps == 1
+    with pytest.raises(type(stop)):
+        load_checkpoint_(folder, toy_state()[2])
 
 
 @pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
