@@ -85,6 +85,8 @@ def heartbeat(path: Path, every_s: float) -> threading.Event:
                 os.utime(path)
             except FileNotFoundError:
                 return
+            except OSError:  # a disk behind a network may be away for a moment
+                continue
 
     threading.Thread(target=touch, daemon=True).start()
     return ended

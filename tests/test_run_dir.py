@@ -1,6 +1,8 @@
 """The folder of a run: one writer, one start a line, logs that fit the checkpoint."""
 
+import errno
 import json
+import threading
 
 import pytest
 import torch
@@ -45,6 +47,21 @@ def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monke
     with only_writer(tmp_path / "new"):
         pass
     assert not (tmp_path / "new").exists()  # nothing was written
+
+
+def test_a_heart_beats_on_after_a_disk_was_away(tmp_path, monkeypatch):
+    path, calls, came_back = tmp_path / "writer.json", [], threading.Event()
+
+    def touch(path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        came_back.set()
+
+    monkeypatch.setattr("data.io.os.utime", touch)
+    ended = heartbeat(path, 0.01)
+    assert came_back.wait(10)
+    ended.set()
 
 
 def test_files_of_others_are_left_where_they_are(tmp_path):
