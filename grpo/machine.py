@@ -23,7 +23,8 @@ def describe_start(num_ranks: int) -> dict:
     libraries = {"torch": torch.__version__, "transformers": version("transformers")}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        # without a name where Python reads its program from the console
+        "command": shlex.join([sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _commit(),
         "ranks": num_ranks,
         "machine": {

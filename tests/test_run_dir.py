@@ -27,6 +27,12 @@ def test_starts_say_what_ran_where(tiny_run, tmp_path):
     assert starts == [(0, 1), (5, 2), (7, 2)]
 
 
+def test_a_run_begins_from_a_console_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [""])  # what Python has there
+    log_start(tmp_path, 0, 1)
+    assert [start["command"] for start in read_log(tmp_path / "starts.jsonl")] == ["''"]
+
+
 def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch):
     """As on a file system that shows no locks of other machines."""
     monkeypatch.setattr("grpo.run_dir.WRITER_DEAD_S", 0.5)
