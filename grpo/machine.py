@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from data.images import printable
+
 
 def describe_start(num_ranks: int) -> dict:
     """The command, commit, machine and versions of this process, now."""
@@ -24,7 +26,8 @@ def describe_start(num_ranks: int) -> dict:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         # without a name where Python reads its program from the console
-        "command": shlex.join([sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": printable(shlex.join(
+            [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]])),
         "commit": _commit(),
         "ranks": num_ranks,
         "machine": {

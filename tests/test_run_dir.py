@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 
 import pytest
@@ -31,6 +32,12 @@ def test_a_run_begins_from_a_console_too(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [""])  # what Python has there
     log_start(tmp_path, 0, 1)
     assert [start["command"] for start in read_log(tmp_path / "starts.jsonl")] == ["''"]
+
+
+def test_a_run_begins_with_a_path_that_is_not_in_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--run-dir", os.fsdecode(b"runs/caf\xe9")])
+    log_start(tmp_path, 0, 1)
+    assert [start["command"] for start in read_log(tmp_path / "starts.jsonl")] == [r"train.py --run-dir 'runs/caf\xe9'"]
 
 
 def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monkeypatch):
