@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import tarfile
 import threading
 import time
@@ -292,6 +293,25 @@ def write_tar(path: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]) 
             else:
                 info.type, info.linkname = content
                 archive.addfile(info)
+
+
+def test_a_member_of_a_tar_file_in_pieces_is_refused(tmp_path):
+    """GNU tar leaves holes of a file out: what follows the rest in the tar file is another member."""
+    Image.new("RGB", (400, 400)).save(tmp_path / "a.bmp")  # black
+    size = (tmp_path / "a.bmp").stat().st_size
+    with (tmp_path / "a.bmp").open("r+b") as file:
+        file.truncate(54)  # its head
+        file.truncate(size)
+    Image.effect_noise((900, 900), 90).convert("RGB").save(tmp_path / "b.bmp")
+    subprocess.run(["tar", "--sparse", "-cf", "x.tar", "a.bmp", "b.bmp"], cwd=tmp_path, check=True)
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        if not archive.next().issparse():
+            pytest.skip("no holes on this disk")
+    (shard,) = plan_shards(tmp_path / "x.tar", 1)
+    (_, _, holes), (_, _, whole) = shard.images()
+    with pytest.raises(ValueError, match="x.tar/a.bmp: .*stored without its zeros"):
+        open_image(holes)
+    assert open_image(whole).size == (900, 900)
 
 
 def test_no_member_of_a_tar_file_is_passed_over_in_silence(tmp_path, capsys):

@@ -178,7 +178,7 @@ def _tar_images(path: Path, file: str) -> Iterator[NamedImage]:
             for member in archive:
                 written = printable(member.name)
                 key, ending = os.path.splitext(written)
-                if member.isfile():
+                if member.isfile() and not member.issparse():
                     spans[member.name] = (member.offset_data, member.size)
                 elif member.isdir():
                     continue
@@ -210,6 +210,8 @@ def _tar_images(path: Path, file: str) -> Iterator[NamedImage]:
 def _member(path: Path, name: str, member: tarfile.TarInfo,
             spans: dict[str, tuple[int, int]]) -> StoredImage:
     """A link stands for the member before it that it leads to."""
+    if member.issparse():  # its bytes do not lie in a row
+        return _unreadable(name, "stored without its zeros: pack it without --sparse")
     target = member.linkname if member.islnk() else member.name
     if member.issym():
         target = os.path.normpath(os.path.join(os.path.dirname(member.name), member.linkname))
