@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from data.images import printable
-
 
 def describe_start(num_ranks: int) -> dict:
     """The command, commit, machine and versions of this process, now."""
+    from data.images import printable  # here: grpo imports of data what reads no pictures
+
+    program = sys.argv[0] and os.path.relpath(sys.argv[0])  # without a name in Python's console
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text) or [platform.machine()]
@@ -25,9 +26,7 @@ def describe_start(num_ranks: int) -> dict:
     libraries = {"torch": torch.__version__, "transformers": version("transformers")}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        # without a name where Python reads its program from the console
-        "command": printable(shlex.join(
-            [sys.argv[0] and os.path.relpath(sys.argv[0]), *sys.argv[1:]])),
+        "command": printable(shlex.join([program, *sys.argv[1:]])),
         "commit": _commit(),
         "ranks": num_ranks,
         "machine": {

@@ -17,7 +17,7 @@ class Tracker:
             raise ValueError(f"tracker {name}: expected init, log and finish ({error})") from None
 
     def begin(self, run_dir: Path, settings: dict) -> None:
-        id = text_hash((run_dir / "starts.jsonl").read_text().partition("\n")[0])
+        id = text_hash((run_dir / "starts.jsonl").read_text(encoding="utf-8").partition("\n")[0])
         self._call(self.module.init, project="caprl", name=f"{run_dir.resolve().name}-{id[:6]}",
                    id=id, resume="allow", config=settings)  # goes on by id (wandb) or name
 
