@@ -146,6 +146,17 @@ def prompts(policy) -> list[Prompt]:
     return [policy.prompt(draw(make_scene("train", index))) for index in range(4)]
 
 
+def end_often(policy: Policy, below: float = 1.5) -> None:
+    """Rows end at different times: EOS gets a logit so far below the others' sum. 1.5 is about one token in five, 3 one
+    in twenty."""
+
+    def raise_eos(module, args, output):
+        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - below
+        return output
+
+    policy.model.lm_head.register_forward_hook(raise_eos)
+
+
 def keys(num_prompts: int, group_size: int) -> list[str]:
     return [f"{p}:{g}" for p in range(num_prompts) for g in range(group_size)]
 

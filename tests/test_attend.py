@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import RecordingDecoder, keys, run_now
+from conftest import RecordingDecoder, end_often, keys, run_now
 
 from data.toy.world import draw, make_scene
 from grpo.decode import Decoder
@@ -91,12 +91,7 @@ class KernelDecoder(RecordingDecoder):
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_captions_are_those_without_kernels(policy, monkeypatch, is_compiled):
     """Prompts of unlike sizes that join and leave, and rows that end."""
-
-    def end_often(module, args, output):
-        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5  # about one token in five
-        return output
-
-    policy.model.lm_head.register_forward_hook(end_often)
+    end_often(policy)
     scenes = [draw(make_scene("train", index)) for index in range(3)]
     prompts = [policy.prompt(scene.resize(size)) for scene, size in zip(scenes, [(112, 112), (84, 56), (56, 56)])]
     want = sample_rollouts(policy, prompts, keys(3, 2), 6)

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RecordingDecoder, Waits, keys, run_now, widen
+from conftest import RecordingDecoder, Waits, end_often, keys, run_now, widen
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
@@ -152,12 +152,7 @@ def test_image_tokens_are_never_sampled_and_count_for_nothing(policy, prompts):
 
 def test_a_row_does_not_depend_on_its_batch_mates(policy, prompts):
     """Also where rows end at different times and leave the batch."""
-
-    def end_often(module, args, output):
-        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5  # about one token in five
-        return output
-
-    policy.model.lm_head.register_forward_hook(end_often)
+    end_often(policy)
     together = sample_rollouts(policy, prompts, keys(4, 3), 12)
     for p, prompt in enumerate(prompts):
         alone = sample_rollouts(policy, [prompt], keys(4, 3)[3 * p : 3 * p + 3], 12)
@@ -229,12 +224,7 @@ def test_temper_logits_hand_computed():
 @pytest.mark.parametrize("groups_at_a_time", [1, 2, 3])
 def test_waiting_groups_take_the_place_of_finished_ones(policy, groups_at_a_time, monkeypatch):
     """Prompts of different lengths join groups that are already under way: same captions as all at once."""
-
-    def end_often(module, args, output):
-        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5  # about one token in five
-        return output
-
-    policy.model.lm_head.register_forward_hook(end_often)
+    end_often(policy)
     prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(9)]
     whole = sample_rollouts(policy, prompts, keys(9, 2), 30)
     held = []
@@ -259,12 +249,7 @@ def test_waiting_groups_take_the_place_of_finished_ones(policy, groups_at_a_time
 def test_decoding_by_recordings_draws_the_same(policy, groups_at_a_time, monkeypatch):
     """All rows take part in a recording, finished groups stay in the batch until half of them are
     done, room doubles."""
-
-    def end_often(module, args, output):
-        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 3  # about one token in twenty
-        return output
-
-    policy.model.lm_head.register_forward_hook(end_often)
+    end_often(policy, below=3)
     prompts = [policy.prompt(draw(make_scene("train", index))) for index in range(9)]
     want = sample_rollouts(policy, prompts, keys(9, 2), 80)
     sizes = []
@@ -417,12 +402,7 @@ def test_decoding_goes_on_without_recordings_and_says_so_once(policy, prompts, m
 
 def test_groups_are_refilled_a_quarter_of_the_room_at_a_time(policy, monkeypatch):
     """24 prompts in room for 8: one prefill of 8, then never fewer than 2 at a time while there are as many."""
-
-    def end_often(module, args, output):
-        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5
-        return output
-
-    policy.model.lm_head.register_forward_hook(end_often)
+    end_often(policy)
     prompts = [policy.prompt(draw(make_scene("train", 0)))] * 24
     whole = sample_rollouts(policy, prompts, keys(24, 1), 30)
     sizes = []
@@ -545,11 +525,7 @@ def test_groups_are_dropped_several_at_a_time_while_prompts_wait(monkeypatch):
 
 
 def test_the_host_waits_once_a_token_also_where_rows_end(policy, prompts, monkeypatch):
-    def end_often(module, args, output):
-        output[..., policy.eos_ids[0]] = output.logsumexp(-1) - 1.5  # about one token in five
-        return output
-
-    policy.model.lm_head.register_forward_hook(end_often)
+    end_often(policy)
     prompts, reads, original = prompts * 3, [], torch.Tensor.tolist
     held = read_prompts(policy, prompts)  # the forward of the prompts is transformers', and waits
     monkeypatch.setattr(rollout, "read_prompts", lambda *_: held)
