@@ -15,7 +15,6 @@ at a random moment and started again, so many times. Then the rows are compared 
 undisturbed run.
 """
 
-import json
 import os
 import random
 import statistics
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from data.images import open_image
+from data.jsonl import read_log
 from data.toy.world import draw, make_scene
 from grpo.captioning import Captioning, caption_batches
 from grpo.policy import Policy
@@ -168,8 +168,7 @@ def num_lines(out: Path) -> int:
 
 
 def read_rows(out: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(out.glob("shard-*.jsonl"))
-            for line in path.read_text().splitlines()]
+    return [row for path in sorted(out.glob("shard-*.jsonl")) for row in read_log(path)]
 
 
 def under_fire(config: BenchConfig, folder: Path) -> None:

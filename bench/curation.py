@@ -16,7 +16,6 @@ precision  of what was removed for that reason, the share that was planted
 """
 
 import contextlib
-import json
 import random
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from data.curate.filter import FilterConfig, filter_questions
 from data.curate.images import ImagesConfig, choose_images
 from data.examples import Example, Question
 from data.export import write_examples
+from data.jsonl import read_log
 from data.toy.world import draw, make_scene, scene_questions
 
 REMOVED_BY = {
@@ -174,10 +174,6 @@ RULES = {
 
 def main(config: BenchConfig) -> None:
     examples, planted = planted_questions(config.images)
-
-    def rows(path: Path) -> list[dict]:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_examples(folder / "planted", examples)
@@ -187,7 +183,7 @@ def main(config: BenchConfig) -> None:
                                     **changes)
             with contextlib.redirect_stdout(None):
                 filter_questions(settings)
-            verdicts = {(row["id"], place): verdict for row in rows(out / "decisions.jsonl")
+            verdicts = {(row["id"], place): verdict for row in read_log(out / "decisions.jsonl")
                         for place, verdict in enumerate(row["questions"])}
             fates = {key: verdict["fate"] for key, verdict in verdicts.items()}
             print("\n".join([f"{rule}:", "", *table(fates, planted)]), flush=True)
@@ -201,9 +197,9 @@ def main(config: BenchConfig) -> None:
         planted = planted_images(folder / "photos", config.images)
         with contextlib.redirect_stdout(None):
             choose_images(ImagesConfig(str(folder / "photos"), str(folder / "chosen")))
-        print("\n".join(["",
-                         *table({row["id"]: row["fate"]
-                                 for row in rows(folder / "chosen/decisions.jsonl")}, planted)]))
+        decisions = read_log(folder / "chosen/decisions.jsonl")
+        fates = {row["id"]: row["fate"] for row in decisions}
+        print("\n".join(["", *table(fates, planted)]))
 
 
 if __name__ == "__main__":

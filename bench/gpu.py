@@ -31,6 +31,7 @@ from torch import Tensor
 
 from data.examples import Example, Question
 from data.export import example_row
+from data.jsonl import read_log
 from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, TrainConfig
 from grpo.decode import Decoder
@@ -263,18 +264,14 @@ def run_training(settings: TrainConfig) -> None:
     """train.py with these settings, then the metrics and the seconds of its steps."""
     from train import train
 
-    before = len(read_log(settings, "timing"))
+    run_dir = Path(settings.run_dir)
+    before = len(read_log(run_dir / "timing.jsonl"))
     train(settings)
-    for timing in read_log(settings, "timing")[before:]:
+    for timing in read_log(run_dir / "timing.jsonl")[before:]:
         say("timing", **timing)
-    last = read_log(settings, "metrics")[-1]
+    last = read_log(run_dir / "metrics.jsonl")[-1]
     chosen = {key: last[key] for key in ("reward", "sampler_gap", "grad_norm", "length")}
     say("metrics", **chosen, peak_gib=peak_gib())
-
-
-def read_log(settings: TrainConfig, name: str) -> list[dict]:
-    path = Path(settings.run_dir) / f"{name}.jsonl"
-    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
 def toy(config: GpuConfig, device: torch.device) -> None:

@@ -31,6 +31,7 @@ from bench.step import StepConfig, measure
 from bench.studies import STUDIES, Study
 from caption import CaptionConfig
 from data.curate.filter import FilterConfig
+from data.jsonl import read_log
 from data.toy.build import BuildConfig
 from data.toy.captioner import TeachConfig
 from data.toy.flawed_judge import JudgeConfig
@@ -235,10 +236,10 @@ def test_a_study_with_a_program_of_its_own_runs_small(tmp_path, capsys, forks):
     assert [name.strip() for name in header.split("|")[1:-1]] == ["cell", "looking"]
     assert [row.split("|")[1].strip() for row in rows] == ["start", "facts"]
     captions, = (tmp_path / "smoke").glob("of_start-*/shard-000000.jsonl")
-    assert [json.loads(line)["id"] for line in captions.open()] == [f"train-{index:06d}" for index in range(4)]
+    assert [row["id"] for row in read_log(captions)] == [f"train-{index:06d}" for index in range(4)]
     means = set()
     for path in (tmp_path / "smoke").glob("rows-*.jsonl"):
-        scores = [question["score"] for line in path.open() for question in json.loads(line)["questions"]]
+        scores = [question["score"] for row in read_log(path) for question in row["questions"]]
         means.add(f"{sum(scores) / len(scores):.3f}")
     assert {row.split("|")[2].split()[0] for row in rows} == means
 

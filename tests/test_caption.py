@@ -26,6 +26,7 @@ from data.captions.leases import _new_part, take_lease
 from data.captions.shards import plan_shards
 from data.images import open_image
 from data.io import ahead, text_hash
+from data.jsonl import read_log
 from data.toy.world import draw, make_scene
 from grpo.captioning import Captioning, caption_batches
 from grpo.pretrained import load_policy, model_hash
@@ -60,7 +61,7 @@ def expected(folder, tmp_path_factory) -> list[str]:
 
 
 def rows_of(out: Path) -> list[dict]:
-    return [json.loads(line) for path in sorted(out.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
+    return [row for path in sorted(out.glob("shard-*.jsonl")) for row in read_log(path)]
 
 
 def test_a_folder_in_shards(folder, expected, tmp_path, capsys):

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from data import io
+from data.jsonl import read_log
 from data.toy.export import ExportConfig, export
 from grpo import signals
 from grpo.checkpoint import (
@@ -111,7 +112,7 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path, na
     if name != "plain":
         left_alone = tmp_path / "alone"
         train(settings(left_alone, **CHANGES[name]))
-        steps = [json.loads(line)["step"] for line in (left_alone / "eval.jsonl").open()]
+        steps = [row["step"] for row in read_log(left_alone / "eval.jsonl")]
         assert steps == [0, 2, 4, 6] and not any((left_alone / "best").glob("*.unfinished"))
     kills, in_save, runs = run_and_kill(tmp_path, name)
     assert kills >= KILLS[name] and in_save >= 3  # one more where the last run was slow
@@ -119,10 +120,7 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path, na
     assert "audit.jsonl" in want and len(want["metrics.jsonl"].splitlines()) == 6
     for number in range(runs):
         assert everything(tmp_path / f"killed-{number}") == want
-        steps = [
-            json.loads(line)["step"]
-            for line in (tmp_path / f"killed-{number}/timing.jsonl").read_text().splitlines()
-        ]
+        steps = [row["step"] for row in read_log(tmp_path / f"killed-{number}/timing.jsonl")]
         assert steps == list(range(6))
 
 
@@ -158,7 +156,7 @@ def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp
     assert (tmp_path / "run/writer.json").exists()
     train(settings(tmp_path / "run", num_steps=latest_checkpoint(tmp_path / "run")[1] + 1))
     assert not (tmp_path / "run/writer.json").exists()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    steps = [row["step"] for row in read_log(tmp_path / "run/metrics.jsonl")]
     assert steps == list(range(len(steps)))
 
 

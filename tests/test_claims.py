@@ -15,6 +15,7 @@ from bench.attacks import measure
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.examples import Example
 from data.images import open_image
+from data.jsonl import read_log
 from data.toy.captioner import build_policy
 from data.toy.world import draw, make_scene, perturb, write_caption
 from grpo.config import RewardConfig
@@ -281,7 +282,7 @@ def test_a_run_records_claims_and_resumes_bit_for_bit(tmp_path):
     train(replace(parts, resume=True))
     for name in ("metrics.jsonl", "audit.jsonl", "rollouts/step_000001.jsonl", "final/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
-    rows = [json.loads(line) for line in (tmp_path / "whole/rollouts/step_000000.jsonl").open()]
+    rows = read_log(tmp_path / "whole/rollouts/step_000000.jsonl")
     for row in rows:
         scores = [claim["score"] for claim in row["claims"]]
         assert [claim["claim"] for claim in row["claims"]] == claims_of(row["caption"])
@@ -392,7 +393,7 @@ def test_the_program_measures_captioner_and_checker(tmp_path, capsys):
     assert lines["true"][4] == "1.000 (1.000 to 1.000)" and lines["false"][4] == "0.000 (0.000 to 0.000)"
     assert lines["false, less true"][4] == "-1.000 (-1.000 to -1.000)" and "no caption" in lines
     assert float(lines["true"][5].split()[0]) > 0.9 and lines["false"][5].startswith("0.000")
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    rows = read_log(tmp_path / "out.jsonl")
     assert all(claim["is_true"] in (True, None) for row in rows[:3] for claim in row["claims"]) and rows[0]["recall"] > 0.9
     written = json.loads((tmp_path / "out.json").read_text())["tables"]
     assert written[0]["families"]["all"]["claims"]["exact precision"]["mean"] == 1

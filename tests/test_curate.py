@@ -44,6 +44,7 @@ from data.curate.work import take_out_unfinished
 from data.examples import Example, Question, load_examples
 from data.export import example_row
 from data.folders import load_images
+from data.jsonl import read_log
 from data.program import run_program
 from data.toy.export import ExportConfig, export
 from data.toy.world import draw, make_scene, scene_questions
@@ -57,11 +58,7 @@ BLOCK = "#### 1. **What color is the {id}?**\n - A) red\n - B) blue\n - C) green
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [
-        json.loads(line)
-        for path in sorted((folder / "rows").glob("*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
+    return [row for path in sorted((folder / "rows").glob("*.jsonl")) for row in read_log(path)]
 
 
 def scenes(folder: Path, num: int) -> Path:
@@ -457,7 +454,7 @@ def test_rows_of_one_picture_are_filtered_as_one(tmp_path):
             row = example_row(Example(name, Path(), (replace(QUESTION, question=words),)), name)
             file.write(json.dumps(row) + "\n")
     filter_questions(FilterConfig(str(photos / "set.jsonl"), str(tmp_path / "out"), max_similarity=0.6), sees)
-    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    decisions = read_log(tmp_path / "out/decisions.jsonl")
     assert [(row["id"], sorted(one["fate"] for one in row["questions"])) for row in decisions] == [
         ("00.png", ["kept", "repeated"]), ("01.png", ["kept"])]
 
@@ -781,14 +778,14 @@ def test_an_encoder_and_a_classifier_by_name(tmp_path):
     flags = dict(encoder=str(tmp_path / "encoder"), classifier=str(tmp_path / "classifier"), max_similarity=0.9999)
     choose_images(ImagesConfig(str(photos), str(tmp_path / "out"), **flags))
     rows = rows_of(tmp_path / "out")
-    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    decisions = read_log(tmp_path / "out/decisions.jsonl")
     assert all(0 < row["unsafe"] < 1 and "embedding" in row for row in rows)
     assert all("embedding" not in row for row in decisions)
     assert [row["fate"] for row in decisions] == ["unsafe" if row["unsafe"] > 0.5 else "kept" for row in rows]
     choose_images(
         ImagesConfig(str(photos), str(tmp_path / "out"), **flags | {"max_similarity": -1.0, "max_unsafe": 1.0})
     )
-    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    decisions = read_log(tmp_path / "out/decisions.jsonl")
     assert sorted(row["fate"] for row in decisions) == ["kept", *["similar"] * 4]  # thresholds change, measures stay
     with pytest.raises(ValueError, match=r"expected the label 'violence', found \['fine', 'nsfw'\]"):
         choose_images(

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 import train
 from data.io import naming
+from data.jsonl import read_log
 from data.program import run_program
 from grpo import sharding
 from grpo.config import LoraConfig
@@ -170,10 +171,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
         settings += [f"--{name}", shallow(f"data/toy/{name}", tmp_path / name)]
     for num_ranks in (1, 2):
         all_ranks(tmp_path, num_ranks, run_program, train.main, [*settings, "--run-dir", str(tmp_path / str(num_ranks))])
-    one, two = (
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("1", "2")
-    )
+    one, two = (read_log(tmp_path / n / "metrics.jsonl") for n in ("1", "2"))
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=2e-3)
     first = [(tmp_path / n / "rollouts/step_000000.jsonl").read_text().splitlines() for n in ("1", "2")]
@@ -189,10 +187,7 @@ def test_a_run_on_two_ranks_is_the_run_on_one(tmp_path):
     for run_dir in ("1", "2"):
         again = [*settings, "--run-dir", str(tmp_path / run_dir), "--resume", "--num-steps", "4"]
         all_ranks(tmp_path, 1, run_program, train.main, again)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("1", "2")
-    )
+    one, two = (read_log(tmp_path / n / "metrics.jsonl") for n in ("1", "2"))
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):
         assert b == pytest.approx(a, abs=1e-2)

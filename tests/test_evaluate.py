@@ -19,6 +19,7 @@ from data.benchmarks.benchmark import Benchmark, Picture, load_benchmark, load_b
 from data.benchmarks.questions import KINDS, Item
 from data.examples import Question
 from data.export import question_row
+from data.jsonl import read_log
 from data.toy.world import draw, make_scene, scene_questions, write_caption
 from evaluate import DirectConfig, FloorConfig, PrismConfig, main, run
 from reward.caprl import Answer
@@ -91,7 +92,7 @@ def test_prism_caches_and_reproduces_exactly(tmp_path, monkeypatch):
     ].values()
     assert [r["accuracy"] for r in read] == [r["accuracy"] for r in rows] and [r["tokens"] for r in read] == [
         r["tokens"] for r in rows]
-    written = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    written = read_log(tmp_path / "p.jsonl")
     assert [r["accuracy"] for r in written] == [r["accuracy"] for r in rows]
     assert written[0]["benchmark"] == "toy:heldout:4"
     # Thumbnails lie beside the file under its name: not among other files', whose images may have the same ids.
@@ -151,7 +152,7 @@ def test_scores_by_budget_of_words(tmp_path, capsys):
     cells = [f"{tables[name]['accuracy']:.3f} ({tables[name]['words']:.1f})" for name in (*names[1:], names[0])]
     printed = capsys.readouterr().out
     assert f"| toy:heldout:4 | dense | {' | '.join(cells)} |" in printed and "all |\n" in printed
-    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path / "t.jsonl")
     assert "tokens" in rows[0] and "tokens" not in rows[4] and rows[0]["caption"].startswith(rows[4]["caption"])
     main(["floor", "--captions", f"dense={tmp_path}/dense.jsonl", "--max-words", "8", "--verifier", "data/toy/verifier",
           "--data", "toy:heldout:4"])

@@ -27,6 +27,7 @@ from data.examples import Example, Question, StoredImage, load_examples
 from data.export import example_row, write_examples
 from data.folders import load_images
 from data.images import open_image, picture_hash
+from data.jsonl import read_log
 from data.pictures import merge_pictures, picture_keys
 from data.rows import scan_examples
 from tools.inspect import InspectConfig, inspect
@@ -446,7 +447,7 @@ def test_what_is_broken_is_refused_with_file_row_and_reason_while_the_rest_goes_
     row = broken if isinstance(broken, bytes) else make(**{"id": "broken"} | broken)
     source = write_set(tmp_path, [make("first"), row, make("last")])
     counts = inspect(InspectConfig(source, decode=True))
-    head, *listed = [json.loads(line) for line in Path(source + ".manifest.jsonl").read_text().splitlines()]
+    head, *listed = read_log(Path(source + ".manifest.jsonl"))
     assert counts["images"] == 2 and counts["rows"] == 3 and counts["refused rows"] == 1
     assert head["images"] == 2 and listed
     assert all(

@@ -208,7 +208,7 @@ def test_evaluations_are_taken_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "eval.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 2, 4, 6)) + '{"step": 8, "ac')
     rewind(tmp_path, 4)
-    assert [json.loads(line)["step"] for line in path.open()] == [0, 2, 4]
+    assert [row["step"] for row in read_log(path)] == [0, 2, 4]
     path.write_text('{"step": 0}\n{"step": 2}\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"eval.jsonl: .*two processes have written steps 2: keep the first line"):
         rewind(tmp_path, 4)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.jsonl import read_log
 from data.program import run_program
 from data.toy.captioner import build_policy
 from grpo.config import LoraConfig
@@ -409,7 +410,7 @@ def test_two_ranks_train_as_one(tmp_path):
     for num_ranks in (1, 2):
         arguments = [*SETTINGS, "--num-steps", "2", "--run-dir", str(tmp_path / str(num_ranks))]
         all_ranks(tmp_path, num_ranks, run_program, main, arguments)
-    rows = [[json.loads(line) for line in (tmp_path / f"{n}/metrics.jsonl").open()] for n in (1, 2)]
+    rows = [read_log(tmp_path / f"{n}/metrics.jsonl") for n in (1, 2)]
     for one, two in zip(*rows, strict=True):
         for key in ("reward", "loss", "kl", "grad_norm", "entropy"):
             assert math.isclose(one[key], two[key], rel_tol=1e-3, abs_tol=1e-5), key

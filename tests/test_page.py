@@ -20,6 +20,7 @@ from PIL import Image
 from data.benchmarks.benchmark import Benchmark, Picture
 from data.benchmarks.questions import Item
 from data.examples import Question
+from data.jsonl import read_log
 from grpo.log import log_step
 from grpo.recipes import toy_config
 from grpo.run_dir import start_run
@@ -739,7 +740,7 @@ def test_numbers_beside_a_curve_have_room_whatever_they_are(driver, tmp_path):
 
 
 def test_curves_tell_values_to_pointer_and_keys(driver, tiny_run):
-    rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_log(tiny_run / "metrics.jsonl")
     with opened(driver, write_page(tiny_run)):
         place = driver.execute_script(
             "document.getElementById('more-curves').open = true;"
@@ -1168,7 +1169,7 @@ def test_two_runs_and_two_evaluations_side_by_side(driver, tiny_run, tmp_path):
             assert sides == ["run, step 1", "other, step 1"]
             assert driver.execute_script(CUT_OFF) == [] and driver.execute_script(OVERLAPS) == []
             screenshot(driver, tmp_path / f"two-{width}.png", width)
-    rows = [json.loads(line) for line in (tiny_run / "rollouts/step_000001.jsonl").read_text().splitlines()]
+    rows = read_log(tiny_run / "rollouts/step_000001.jsonl")
     rows = [
         {key: row[key] for key in ("id", "family", "caption", "questions")} | {"accuracy": row["parts"]["accuracy"]}
         for row in rows

@@ -24,6 +24,7 @@ import urllib3
 import reward.remote as remote
 from bench.serve import make_server
 from data.examples import Example, Question, load_examples
+from data.jsonl import read_log
 from evaluate import PrismConfig, run
 from grpo.config import RewardConfig, change
 from grpo.recipes import toy_config
@@ -184,7 +185,7 @@ def test_programs_take_an_address(served, tmp_path, capsys):
     train(config)
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert settings["verifier"] == served and settings["contents"]["verifier"].startswith("served ")
-    rows = [json.loads(line) for line in (tmp_path / "run/rollouts/step_000000.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path / "run/rollouts/step_000000.jsonl")
     assert all(q["probs"] and not q["failure"] for row in rows for q in row["questions"])
     records = str(tmp_path / "run/rollouts/step_000000.jsonl")
     audit_main(["replay", records, "--verifier", served, "--verifier-name", "served=data/toy/verifier"])

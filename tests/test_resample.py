@@ -1,6 +1,5 @@
 """Groups that teach nothing are replaced by others."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from conftest import all_ranks, keys, shallow
 from test_reward_step import record
 
 from data.examples import Example, Question
+from data.jsonl import read_log
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from reward import resample
@@ -82,20 +82,16 @@ SETTINGS = dict(data="toy:train:10", num_steps=3, prompts_per_step=4, group_size
                 resample_flat=2, max_new_tokens=48)
 
 
-def read(run_dir: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
-
-
 def test_a_run_records_the_images_it_used_and_two_ranks_use_the_same(tmp_path):
     models = {name: shallow(f"data/toy/{name}", tmp_path / name) for name in ("policy", "verifier")}
     for ranks in (1, 2):
         all_ranks(tmp_path, ranks, train, toy_config(run_dir=str(tmp_path / str(ranks)), **SETTINGS, **models))
-    one, two = (read(tmp_path / ranks, "metrics.jsonl") for ranks in "12")
+    one, two = (read_log(tmp_path / ranks / "metrics.jsonl") for ranks in "12")
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, abs=5e-3)
     assert sum(row["resampled"] for row in one) > 0
-    assert all("seconds_resample" in row for row in read(tmp_path / "1", "timing.jsonl"))
-    rows = [read(tmp_path / ranks, "rollouts/step_000000.jsonl") for ranks in "12"]
+    assert all("seconds_resample" in row for row in read_log(tmp_path / "1/timing.jsonl"))
+    rows = [read_log(tmp_path / ranks / "rollouts/step_000000.jsonl") for ranks in "12"]
     assert [(row["id"], row["caption"]) for row in rows[0]] == [(row["id"], row["caption"]) for row in rows[1]]
     assert len({row["id"] for row in rows[0]}) == 4
 
@@ -111,4 +107,4 @@ def test_data_that_teaches_nothing_ends_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(resample, "reward_step", flat)
     with pytest.raises(ValueError, match="2 steps in a row without a group whose captions differ in reward; the last"):
         train(toy_config(run_dir=str(tmp_path / "run"), max_skipped=2, **SETTINGS))
-    assert [row["resampled"] for row in read(tmp_path / "run", "metrics.jsonl")] == [6, 6]  # of 10 images 4 are asked first
+    assert [row["resampled"] for row in read_log(tmp_path / "run/metrics.jsonl")] == [6, 6]  # of 10 images 4 are asked first

@@ -1,4 +1,3 @@
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ from conftest import FORKS
 from transformers import AutoTokenizer
 
 from data.examples import load_examples
+from data.jsonl import read_log
 from data.toy import captioner
 from data.toy.build import BuildConfig, build, family_accuracy, looker_table, policy_table
 from data.toy.captioner import (
@@ -152,7 +152,7 @@ def test_export_is_what_the_loader_reads(tmp_path):
     examples = load_examples(str(tmp_path / "out/examples.jsonl"))
     assert [example.id for example in examples] == [f"heldout-{index:06d}" for index in range(4)]
     assert all(example.image.is_file() for example in examples)
-    rows = [json.loads(line) for line in (tmp_path / "out/examples.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path / "out/examples.jsonl")
     assert all(sum(not q["needs_image"] for q in row["questions"]) == 1 for row in rows)
     with pytest.raises(ValueError, match="found an export in it"):
         export(ExportConfig(tmp_path / "out"))

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from data.examples import Example, Question
 from data.export import example_row
+from data.jsonl import read_log
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.run import sample_step
@@ -81,7 +82,7 @@ def test_steps_without_a_finite_gradient_are_named_and_then_stop_the_run(tmp_pat
     monkeypatch.setattr("reward.step.group_advantages", lambda rewards, *_: torch.full_like(rewards, math.nan))
     with pytest.raises(ValueError, match=r"2 steps in a row without a finite gradient; the last images: \['train-0"):
         train(toy_config(run_dir=str(tmp_path / "run"), max_skipped=2, **TINY))
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = read_log(tmp_path / "run/metrics.jsonl")
     assert [row["skipped"] for row in rows] == [1, 1] and rows[0]["loss"] is None
     assert "step 0 teaches nothing, it is without a finite gradient; images: ['train-0" in capsys.readouterr().out
 
@@ -102,27 +103,25 @@ def test_a_run_writes_what_it_promises_and_repeats(tmp_path, capsys):
     assert f"sampling: temperature 1.0, {sampling} " in said and f", never {never};" in said
     records = []
     for name in ("one", "two"):
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        rows = read_log(tmp_path / name / "metrics.jsonl")
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert all(math.isfinite(value) for row in rows for value in row.values())
         records.append(rows)
         assert json.loads((tmp_path / name / "config.json").read_text())["group_size"] == 4
     assert records[0] == records[1]
-    timing = [json.loads(line) for line in (tmp_path / "one/timing.jsonl").read_text().splitlines()]
+    timing = read_log(tmp_path / "one/timing.jsonl")
     for row, metrics in zip(timing, records[0], strict=True):
         parts = sum(row[f"seconds_{phase}"] for phase in ("rollout", "reward", "update", "weights", "records"))
         assert 0.5 * row["seconds"] < parts <= row["seconds"] and row["idle_share"] < 0.01
         assert row["tokens_per_second"] == pytest.approx(16 * metrics["length"] / row["seconds"])
     assert records[0][0]["ratio"] == pytest.approx(1, abs=1e-5) and records[0][0]["sampler_gap"] < 1e-4
-    rollouts = [json.loads(line) for line in (tmp_path / "one/rollouts/step_000001.jsonl").read_text().splitlines()]
+    rollouts = read_log(tmp_path / "one/rollouts/step_000001.jsonl")
     assert len(rollouts) == 16 and len(rollouts[0]["questions"]) == 4
     for row in rollouts:
         right = [q["chosen"] == q["gold"] for q in row["questions"]]
         assert row["reward"] == pytest.approx(sum(right) / 4)
-    audits = [json.loads(line) for line in (tmp_path / "one/audit.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in audits] == [0, 1, 2] and audits == [
-        json.loads(line) for line in (tmp_path / "two/audit.jsonl").read_text().splitlines()
-    ]
+    audits = read_log(tmp_path / "one/audit.jsonl")
+    assert [row["step"] for row in audits] == [0, 1, 2] and audits == read_log(tmp_path / "two/audit.jsonl")
     assert ["probe_no_caption" in row for row in audits] == [True, True, True] and len(audits[0]["gold_letters"]) == 4
     assert said.count("audit  probe_accuracy") == 6
     weights = [AutoModelForImageTextToText.from_pretrained(final).state_dict() for final in finals]
@@ -135,8 +134,8 @@ def test_a_judge_can_give_the_reward(tmp_path):
     judge = shutil.copytree("data/toy/policy", tmp_path / "model")
     config = toy_config(run_dir=str(tmp_path / "judge"), reward="judge", judge=str(judge), **TINY | {"num_steps": 1})
     train(config)
-    [metrics] = [json.loads(line) for line in (tmp_path / "judge/metrics.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in (tmp_path / "judge/rollouts/step_000000.jsonl").read_text().splitlines()]
+    [metrics] = read_log(tmp_path / "judge/metrics.jsonl")
+    rows = read_log(tmp_path / "judge/rollouts/step_000000.jsonl")
     assert metrics["reward"] == metrics["reward_judge"] == pytest.approx(sum(row["reward"] for row in rows) / 16)
     assert all(row["parts"] == {"judge": row["reward"]} and len(row["questions"][0]["probs"]) == 5 for row in rows)
     template = judge / "chat_template.jinja"
