@@ -49,6 +49,7 @@ from data.toy.world import (
     Fact,
     Scene,
     draw,
+    other_values,
     write_question,
     write_sentence,
 )
@@ -99,11 +100,6 @@ class Turn:
     """(end of a token in `text`, kind, target)"""
 
 
-def values_of(fact: Fact) -> list[str]:
-    """The values that the fact does not have and could have."""
-    return [value for value in DOMAINS[fact.attribute] if value not in (fact.value, fact.subject)]
-
-
 def subject_mark(end: int, fact: Fact) -> list[tuple[int, str, Target]]:
     return [(end, "subject", {f" {fact.subject}": 1.0})] if fact.subject else []
 
@@ -152,7 +148,7 @@ def any_claim(scene: Scene, rng: random.Random) -> tuple[Fact, str | None]:
 
 def wrong_value(scene: Scene, fact: Fact, rng: random.Random) -> str:
     """Often that of another thing in the image."""
-    wrong = values_of(fact)
+    wrong = other_values(fact)
     near = [other.value for other in scene.facts
             if other.attribute == fact.attribute and other.value in wrong]
     return rng.choice(near if near and rng.random() < 0.5 else wrong)

@@ -85,11 +85,14 @@ def make_scene(split: str, index: int) -> Scene:
 def perturb(facts: tuple[Fact, ...], share: float, rng: random.Random) -> list[Fact]:
     """Facts with about `share` of the values replaced: what a mistaken caption claims."""
     return [
-        replace(fact, value=rng.choice([value for value in DOMAINS[fact.attribute]
-                                        if value not in (fact.value, fact.subject)]))
-        if rng.random() < share else fact
+        replace(fact, value=rng.choice(other_values(fact))) if rng.random() < share else fact
         for fact in facts
     ]
+
+
+def other_values(fact: Fact) -> list[str]:
+    """The values that the fact does not have and could have: nothing is above itself."""
+    return [value for value in DOMAINS[fact.attribute] if value not in (fact.value, fact.subject)]
 
 
 def _shape_facts(rng: random.Random) -> list[Fact]:
@@ -204,10 +207,8 @@ def write_question(scene: Scene, fact: Fact, rng: random.Random) -> Question:
         "title": "What is the title?",
         "number": "What is the number?",
     }[fact.attribute]
-    domain = DOMAINS[fact.attribute]
     nearby = {f.value for f in scene.facts} | {f.subject for f in scene.facts}
-    # nothing is above itself
-    others = [value for value in domain if value not in (fact.value, fact.subject)]
+    others = other_values(fact)
     rng.shuffle(others)
     others.sort(key=lambda value: value not in nearby)
     choices = [fact.value, *others[:3]]
