@@ -13,6 +13,7 @@ whether it is that value.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -282,16 +283,10 @@ def train_verifier(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) ->
         head = teacher.writer.head_ids[-8 if rng.random() < bare_share else 0 :]
         return rng, teacher, head, [make_scene("train", rng.randrange(10**6)) for _ in range(14)]
 
-    def recall_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng, teacher, head, scenes = draw_lesson(f"recall:{step}", 0.0, 0.95)
+    def few_at(step: int, name: str, with_options: bool) -> tuple[Tensor, dict[str, float]]:
+        rng, teacher, head, scenes = draw_lesson(f"{name}:{step}", 0.0, 0.95)
         return pupil(head,
-                     [*(teacher.few_lesson(scene, False, rng) for scene in scenes),
-                      teacher.letter_lesson(40, rng)])
-
-    def few_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng, teacher, head, scenes = draw_lesson(f"letters:{step}", 0.0, 0.95)
-        return pupil(head,
-                     [*(teacher.few_lesson(scene, True, rng) for scene in scenes),
+                     [*(teacher.few_lesson(scene, with_options, rng) for scene in scenes),
                       teacher.letter_lesson(40, rng)])
 
     def whole_at(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -306,8 +301,10 @@ def train_verifier(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) ->
         return loss, shown
 
     whole_steps = round(WHOLE_STEPS * steps)
+    recall_at = partial(few_at, name="recall", with_options=False)
+    letters_at = partial(few_at, name="letters", with_options=True)
     fit(pupil, recall_at, steps, "recall", warmup_share=0.02, decay_share=0.1, enough=RECALL_ENOUGH)
-    fit(pupil, few_at, steps, "few facts", warmup_share=0.02, decay_share=0.1, rate=1.4e-3,
+    fit(pupil, letters_at, steps, "few facts", warmup_share=0.02, decay_share=0.1, rate=1.4e-3,
         enough=FEW_ENOUGH)
     fit(pupil, whole_at, whole_steps, "captions", warmup_share=0.02, decay_share=1.0, rate=1e-3)
     return pupil.model
