@@ -11,7 +11,6 @@ prints what it measures at once. It runs in a process of its own and ends after 
 process and without a limit.) None begins after the budget is spent.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.examples import Example, Question
-from data.export import example_row
+from data.export import write_examples
 from data.jsonl import read_log
 from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig, TrainConfig
@@ -520,12 +519,9 @@ def write_run(config: GpuConfig, device: torch.device, folder: Path) -> TrainCon
     for part, model in (("policy", policy.model), ("verifier", verifier.model)):
         model.save_pretrained(folder / part)
         policy.tokenizer.save_pretrained(folder / part)
-    with (folder / "data.jsonl").open("w") as file:
-        for example in make_examples(config):
-            example.image.save(folder / f"{example.id}.png")
-            file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
+    write_examples(folder, make_examples(config))
     return toy_config(
-        policy=f"{folder}/policy", verifier=f"{folder}/verifier", data=f"{folder}/data.jsonl",
+        policy=f"{folder}/policy", verifier=f"{folder}/verifier", data=f"{folder}/examples.jsonl",
         run_dir=f"{folder}/run", num_steps=config.repeats, prompts_per_step=config.prompts,
         group_size=config.group_size, max_new_tokens=config.tokens, kl_coef=0.04,
         micro_batch_tokens=config.micro_batch_tokens, gradient_checkpointing=True,

@@ -37,7 +37,7 @@ from transformers import (
 from bench.estimate import estimate_memory
 from bench.step import StepConfig, make_examples, save_models
 from data.examples import load_examples
-from data.export import example_row
+from data.export import write_examples
 from data.images import open_image
 from grpo.config import TrainConfig, change
 from grpo.recipes import PAPER, toy_config
@@ -80,7 +80,7 @@ def settings(case: str, folder: Path) -> TrainConfig:
     sizes, changes = CASES[case]
     return toy_config(
         policy=str(folder / "policy"), verifier=str(folder / "verifier"),
-        data=str(folder / "data.jsonl"),
+        data=str(folder / "examples.jsonl"),
         run_dir=str(folder / "run"), prompts_per_step=sizes.prompts, group_size=sizes.group_size,
         max_new_tokens=sizes.tokens,
         num_questions=sizes.questions, kl_coef=0.04, micro_batch_tokens=1 << 20, **changes,
@@ -137,10 +137,7 @@ def work(case: str, folder: Path) -> None:
 def prepare(sizes: StepConfig, folder: Path) -> None:
     """Models and data of a case."""
     save_models(sizes, folder)
-    with (folder / "data.jsonl").open("w") as file:
-        for example in make_examples(sizes):
-            example.image.save(folder / f"{example.id}.png")
-            file.write(json.dumps(example_row(example, f"{example.id}.png")) + "\n")
+    write_examples(folder, make_examples(sizes))
 
 
 def measure() -> None:
