@@ -20,7 +20,6 @@ import ctypes
 import gc
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -58,6 +57,7 @@ from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
 from grpo.update import update_policy
 from reward.caprl import PromptWriter, ask, caption_rewards, load_verifier
+from tools.memory import status
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StepConfig:
 
 
 class Phases:
-    """Seconds and growth of the process's memory by phase, of one step.
+    """Seconds and growth of the process's memory in bytes, by phase, of one step.
 
     Memory counts in the first step only, which is a warm-up. There the heap is handed back to the
     system before each phase. That would cost time in the others.
@@ -99,27 +99,22 @@ class Phases:
     @contextmanager
     def __call__(self, name: str):
         for outer in self.open:
-            outer[1] = max(outer[1], _status("VmHWM"))
+            outer[1] = max(outer[1], status("VmHWM"))
         if self.is_first:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM again
-        self.open.append([_status("VmRSS"), 0.0])
+        self.open.append([status("VmRSS"), 0.0])
         started = time.process_time()
         yield
         self.seconds[name] += time.process_time() - started
         before, highest = self.open.pop()
-        self.memory[name] = max(self.memory[name], highest - before, _status("VmHWM") - before)
+        self.memory[name] = max(self.memory[name], highest - before, status("VmHWM") - before)
 
     def report(self) -> None:
         self.seconds["whole step"] = time.process_time() - self.started
         print("step " + json.dumps({"seconds": self.seconds, "memory": self.memory}), flush=True)
         self.__init__(is_first=False)
-
-
-def _status(field: str) -> float:
-    """MiB of a line of /proc/self/status."""
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def _wait_for_turn() -> None:
@@ -434,7 +429,8 @@ def print_table(config: StepConfig, steps: dict[str, list[dict]]) -> None:
         cells = [f" {other[phase]:.3f} | {ratio.format(other[phase] / seconds)} |"
                  for other in others.values()]
         print(f"| {phase} | {seconds:.3f} |" + "".join(cells))
-    memory = {engine: rows[0]["memory"]["forward + backward"] for engine, rows in steps.items()}
+    memory = {engine: rows[0]["memory"]["forward + backward"] / 2**20
+              for engine, rows in steps.items()}
     print(f"| memory of forward + backward, MiB | {memory['ours']:.0f} |"
           + "".join(f" {memory[engine]:.0f} | {memory['ours'] / memory[engine]:.2f} |"
                     for engine in others))
