@@ -163,7 +163,7 @@ def measure() -> None:
               f"{guess / peak:.2f} |", flush=True)
 
 
-def estimate_real(image_tokens: int = 1280) -> None:
+def estimate_real() -> None:
     """Qwen2.5-VL-3B and Qwen2.5-3B by their published shapes, an image of about a megapixel,
     captions of `max_new_tokens`."""
     text = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
@@ -174,6 +174,7 @@ def estimate_real(image_tokens: int = 1280) -> None:
                   temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
                   out_hidden_size=2048)
     rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+    image_tokens = 1280
     with torch.device("meta"):
         policy = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision,

@@ -35,10 +35,10 @@ def length_reward(num_tokens: int, low: int, full: int, zero: int) -> float:
     return min(1.0, rise, max(0.0, (zero - num_tokens) / (zero - full)))
 
 
-def repetition(caption: str, n: int = 4) -> float:
-    """Share of the caption's n-grams of words that are repeats, 0 to 1 (0 below n words)."""
+def repetition(caption: str) -> float:
+    """Share of the caption's 4-grams of words that are repeats, 0 to 1 (0 below 4 words)."""
     spoken = words(caption)
-    grams = list(zip(*(spoken[i:] for i in range(n))))
+    grams = list(zip(*(spoken[i:] for i in range(4))))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -19,7 +19,7 @@ from data.parquet import parquet_rows
 DETAILCAPS_REFERENCES = ("GT_Caption_GPT4O", "GT_Caption_GPT4V", "GT_Caption_Gemini15Pro")
 
 
-def export_for_judge(out: Path, benchmark: str, reference: str = "") -> None:
+def export_for_judge(out: Path, benchmark: str, reference: str) -> None:
     """Writes the benchmark's files into `out`. With CapArena's `reference`,
     caparena_auto_600.json, they are pairs, else captions. Raises ValueError for captions that
     are not of the benchmark's images, or where there is none."""

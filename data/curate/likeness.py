@@ -76,12 +76,11 @@ def semantic_duplicates(vectors: np.ndarray, max_similarity: float, clusters: in
     return nearest
 
 
-def k_means(vectors: np.ndarray, count: int, seed: int,
-            rounds: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) and centres (count, d) of length 1, by the cosine."""
+def k_means(vectors: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and centres (count, d) of length 1, by the cosine, after 20 rounds."""
     rng = np.random.default_rng(seed)
     centres = vectors[rng.choice(len(vectors), count, replace=False)]
-    for _ in range(rounds):
+    for _ in range(20):
         labels = (vectors @ centres.T).argmax(1)
         sums = np.zeros_like(centres)
         np.add.at(sums, labels, vectors)

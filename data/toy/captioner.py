@@ -180,15 +180,14 @@ def teach_(policy: Policy, name: str, write: Callable[[int, Scene, random.Random
     sharpen_(policy)
 
 
-def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int,
-                 batch: int = 32) -> Policy:
+def train_policy(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> Policy:
     policy = build_policy(tokenizer, seed)
 
     def write(step: int, scene: Scene, rng: random.Random) -> str:
         sees = step < SEEING * steps
         return write_caption(scene.family, scene.facts) if sees else weak_caption(scene, rng)
 
-    teach_(policy, "policy", write, steps, seed, batch)
+    teach_(policy, "policy", write, steps, seed, batch=32)
     return policy
 
 
