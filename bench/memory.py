@@ -46,6 +46,7 @@ from grpo.update import update_policy
 from reward.step import load_reward
 from tools.check import longest_prompt
 from tools.memory import status
+from tools.stats import markdown
 
 CASES = {
     "default": (StepConfig(), {}),
@@ -203,10 +204,9 @@ def estimate_real() -> None:
 
 
 def _print_columns(names: list[str], tables: list[dict[str, int]]) -> None:
-    print(f"| GiB on each rank | {' | '.join(names)} |\n| --- |" + " ---: |" * len(names))
-    for part in tables[0]:
-        print(f"| {part} | " + " | ".join(f"{table.get(part, 0) / 2**30:.1f}" for table in tables)
-              + " |")
+    header = " | ".join(["GiB on each rank", *(f"{name}:" for name in names)])
+    print(markdown(header, ([part, *(f"{table.get(part, 0) / 2**30:.1f}" for table in tables)]
+                            for part in tables[0])))
 
 
 def main(case: str = "", folder: str = "", real: bool = False) -> None:

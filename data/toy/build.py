@@ -54,7 +54,7 @@ from reward.claims import Checker
 from reward.judge import judge_rewards
 from tools.caption_cache import CaptionsConfig, write_captions
 from tools.prism import direct, prism
-from tools.stats import mean, summarize
+from tools.stats import markdown, mean, summarize
 from tools.tables import format_table
 
 
@@ -224,11 +224,9 @@ def looker_table(folder: Path, scenes: Sequence[Scene], seed: int) -> str:
 
 
 def format_families(title: str, rows: dict[str, dict[str, float]]) -> str:
-    lines = [f"| {title} | " + " | ".join(FAMILIES) + " |",
-             "| --- |" + " ---: |" * len(FAMILIES)]
-    lines += [f"| {name} | " + " | ".join(f"{row[family]:.3f}" for family in FAMILIES) + " |"
-              for name, row in rows.items()]
-    return "\n".join(lines)
+    header = " | ".join([title, *(f"{family}:" for family in FAMILIES)])
+    return markdown(header, ([name, *(f"{row[family]:.3f}" for family in FAMILIES)]
+                             for name, row in rows.items()))
 
 
 def build(config: BuildConfig) -> None:

@@ -16,7 +16,7 @@ from data.program import run_program
 from evaluate import PrismConfig, run
 from grpo.recipes import toy_config
 from tools.report.page import write_page
-from tools.stats import summarize
+from tools.stats import markdown, summarize
 from train import train
 
 WINDOW, SHOWN = "--window-size=1280,1000", "#image=heldout-000002"
@@ -59,13 +59,12 @@ def demo(config: DemoConfig) -> None:
     tables = summarize(before_rows), summarize(after_rows)
     print("\nWhat a verifier that never sees the image answers rightly from the captions (held-out "
           "images):\n")
-    print("| family | before | after | words before | words after |\n"
-          "| --- | --- | --- | ---: | ---: |")
-    for family, old in tables[0].items():
-        new = tables[1][family]
-        spans = [f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-                 for row in (old, new)]
-        print(f"| {family} | {spans[0]} | {spans[1]} | {old['words']:.1f} | {new['words']:.1f} |")
+    lines = []
+    for family in tables[0]:
+        rows = [table[family] for table in tables]
+        lines.append([family, *(f"{row['accuracy']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+                                for row in rows), *(f"{row['words']:.1f}" for row in rows)])
+    print(markdown("family | before | after | words before: | words after:", lines))
     print("\nThe first caption of three of the images:")
     for old, new in zip(before_rows[:12:4], after_rows[:12:4]):
         print(f"\n{old['id']}\n  before: {old['caption']}\n  after:  {new['caption']}")
