@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import runpy
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
 
@@ -155,6 +157,17 @@ def end_often(policy: Policy, below: float = 1.5) -> None:
         return output
 
     policy.model.lm_head.register_forward_hook(raise_eos)
+
+
+@contextmanager
+def full_disk():
+    """Inside, files of more than a MiB are refused, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def keys(num_prompts: int, group_size: int) -> list[str]:

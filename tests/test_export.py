@@ -2,12 +2,12 @@
 
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
@@ -162,12 +162,7 @@ def test_an_export_of_a_source_without_a_tokenizers_config_or_with_rope_theta_el
 
 def test_an_export_that_the_disk_does_not_take_leaves_the_one_before(policy, tmp_path):
     export_policy(policy, tmp_path / "final", torch.float32)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(ValueError, match=r"final: could not be written \(.*; .* free at "):
-            export_policy(policy, tmp_path / "final", torch.float32)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises(ValueError, match=r"final: could not be written \(.*; .* free at "):
+        export_policy(policy, tmp_path / "final", torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     load_policy(str(tmp_path / "final"), torch.device("cpu"))
