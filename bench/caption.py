@@ -76,9 +76,9 @@ def plain(policy: Policy, paths: list[Path], config: BenchConfig) -> list[int]:
     `generate`."""
     longest = max(len(policy.prompt(open_image(path)).input_ids) for path in paths[:30])
     rows = max(1, config.rollout_tokens // (longest + config.max_new_tokens))
-    sampling = dict(do_sample=True, temperature=config.temperature, top_k=0,
-                    top_p=1.0) if config.temperature else dict(
-        do_sample=False)
+    sampling = dict(do_sample=False)
+    if config.temperature:
+        sampling = dict(do_sample=True, temperature=config.temperature, top_k=0, top_p=1.0)
     lengths = []
     for start in range(0, len(paths), rows):
         prompts = [policy.prompt(open_image(path)) for path in paths[start : start + rows]]

@@ -103,9 +103,8 @@ def work(case: str, folder: Path) -> None:
     _restart_peak()
     before, measured = status("VmRSS"), {}
     device = torch.device("cpu")
-    run, reward, examples = load_run(config,
-                                     device), load_reward(config,
-                                                          device), load_examples(config.data)
+    run, reward = load_run(config, device), load_reward(config, device)
+    examples = load_examples(config.data)
     endless = replace(run.sampler, forbidden_ids=(*run.sampler.forbidden_ids, *run.sampler.eos_ids))
     run = replace(run, sampler=endless)
     # This step's, and those of the next one, which training opens meanwhile.
