@@ -53,8 +53,7 @@ def _begun_by(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
     if spelled.count(longest) != 1 or re.fullmatch("[a-j]? ?", longest):
         return None, folded
     place = spelled.index(longest) % len(choices)
-    rest = folded[len(longest) :]
-    return place, rest.removeprefix(".") if choices[place].rstrip().endswith(".") else rest
+    return place, folded[len(longest) :]
 
 
 def _labelled(said: str, choices: Sequence[str]) -> tuple[int | None, str]:

@@ -97,7 +97,7 @@ def test_a_reply_that_begins_with_an_option_is_no_other_one_in_any_order(choices
         ("A is wrong", None), ("It isn't A", None), ("A or B?", None), ("A, B", None),
         ("A B C D", None), ("(A) or (B)", None),
         ("A+B", None), ("A/B", None), ("B?", None), ("C\nWait, D", None),
-        ("The answer is B. The answer is C", None),
+        ("The answer is B. The answer is C", None), ("Look, C. The answer is B.", None),
         ("red or blue", None), ("red, blue", None), ("red and white", None), ("red/blue", None),
         ("red is wrong", None),
         ("red isn't it", None), ("red (B)", None), ("red, option B", None), ("B\nred", None),
@@ -110,6 +110,14 @@ def test_a_reply_that_begins_with_an_option_is_no_other_one_in_any_order(choices
 )  # fmt: skip
 def test_chatty_and_chinese_replies(reply, want):
     assert parse_choice(reply, ["red", "green", "blue", "pink"]) == want
+
+
+@pytest.mark.parametrize("reply, want", [
+    ("No. There is no dog.", 1), ("B) No. There is no dog.", 1), ("No.", 1), ("Yes. It is.", 0), ("No. Yes.", None),
+])
+def test_a_choice_that_ends_in_a_stop_is_read_as_one_without(reply, want):
+    """With the stop "There is no dog" took "No." back."""
+    assert parse_choice(reply, ["Yes.", "No."]) == parse_choice(reply, ["Yes", "No"]) == want
 
 
 @pytest.mark.parametrize(
