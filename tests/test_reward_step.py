@@ -1,15 +1,18 @@
 """The reward in a training step: what is logged of it, and when it stops the run."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from data.examples import Example, Question
 from grpo.recipes import toy_config
 from reward.caprl import Rewards
 from reward.claims import claim_record
-from reward.step import measure_step, reward_metrics
+from reward.step import check_examples, measure_step, reward_metrics
 
 
 def record(correct: bool | None) -> list[dict]:
@@ -29,6 +32,11 @@ def test_reward_metrics_hand_computed(policy, batch):
     assert metrics["flat_groups"] == 0.5  # [0.5, 0.5], and the group with one measured reward
     assert metrics["accuracy"] == pytest.approx(0.4)
     assert metrics["length"] == pytest.approx(rollouts.lengths.float().mean().item())
+
+
+@pytest.mark.parametrize("pair, flat", [([0.5, 0.5], 1.0), ([1.0, 0.0], 0.0), ([0.25, math.nan], 1.0)])
+def test_a_group_is_flat_where_its_measured_rewards_are_equal(policy, batch, pair, flat):
+    assert reward_metrics(batch[0], Rewards(torch.tensor(pair * 4), {}, []))["flat_groups"] == flat
 
 
 def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, monkeypatch):
@@ -65,6 +73,14 @@ def test_too_many_failures_stop_the_run(policy, batch, monkeypatch):
     monkeypatch.setattr("reward.step.gather_rows", lambda rows: [*rows, "not finite"])  # another rank's reason
     with pytest.raises(ValueError, match=r"25% of the step's questions could not be scored \(not finite; too long\)"):
         measure_step(batch[0], result, toy_config(max_failed_share=0.24))
+
+
+@pytest.mark.parametrize("abstain", [False, True])
+def test_only_the_abstain_option_needs_a_letter_beside_ten_choices(abstain):
+    example = Example("a", Path("a.png"), (Question("What?", tuple("0123456789"), 1),))
+    config = toy_config(abstain=abstain, prompts_per_step=1)
+    with pytest.raises(ValueError, match="at most 9 choices") if abstain else nullcontext():
+        check_examples([example], config)
 
 
 def test_a_truncated_caption_is_scored_and_counted(policy, batch):
