@@ -34,6 +34,9 @@ def test_leave_one_out_compares_with_the_others():
     # others' means: (0 + 0 + 1) / 3, (1 + 0 + 1) / 3, ...
     got = group_advantages(torch.tensor([1.0, 0, 0, 1]), 4, leave_one_out=True, scale_by_std=False)
     assert got.tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    # of two that were measured, each is compared with the other one
+    got = group_advantages(torch.tensor([1.0, math.nan, 0]), 3, leave_one_out=True, scale_by_std=False)
+    assert got.tolist() == [1, 0, -1]
 
 
 def test_without_std_scaling():
