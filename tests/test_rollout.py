@@ -24,7 +24,7 @@ from grpo.decode import Decoder, head_logits
 from grpo.logprobs import CompletionScorer
 from grpo.pretrained import make_policy
 from grpo.recording import _warm_up_stream, record
-from grpo.rollout import draw_tokens, read_prompts, sample_rollouts, temper_logits_
+from grpo.rollout import DRAW_BLOCK, draw_tokens, read_prompts, sample_rollouts, temper_logits_
 
 
 def steer(policy, token_logits: dict[int, float]):
@@ -214,6 +214,8 @@ def test_draw_tokens_never_takes_an_impossible_one():
     top = torch.tensor(1 - 2**-24)  # the largest float32 below 1
     for uniform, want in ((0.0, 1), (0.2499, 1), (0.2501, 3), (top.item(), 3)):
         assert draw_tokens(probs, torch.tensor([uniform])).item() == want
+    one = torch.zeros(1, 3 * DRAW_BLOCK).index_fill_(1, torch.tensor(2 * DRAW_BLOCK + 9), 1.0)
+    assert draw_tokens(one, torch.tensor([0.0])).item() == 2 * DRAW_BLOCK + 9  # two blocks have probability 0
 
 
 def test_temper_logits_hand_computed():
