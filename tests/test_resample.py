@@ -1,5 +1,6 @@
 """Groups that teach nothing are replaced by others."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,10 @@ def test_new_groups_take_the_places_of_the_old(policy, prompts, batch):
         assert torch.equal(got.lengths, want.lengths) and torch.equal(got.truncated, want.truncated)
         for name in ("tokens", "logprobs"):
             assert torch.equal(getattr(got, name)[got.completion_mask], getattr(want, name)[want.completion_mask])
+    claims, new_claims = ([[{"failure": "", "claim": text}] for text in texts] for texts in ("abcdefgh", "ijkl"))
+    _, judged = resample.put_groups(old, replace(result, claims=claims), new,
+                                    replace(rewards_of([1.0, 0, 0, 0]), claims=new_claims), [2, 0])
+    assert "".join(record[0]["claim"] for record in judged.claims) == "klcdijgh" and rewards.claims is None
     assert old.captions[0] != merged.captions[0] and merged.tokens.shape == (8, max(old.tokens.shape[1], new.tokens.shape[1]))
 
 
