@@ -84,6 +84,7 @@ def test_files_of_others_are_left_where_they_are(tmp_path):
     log_step(tmp_path, 0, {}, {}, {}, [])
     rewind(tmp_path, 0)
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == [other.name]
+    assert not (tmp_path / "eval.jsonl").exists()  # nothing was evaluated
     for odd in ("[1]", '{"host": 1}'):
         (tmp_path / "writer.json").write_text(odd)
         with only_writer(tmp_path):
