@@ -215,6 +215,16 @@ def test_a_judge_may_have_layers_that_are_not_decoded(tokenizer):
     assert make_policy(qwen3_vl_moe().eval(), tokenizer, processor, writes=False)
 
 
+def test_a_judge_is_loaded_without_a_look_at_what_is_decoded(monkeypatch):
+    def refuse(model):
+        raise ValueError("these layers are not decoded")
+
+    monkeypatch.setattr("grpo.layers.check_layers", refuse)
+    assert load_policy("data/toy/policy", CPU, writes=False)
+    with pytest.raises(ValueError, match="these layers are not decoded"):
+        load_policy("data/toy/policy", CPU)
+
+
 class Halved(nn.Linear):
     """As LoRA's and quantised layers are: a Linear whose forward is not its weight."""
 
