@@ -65,30 +65,30 @@ def rows_of(out: Path) -> list[dict]:
 
 
 def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
-    caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, batch_size=3, **TOY))
-    rows = rows_of(tmp_path / "a")
+    caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, batch_size=3, **TOY))
+    rows = rows_of(tmp_path / "new/a")
     assert [row["caption"] for row in rows] == expected
     names = [*(f"{n}.png" for n in range(4)), "sub/4.png", "sub/5.png"]
     assert [row["id"] for row in rows] == [row["image"] for row in rows] == names
     assert all(row["finish_reason"] == "stop" and row["tokens"] > 3 for row in rows)
     policy = load_policy("data/toy/policy", torch.device("cpu"))
     assert {row["model"] for row in rows} == {model_hash(policy)} and len({row["prompt"] for row in rows}) == 1
-    left = sorted(path.name for path in (tmp_path / "a").iterdir())
+    left = sorted(path.name for path in (tmp_path / "new/a").iterdir())
     assert left == ["about.json", "shard-000000.jsonl", "shard-000001.jsonl"]
     assert "this worker captioned 6 images, 0 of them unreadable" in capsys.readouterr().out
-    caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, **TOY))  # again: nothing is left to do
-    assert "this worker captioned 0 images" in capsys.readouterr().out and rows_of(tmp_path / "a") == rows
+    caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, **TOY))  # again: nothing is left to do
+    assert "this worker captioned 0 images" in capsys.readouterr().out and rows_of(tmp_path / "new/a") == rows
     with pytest.raises(ValueError, match="about.json: expected seed 1 as now asked for, found 0; take another --out"):
-        caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, seed=1, **TOY))
+        caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, seed=1, **TOY))
     shutil.copytree("data/toy/policy", tmp_path / "other")
     settings = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
     both = (rf"expected model {tmp_path}/other '\w+' as now asked for, found data/toy/policy '{model_hash(policy)}'; "
             "take another --out")
     with pytest.raises(ValueError, match=both):
-        caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, **TOY | {"policy": str(tmp_path / "other")}))
+        caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, **TOY | {"policy": str(tmp_path / "other")}))
     with pytest.raises(ValueError, match="expected shards 3 as now asked for, found 2"):
-        caption(CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=2, **TOY))
+        caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=2, **TOY))
 
 
 def test_a_finished_shard_that_is_damaged_or_anothers_is_no_success(folder, tmp_path):
