@@ -73,7 +73,10 @@ def test_equal_rewards_give_exact_zeros_despite_float_noise():
     rewards[5] -= 3e-8
     assert group_advantages(rewards, 8).tolist() == [0.0] * 8
     for value in (12.3, 100.1, -1000.1):  # rewards of a fork, whose noise is larger
-        assert group_advantages(torch.full((7,), value), 7).tolist() == [0.0] * 7
+        rewards = torch.full((7,), value)
+        assert group_advantages(rewards, 7).tolist() == [0.0] * 7
+        rewards[0] = math.nan
+        assert group_advantages(rewards, 7).tolist() == [0.0] * 7
 
 
 def test_an_unmeasured_reward_is_not_a_zero():
