@@ -216,6 +216,8 @@ def test_draw_tokens_never_takes_an_impossible_one():
         assert draw_tokens(probs, torch.tensor([uniform])).item() == want
     one = torch.zeros(1, 3 * DRAW_BLOCK).index_fill_(1, torch.tensor(2 * DRAW_BLOCK + 9), 1.0)
     assert draw_tokens(one, torch.tensor([0.0])).item() == 2 * DRAW_BLOCK + 9  # two blocks have probability 0
+    rounded = torch.tensor([[1.0, 1.0]])  # a number is a share of the sum, whatever that is
+    assert [draw_tokens(rounded, torch.tensor([uniform])).item() for uniform in (0.4, 0.6)] == [0, 1]
 
 
 def test_temper_logits_hand_computed():
