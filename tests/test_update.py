@@ -16,7 +16,7 @@ from grpo.policy import encode_images
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
-from grpo.update import even_parts, group_sizes, micro_batches, prepare_training_, update_policy
+from grpo.update import even_parts, group_sizes, micro_batches, prepare_training_, update_policy, warm_up_
 from reward.caprl import Rewards
 from reward.step import reward_metrics
 
@@ -145,11 +145,21 @@ def test_the_first_step_is_on_policy(policy, batch):
     # and its gradient is REINFORCE's: mean over valid captions of A times the mean log-probability of their tokens
     rollouts, advantages, valid = batch
     model = copy.deepcopy(policy.model)
-    logprobs, _ = score(policy, model)(rollouts)
+    logprobs, entropies = score(policy, model)(rollouts, with_entropy=True)
     means = logprobs.sum(1) / rollouts.lengths
+    assert metrics["entropy"] == pytest.approx((entropies.sum(1) / rollouts.lengths)[valid].mean().item(), rel=1e-4) != 0
     (-(advantages * means)[valid].sum() / valid.sum()).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(change[name], -parameter.grad, atol=1e-5 + 1e-3 * parameter.grad.abs().max().item()), name
+
+
+@pytest.mark.parametrize("warmup_steps, want", [(4, [0.1, 0.2, 0.3, 0.4, 0.4]), (0, [0.4, 0.4])])
+def test_the_learning_rate_rises_linearly_by_hand(warmup_steps, want):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=7.0)
+    config = toy_config(learning_rate=0.4, warmup_steps=warmup_steps)
+    for step, rate in enumerate(want):
+        warm_up_(optimizer, step, config)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 def test_old_logprobs_stay_those_of_the_first_inner_epoch(policy, batch, monkeypatch):
