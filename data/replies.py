@@ -116,7 +116,7 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
         return False
     if other is None:
         clause = fold_choice(_CLAUSE.match(following)[0])
-        ends = [text for text in texts if clause and text.endswith(f" {clause}")]
+        ends = [text for text in texts if text.endswith(f" {clause}")]
         if ends and own not in ends:
             return False
     for match in re.finditer(r" ([a-j])(?:[.):]| -) ?", rest):  # "A) red B) gre": all options said

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from grpo.checkpoint import (
 from grpo.config import TrainConfig
 from grpo.pretrained import weights_hash
 from grpo.recipes import toy_config
+from grpo.run import save_step
 from grpo.run_dir import check_run_dir
 from grpo.signals import catch_stop_signals
 from grpo.update import init_moments_
@@ -121,6 +123,18 @@ def test_killed_runs_write_what_a_run_left_alone_writes(left_alone, tmp_path, na
         assert everything(tmp_path / f"killed-{number}") == want
         steps = [row["step"] for row in read_log(tmp_path / f"killed-{number}/timing.jsonl")]
         assert steps == list(range(6))
+
+
+def test_steps_that_are_due_are_saved_and_exported(tmp_path, monkeypatch):
+    """Every third is saved, and the last; every second is exported, but not the last, which `final` has."""
+    saved, exported = [], []
+    monkeypatch.setattr("grpo.checkpoint.training_state", lambda *_: {})
+    monkeypatch.setattr("grpo.checkpoint.save_checkpoint", lambda run_dir, num_steps, state, keep: saved.append(num_steps))
+    monkeypatch.setattr("grpo.run.export", lambda run, folder, config: exported.append(folder.name))
+    config = settings(tmp_path, num_steps=8, save_every=3, export_every=2)
+    for step in range(8):
+        save_step(tmp_path, SimpleNamespace(scorer=None, optimizer=None), step, time.monotonic(), [], config)
+    assert saved == [3, 6, 8] and exported == ["step_000002", "step_000004", "step_000006"]
 
 
 def test_a_stop_signal_saves_and_ends_the_run(left_alone, tmp_path):

@@ -234,6 +234,12 @@ def write_set(folder: Path, rows: list, name: str = "set") -> str:
     return str(folder / name)
 
 
+def test_a_table_of_something_else_is_refused_by_its_columns(tmp_path):
+    pq.write_table(pa.table({"price": [1], "weight": [2]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet: expected columns like id, image, .* got \['price', 'weight'\]"):
+        load_examples(str(tmp_path / "x.parquet"))
+
+
 def test_the_published_parquet_is_read_with_nulls_labels_and_chinese(tmp_path):
     entries = [
         {"question": "图中有几只猫？", "choices": ["A) 一只", "B) 两只", "C) 三只"], "answer": "B"},
