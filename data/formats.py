@@ -43,7 +43,8 @@ def data_files(source: str) -> list[Path]:
 
         raise ValueError(nothing_there(source, "a file or a folder of files with questions"))
     curated = path / "examples.jsonl"
-    if curated.is_file() and (path / "rows").is_dir():  # the rest says how it was made
+    is_curated = (path / "rows").is_dir() and (path / "settings.json").is_file()
+    if is_curated and curated.is_file():  # the other files say how it was made
         return [curated]
     from data.folders import list_files  # here: a single file needs no search
 

@@ -74,14 +74,16 @@ def tell_torchrun(text: str) -> None:
 def _leave(error: BaseException) -> None:
     """Ends this process at once, with the code that `error` would have ended it with.
 
-    The interpreter would first wait for its threads, such as those that a verifier's server has not
-    answered. Threads of gloo outlive it where anything (a mesh, a DTensor, a group) still holds a
-    process group. Now and then they abort the process while it leaves: "terminate called without
-    an active exception" (pytorch issue 190489). Pull request 179291 destroyed the groups at exit.
-    That does not always help, and it was given up. So the interpreter is never taken down.
+    At its exit the interpreter waits for threads, such as those with a request that a verifier's
+    server has not answered. And threads of gloo outlive the interpreter where anything (a mesh, a
+    DTensor, a group) still holds a process group. Now and then they abort the process while it
+    leaves: "terminate called without an active exception" (pytorch issue 190489). Pull request
+    179291 destroyed the groups at exit. That does not always help, and it was given up. So the
+    interpreter is never taken down.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):  # one that torchrun passes on late does nothing
-        signal.signal(number, signal.SIG_IGN)
+    if dist.is_initialized():  # a signal that torchrun passes on late does nothing
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)
     atexit._run_exitfuncs()  # what the interpreter would have done: open logs, temporary files

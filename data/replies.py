@@ -11,10 +11,11 @@ long as the square of its length."""
 
 
 def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
-    """Place of the choice that `reply` names, or None. Case, width and style of letters and signs
+    r"""Place of the choice that `reply` names, or None. Case, width and style of letters and signs
     do not matter (`fold_text`).
 
-    Quotes, stars, "The answer is", "Option", "I think" lead to the answer and are passed over. Then
+    Quotes, stars, LaTeX's \boxed{}, "The answer is", "Option", "I think" lead to the answer and are
+    passed over. Then
     1. if a choice's text begins the reply, it is that choice. Of several it is the longest. The
        text must end where a word or number ends ("20" is no "2"). Letters within that text ("Point
        B") are no labels. A text of one letter has to be the whole reply.

@@ -9,6 +9,7 @@ from data.rows import Dropped
 
 _NUMBER = r"(?:Q(?:uestion)?[ \t]*)?\d+[.):\uff1a\u3001]"
 _HEADER = re.compile(rf"^[ \t]*(?:#{{1,6}}[ \t]+|\**{_NUMBER}[\s*])", re.IGNORECASE)
+_REMARK = re.compile(r"[\s*_]*(?:explanation|reason(?:ing)?|note)\b[\s*_]*:", re.IGNORECASE)
 _RULE = re.compile(r"^\s*[-_*=—]{3,}\s*$")
 _OPTION = re.compile(r"^[\s\-*•]*[(\uff08]?([A-J])\**[)\uff09.:\u3001\uff0e\uff1a]\**\s*(.*?)\s*$")
 _ANSWER = re.compile(
@@ -72,7 +73,8 @@ def _parse_block(block: list[str]) -> Question:
             options.append((option[1], option[2].strip("*")))
             is_open = True
         elif options:
-            is_open &= bool(line.strip())  # what comes after an empty line is a remark
+            # After an empty line, or from "Explanation:" on, it is a remark.
+            is_open &= bool(line.strip()) and not _REMARK.match(line)
             if is_open:
                 options[-1] = (options[-1][0], f"{options[-1][1]} {line.strip()}")
         elif line.strip():

@@ -66,7 +66,7 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
             unfinished.mkdir(parents=True)
     with all_or_none("checkpoint"):
         try:
-            with _calling_dcp():
+            with _dcp_errors():
                 dcp.save(state, checkpoint_id=unfinished, process_group=control_group())
         except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
             room = free_at(folder)
@@ -118,7 +118,7 @@ def load_checkpoint_(folder: Path, state: dict[str, Tensor]) -> None:
     with all_or_none("checkpoint"):
         verify_checksums(folder)
     try:
-        with _calling_dcp():
+        with _dcp_errors():
             dcp.load(state, checkpoint_id=folder, process_group=control_group())
     except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: expected a checkpoint of this policy that can be read "
@@ -161,9 +161,9 @@ def metadata_crc(folder: Path) -> str:
 
 
 @contextmanager
-def _calling_dcp() -> Iterator[None]:
-    """Silences torch's warning that only a single process saves or loads. What stops a rank, such
-    as Ctrl-C, is raised as it is: torch makes an error of the checkpoint of it."""
+def _dcp_errors() -> Iterator[None]:
+    """Silences torch's warning that only a single process saves or loads. torch wraps what stops a
+    rank, such as Ctrl-C, in a CheckpointException. Here it is raised as it was."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process.*")
         try:

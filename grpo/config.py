@@ -94,8 +94,8 @@ class LoraConfig:
         check_range(self, "lora_alpha", above=0)
         others = self.lora_alpha, self.lora_targets
         if not self.lora_rank and others != (LoraConfig.lora_alpha, LoraConfig.lora_targets):
-            raise ValueError("lora_alpha and lora_targets: expected a lora_rank too, without one "
-                             "all weights are trained")
+            raise ValueError("lora_rank 0: expected 1 or more beside lora_alpha or lora_targets; "
+                             "without adapters all weights are trained")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 
 def describe_start(num_ranks: int) -> dict:
     """The command, commit, machine and versions of this process, now."""
-    from data.images import printable  # here: grpo imports of data what reads no pictures
+    from data.images import printable  # here: when grpo is loaded, it imports nothing of pictures
 
-    program = sys.argv[0] and os.path.relpath(sys.argv[0])  # without a name in Python's console
+    program = sys.argv[0] and os.path.relpath(sys.argv[0])  # empty in Python's console
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = re.findall(r"model name\s*:\s*(.+)", text) or [platform.machine()]

@@ -57,7 +57,7 @@ class Run:
 
 def load_run(config: TrainConfig, device: torch.device) -> Run:
     """Loads the models and shards them. Raises ValueError, on all ranks, if one cannot be used."""
-    from grpo.layers import check_layers  # here: as in grpo/decode.py, which does it at each step
+    from grpo.layers import check_layers  # here: a reader of training need not meet it
     from grpo.pretrained import load_policy  # here: how checkpoints are read is a page of its own
 
     has_one_model = world_size() == 1 and device.type == "cpu"  # the sampler is the trained model
@@ -65,7 +65,7 @@ def load_run(config: TrainConfig, device: torch.device) -> Run:
     if config.offload_reference and device.type == "cpu":
         raise ValueError("offload_reference: expected GPUs, there is nothing to offload from")
     with all_or_none("start"):
-        # On a CPU ranks begin with the weights of one: a merged adapter is not rounded.
+        # On a CPU any number of ranks loads float32, as one does: a merged adapter is not rounded.
         load_dtype = dtype if has_adapters or device.type == "cpu" else "auto"
         sampler = load_policy(config.policy, device, load_dtype)
         check_layers(sampler.model, config.max_new_tokens)  # before the run folder is begun

@@ -71,7 +71,8 @@ FREE_ON_RESUME = {
 
 def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) -> None:
     """Raises ValueError if a setting that changes the numbers differs from when the run began.
-    Of data and models the contents count, and not where they are now.
+    Data and models may lie at another path. Their contents are compared, of data ids and questions,
+    not the pictures.
 
     saved: the run's config.json, empty for a new run. Older ones have no contents, and for a
     setting that came later its default: a new feature is off.

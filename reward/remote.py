@@ -342,7 +342,7 @@ class RemoteVerifier(Verifier):
             return first_token(choice["logprobs"])
         if not isinstance(text, str):
             raise TypeError(f"expected a text, got {text!r}")
-        if not text and choice.get("finish_reason") == "length":
+        if not text.strip() and choice.get("finish_reason") == "length":
             raise ValueError("its tokens were used up before any text, as by a model that thinks")
         return text.encode("utf-8", errors="replace").decode()  # JSON may hold half a letter
 

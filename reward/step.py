@@ -104,14 +104,14 @@ def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     num_captions, num_scored = len(rewards), scored.sum().item()
     asked = [row for record in result.records for row in record]
     num_answered = sum(not row["failure"] for row in asked)
-    num_asked = {"failed_share": len(asked), "failed_claims": sum(map(len, result.claims or ()))}
+    weights = {"failed_share": len(asked), "failed_claims": sum(map(len, result.claims or ()))}
     counts = {
         "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(), "groups": len(groups),
         "unscored_captions": num_captions - num_scored,
     }
     means = {}  # (sum, weight) of this rank; what it has not measured it leaves to the others
     for key, value in result.stats.items():
-        weight = num_asked.get(key, num_answered)
+        weight = weights.get(key, num_answered)  # other shares are of questions that were scored
         means[key] = (value * weight, weight) if math.isfinite(value) else (0.0, 0)
     means["reward"] = rewards[scored].sum().item(), num_scored
     for key, part in result.parts.items():

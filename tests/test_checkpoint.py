@@ -170,7 +170,7 @@ def test_a_run_has_one_writer_and_a_dead_one_is_followed_at_once(left_alone, tmp
     train(settings(tmp_path / "run", num_steps=latest_checkpoint(tmp_path / "run")[1] + 1))
     assert not (tmp_path / "run/writer.json").exists()
     steps = [row["step"] for row in read_log(tmp_path / "run/metrics.jsonl")]
-    assert steps == list(range(len(steps)))
+    assert steps and steps == list(range(len(steps)))
 
 
 def test_a_run_goes_on_with_its_own_rows_and_models_only(tmp_path):

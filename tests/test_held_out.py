@@ -140,8 +140,9 @@ def test_a_run_ends_when_patience_does_and_goes_on_only_if_told(tmp_path, capsys
     assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
     with pytest.raises(ValueError, match="eval_every 3: expected 1 as the run to resume has it"):
         train(change(config, resume=True, eval_every=3))
-    with pytest.raises(ValueError, match="expected the rows that the run to resume began with"):
-        train(change(config, resume=True, eval_data="0.5"))
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    with pytest.raises(ValueError, match="eval_data toy:heldout:9: expected the rows that the run to resume"):
+        check_resumes(config, saved, {"eval_data": "1 images, 0"})
     train(change(config, resume=True, patience=3))
     assert "the run ends after 3 steps" in capsys.readouterr().out
     train(change(config, resume=True, patience=0, stop_at=0.01))  # reached already

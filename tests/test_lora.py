@@ -160,8 +160,8 @@ def test_targets_that_cannot_have_adapters_are_refused(policy, settings, freeze,
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"lora_rank": -1}, "lora_rank -1: expected 0 or more"), ({"lora_alpha": 0.0}, "lora_alpha 0.0: expected more than 0"),
-    ({"lora_alpha": 8.0}, "expected a lora_rank too, without one all weights"),
-    ({"lora_targets": "q_proj"}, "expected a lora_rank"),
+    ({"lora_alpha": 8.0}, "lora_rank 0: expected 1 or more beside lora_alpha"),
+    ({"lora_targets": "q_proj"}, "lora_rank 0: expected 1 or more"),
     ({"lora_alpha": math.inf}, "lora_alpha inf: expected more than 0, not infinity"),
     ({"lora_rank": 4, "replicas": 2}, "lora_rank: expected neither replicas nor offload_reference"),
 ])

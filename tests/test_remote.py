@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -413,7 +414,7 @@ def test_an_answer_may_take_longer_than_a_connection(monkeypatch):
 
 
 INTERRUPTED = """
-import os, signal, sys, threading
+import signal
 import torch
 from data.program import run_program
 from reward.caprl import Asked, load_verifier
@@ -421,7 +422,6 @@ from reward.caprl import Asked, load_verifier
 def main(arguments):
     verifier = load_verifier(arguments[0], torch.device("cpu"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     verifier(["red"], [[Asked("Q?", ("a", "b"), gold=0, source=0)]], ["stream"])
 
 run_program(main)
@@ -429,15 +429,24 @@ run_program(main)
 
 
 def test_ctrl_c_does_not_wait_for_the_server():
-    held = threading.Event()
-    first = iter([True])
-    try:
-        with stub(lambda path, body: letters(A=1) if next(first, False) else held.wait()) as server:
-            done = subprocess.run([sys.executable, "-c", INTERRUPTED, server.address], capture_output=True,
-                                  text=True, timeout=120, env=os.environ | {"PYTHONPATH": os.getcwd()})
-            assert len(server.seen) == 3 and done.returncode == 130 and "stopped by Ctrl-C" in done.stderr
-    finally:
-        held.set()
+    held, asked, first = threading.Event(), threading.Event(), iter([True])
+
+    def script(path, body):
+        if next(first, False):
+            return letters(A=1)
+        asked.set()
+        held.wait()
+
+    with stub(script) as server:
+        child = subprocess.Popen([sys.executable, "-c", INTERRUPTED, server.address],
+                                 env=os.environ | {"PYTHONPATH": os.getcwd()})
+        try:
+            assert asked.wait(120)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(120) == 130
+        finally:
+            held.set()
+            child.kill()
 
 
 def test_what_has_no_answer_at_the_deadline_has_failed_and_the_rest_counts(monkeypatch):

@@ -45,6 +45,17 @@ says x.
 """,
         Question("Which?", ("x", "y"), 0),
     ),
+    "a remark on the next line": (
+        """\
+#### 5. **Which?**
+ - A) x
+ - B) y
+of glass
+**Explanation**: the sign says x.
+**Answer:** A) x
+""",
+        Question("Which?", ("x", "y of glass"), 0),
+    ),
     "bold letters": (
         """\
 ### Question 3: Which?
