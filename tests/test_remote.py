@@ -387,7 +387,7 @@ def test_what_does_not_pass_is_a_failure_with_its_reason(fault, num_tries, reaso
 
 
 def test_a_reply_that_is_all_thought_is_no_answer():
-    thought = {"message": {"content": "", "reasoning_content": "A or"}, "finish_reason": "length"}
+    thought = {"message": {"content": "\n\n", "reasoning_content": "A or"}, "finish_reason": "length"}
     models = {"data": [{"id": "data/absent"}]}
     with stub(lambda path, body: {"choices": [thought]}, models) as server, \
             pytest.raises(ValueError, match="used up before any text"):
