@@ -93,35 +93,26 @@ def build_models(config: GpuConfig, device: torch.device) -> tuple[Policy, Polic
     from transformers import (  # here: stages without models start sooner
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
-        Qwen2_5_VLConfig,
         Qwen2Config,
     )
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    from data.toy.captioner import qwen_config
+
     tokenizer = build_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-    half = config.hidden // config.heads // 2
-    side = half * 3 // 8
     text = dict(
         vocab_size=config.vocab, hidden_size=config.hidden, intermediate_size=config.intermediate,
         num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.key_heads, tie_word_embeddings=True,
-        max_position_embeddings=32768, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
-        pad_token_id=ids["<|endoftext|>"],
+        num_key_value_heads=config.key_heads, max_position_embeddings=32768,
     )
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[half - 2 * side, side, side])
-    of_policy = Qwen2_5_VLConfig(
-        text_config=text | dict(rope_parameters=rope),
-        vision_config=dict(
-            depth=config.vision_layers, hidden_size=config.vision_hidden,
-            intermediate_size=config.vision_hidden * 171 // 64,
-            num_heads=max(1, config.vision_hidden // 80), patch_size=14, spatial_merge_size=2,
-            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
-            out_hidden_size=config.hidden,
-        ),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        tie_word_embeddings=True,
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+    of_policy = qwen_config(tokenizer, text, vision=dict(
+        depth=config.vision_layers, hidden_size=config.vision_hidden,
+        intermediate_size=config.vision_hidden * 171 // 64,
+        num_heads=max(1, config.vision_hidden // 80), fullatt_block_indexes=[7, 15, 23, 31],
+    ))
+    of_verifier = Qwen2Config(
+        **text, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -130,7 +121,7 @@ def build_models(config: GpuConfig, device: torch.device) -> tuple[Policy, Polic
                         tokenizer, Qwen2VLImageProcessorPil())
             for _ in range(2)
         )
-        answering = AutoModelForCausalLM.from_config(Qwen2Config(**text), dtype=HALF).eval()
+        answering = AutoModelForCausalLM.from_config(of_verifier, dtype=HALF).eval()
     reference.model.requires_grad_(False)
     verifier = Verifier(answering.requires_grad_(False), tokenizer, mode="sample")
     # No caption ends early: each measurement has the same tokens. Ids without a token, of which a

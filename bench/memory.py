@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import tyro
 from transformers import (
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -39,6 +38,8 @@ from bench.step import StepConfig, make_examples, save_models
 from data.examples import load_examples
 from data.export import write_examples
 from data.images import open_image
+from data.toy.captioner import qwen_config
+from data.toy.tokenizer import build_tokenizer
 from grpo.config import TrainConfig, change
 from grpo.recipes import PAPER, toy_config
 from grpo.run import load_run, sample_step
@@ -168,19 +169,14 @@ def estimate_real() -> None:
     captions of `max_new_tokens`."""
     text = dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008,
                 num_hidden_layers=36, num_attention_heads=16,
-                num_key_value_heads=2, max_position_embeddings=32_768, tie_word_embeddings=True)
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
-                  spatial_merge_size=2,
-                  temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
-                  out_hidden_size=2048)
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+                num_key_value_heads=2, max_position_embeddings=32_768)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                  fullatt_block_indexes=[7, 15, 23, 31])
+    of_policy = qwen_config(build_tokenizer(), text, vision)
     image_tokens = 1280
     with torch.device("meta"):
-        policy = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision,
-                             tie_word_embeddings=True)
-        )
-        verifier = Qwen2ForCausalLM(Qwen2Config(**text))
+        policy = Qwen2_5_VLForConditionalGeneration(of_policy)
+        verifier = Qwen2ForCausalLM(Qwen2Config(**text, tie_word_embeddings=True))
     tables, names = [], []
     cases = ((8, 1024, True), (8, 4096, True), (8, 4096, False), (1, 1024, True), (1, 4096, True))
     for num_ranks, length, checkpointed in cases:

@@ -39,7 +39,6 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -48,6 +47,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as transformers_logging
 
 from data.examples import Example, Question
+from data.toy.captioner import qwen_config
 from data.toy.tokenizer import build_tokenizer
 from grpo.config import RewardConfig
 from grpo.logprobs import CompletionScorer
@@ -127,41 +127,24 @@ def _wait_for_turn() -> None:
 
 def save_models(config: StepConfig, folder: Path) -> None:
     tokenizer = build_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-    common = dict(vocab_size=config.vocab, max_position_embeddings=32768, tie_word_embeddings=True,
-                  bos_token_id=None,
-                  eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
-    half = config.hidden // 4 // 2
-    side = half * 3 // 8
+    common = dict(vocab_size=config.vocab, max_position_embeddings=32768)
     torch.manual_seed(0)
-    policy = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=common | dict(
-                hidden_size=config.hidden, intermediate_size=2 * config.hidden,
-                num_hidden_layers=config.layers, num_attention_heads=4, num_key_value_heads=2,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6,
-                                     mrope_section=[half - 2 * side, side, side]),
-            ),
-            vision_config=dict(
-                depth=4, hidden_size=128, intermediate_size=256, num_heads=4, patch_size=14,
-                spatial_merge_size=2,
-                temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3],
-                out_hidden_size=config.hidden,
-            ),
-            image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-            tie_word_embeddings=True,
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
-        )
-    )
-    verifier = Qwen2ForCausalLM(
-        Qwen2Config(**common | dict(
-            hidden_size=config.verifier_hidden, intermediate_size=2 * config.verifier_hidden,
-            num_hidden_layers=config.verifier_layers,
-            num_attention_heads=config.verifier_hidden // 64,
-            num_key_value_heads=max(1, config.verifier_hidden // 128),
-        ))
-    )
+    policy = Qwen2_5_VLForConditionalGeneration(qwen_config(
+        tokenizer,
+        text=common | dict(hidden_size=config.hidden, intermediate_size=2 * config.hidden,
+                           num_hidden_layers=config.layers, num_attention_heads=4,
+                           num_key_value_heads=2),
+        vision=dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4,
+                    fullatt_block_indexes=[1, 3]),
+    ))
+    verifier = Qwen2ForCausalLM(Qwen2Config(
+        **common, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        hidden_size=config.verifier_hidden, intermediate_size=2 * config.verifier_hidden,
+        num_hidden_layers=config.verifier_layers,
+        num_attention_heads=config.verifier_hidden // 64,
+        num_key_value_heads=max(1, config.verifier_hidden // 128),
+    ))
     for name, model in (("policy", policy), ("verifier", verifier)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -80,34 +80,47 @@ class TeachConfig:
         check_range(self, "rate", at_least=0)
 
 
-def build_policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:
-    """A policy with random weights; its image processor takes images of 56 x 56 to 224 x 224 pixels
-    unscaled."""
-    torch.manual_seed(seed)
+def qwen_config(tokenizer: PreTrainedTokenizerBase, text: dict, vision: dict,
+                rope_theta: float = 1e6) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of these sizes, with the tokenizer's ids and tied embeddings. Patches, windows
+    and the shares of time, height and width in M-RoPE are those of the public models."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-    config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
-            bos_token_id=None, initializer_range=INITIALIZER_RANGE,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4,
-                             "mrope_section": [8, 12, 12]},
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    side = half * 3 // 8
+    rope = {"rope_type": "default", "rope_theta": rope_theta,
+            "mrope_section": [half - 2 * side, side, side]}
+    return Qwen2_5_VLConfig(
+        text_config=text | dict(
+            rope_parameters=rope, tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
         ),
-        vision_config=dict(
-            depth=4, hidden_size=128, intermediate_size=256, num_heads=4, patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2, window_size=112, fullatt_block_indexes=[1, 3],
-            out_hidden_size=128, initializer_range=INITIALIZER_RANGE,
+        vision_config=vision | dict(
+            patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112,
+            out_hidden_size=text["hidden_size"],
         ),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
+
+
+def build_policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> Policy:
+    """A policy with random weights; its image processor takes images of 56 x 56 to 224 x 224 pixels
+    unscaled."""
+    torch.manual_seed(seed)
+    config = qwen_config(
+        tokenizer,
+        text=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384,
+                  num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+                  max_position_embeddings=4096, initializer_range=INITIALIZER_RANGE),
+        vision=dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4,
+                    fullatt_block_indexes=[1, 3], initializer_range=INITIALIZER_RANGE),
+        rope_theta=1e4,
+    )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model.generation_config.eos_token_id = [config.text_config.eos_token_id,
+                                            config.text_config.pad_token_id]
+    model.generation_config.pad_token_id = config.text_config.pad_token_id
     processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 224 * 224})
     return make_policy(model, tokenizer, processor)
 
