@@ -30,6 +30,21 @@ def test_parse_choice(reply, choices, want):
     assert parse_choice(reply, texts) == want
 
 
+@pytest.mark.parametrize(
+    "reply, choices, want",
+    [
+        ("A", "C. Lee, B. Smith, A. Jones", 0),  # a letter alone is a label, whatever a name begins with
+        ("A!", "C. Lee, B. Smith, A. Jones", None), ("C, as said", "A. Jones, B. Smith, C. Lee", 2),
+        ("**C)", "A, B, C", 2), ("So A", "B, C, A", None), ("So B", "A, B", 1),  # text and label are the same place, or not
+        ("B: red.", "B, red", 1), ("B; 2.5", "20, 2.5, 12, 2", 1),  # its own text follows; 2.5 is not 2
+        ("B, B - yes", "no, yes", 1), ("II\nI", "II, III, I", None), ("B) no no dogs are seen", "yes, no", 1),
+        ("no. None is there", "no, none", 0), ("red. Blue is there", "red, blue", None),  # "no" may go on, "red" may not
+    ],
+)  # fmt: skip
+def test_a_name_a_label_and_what_follows(reply, choices, want):
+    assert parse_choice(reply, choices.split(", ")) == want
+
+
 def test_parse_choice_where_the_options_are_letters_or_alike():
     assert parse_choice("B", ["B", "A"]) is None  # the first choice's text, the second one's letter
     assert parse_choice("Plan A", ["Plan B", "Plan A"]) == 1 and parse_choice("Grade A", ["x", "Grade A"]) == 1
