@@ -50,8 +50,12 @@ def words(text: str) -> list[str]:
 
 # ---------------------------------------------------------------------------------- sentences
 
-_NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|e\.g|i\.e|vs|cf|approx|fig|(?-i:[A-Z]))\.$", re.I)
-_NUMBER = re.compile(r"\bnos?\.$", re.I)
+_NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|mt|sen|gen|capt|lt|col|sgt|rev|e\.g|i\.e|vs|cf|"
+                     r"approx|fig)\.$", re.I)
+_INITIAL = re.compile(r"(?<!°)\b[A-Z]\.$")
+_NO_NAME = re.compile(r"(?:The|This|These|It|Its|He|She|They|There|A|An|In|On|At|Each|Below)\s")
+"""Words that begin a sentence after "angle C." or "the U.S.", but no name after an initial."""
+_NUMBER = re.compile(r"\b(?:nos?|vol|ch|pp?|est|ca|jan|feb|apr|aug|sept?|oct|nov|dec)\.$", re.I)
 _MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–◦▪‣●○■□·→]\s+|\[[ xX]\]\s+|"  # noqa: RUF001
                      r"\(?\d{1,3}[.)]\s+|\(?[a-zA-Z][.)]\s+)+")
 """Of a heading, a quotation or an item of a list."""
@@ -67,7 +71,8 @@ def sentences(caption: str) -> list[str]:
 
     A line's end ends a sentence, and so does a stop of Chinese, Hindi, Urdu or Arabic. So does a
     full stop, question or exclamation mark before a space, unless a small letter follows, or the
-    stop is that of an abbreviation or an initial.
+    stop is that of an abbreviation or an initial. "No. 7" and "Dec. 25" are abbreviated before
+    numbers alone.
     """
     parts = []
     for line in caption.splitlines():
@@ -77,7 +82,8 @@ def sentences(caption: str) -> list[str]:
             rest = line[end.end() :].lstrip()
             before = line[max(start, end.start() - _LONGEST) : end.start() + 1]
             is_number = rest[:1].isdigit() and _NUMBER.search(before)
-            if not (rest[:1].islower() or is_number or _NO_END.search(before)):
+            is_initial = _INITIAL.search(before) and not _NO_NAME.match(rest)
+            if not (rest[:1].islower() or is_number or is_initial or _NO_END.search(before)):
                 parts.append(line[start : end.end()].strip())
                 start = end.end()
         parts.append(line[start:].strip())

@@ -147,6 +147,13 @@ def test_sentences_of_lists_headings_and_abbreviations():
     assert sentences("") == sentences(" \n--\n. ") == [] and sentences("no stop") == ["no stop"]
 
 
+def test_a_stop_after_a_title_an_initial_or_before_a_number_ends_nothing():
+    """Geometry and weather: "C." before "The" was read as an initial, and so was the "C." of "5°C."."""
+    for want in (["Mt. Fuji is at 5°C.", "Night falls."], ["Lt. Col. J. A. Smith sits.", "Sgt. A. Hall stands, est. 1985."],
+                 ["The right angle is at C.", "The side AB is on p. 5 of Vol. 2."], ["Made in the U.S.", "It opens Dec. 25."]):
+        assert sentences(" ".join(want)) == want
+
+
 def test_what_was_said_before_is_a_repeat():
     caption = "A red car stands here. There is a tree. A red car stands here. A red car stands. "
     caption += "A red car stands there. There is."
