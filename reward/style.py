@@ -91,40 +91,42 @@ def sentences(caption: str) -> list[str]:
 
 
 _OWN = r"(?:description|caption)"
-_TEXT = rf"(?:{_OWN}|summary|account|overview|breakdown|depiction|analysis|rendering|response)"
+_TEXT = (rf"(?:{_OWN}|summary|account|overview|breakdown|depiction|analysis|rendering|response|"
+         r"narrative)")
 _OF_PICTURE = r"(?: of the (?:image|picture|photo(?:graph)?|scene|chart|figure|screenshot))?"
 _GOOD = (r"(?:comprehensive|detailed|thorough|complete|accurate|precise|exhaustive|faithful|full|"
          r"vivid|clear|rich|in-depth|everything|every)")
 _DOES = (r"(?:\w+ly (?:and )?){0,2}(?:provides?|offers?|gives?|presents?|captures?|covers?|"
          r"conveys?|communicates?|encapsulates?|ensures?|includes?|delivers?|encompasses|reflects?|"
-         r"highlights?|aims?|serves?|allows?|enables?|leaves?|describes?|is|has|should|"
-         r"would|will|can)")
+         r"highlights?|aims?|serves?|allows?|enables?|helps?|paints?|leaves?|describes?|is|has|"
+         r"should|would|will|can)")
 EMPTY = {
     "praise": re.compile("|".join((
         rf"\b(?:th(?:is|ese)|my|our)(?: \w+,?){{0,3}} {_OWN}s?{_OF_PICTURE},? {_DOES}\b",
         # these words may also be of what the picture shows
         rf"\bth(?:is|ese)(?: \w+,?){{0,3}} {_TEXT}s?{_OF_PICTURE},? {_DOES}(?: \S+){{0,8}}? "
         rf"(?:{_GOOD}|no (?:\w+ )?(?:aspect|detail|element)s?|image|picture|scene|reader)\b",
-        rf"\bthis is an? (?:\w+,? ){{0,4}}{_OWN}\b",
+        rf"\bthis is (?:an?|my) (?:(?!(?:with|of|for) )\w+,? ){{0,4}}{_OWN}\b",
         rf"\bthe (?:above|following|foregoing|preceding|provided) (?:\w+ )?{_TEXT}\b",
-        rf"\b{_TEXT}{_OF_PICTURE}(?: above)? {_DOES} (?:an? |the |all |both )?(?:\w+ and )?"
-        rf"{_GOOD}\b",
+        rf"\b{_TEXT}{_OF_PICTURE}(?: above| provided)? {_DOES} (?:an? |the |all |both )?"
+        rf"(?:\w+ and )?{_GOOD}\b",
         rf"^(?:here is|here's|below is|the following is) (?:an? |the |my )?(?:\w+[, ]+)*?{_TEXT}\b",
         r"^(?:\w+, )?i(?: have|'ve) (?:\w+ly )?(?:described|provided|included|captured|covered)\b",
         r"^(?:certainly|sure|of course|absolutely)[,!.]",
         r"^(?:please |if you [^,]+, )?(?:(?:i )?hope (?:this|that|it)(?: \w+)? helps|let me know|"
         r"feel free)\b",
-        r"\b(?:(?:every|all|no) (?:\w+ )?details?|nothing) (?:\w+ ){0,2}"
+        r"\b(?:(?:every|all|no) (?:\w+ )?(?:detail|element)s?|nothing) (?:\w+ ){0,2}"
         r"(?:captured|described|covered|missed|overlooked|left out|omitted)\b",
     )), re.IGNORECASE),
     "hedge": re.compile("|".join((
         r"\b(?:possibly|perhaps|maybe|presumably|probably|arguably|seemingly|apparently|"
-        r"likely)\b",
+        r"(?<!more |less )(?<!\bas )likely(?! voters?\b))\b",
         r"\b(?:may|might|could) (?:\w+ly )?(?:be(?! (?:\w+ly )?(?:seen|found|read)\b)|have|"
         r"indicate|suggest|represent|imply|depict)\b",
         r"\b(?:seems?|appears?) (?:to(?! (?:the|its|his|her|their)\b)|like)\b",
         r"\b(?:seems?|appears?|looks?) as (?:if|though)\b",
-        r"\b(?:suggest|indicat|imply|hint)ing (?:that|at|an?)\b",
+        r"\b(?:suggest|imply|hint)ing (?:that|at|an?)\b",
+        r", (?:\w+ )?indicating (?:that|an?)\b",  # "a sign indicating a crossing" is none
         r"\b(?:it is|it's|is|are) (?:\w+ )?(?:unclear|uncertain|not clear|"
         r"(?<!not )possible that|(?:hard|difficult|impossible) to (?:tell|say))\b",
     )), re.IGNORECASE),

@@ -48,7 +48,13 @@ Nothing has been left out.
 If you have any questions, feel free to ask.
 This detailed caption communicates the contents of the infographic.
 My description covers the whole image.
-Hope this description helps!"""
+Hope this description helps!
+In conclusion, this description paints a vivid picture of the scene.
+This rich description helps the reader imagine the image.
+This is my detailed description of the image.
+The description provided is comprehensive.
+Every element has been described in detail.
+This detailed narrative captures the essence of the scene."""
 HEDGE = """\
 The man is possibly a teacher.
 The building may be a church.
@@ -66,7 +72,9 @@ Maybe the dog is asleep.
 It is possible that he is her father.
 It is difficult to say whether it rains.
 It looks as if it were night.
-The room is arguably a kitchen."""
+The room is arguably a kitchen.
+The shadows are long, indicating that it is evening.
+The woman is most likely a nurse."""
 SOBER = """\
 The chart was published in May 2020.
 The caption below the figure says that sales rose by 5%.
@@ -117,17 +125,25 @@ The arrow appears to its right.
 He looks to the left.
 My Account is the last item of the menu.
 The year is hard to read.
-With the door closed it is not possible that light enters."""
+With the door closed it is not possible that light enters.
+Women are more likely than men to vote.
+People under 30 are twice as likely to rent.
+Of likely voters 52% are in favour.
+A sign indicating a pedestrian crossing stands at the corner.
+A red arrow indicating that traffic turns left is on the road.
+This is a meme with a caption in white letters.
+This is a photograph with the caption below.
+The elements of the periodic table are in 18 columns."""
 
 
 @pytest.mark.parametrize(("kind", "text"), [("praise", PRAISE), ("hedge", HEDGE), ("", SOBER)])
-def test_100_sentences(kind, text):
+def test_116_sentences(kind, text):
     lines = text.splitlines()
     got = {line: empty_kinds(line) for line in lines}
     if kind == "praise":  # what follows the greeting is sober
         assert got.pop("Certainly! The picture shows a cat.") == ["praise", ""]
     assert got == {line: [kind] for line in got}
-    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 50
+    assert len(PRAISE.splitlines()) + len(HEDGE.splitlines()) == len(SOBER.splitlines()) == 58
 
 
 def test_sentences_of_lists_headings_and_abbreviations():
