@@ -72,11 +72,11 @@ class Server:
         """name: NAME or NAME=FOLDER, as in `load_remote`. Raises ValueError, in one sentence, if
         there is no such server or it has no such model."""
         try:
-            parts = urllib3.util.parse_url(address)
+            parts = urllib3.util.parse_url(address.strip())
         except urllib3.exceptions.LocationParseError:
             parts = urllib3.util.Url()
-        self.address = urllib3.util.Url(parts.scheme, None, parts.host, parts.port,
-                                        (parts.path or "").rstrip("/")).url
+        # without user, password and query, for messages too
+        self.address = re.sub(r"^(\w+://)?.*@|[?#].*", r"\1", address.strip()).rstrip("/")
         if parts.scheme not in ("http", "https") or not parts.host:
             raise ValueError("verifier: expected an address such as http://HOST:8000/v1, got "
                              f"{self.address}")

@@ -307,10 +307,14 @@ def test_bad_addresses_and_servers_are_told_in_a_sentence(monkeypatch, tmp_path)
         return str(error.value)
 
     assert "Connection refused" in sentence("http://127.0.0.1:1/v1")
-    for address in ("http://", "ftp://host/v1", "http://[::1/v1", "://x"):
-        assert "expected an address such as http://HOST:8000/v1" in sentence(address)
+    for address in ("ftp://host/v1", "http://[::1/v1", "://x", "http://host:PORT/v1", "http://host:99999/v1", "http://a b/v1"):
+        assert sentence(address).endswith(f"expected an address such as http://HOST:8000/v1, got {address}")
+    assert "expected an address such as http://HOST:8000/v1, got http:" in sentence("http://")
+    assert sentence("localhost:8000/v1/", "x").endswith("got localhost:8000/v1")
     secret = sentence("http://me:secret@127.0.0.1:1/v1?key=secret")
     assert "without user, password" in secret and "secret" not in secret
+    for address in ("http://me:se/cret@h:PORT/v1#secret", "me:secret@h/v1", "http://me@a:secret@h:PORT"):
+        assert "got" in (said := sentence(address, "x")) and "cret" not in said
     with stub(None, {"data": [{"id": "a"}, {"id": "b"}]}) as server:
         assert "expected a model c, the server has a, b" in sentence(server.address, "c")
         assert "--verifier-name, the server has a, b" in sentence(server.address)
