@@ -377,7 +377,7 @@ def load_remote(address: str, name: str, **settings) -> RemoteVerifier:
     server = Server(address, name)
     ways: list[tuple[type[RemoteVerifier], Any]] = [(ChatVerifier, ServersTokenizer())]
     reason = ""
-    for folder in [server.folder] if server.folder else [server.root, server.name]:
+    for folder in [server.folder] if server.folder else dict.fromkeys((server.root, server.name)):
         try:
             ways.insert(0, (RemoteVerifier, load_tokenizer(folder)))
             break

@@ -283,6 +283,15 @@ def test_a_server_that_reads_ids_as_words_is_not_sent_ids():
         assert type(load_verifier(server.address, CPU, mode="sample")) is ChatVerifier
 
 
+def test_a_tokenizer_that_is_not_here_is_looked_for_once(monkeypatch):
+    """It was twice where a server names no root: minutes of tries at a hub that cannot be reached."""
+    asked = []
+    monkeypatch.setattr(remote, "load_tokenizer", lambda folder: asked.append(folder) or {}["no hub"])
+    with stub(lambda path, body: {"choices": [{"message": {"content": "B"}}]}, {"data": [{"id": "a/b"}]}) as server:
+        load_verifier(server.address, CPU, mode="sample")
+    assert asked == ["a/b"]
+
+
 def test_without_log_probabilities_only_replies_can_be_read():
     def script(path, body):
         return {"choices": [{"text": " A", "message": {"content": "B"}, "logprobs": None}]}
