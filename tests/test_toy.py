@@ -1,5 +1,11 @@
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +176,27 @@ def test_the_builder_runs_from_nothing(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("*.unfinished"))
     with pytest.raises(ValueError, match="whose checkpoints it would overwrite"):
         build(BuildConfig(smoke=True))
+
+
+def test_a_builder_that_is_stopped_leaves_no_process(tmp_path):
+    """SIGTERM ended the program alone: its worker trained on, for hours."""
+    command = [sys.executable, "-m", "data.toy.build", "--models", "verifier", "--folder", str(tmp_path)]
+    with (tmp_path / "log").open("wb") as log:
+        builder = subprocess.Popen(command, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    try:
+        for _ in range(600):
+            if "step/s" in (tmp_path / "log").read_text("utf-8", "replace"):
+                break
+            time.sleep(0.2)
+        builder.terminate()
+        assert builder.wait(60) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):  # none of its processes is left
+            for _ in range(100):
+                os.killpg(builder.pid, 0)
+                time.sleep(0.2)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(builder.pid, signal.SIGKILL)
 
 
 def test_the_policy_alone_is_measured_with_the_shipped_verifier(tmp_path, monkeypatch):
