@@ -10,6 +10,13 @@ MOST_READ = 4000
 long as the square of its length."""
 
 
+def without_thoughts(reply: str) -> str:
+    """What is said after the model's thoughts, without marks of special tokens and answers. Empty
+    if the thoughts have no end."""
+    said = reply.rpartition("</think>")[2]
+    return re.sub(r"(?s)<think>.*|<\|[^<>]*\|>|</?answer>", "", said)
+
+
 def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     r"""Place of the choice that `reply` names, or None. Case, width and style of letters and signs
     do not matter (`fold_text`).
@@ -22,9 +29,7 @@ def parse_choice(reply: str, choices: Sequence[str]) -> int | None:
     2. Else a letter counts where it is a label (`_labelled`).
     3. None if what follows does not stay with it (`_is_kept`).
     """
-    said = reply.rpartition("</think>")[2]
-    said = re.sub(r"(?s)<think>.*|<\|[^<>]*\|>|</?answer>", "", said).translate(SIGNS)
-    said = UNSEEN.sub("", said)[:MOST_READ]
+    said = UNSEEN.sub("", without_thoughts(reply).translate(SIGNS))[:MOST_READ]
     if "\\boxed{" in said:
         said = _BOX.sub(r"\1", _BOX.sub(r"\1", re.sub(r"\\[()\[\]]", "", said)))
     place, rest = _begun_by(said, choices)

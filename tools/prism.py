@@ -23,7 +23,7 @@ from data.benchmarks.metrics import captionqa_abstain_credit, captionqa_offers_a
 from data.benchmarks.questions import FreeQuestion, Item, Metric
 from data.choices import LETTERS
 from data.images import open_image
-from data.replies import parse_choice
+from data.replies import parse_choice, without_thoughts
 from grpo.distributed import gather_rows, rank, world_size
 from grpo.policy import Policy
 from grpo.rollout import sample_rollouts
@@ -186,9 +186,9 @@ def _sort(asked: Asked) -> str:
 
 
 def answer_line(reply: str) -> str | None:
-    """The answer: the line that was asked for, or what the last \\boxed{} has. None if there is
-    none."""
-    _, box, rest = reply.rpartition("\\boxed{")
+    """The answer: the line that was asked for, or what the last \\boxed{} has, after any thoughts.
+    None if there is none."""
+    _, box, rest = without_thoughts(reply).rpartition("\\boxed{")
     if not box:
         lines = rest.strip().splitlines() or [""]
         return lines[0].strip().removeprefix(WORDS_START).strip() or None
