@@ -190,8 +190,8 @@ def answer_line(reply: str) -> str | None:
     None if there is none."""
     _, box, rest = without_thoughts(reply).rpartition("\\boxed{")
     if not box:
-        lines = rest.strip().splitlines() or [""]
-        return lines[0].strip().removeprefix(WORDS_START).strip() or None
+        said = rest.strip().removeprefix(WORDS_START).strip()
+        return said.splitlines()[0].strip() if said else None
     depth = 1
     for place, sign in enumerate(rest):
         depth += (sign == "{") - (sign == "}")
