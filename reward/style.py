@@ -62,6 +62,8 @@ _MARKER = re.compile(r"^\s*(?:#{1,6}\s+|>\s*|[-*+•–◦▪‣●○■□·�
 SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|"  # noqa: RUF001
                           r"[。！？\u0964\u06d4\u061f]+[」』”’]*")  # noqa: RUF001
 """Where one may end; `sentences` says which of these do."""
+_STOP = re.compile(r"[.!?…。！？\u0964\u06d4\u061f]")  # noqa: RUF001
+_SAID = re.compile(r'(?<!\w)"[^"]*"|“[^“”]*”')
 _LONGEST = 10
 """Signs of the longest abbreviation, its stop and the space before: no more is looked at."""
 
@@ -72,13 +74,15 @@ def sentences(caption: str) -> list[str]:
     A line's end ends a sentence, and so does a stop of Chinese, Hindi, Urdu or Arabic. So does a
     full stop, question or exclamation mark before a space, unless a small letter follows, or the
     stop is that of an abbreviation or an initial. "No. 7" and "Dec. 25" are abbreviated before
-    numbers alone.
+    numbers alone. None ends within what is quoted: what is said there is no claim of its own.
     """
     parts = []
     for line in caption.splitlines():
         line = _MARKER.sub("", line.replace("**", "").replace("__", "")).strip()
         start = 0
-        for end in SENTENCE_END.finditer(line):
+        # A stop before the closing mark may end the sentence that quotes.
+        outside = _SAID.sub(lambda said: _STOP.sub(",", said[0][:-2]) + said[0][-2:], line)
+        for end in SENTENCE_END.finditer(outside):
             rest = line[end.end() :].lstrip()
             before = line[max(start, end.start() - _LONGEST) : end.start() + 1]
             is_number = rest[:1].isdigit() and _NUMBER.search(before)

@@ -170,6 +170,15 @@ def test_a_stop_after_a_title_an_initial_or_before_a_number_ends_nothing():
         assert sentences(" ".join(want)) == want
 
 
+def test_a_quotation_is_not_cut():
+    """Its sentences were claims of the caption's, or praise."""
+    for want in (['The sign reads "Stop. Look! Listen..." in red.', "It is 5\" wide."],
+                 ["A meme: “Sure. Perhaps. Yes.”", "It is old."],
+                 ['"I can. Let me know if it helps." is written on the 55" screen.', 'The end says "Bye."'],
+                 ['The mark " stands alone.', "It is red."], ["一块牌子:“停。看！”", "很红。"]):  # noqa: RUF001
+        assert sentences(" ".join(want)) == want and empty_kinds(" ".join(want)) == [""] * 2
+
+
 def test_what_was_said_before_is_a_repeat():
     caption = "A red car stands here. There is a tree. A red car stands here. A red car stands. "
     caption += "A red car stands there. There is."
