@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tools.stats import bootstrap_interval, markdown, paired_difference, summarize
-from tools.tables import format_table
+from tools.tables import format_table, report
 
 
 def question(score: float | None, id: str = "0", family: str = "a", **changes) -> dict:
@@ -34,6 +34,12 @@ def test_summary_hand_computed():
     assert "| d | c | a | 2 | 3 | 0.500 |" in format_table({("d", "c"): table})
     nothing = summarize([row("1", [None])])["a"]
     assert math.isnan(nothing["accuracy"]) and nothing["failed"] == 1 and nothing["questions"] == 0
+
+
+def test_what_was_not_measured_has_no_interval_in_the_tables():
+    rows = {("d", "c"): [row("1", [None]), row("2", [1.0], "b")], ("d", "other"): [row("1", [1.0]), row("2", [None], "b")]}
+    text = report([], rows, {key: summarize(group) for key, group in rows.items()})
+    assert "| d | c | a | 0 | 0 |  |  |" in text and "| d | other | c | 0 |  |  |" in text and "nan" not in text
 
 
 def test_bootstrap_interval_is_that_of_the_mean():

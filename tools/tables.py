@@ -136,16 +136,20 @@ def format_table(tables: Tables) -> str:
               "release's: | best caption: | words: | empty: | tokens: | cut: | unparsed: | failed:")
     return markdown(header, (
         [benchmark, captioner, family, row["images"], row["questions"], _number(row["accuracy"]),
-         f"{_number(row['low'])} to {_number(row['high'])}", _number(row["released"]),
-         _number(row["best"]),
-         _number(row["words"], 1), _number(row["empty"]), _number(row["tokens"], 1),
-         _number(row["cut"]), _number(row["unparsed"]), row["failed"]]
+         _interval(row), _number(row["released"]), _number(row["best"]), _number(row["words"], 1),
+         _number(row["empty"]), _number(row["tokens"], 1), _number(row["cut"]),
+         _number(row["unparsed"]), row["failed"]]
         for (benchmark, captioner), table in tables.items() for family, row in table.items()
     ))
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float, digits: int = 3, sign: str = "") -> str:
+    return "" if math.isnan(value) else f"{value:{sign}.{digits}f}"
+
+
+def _interval(row: dict[str, float], sign: str = "") -> str:
+    low, high = (_number(row[end], sign=sign) for end in ("low", "high"))
+    return f"{low} to {high}" if low else ""
 
 
 def _difference_rows(rows: Rows) -> list[list]:
@@ -156,8 +160,8 @@ def _difference_rows(rows: Rows) -> list[list]:
         base = first.setdefault(benchmark, captioner)
         if captioner != base:
             row = paired_difference(rows[benchmark, base], group)
-            lines.append([benchmark, captioner, base, row["questions"], f"{row['difference']:+.3f}",
-                          f"{row['low']:+.3f} to {row['high']:+.3f}"])
+            lines.append([benchmark, captioner, base, row["questions"],
+                          _number(row["difference"], sign="+"), _interval(row, "+")])
     return lines
 
 
