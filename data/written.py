@@ -5,6 +5,7 @@ import re
 from data.choices import LETTERS
 from data.examples import Question
 from data.labels import find_answer
+from data.replies import without_thoughts
 from data.rows import Dropped
 
 _NUMBER = r"(?:Q(?:uestion)?[ \t]*)?\d+[.):\uff1a\u3001]"
@@ -31,10 +32,10 @@ def parse_questions(text: str) -> list[Question | Dropped]:
         ------
 
     Letter and text of the answer must agree where both are given. What is neither question, option
-    nor answer is passed over.
+    nor answer is passed over, and so are the model's thoughts before it writes them.
     """
     questions: list[Question | Dropped] = []
-    for block in _blocks(text):
+    for block in _blocks(without_thoughts(text)):
         try:
             questions.append(_parse_block(block))
         except ValueError as error:

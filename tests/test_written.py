@@ -128,5 +128,12 @@ def test_a_text_is_read_block_by_block():
     assert parse_questions(text) == [*(question for _, question in SOUND.values()), *dropped]
 
 
+def test_drafts_among_the_thoughts_are_no_questions():
+    text, question = SOUND["bold letters"]
+    for thoughts in (f"<think>\nFirst a draft:\n{text}</think>\n", f"{text}No.\n</think>\n"):
+        assert parse_questions(thoughts + text) == [question]
+    assert parse_questions(f"<think>\n{text}") == []  # cut off in its thoughts
+
+
 def test_a_text_without_blocks_has_no_questions():
     assert parse_questions("") == parse_questions("I see no picture.\n---\nSorry.") == []
