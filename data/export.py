@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.examples import Example, ImageSource, Question
 from data.images import image_bytes
-from data.io import json_lines, naming, text_hash, write_whole
+from data.io import json_lines, naming, text_hash, without_links, write_whole
 
 
 def example_row(example: Example, image: str) -> dict:
@@ -25,9 +25,9 @@ def question_row(question: Question) -> dict:
 def write_examples(folder: Path, examples: Iterable[Example]) -> int:
     """Writes `folder`/examples.jsonl, and the pictures into `folder`/images.
 
-    Pictures that are files become links, all others files, as they are stored. Those that are
-    there already are left as they are. The rows are written as a whole or not at all. Returns their
-    number.
+    Pictures that are files become links where there are links, all others files, as they are
+    stored. Those that are there already are left as they are. The rows are written as a whole or
+    not at all. Returns their number.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -60,10 +60,12 @@ def _write_image(image: ImageSource, path: Path) -> None:
     """Of an earlier run it may be there already, or another picture that had its id."""
     if isinstance(image, Path):
         target = os.path.relpath(image.absolute(), path.parent.resolve())
-        if not (path.is_symlink() and os.readlink(path) == target):
+        if path.is_symlink() and os.readlink(path) == target:
+            return
+        with without_links():
             path.unlink(missing_ok=True)
             path.symlink_to(target)
-    else:
-        content = image_bytes(image)
-        if not (path.is_file() and path.read_bytes() == content):
-            write_whole(path, content)
+            return
+    content = image_bytes(image)
+    if not (path.is_file() and path.read_bytes() == content):
+        write_whole(path, content)

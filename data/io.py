@@ -20,6 +20,8 @@ from typing import Any
 
 NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 """Errors of writing to an open file: Python does not name the file."""
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""Errors of making a link where the file system has none: exFAT, a cloud's bucket."""
 
 
 def disk_sentence(error: OSError) -> str:
@@ -117,9 +119,30 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False
             unfinished.replace(path)
         else:
             with suppress(FileExistsError):
-                os.link(unfinished, path)
+                link_new(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def link_new(source: Path, path: Path) -> None:
+    """Gives a file the name `path` too, as no rename does: it raises FileExistsError where a file
+    has that name. Without links it is a rename after a look, in which moment another may come."""
+    with without_links():
+        os.link(source, path)
+        return
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    source.rename(path)
+
+
+@contextmanager
+def without_links() -> Iterator[None]:
+    """Ends the block at a link that the file system cannot make."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
 
 
 def read_json(path: Path, what: str, kind: type = object, decode: Callable = json.loads) -> Any:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from data.io import check_room, free_at
+from data.io import check_room, free_at, without_links
 from grpo.distributed import all_or_none, control_group, rank, world_size
 
 METADATA_CRC = "metadata.crc32"
@@ -81,10 +81,12 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
             unfinished.rename(folder / name)
             link, latest = folder / "latest.unfinished", folder / "latest"
             link.unlink(missing_ok=True)
-            link.symlink_to(name)
             if latest.is_dir() and not latest.is_symlink():  # copied with what it led to
                 shutil.rmtree(latest)
-            link.rename(latest)
+            with without_links():
+                link.symlink_to(name)
+            if link.is_symlink():
+                link.rename(latest)
             # Later ones are there if the link was set back by hand. They are not newer.
             saved = [path for path in sorted(folder.glob("step_??????")) if path.name <= name]
             for old in saved[:-keep]:
@@ -93,8 +95,8 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
 
 def latest_checkpoint(run_dir: Path) -> tuple[Path, int] | None:
     """The newest whole checkpoint and its number of steps; None if there is none. Raises ValueError
-    if it is not whole. `latest` is a link to it. Some ways to copy a folder leave no link; then it
-    is the one of most steps."""
+    if it is not whole. `latest` is a link to it. Where there is none, as on a file system without
+    links or after some ways to copy a folder, it is the one of most steps."""
     link = run_dir / "checkpoints/latest"
     if link.is_symlink():
         folder = link.parent / link.readlink()

@@ -1,5 +1,6 @@
 """Tiny models for the tests: random weights, wide enough apart that every choice is decisive."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -135,6 +136,17 @@ def policy(tokenizer) -> Policy:
     policy = build_policy(tokenizer, seed=0)
     widen(policy.model)
     return policy
+
+
+@pytest.fixture
+def no_links(monkeypatch) -> None:
+    """A file system that has no links, such as exFAT's or a cloud's bucket."""
+
+    def refuse(source, path, *args, **kwargs):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(path))
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("os.symlink", refuse)
 
 
 @pytest.fixture

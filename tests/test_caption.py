@@ -128,6 +128,16 @@ def test_captions_without_their_settings_are_refused(folder, tmp_path, left):
     assert [path.name for path in tmp_path.iterdir()] == [left] and (tmp_path / left).read_text() == row
 
 
+def test_captions_are_written_where_there_are_no_links(folder, expected, tmp_path, no_links):
+    config = CaptionConfig(str(folder), str(tmp_path / "a"), shard_size=4, **TOY)
+    caption(config)
+    caption(config)  # finds it done
+    rows = [row for n in range(2) for row in read_log(tmp_path / f"a/shard-{n:06d}.jsonl")]
+    assert [row["caption"] for row in rows] == expected
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "about.json", "shard-000000.jsonl", "shard-000001.jsonl"]
+
+
 def test_ids_that_begin_again_in_each_file_are_no_copied_shard(tmp_path):
     for n in range(2):
         row = {"id": "0", "image": f"{n}.parquet row 0", "caption": "x"}

@@ -371,6 +371,13 @@ def test_a_copy_without_links_goes_on_from_its_last_checkpoint(tmp_path, is_foll
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_000003", "step_000004"]
 
 
+def test_where_there_are_no_links_the_last_checkpoint_is_the_one_of_most_steps(tmp_path, no_links):
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, number, toy_state()[2], keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
+    assert latest_checkpoint(tmp_path)[1] == 3
+
+
 def test_a_checkpoint_under_another_name_is_not_taken(tmp_path):
     save_checkpoint(tmp_path, 1, toy_state()[2], keep=2)
     latest = tmp_path / "checkpoints/latest"

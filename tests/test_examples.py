@@ -642,6 +642,15 @@ def test_names_of_pictures_differ_where_ids_do(tmp_path, monkeypatch):
     assert shown == [(255, 0, 0), (0, 0, 255)]
 
 
+def test_pictures_are_copied_where_there_are_no_links(tmp_path, no_links):
+    (tmp_path / "a.png").write_bytes(png(color="red"))
+    example = Example("a", tmp_path / "a.png", (Question("What color?", ("red", "blue"), 0),))
+    for _ in range(2):
+        write_examples(tmp_path / "set", [example])
+        [copy] = load_examples(str(tmp_path / "set/examples.jsonl"))
+        assert not copy.image.is_symlink() and copy.image.read_bytes() == example.image.read_bytes()
+
+
 def test_pictures_of_a_parquet_file_are_read_in_any_order_from_a_bounded_cache(tmp_path, monkeypatch):
     colors = [(i, 255 - i, 7) for i in range(60)]
     rows = [caprl(str(i), image={"bytes": png(color=color), "path": None}) for i, color in enumerate(colors)]

@@ -1,5 +1,6 @@
 """Folders are tried before anything is written, and what was not measured is written as null."""
 
+import errno
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import re
 
 import pytest
 
-from data.io import agree_on, check_room, disk_sentence, nearest, to_json
+from data.io import agree_on, check_room, disk_sentence, link_new, nearest, to_json
 
 
 def test_room_is_looked_for_and_nothing_is_left(tmp_path):
@@ -25,6 +26,36 @@ def test_a_path_that_the_system_will_not_look_at_is_named(tmp_path, monkeypatch)
     assert nearest(tmp_path / "locked/in/it") == tmp_path
     said = disk_sentence(PermissionError(13, "Permission denied", str(tmp_path / "locked/in/it")))
     assert re.fullmatch(rf"{tmp_path}/locked/in/it: Permission denied \(.* free at {tmp_path}\)", said)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_new_name_replaces_no_file(tmp_path, has_links, request):
+    if not has_links:
+        request.getfixturevalue("no_links")
+    first, second, path = (tmp_path / name for name in ("first", "second", "path"))
+    first.write_text("1")
+    second.write_text("2")
+    link_new(first, path)
+    for source in (second, path):
+        with pytest.raises(FileExistsError):
+            link_new(source, path)
+    with pytest.raises(FileNotFoundError):
+        link_new(tmp_path / "none", tmp_path / "other")
+    assert path.read_text() == "1" and second.read_text() == "2" and first.exists() == has_links
+    agree_on(tmp_path / "about.json", {"seed": 0})
+    with pytest.raises(ValueError, match="expected seed 1 as now asked for, found 0"):
+        agree_on(tmp_path / "about.json", {"seed": 1})
+    assert len(list(tmp_path.iterdir())) == 3 + has_links
+
+
+def test_a_full_disk_is_not_taken_for_one_without_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match="No space left"):
+        link_new(tmp_path / "a", tmp_path / "b")
 
 
 def test_settings_that_are_no_object_are_named(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data.captions.exports import own_files
 from data.captions.shards import NamedImage, Shard
-from data.io import heartbeat, json_lines, short
+from data.io import heartbeat, json_lines, link_new, short
 
 UNFINISHED = "(?:part|lease)-[0-9]{4}"
 """Endings of what goes when the shard is finished."""
@@ -53,7 +53,7 @@ class Lease:
         """The part becomes the finished shard, unless another worker has finished it. What else was
         left of it goes."""
         try:
-            os.link(self.part, self.finished)  # unlike a rename, it never replaces
+            link_new(self.part, self.finished)
         except (FileExistsError, FileNotFoundError):
             return
         for path in own_files(self.out, UNFINISHED, self.name):
