@@ -127,7 +127,8 @@ def loading(path: str, what: str, adapters: Sequence[str] = ()) -> Iterator[None
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers, safetensors, jinja and hub have their own classes
-        reason = (str(error) or type(error).__name__).splitlines()[0][:400]
+        said = re.sub(r":\s*\n\s*", ": ", str(error))  # a line that announces the next one
+        reason = (said or type(error).__name__).splitlines()[0][:400]
         if not reason.startswith((f"{path}: ", f"{path}/")):
             reason = f"{path}: expected a {what}'s folder or a hub name ({reason})"
         if adapters:

@@ -312,6 +312,17 @@ def test_settings_that_do_not_fit_the_weights_are_named(copy_of, part, change, m
         load_policy(str(path.parent), CPU)
 
 
+@pytest.mark.parametrize("kind", LOAD)
+@pytest.mark.parametrize(("setting", "value", "message"), [
+    ("hidden_size", "128", "field 'hidden_size': .*expected int, got str"), ("num_hidden_layers", 99, r"\(99\) must be equal"),
+])
+def test_settings_of_another_type_are_named_with_what_was_found(copy_of, kind, setting, value, message):
+    """The reason stands in the second line of transformers' message, which was cut off."""
+    folder = copy_of(kind, **{setting: value})
+    with pytest.raises(ValueError, match=f"^{folder}: expected a {kind}'s folder or a hub name .*{message}"):
+        LOAD[kind](str(folder), CPU)
+
+
 @pytest.mark.parametrize("name, what", [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")])
 def test_pointers_of_git_lfs_are_named(copy_of, name, what):
     """What a clone without LFS leaves in place of large files."""
