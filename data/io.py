@@ -157,6 +157,14 @@ def read_json(path: Path, what: str, kind: type = object, decode: Callable = jso
     return content
 
 
+def check_fetched(path: Path, what: str) -> None:
+    """Raises ValueError for what a clone without Git LFS leaves in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(19) == b"version https://git":
+            raise ValueError(f"{path}: expected {what}, found Git LFS's pointer to it: run git lfs "
+                             "pull there")
+
+
 def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),
              called: dict[str, str] | None = None, made: Iterable[Path] = ()) -> None:
     """The first process writes the settings; later ones hold their own against them. Raises

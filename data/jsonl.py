@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.io import check_text, short
+from data.io import check_fetched, check_text, short
 
 
 def read_log(path: Path) -> list[dict]:
@@ -94,6 +94,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict | str]]:
         from data.advice import nothing_there
 
         raise ValueError(nothing_there(path, "a file"))
+    check_fetched(path, "a file of rows")
     is_empty, offset = True, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

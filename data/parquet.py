@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.examples import StoredImage
+from data.io import check_fetched
 
 TIMES = ("DATE", "TIME", "TIMESTAMP")
 """Columns of these, of INT96 and of durations are left out. Nobody asks for them, and Python cannot
@@ -152,6 +153,7 @@ _groups = _Groups()
 @lru_cache(maxsize=64)
 def _open(path: Path) -> pq.ParquetFile:
     try:
+        check_fetched(path, "a parquet file")
         file = pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: expected a parquet file ({_line(error)})") from None

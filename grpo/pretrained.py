@@ -29,7 +29,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file, find_adapter_config_file
 from transformers.utils.hub import cached_files
 
-from data.io import read_json, text_hash
+from data.io import check_fetched, read_json, text_hash
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
 from grpo.vision import prepare_vision_
 
@@ -80,7 +80,9 @@ def load_policy(path: str, device: torch.device,
         from grpo.lora import load_adapter_  # here: for who has adapters
 
         with loading(adapter, "policy"):
-            load_adapter_(model, Path(cached_file(adapter, "adapter_model.safetensors")).parent)
+            weights = Path(cached_file(adapter, "adapter_model.safetensors"))
+            check_fetched(weights, "weights")
+            load_adapter_(model, weights.parent)
     model.name_or_path = path  # the base of an adapter that is trained next
     return replace(policy, files=files)
 
@@ -145,10 +147,7 @@ def check_model_path(path: str) -> None:
             if not list(Path(path).glob(pattern)):
                 raise ValueError(f"{path}: expected a model folder with {pattern}, found no {what}")
             for file in named_files(Path(path), pattern):
-                with file.open("rb") as content:
-                    if content.read(19) == b"version https://git":
-                        raise ValueError(f"{file}: expected {what}, found Git LFS's pointer to it: "
-                                         "run git lfs pull there")
+                check_fetched(file, what)
         for file in map(Path(path).joinpath, (*SOURCE_FILES, "generation_config.json")):
             if file.suffix == ".json" and file.is_file():
                 read_json(file, "a model's settings", dict)

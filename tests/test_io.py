@@ -5,10 +5,14 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 
+from data.benchmarks.files import file_rows
+from data.examples import load_examples
 from data.io import agree_on, check_room, disk_sentence, link_new, nearest, to_json
+from data.parquet import parquet_columns
 
 
 def test_room_is_looked_for_and_nothing_is_left(tmp_path):
@@ -56,6 +60,21 @@ def test_a_full_disk_is_not_taken_for_one_without_links(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     with pytest.raises(OSError, match="No space left"):
         link_new(tmp_path / "a", tmp_path / "b")
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7031673\n"
+
+
+@pytest.mark.parametrize(("name", "read"), [
+    ("train-0.parquet", load_examples), ("train-0.parquet", parquet_columns), ("set.jsonl", load_examples),
+    ("MMStar.tsv", lambda path: list(file_rows(Path(path)))), ("rows.parquet", lambda path: list(file_rows(Path(path)))),
+])
+def test_a_pointer_of_git_lfs_in_place_of_data_is_named(tmp_path, name, read):
+    """A published set cloned without Git LFS: its rows were refused one by one, as no JSON."""
+    path = tmp_path / name
+    path.write_text(POINTER)
+    with pytest.raises(ValueError, match=f"^{path}: expected .*, found Git LFS's pointer to it: run git lfs pull there$"):
+        read(path if read is parquet_columns else str(path))
 
 
 def test_settings_that_are_no_object_are_named(tmp_path):

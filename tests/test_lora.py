@@ -290,6 +290,9 @@ def test_a_file_of_weights_that_is_cut_off_is_refused(policy, tmp_path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match="adapter: expected .* \\(expected weights in adapter_model.safetensors"):
         load_policy(str(tmp_path / "adapter"), CPU)
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match=f"^{path}: expected weights, found Git LFS's pointer to it: run git lfs pull"):
+        load_policy(str(tmp_path / "adapter"), CPU)
     for content in ("", "[1]", "{"):
         (tmp_path / "adapter/adapter_config.json").write_text(content)
         with pytest.raises(ValueError, match="adapter: .* \\(expected an adapter's settings in adapter_config.json"):

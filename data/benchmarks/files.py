@@ -21,7 +21,7 @@ from typing import Any
 from data.examples import ImageSource, StoredImage
 from data.formats import id_text, row_image
 from data.images import image_name, image_path, picture_hash
-from data.io import check_text, read_json, short
+from data.io import check_fetched, check_text, read_json, short
 from data.jsonl import decode_json, filled, json_rows
 from data.parquet import check_columns, parquet_rows
 
@@ -173,6 +173,7 @@ def _picture_file(column: str, file: Path) -> tuple[str, Path]:
 def _tsv_rows(path: Path) -> Iterator[Row | str]:
     """Pictures stay in the file. A row's place in it is kept, and the row is read again when its
     picture is wanted."""
+    check_fetched(path, "a file of rows")
     spans: dict[str, tuple[int, int]] = {}  # index -> bytes of the row
     with path.open("rb") as file:
         place, row_lines = 0, []
