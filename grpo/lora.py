@@ -259,9 +259,11 @@ def load_adapter_(model: PreTrainedModel, folder: Path) -> None:
         if shapes != wanted:
             raise ValueError(f"expected an adapter of this base and rank {rank}, with {wanted} for "
                              f"{name}, found {shapes or 'none'}")
-        if not all(value.is_floating_point() and value.float().isfinite().all()
-                   for value in pair.values()):
-            raise ValueError(f"expected finite numbers for {name}, found others")
+        is_finite = all(value.is_floating_point() and value.float().isfinite().all()
+                        for value in pair.values())
+        if not is_finite or not pair["A"].float().any():  # only B may be zero, before training
+            raise ValueError(f"expected finite numbers for {name}, and not only zeros in A, found "
+                             "others")
         attach_(layer, pair["A"], pair["B"], scale)
     merge_adapters_(model)
 

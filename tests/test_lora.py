@@ -343,7 +343,8 @@ def test_an_adapter_of_another_base_is_refused(policy, tmp_path):
         (weights | {name.replace("lora_A", "base_layer"): torch.ones(4)}, "lora_A and lora_B only, found .*base_layer"),
         (weights | {name.replace("A.weight", "B.bias"): torch.ones(4)}, "lora_A and lora_B only, found .*lora_B.bias"),
         (weights | {PREFIX + "lm_head.weight": torch.ones(4)}, "lora_A and lora_B only, found .*lm_head.weight"),
-        (weights | {name: torch.full_like(weights[name], math.nan)}, "expected finite numbers for .*q_proj, found others"),
+        (weights | {name: torch.full_like(weights[name], math.nan)}, "expected finite numbers for .*q_proj, .* found others"),
+        (weights | {name: torch.zeros_like(weights[name])}, "for .*q_proj, and not only zeros in A, found others"),
         (weights | {name: torch.full_like(weights[name], math.inf).bfloat16()}, "expected finite numbers for .*q_proj"),
         (weights | {name: torch.ones_like(weights[name]).int()}, "expected finite numbers for .*q_proj"),
     ):
