@@ -37,6 +37,10 @@ def row(id: str, questions: list[dict], reward: float | None = 0.5, length: int 
 @pytest.mark.parametrize("change, message", [
     ({"reward": "much"}, r"line 1: expected 'reward' in .*, found 'much'"), ({"questions": None}, "questions.*, found None"),
     ({"questions": [one(0, 0, score="1")]}, "expected 'score' in"), ({"questions": [one(0, [1])]}, "expected 'chosen' in"),
+    ({"questions": [one(0, 2)]}, "line 1: expected gold, abstain and chosen among"), ({"questions": [one(0, -1)]}, "among"),
+    ({"questions": [one(0, 0, gold=5)]}, "among"), ({"questions": [one(0, 0, options=[])]}, "among the options, got {'que"),
+    ({"claims": "none"}, "expected 'claims' in the form"), ({"claims": [{"claim": "x"}]}, "line 1: expected 'claims' in"),
+    ({"claims": [{"claim": "x", "score": None, "failure": ""}]}, "line 1: expected 'score' in the form"),
 ])
 def test_records_of_another_kind_are_named(tmp_path, change, message):
     (tmp_path / "rollouts").mkdir()

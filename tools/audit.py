@@ -283,6 +283,8 @@ RECORD = {"question": str, "options": [str], "gold": PLACE, "abstain": PLACE, "s
           "chosen": PLACE, "correct": (bool, NoneType), "score": (int, float, NoneType),
           "failure": str}
 """The forms of a question as asked, see `data.jsonl.fits`."""
+CLAIM = {"score": (int, float, NoneType), "failure": str}
+"""And of a claim as judged."""
 
 
 def read_rows(path: Path, **numbers: tuple) -> list[dict]:
@@ -294,13 +296,21 @@ def read_rows(path: Path, **numbers: tuple) -> list[dict]:
         missing = [key for key in ("id", "caption", "questions", *numbers) if key not in row]
         if missing:
             raise ValueError(f"{where}: expected the key {missing[0]!r}, got {sorted(row)}")
-        check_form(where, row, {"id": str, "caption": str, "questions": list} | numbers)
+        form = {"id": str, "caption": str, "questions": list} | numbers
+        check_form(where, row, form | ({"claims": [CLAIM]} if "claims" in row else {}))
         for question in row["questions"]:
             if not isinstance(question, dict) or not set(RECORD) <= set(question):
                 raise ValueError(f"{where}: expected a question as asked with {', '.join(RECORD)}, "
                                  f"got {short(question)}")
             scored = {} if question["failure"] else {"score": (int, float)}
             check_form(where, question, RECORD | scored)
+            places = {question[key] for key in ("gold", "abstain", "chosen")} - {None}
+            allowed = set(range(len(question["options"]))) or {-1}  # -1: an answer in words
+            if not places <= allowed:
+                raise ValueError(f"{where}: expected gold, abstain and chosen among the options, "
+                                 f"got {short(question)}")
+        for claim in row.get("claims", ()):
+            check_form(where, claim, {} if claim["failure"] else {"score": (int, float)})
         rows.append(row)
     return rows
 
