@@ -1,6 +1,7 @@
 """Ranks: start them, deal work to them, wait for them, add numbers up. One process needs none."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from data.io import disk_sentence
 
@@ -67,8 +69,10 @@ def control_group() -> dist.ProcessGroup | None:
 
 
 def print0(text: str) -> None:
+    """Prints on rank 0, above a progress bar."""
     if rank() == 0:
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def sum_across_ranks(values: dict[str, float]) -> dict[str, float]:

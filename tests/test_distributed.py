@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import all_ranks, shallow
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import train
 from data.io import naming
@@ -29,6 +30,7 @@ from grpo.distributed import (
     gather_rows,
     init_distributed,
     local_device,
+    print0,
     rank,
     sum_across_ranks,
     world_size,
@@ -254,6 +256,15 @@ def test_what_one_ranks_disk_refuses_ends_all_of_them(tmp_path):
     said = all_ranks(tmp_path, 2, leave_early, "disk")
     assert "rank 0 says: [Errno 28] No space left on device: 'runs/x'" in said
     assert re.search(r"rank 1 says: log: runs/x: No space left on device \(.* free at .*\)", said)
+
+
+def test_what_is_said_stands_above_a_progress_bar(capsys):
+    """It stood at the end of the bar's line."""
+    bar = tqdm(total=2, file=sys.stdout)
+    print0("the images that teach nothing")
+    first, *_ = capsys.readouterr().out.split("\n")
+    assert first.rpartition("\r")[2] == "the images that teach nothing"
+    bar.close()
 
 
 def test_times_and_waiting_add_up():
