@@ -170,14 +170,14 @@ _TEXT_END = re.compile(
     r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
     r"""(?<=\d) (?!(?:is|as|in|on|at|it)\b)[a-z]{1,2}\b|"""
     r"(?<=\bno) (?:one (?:knows|can|says)|(?:\w+ ){0,2}(?:information|info|mention|way|idea|answer|"
-    r"choice|option|details?|indication|evidence|data|clues?|hints?|reference|description)|"
-    r"(?:[\w-]+ ){1,4}(?:is|are|was|were) (?:mentioned|described|stated|specified|given|provided|"
-    r"indicated))\b)"
+    r"choice|option|details?|indication|evidence|data|clues?|hints?|reference|description|context|"
+    r"comment|conclusion)|(?:[\w-]+ ){1,4}(?:(?:is|are|was|were) )?(?:mentioned|described|stated|"
+    r"specified|given|provided|indicated))\b)"
     r"""(?=$|[\s;!?\u3001\u2014]|\.(?![a-z0-9])|[,:](?!\d)|["'*`)\]](?!\w)|\([a-j]\))"""
 )
 
 # Words before a label that make any letter count.
-_ANSWER_IS = r"\b(?:answer|option|choice)(?: is)?:? ?|答案[是为]?:? ?|(?<!不)选[项择]? ?"
+_ANSWER_IS = r"\b(?:answer|option|choice)(?: is)?(?::\s*| ?)|答案[是为]?:? ?|(?<!不)选[项择]? ?"
 
 # Where another clause begins, perhaps with small words.
 _CLAUSE_START = (
@@ -249,8 +249,9 @@ _WITHDRAWN = re.compile(
 
 # It goes on with more choices or another amount: "red & blue", "9 a.m. or 10 p.m.", "10 to 12".
 _GOES_ON = re.compile(
-    r"""[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor)\b)|["'*_`)\]]* ?(?:(?:to|through|thru|until|"""
-    r"till|vs|versus|x|by|times|of|out of|over|plus|minus|point|per|percent\w*|dozens?|hundreds?|"
+    r"[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor|then|followed by|as well as|along with|"
+    r"""together with)\b)|["'*_`)\]]* ?(?:(?:to|through|thru|until|till|vs|versus|x|by|times|of|"""
+    r"out of|over|plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
     r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
     r"squared|cubed)\b|\d|[万千百亿十])"

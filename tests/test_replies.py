@@ -226,6 +226,14 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         # but an option's own last letter is no other's label
         (("Point A", "Point C", "Point B"), 2, ["C. Point B.", "C) Point B", "C - Point B.", "The answer is (C) Point B."]),
         (("Ward C", "Ward B", "Ward A"), 0, ["A. Ward C.", "A) Ward C. The caption says Ward C.", "A. It is in ward C."]),
+        (("Yes", "No"), None, ["No caption was given", "No image provided", "No dog mentioned in the caption", "No context",
+                               "No conclusion can be drawn", "No comment."]),
+        # more choices than one
+        (COLORS, None, ["red as well as blue", "A as well as C", "A together with C", "red along with green"]),
+        (("Rises", "Falls"), None, ["Rises, then falls", "Rises followed by falls", "A, then B"]),
+        # what the caption says, and then the answer on a line of its own
+        (COLORS, 1, ["Based on the caption, the correct answer is:\n\n**B) green**", "It says so. Answer:\nB"]),
+        (COLORS, None, ["Based on the caption, the correct answer is:\n\n**B) red**"]),
         # amounts and ranges
         (("2", "10", "200"), None, ["2 million", "2 hundred", "10 to 12", "10 x 12", "10 by 12", "10 × 12", "2 and a half",
                                     "10 p.m.", "2 km", "2 万", "2 lakh", "10 percent", "2 thirds"]),
