@@ -51,8 +51,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict:
     return row
 
 
-decode_json = json.JSONDecoder(object_pairs_hook=_once).decode
-"""As json.loads, which takes the last of equal keys. Raises ValueError for them."""
+decode_json = json.JSONDecoder(
+    object_pairs_hook=_once,
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+).decode
+"""As json.loads, which takes the last of equal keys. Raises ValueError for them. NaN is null: so
+Python writes what is missing from a table of pandas."""
 
 
 def filled(row: dict) -> dict:

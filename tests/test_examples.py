@@ -126,8 +126,8 @@ def test_a_whole_place_may_be_a_float(tmp_path):
     """pandas makes 1 to 1.0 in a column with gaps, and a benchmark's table holds text."""
     rows = [question(answer_index=place) | {"id": str(place)} for place in (1, 1.0)]
     assert [one.questions[1].answer_index for one in load_examples(write(tmp_path / "q.jsonl", *rows))] == [1, 1]
-    for place in (0.5, math.nan, math.inf):
-        with pytest.raises(ValueError, match="line 1: .*(answer_index .* outside 2 choices|expected a JSON object)"):
+    for place in (0.5, math.nan, math.inf):  # NaN is none
+        with pytest.raises(ValueError, match="line 1: .*(answer_index .* outside 2 choices|letter or text, got None)"):
             load_examples(write(tmp_path / "q.jsonl", question(answer_index=place)))
 
 
@@ -383,7 +383,7 @@ def picture(data: bytes | None) -> dict:
 BROKEN = [  # (a good row's maker, what is wrong with it, what is said)
     (caprl, dict(id=None), "expected a text or a number in 'id', got None"),
     (caprl, dict(id=""), "expected a text or a number in 'id', got ''"),
-    (own, dict(id=math.nan), "expected a text or a number in 'id', got nan"),
+    (own, dict(id=math.nan), "expected a text or a number in 'id', got None"),
     (own, dict(family=["charts"]), "expected a text or a number in 'family', got ['charts']"),
     (own, dict(family=math.nan, domain=["charts"]), "expected a text or a number in 'domain', got ['charts']"),
     (caprl, dict(id="first"), "id 'first' was used before, on row 0"),
@@ -672,7 +672,8 @@ ASKED = ROW["questions"][0]
     [
         own("x", image_path=None, images=None), own("x", image=None, image_path="a.png"),
         own("x", qa_response=None, reward_model=None), own("x", family=None, domain=None),
-        own("x", family=math.nan, domain=math.nan),
+        own("x", family=math.nan, domain=math.nan), own("x", image=math.nan, image_path="a.png"),
+        own("x", questions=[ASKED | {"answer": math.nan, "kind": math.nan}]),
         own("x", questions=[ASKED | {"answer": None, "kind": None, "needs_image": None}]),
         own("x", questions=[ASKED | {"answer_index": None, "answer": "y"}]),
         raw("x", qa_response=BLOCKS, questions=None, family=None, image=None),
@@ -685,6 +686,7 @@ def test_null_is_absent(tmp_path, row):
     assert example.id == (row["id"] or "a.png") and example.family == "all"
     assert example.image == tmp_path / "a.png"
     assert example.questions[0].answer_index == 1 and example.questions[0].needs_image is True
+    assert example.questions[0].kind != "nan"
 
 
 @pytest.mark.parametrize("answer", ["y", "B", "B) y", ""])
