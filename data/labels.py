@@ -10,15 +10,18 @@ from data.io import short
 # Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M." has no label.
 _AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|[^\x00-\x7f]))"
 
-_LABEL = rf"\**(?:[(\[]?([A-J])[)\]]|([A-J])(?:[.:]{_AFTER_STOP}|\u3001))\**"
+_LABEL = (
+    rf"\**(?:(?:option|choice) )?(?:[(\[]?([A-J])[)\]]|"
+    rf"([A-J])(?:[.:]{_AFTER_STOP}|\u3001| [-\u2013\u2014] ))\**"
+)
 
 _LABELLED = re.compile(rf"\s*{_LABEL}\s*", re.IGNORECASE)
 
 
 def strip_labels(choices: list[str]) -> tuple[str, ...]:
-    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: ", "(A) ", "[A] ",
-    small letters, bold ones and their Chinese forms. Options are given letters when they are
-    shuffled.
+    """["A) Beijing", "B) Rome"] to ("Beijing", "Rome"); likewise "A. ", "A: ", "A - ", "(A) ",
+    "[A] ", "Option A: ", small letters, bold ones and their Chinese forms. Options are given
+    letters when they are shuffled.
 
     Choices are taken as they are unless every one carries a label. Raises ValueError where labels
     with a bracket are not A, B, C, ... in order. Then it would be a guess which choice the answer

@@ -78,6 +78,9 @@ def question(**changes) -> dict:
         (["（A）红", "（B）蓝"], ("红", "蓝")), (["Ａ．红", "Ｂ．蓝"], ("红", "蓝")), (["A.红", "B.蓝"], ("红", "蓝")),
         (["[A] red", "[B] blue"], ("red", "blue")),
         (["**A)** red", "**B)** blue"], ("red", "blue")),
+        (["A - red", "B - blue"], ("red", "blue")), (["Option A: red", "**Option B:** blue"], ("red", "blue")),
+        (["A-frame", "B-side"], ("A-frame", "B-side")), (["Option A", "Option B"], ("Option A", "Option B")),
+        (["A - 1", "C - 2"], ("A - 1", "C - 2")),
         (["a. red", "c. blue"], ("a. red", "c. blue")), (["a man", "a dog"], ("a man", "a dog")),
     ],
 )
