@@ -31,7 +31,7 @@ from data.images import open_image
 from data.io import agree_on, check_room, naming, text_hash
 from data.program import run_program
 from data.ranges import check_range
-from grpo.captioning import Captioning, caption_batches
+from grpo.captioning import Captioning, caption_batches, check_instruction
 from grpo.distributed import compute_dtype, local_device
 from grpo.policy import Policy
 from grpo.pretrained import load_policy, model_hash
@@ -86,6 +86,7 @@ def caption(config: CaptionConfig) -> None:
     check_room(out)
     shards = plan_shards(Path(config.images), config.shard_size)
     policy = load_policy(config.policy, device, compute_dtype(device))
+    check_instruction(policy, config.instruction)
     about = dict(images=config.images, policy=config.policy, model=model_hash(policy),
                  instruction=config.instruction, temperature=config.temperature,
                  max_new_tokens=config.max_new_tokens, seed=config.seed, shards=len(shards),

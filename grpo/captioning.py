@@ -6,7 +6,7 @@ from itertools import islice
 
 from PIL import Image
 
-from data.io import ahead
+from data.io import ahead, check_text
 from data.ranges import check_range
 from grpo.policy import CAPTION_INSTRUCTION, Policy, Prompt
 from grpo.rollout import sample_rollouts
@@ -41,6 +41,12 @@ class Captioning:
         check_range(self, "temperature", at_least=0)
 
 
+def check_instruction(policy: Policy, instruction: str) -> None:
+    """Raises ValueError for an instruction that cannot be used, as one with an image's token."""
+    check_text("instruction", instruction)
+    policy.prompt(Image.new("RGB", (56, 56)), instruction)
+
+
 def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], settings: Captioning,
                     seed: int, num_captions: int = 1) -> Iterator[list[list[dict]]]:
     """For each batch of images, in their order: the rows of each image.
@@ -62,7 +68,7 @@ def caption_batches(policy: Policy, images: Iterable[tuple[str, OpenImage]], set
             for _, prompt in batch
         ]
 
-    policy.prompt(Image.new("RGB", (56, 56)), settings.instruction)
+    check_instruction(policy, settings.instruction)
     batch, size = [], 0
     for name, prompt in _load_ahead(policy, images, settings.instruction, settings.loaders):
         batch.append((name, prompt))

@@ -138,6 +138,16 @@ def test_captions_are_written_where_there_are_no_links(folder, expected, tmp_pat
         "about.json", "shard-000000.jsonl", "shard-000001.jsonl"]
 
 
+@pytest.mark.parametrize("instruction, reason", [
+    ("<|image_pad|> What is it?", "expected one image placeholder"), ("caf\udce9", "expected text in instruction"),
+])
+def test_an_instruction_that_cannot_be_used_leaves_nothing_behind(folder, tmp_path, instruction, reason):
+    """Its about.json refused the corrected instruction: "take another --out"."""
+    with pytest.raises(ValueError, match=reason):
+        caption(CaptionConfig(str(folder), str(tmp_path / "a"), instruction=instruction, **TOY))
+    assert not (tmp_path / "a").exists()
+
+
 def test_ids_that_begin_again_in_each_file_are_no_copied_shard(tmp_path):
     for n in range(2):
         row = {"id": "0", "image": f"{n}.parquet row 0", "caption": "x"}
