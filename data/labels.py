@@ -31,8 +31,9 @@ def strip_labels(choices: list[str]) -> tuple[str, ...]:
     if not choices or not all(matches):
         return tuple(choices)
     labels = "".join(match[1] or match[2] for match in matches).upper()
-    if labels == LETTERS[: len(labels)]:
-        return tuple(str(choice)[match.end() :].strip() for choice, match in zip(choices, matches))
+    texts = [str(choice)[match.end() :].strip() for choice, match in zip(choices, matches)]
+    if labels == LETTERS[: len(labels)]:  # "(A)", "(B)" alone name what the picture marks
+        return tuple(texts if any(texts) else choices)
     if any(match[1] for match in matches):
         raise ValueError(f"expected choices labelled A, B, C, ... in order, got {choices}")
     return tuple(choices)  # "B. Obama", "A. Lincoln": names

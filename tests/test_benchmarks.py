@@ -323,6 +323,17 @@ def test_a_row_with_shifted_cells_is_refused(tmp_path, header, rows, ids, found)
     assert f"x.tsv row 1: expected {len(header.split())} cells as in the header, {found}" in benchmark.refused[0]
 
 
+def test_labels_of_options_in_columns_are_taken_off(tmp_path):
+    """They stayed, and the shuffled options were shown as "A) C. blue"."""
+    cells = {"question": "Q?", "answer": "B", "image": b64("red")}
+    rows = [cells | {"index": 0, "A": "A. red", "B": "B. green", "C": "C. blue"},
+            cells | {"index": 1, "A": "(A)", "B": "(B)"}, cells | {"index": 2, "A": "B) red", "B": "A) green"}]
+    found = load_benchmark(f"choice:{write_tsv(tmp_path / 'x.tsv', rows)}")
+    assert asked(found) == [(RED, "0", "all", Question("Q?", ("red", "green", "blue"), 1)),
+                            (RED, "1", "all", Question("Q?", ("(A)", "(B)"), 1))]
+    assert len(found.refused) == 1 and "expected choices labelled A, B, C, ... in order" in found.refused[0]
+
+
 def test_what_a_table_has_in_place_of_nothing_is_missing(tmp_path):
     """pandas writes missing options and hints as nan, lmms-lab's MMBench too; "None" and "NaN" are options."""
     cells = {"question": "Q?", "hint": "nan", "category": "nan", "answer": "A"}

@@ -69,7 +69,7 @@ def question(**changes) -> dict:
         (["A: x", "B. y"], ("x", "y")),
         (["A man", "B) x"], ("A man", "B) x")),  # not every one is labelled
         (["Black", "White"], ("Black", "White")),
-        (["A", "B"], ("A", "B")),
+        (["A", "B"], ("A", "B")), (["(A)", "(B)"], ("(A)", "(B)")),
         (["B. Obama", "A. Lincoln"], ("B. Obama", "A. Lincoln")),  # names, not labels
         (["A.M.", "B.C."], ("A.M.", "B.C.")),
         (["A) B) x", "B) y"], ("B) x", "y")),  # once

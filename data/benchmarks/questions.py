@@ -189,7 +189,7 @@ def _options_in_columns(row: Row) -> list[str]:
     for names in ([*LETTERS], [f"choice_{letter.lower()}" for letter in LETTERS]):
         options = _without_missing([row.text(name) for name in names])
         if options:
-            return options
+            return list(strip_labels(options))
     return []
 
 
