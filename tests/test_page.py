@@ -986,7 +986,8 @@ def test_captions_are_taken_along(driver, tmp_path):
         press(driver, "#download", "\ue007")
         from selenium.webdriver.support.wait import WebDriverWait
 
-        WebDriverWait(driver, 30).until(lambda _: (folder / name).is_file())
+        # Chromium may keep the name with an empty file until all is there
+        WebDriverWait(driver, 30).until(lambda _: (folder / name).is_file() and (folder / name).stat().st_size)
         return folder / name
 
     with opened(driver, write_page(run)):
