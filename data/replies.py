@@ -249,9 +249,10 @@ _WITHDRAWN = re.compile(
 
 # It goes on with more choices or another amount: "red & blue", "9 a.m. or 10 p.m.", "10 to 12".
 _GOES_ON = re.compile(
-    r"[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor|then|followed by|as well as|along with|"
-    r"""together with)\b)|["'*_`)\]]* ?(?:(?:to|through|thru|until|till|vs|versus|x|by|times|of|"""
-    r"out of|over|plus|minus|point|per|percent\w*|dozens?|hundreds?|"
+    r"[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor)\b)|"
+    r"[^\w.\n]*(?:then|followed by|as well as|along with|together with)\b|"
+    r"""["'*_`)\]]* ?(?:(?:to|through|thru|until|till|vs|versus|x|by|times|of|out of|over|"""
+    r"plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
     r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
     r"squared|cubed)\b|\d|[万千百亿十])"

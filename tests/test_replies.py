@@ -231,6 +231,7 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         # more choices than one
         (COLORS, None, ["red as well as blue", "A as well as C", "A together with C", "red along with green"]),
         (("Rises", "Falls"), None, ["Rises, then falls", "Rises followed by falls", "A, then B"]),
+        (COLORS, 1, ["B. Then comes the reason.", "green. Together with the sign it says so."]),
         # what the caption says, and then the answer on a line of its own
         (COLORS, 1, ["Based on the caption, the correct answer is:\n\n**B) green**", "It says so. Answer:\nB"]),
         (COLORS, None, ["Based on the caption, the correct answer is:\n\n**B) red**"]),
