@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.examples import ImageSource, StoredImage
-from data.io import short
+from data.io import POINTER, is_pointer, short
 
 FORMATS = {
     "PNG": (".png", ".apng"),
@@ -129,7 +129,9 @@ def decoding(image: ImageSource) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"{image_name(image)}: expected an image, found nothing") from None
     except UnidentifiedImageError:  # its text holds an address in memory
-        raise _unreadable(image, f"it begins as none of {', '.join(FORMATS)}") from None
+        is_left = isinstance(image, Path) and is_pointer(image)
+        begins = f"it begins as none of {', '.join(FORMATS)}"
+        raise _unreadable(image, f"found {POINTER}" if is_left else begins) from None
     except Exception as error:
         said = getattr(error, "strerror", None) or str(error)  # the first without the file's name
         said = re.sub(" at 0x[0-9a-f]+", "", said) or type(error).__name__

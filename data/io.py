@@ -157,12 +157,19 @@ def read_json(path: Path, what: str, kind: type = object, decode: Callable = jso
     return content
 
 
-def check_fetched(path: Path, what: str) -> None:
-    """Raises ValueError for what a clone without Git LFS leaves in place of a large file."""
+POINTER = "Git LFS's pointer to it: run git lfs pull there"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether the file is what a clone without Git LFS leaves in place of a large one."""
     with path.open("rb") as file:
-        if file.read(19) == b"version https://git":
-            raise ValueError(f"{path}: expected {what}, found Git LFS's pointer to it: run git lfs "
-                             "pull there")
+        return file.read(19) == b"version https://git"
+
+
+def check_fetched(path: Path, what: str) -> None:
+    """Raises ValueError for a pointer of Git LFS."""
+    if is_pointer(path):
+        raise ValueError(f"{path}: expected {what}, found {POINTER}")
 
 
 def agree_on(path: Path, settings: dict, free: tuple[str, ...] = (),

@@ -239,6 +239,9 @@ def test_only_the_listed_formats_are_opened_whatever_the_name(tmp_path, monkeypa
     for name in ("eps.jpg", "dds.png"):
         with pytest.raises(ValueError, match=f"{name}: expected an image that Pillow can read .it begins as none of PNG"):
             open_image(tmp_path / name)
+    (tmp_path / "large.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031673\n")
+    with pytest.raises(ValueError, match=r"large.png: expected an image .* \(found Git LFS's pointer to it: run git lfs pull"):
+        open_image(tmp_path / "large.png")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")  # which has no end
     for name in ("folder.png", "pipe.png"):
