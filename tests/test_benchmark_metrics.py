@@ -61,6 +61,10 @@ def test_a_malformed_prediction_earns_nothing(prediction):
     assert chartqapro(prediction, ["10"], "Factoid", ["YES"]) == 0
 
 
+def test_an_equal_answer_may_have_other_case_and_space_around_it():
+    assert exact_match(" Town hall\n", "town Hall ") and not exact_match("Townhall", "Town hall")
+
+
 def test_not_a_number_is_a_word():
     assert relaxed_accuracy("NaN", "nan") and not relaxed_accuracy("5", "inf") and not relaxed_accuracy("nan", "5")
 

@@ -73,6 +73,17 @@ def test_vlmevalkit_choice_tsv(tmp_path):
     ]
 
 
+def test_a_cell_of_a_table_may_hold_a_large_picture(tmp_path):
+    """csv's own limit is 128 kB; a picture of a megapixel has more in base64."""
+    noise = Image.effect_noise((500, 500), 90)
+    noise.save(buffer := io.BytesIO(), "png")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    assert len(text) > 1 << 17
+    row = {"index": 0, "image": text, "question": "What?", "A": "x", "B": "y", "answer": "A"}
+    [picture] = load_benchmark(f"choice:{write_tsv(tmp_path / 'x.tsv', [row])}").pictures
+    assert open_image(picture.image).tobytes() == noise.convert("RGB").tobytes()
+
+
 def test_vlmevalkit_free_tsv(tmp_path):
     rows = [
         {"index": 10, "image": b64("red"), "question": "Sum?", "answer": "45%", "split": "test_human"},

@@ -32,6 +32,9 @@ def test_summary_hand_computed():
     assert table["a"]["words"] == 3 and table["all"]["words"] == pytest.approx((4 * 3 + 2 * 9) / 6)
     assert (table["b"]["low"], table["b"]["high"]) == (0.5, 0.5) and "failed" in format_table({("d", "c"): table})
     assert "| d | c | a | 2 | 3 | 0.500 |" in format_table({("d", "c"): table})
+    cut, unread = row("1", [1.0], finish_reason="length", tokens=9), row("2", [0.0], error="no picture", words=0, tokens=0)
+    assert table["a"]["cut"] == 0 and summarize([*rows, cut])["a"]["cut"] == pytest.approx(1 / 5)
+    assert summarize([cut, unread])["a"]["words"] == 3 and summarize([cut, unread])["a"]["tokens"] == 9  # no caption: no words
     nothing = summarize([row("1", [None])])["a"]
     assert math.isnan(nothing["accuracy"]) and nothing["failed"] == 1 and nothing["questions"] == 0
 
