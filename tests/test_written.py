@@ -128,6 +128,11 @@ def test_a_text_is_read_block_by_block():
     assert parse_questions(text) == [*(question for _, question in SOUND.values()), *dropped]
 
 
+def test_a_rule_alone_parts_two_blocks():
+    block = "Which?\nA) x\nB) y\nAnswer: A\n"
+    assert parse_questions(f"{block}---\n{block}") == 2 * [Question("Which?", ("x", "y"), 0)]
+
+
 def test_drafts_among_the_thoughts_are_no_questions():
     text, question = SOUND["bold letters"]
     for thoughts in (f"<think>\nFirst a draft:\n{text}</think>\n", f"{text}No.\n</think>\n"):
