@@ -169,7 +169,7 @@ def test_an_option_that_means_those_above_stays_last(last):
         ("x", "y", "AB都对"), ("x", "Only A", "y"), ("x", "y", "Both A and B", "None of the above"),
         ("x", "y", "A to C"), ("x", "A through C", "y"), ("x", "y", "ABC"), ("x", "y", "A as well as B"),
         ("x", "y", "Options 1 and 2"), ("x", "y", "选项1和2"), ("All of the above", "x", "y"),
-        ("x", "None of the following", "y"), ("x", "y", "All except B"),
+        ("x", "None of the following", "y"), ("x", "y", "All except B"), ("x", "y", " ABC. "), ("x", "y", "both A and b!"),
     ],
 )  # fmt: skip
 def test_options_with_letters_of_others_are_not_shuffled(choices):
@@ -183,6 +183,7 @@ def test_options_with_letters_of_others_are_not_shuffled(choices):
         ("A", "B", "AB"), ("A+", "B+", "O"), ("A minor", "a dog", "I only"),
         ("the following day", "the previous one", "在桌子上面"), ("1 and 2", "to be", "dad"),
         ("All", "Both", "None of these"), ("the cat is above the dog", "x", "y"),
+        ("BAD", "x", "y"), ("x", "y", "ABCD"),  # a word on a sign; more letters than there are options
     ],
 )  # fmt: skip
 def test_all_other_options_are_shuffled(choices):
