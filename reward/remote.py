@@ -75,11 +75,13 @@ class Server:
             parts = urllib3.util.parse_url(address.strip())
         except urllib3.exceptions.LocationParseError:
             parts = urllib3.util.Url()
-        # without user, password and query, for messages too
-        self.address = re.sub(r"^(\w+://)?.*@|[?#].*", r"\1", address.strip()).rstrip("/")
         if parts.scheme not in ("http", "https") or not parts.host:
+            # as given, but without what may be a user, a password or a query
+            given = re.sub(r"^(\w+://)?.*@|[?#].*", r"\1", address.strip()).rstrip("/")
             raise ValueError("verifier: expected an address such as http://HOST:8000/v1, got "
-                             f"{self.address}")
+                             f"{given}")
+        self.address = urllib3.util.Url(parts.scheme, None, parts.host, parts.port,
+                                        (parts.path or "").rstrip("/")).url
         if parts.auth or parts.query or parts.fragment:
             raise ValueError(f"verifier {self.address}: expected an address without user, password "
                              "and query, a key stands in CAPRL_VERIFIER_KEY")

@@ -320,6 +320,7 @@ def test_bad_addresses_and_servers_are_told_in_a_sentence(monkeypatch, tmp_path)
         assert sentence(address).endswith(f"expected an address such as http://HOST:8000/v1, got {address}")
     assert "expected an address such as http://HOST:8000/v1, got http:" in sentence("http://")
     assert sentence("localhost:8000/v1/", "x").endswith("got localhost:8000/v1")
+    assert sentence("http://127.0.0.1:1/a@b/v1").startswith("http://127.0.0.1:1/a@b/v1/")  # and not b
     secret = sentence("http://me:secret@127.0.0.1:1/v1?key=secret")
     assert "without user, password" in secret and "secret" not in secret
     for address in ("http://me:se/cret@h:PORT/v1#secret", "me:secret@h/v1", "http://me@a:secret@h:PORT"):
