@@ -7,12 +7,13 @@ from typing import Any
 from data.choices import LETTERS, SIGNS, find_choice
 from data.io import short
 
-# Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M." has no label.
+# Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M." and the line "A - B"
+# have no label.
 _AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|[^\x00-\x7f]))"
 
 _LABEL = (
     rf"\**(?:(?:option|choice) )?(?:[(\[]?([A-J])[)\]]|"
-    rf"([A-J])(?:[.:]{_AFTER_STOP}|\u3001| [-\u2013\u2014] ))\**"
+    rf"([A-J])(?:[.:]{_AFTER_STOP}|\u3001| [-\u2013\u2014] (?![A-J]\W*$)))\**"
 )
 
 _LABELLED = re.compile(rf"\s*{_LABEL}\s*", re.IGNORECASE)
@@ -32,8 +33,10 @@ def strip_labels(choices: list[str]) -> tuple[str, ...]:
         return tuple(choices)
     labels = "".join(match[1] or match[2] for match in matches).upper()
     texts = [str(choice)[match.end() :].strip() for choice, match in zip(choices, matches)]
-    if labels == LETTERS[: len(labels)]:  # "(A)", "(B)" alone name what the picture marks
-        return tuple(texts if any(texts) else choices)
+    if not any(texts):  # "(B)", "(A)": marks in the picture
+        return tuple(choices)
+    if labels == LETTERS[: len(labels)]:
+        return tuple(texts)
     if any(match[1] for match in matches):
         raise ValueError(f"expected choices labelled A, B, C, ... in order, got {choices}")
     return tuple(choices)  # "B. Obama", "A. Lincoln": names

@@ -69,7 +69,7 @@ def question(**changes) -> dict:
         (["A: x", "B. y"], ("x", "y")),
         (["A man", "B) x"], ("A man", "B) x")),  # not every one is labelled
         (["Black", "White"], ("Black", "White")),
-        (["A", "B"], ("A", "B")), (["(A)", "(B)"], ("(A)", "(B)")),
+        (["A", "B"], ("A", "B")), (["(A)", "(B)"], ("(A)", "(B)")), (["(B)", "(A)"], ("(B)", "(A)")),
         (["B. Obama", "A. Lincoln"], ("B. Obama", "A. Lincoln")),  # names, not labels
         (["A.M.", "B.C."], ("A.M.", "B.C.")),
         (["A) B) x", "B) y"], ("B) x", "y")),  # once
@@ -80,7 +80,7 @@ def question(**changes) -> dict:
         (["**A)** red", "**B)** blue"], ("red", "blue")),
         (["A - red", "B - blue"], ("red", "blue")), (["Option A: red", "**Option B:** blue"], ("red", "blue")),
         (["A-frame", "B-side"], ("A-frame", "B-side")), (["Option A", "Option B"], ("Option A", "Option B")),
-        (["A - 1", "C - 2"], ("A - 1", "C - 2")),
+        (["A - 1", "C - 2"], ("A - 1", "C - 2")), (["A - B", "B - C"], ("A - B", "B - C")),
         (["a. red", "c. blue"], ("a. red", "c. blue")), (["a man", "a dog"], ("a man", "a dog")),
     ],
 )
