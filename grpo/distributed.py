@@ -1,7 +1,6 @@
 """Ranks: start them, deal work to them, wait for them, add numbers up. One process needs none."""
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,8 +70,8 @@ def control_group() -> dist.ProcessGroup | None:
 def print0(text: str) -> None:
     """Prints on rank 0, above a progress bar."""
     if rank() == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+        with tqdm.external_write_mode():
+            print(text, flush=True)
 
 
 def sum_across_ranks(values: dict[str, float]) -> dict[str, float]:
