@@ -63,7 +63,7 @@ SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|"  #
                           r"[。！？\u0964\u06d4\u061f]+[」』”’]*")  # noqa: RUF001
 """Where one may end; `sentences` says which of these do."""
 _STOP = re.compile(r"[.!?…。！？\u0964\u06d4\u061f]")  # noqa: RUF001
-_SAID = re.compile(r'(?<!\w)"[^"]*"|“[^“”]*”')
+_SAID = re.compile(r'(?<!\w)"[^"]*"|“[^“”]*”|「[^「」]*」')  # none begins with the sign of 5"
 _LONGEST = 10
 """Signs of the longest abbreviation, its stop and the space before: no more is looked at."""
 
@@ -139,7 +139,7 @@ EMPTY = {
 open whether it holds. Hedges are the modal verbs, verbs and adverbs of Hyland, "Hedging in
 Scientific Research Articles", 1998, that captions use. Praise: ours, what is held against
 captioners that were trained for reward. "repeat" is said before in the caption."""
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^“”]*”|(?<!\w)'[^']{2,}'(?!\w)|‘[^‘’]*’|"  # noqa: RUF001
+_QUOTED = re.compile(rf"{_SAID.pattern}|(?<!\w)'[^']{{2,}}'(?!\w)|‘[^‘’]*’|"  # noqa: RUF001
                      r"\b(?:says|reads|states|asks|warns|reply)(?: that\b|:).*")
 
 

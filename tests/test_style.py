@@ -175,8 +175,10 @@ def test_a_quotation_is_not_cut():
     for want in (['The sign reads "Stop. Look! Listen..." in red.', "It is 5\" wide."],
                  ["A meme: “Sure. Perhaps. Yes.”", "It is old."],
                  ['"I can. Let me know if it helps." is written on the 55" screen.', 'The end says "Bye."'],
-                 ['The mark " stands alone.', "It is red."], ["一块牌子:“停。看！”", "很红。"]):  # noqa: RUF001
+                 ['The mark " stands alone.', "It is red."], ["一块牌子:“停。看！”", "很红。"],  # noqa: RUF001
+                 ["牌子:「停。看！」", "很红。"]):  # noqa: RUF001
         assert sentences(" ".join(want)) == want and empty_kinds(" ".join(want)) == [""] * 2
+    assert empty_kinds('The 55" screen is perhaps on, below a "sign".') == ["hedge"]
 
 
 def test_what_was_said_before_is_a_repeat():
