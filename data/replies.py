@@ -177,7 +177,7 @@ _TEXT_END = re.compile(
 )
 
 # Words before a label that make any letter count.
-_ANSWER_IS = r"\b(?:answer|option|choice)(?: is)?(?::\s*| ?)|答案[是为]?:? ?|(?<!不)选[项择]? ?"
+_ANSWER_IS = r"(?:\b(?:answer|option|choice)(?: is)?|答案[是为]?|(?<!不)选[项择]?)(?::\**\s*| ?)"
 
 # Where another clause begins, perhaps with small words.
 _CLAUSE_START = (
@@ -250,7 +250,7 @@ _WITHDRAWN = re.compile(
 # It goes on with more choices or another amount: "red & blue", "9 a.m. or 10 p.m.", "10 to 12".
 _GOES_ON = re.compile(
     r"[^\w&+/]*(?:[&+/\u00d7=<>]|(?:and|or|nor)\b)|"
-    r"[^\w.\n]*(?:then|followed by|as well as|along with|together with)\b|"
+    r"[^\w.!?\n]*(?:then|followed by|as well as|along with|together with)\b|"
     r"""["'*_`)\]]* ?(?:(?:to|through|thru|until|till|vs|versus|x|by|times|of|out of|over|"""
     r"plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"

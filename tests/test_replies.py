@@ -231,9 +231,10 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         # more choices than one
         (COLORS, None, ["red as well as blue", "A as well as C", "A together with C", "red along with green"]),
         (("Rises", "Falls"), None, ["Rises, then falls", "Rises followed by falls", "A, then B"]),
-        (COLORS, 1, ["B. Then comes the reason.", "green. Together with the sign it says so."]),
+        (COLORS, 1, ["B. Then comes the reason.", "green! Then it says why.", "green. Together with the sign it says so."]),
         # what the caption says, and then the answer on a line of its own
-        (COLORS, 1, ["Based on the caption, the correct answer is:\n\n**B) green**", "It says so. Answer:\nB"]),
+        (COLORS, 1, ["Based on the caption, the correct answer is:\n\n**B) green**", "It says so. Answer:\nB",
+                    "It says so.\n\n**Answer:** B", "It says so. **Answer:**\n\n**B**", "图中是绿色。正确答案是：\n\nB"]),
         (COLORS, None, ["Based on the caption, the correct answer is:\n\n**B) red**"]),
         # amounts and ranges
         (("2", "10", "200"), None, ["2 million", "2 hundred", "10 to 12", "10 x 12", "10 by 12", "10 × 12", "2 and a half",
