@@ -62,9 +62,11 @@ def _write_image(image: ImageSource, path: Path) -> None:
         target = os.path.relpath(image.absolute(), path.parent.resolve())
         if path.is_symlink() and os.readlink(path) == target:
             return
+        link = path.with_name(f"{path.name}.unfinished")
+        link.unlink(missing_ok=True)
         with without_links():
-            path.unlink(missing_ok=True)
-            path.symlink_to(target)
+            link.symlink_to(target)
+            link.replace(path)
             return
     content = image_bytes(image)
     if not (path.is_file() and path.read_bytes() == content):

@@ -648,10 +648,13 @@ def test_names_of_pictures_differ_where_ids_do(tmp_path, monkeypatch):
 def test_pictures_are_copied_where_there_are_no_links(tmp_path, no_links):
     (tmp_path / "a.png").write_bytes(png(color="red"))
     example = Example("a", tmp_path / "a.png", (Question("What color?", ("red", "blue"), 0),))
+    times = set()
     for _ in range(2):
         write_examples(tmp_path / "set", [example])
         [copy] = load_examples(str(tmp_path / "set/examples.jsonl"))
         assert not copy.image.is_symlink() and copy.image.read_bytes() == example.image.read_bytes()
+        times.add(copy.image.stat().st_mtime_ns)
+    assert len(times) == 1  # it is not written again
 
 
 def test_pictures_of_a_parquet_file_are_read_in_any_order_from_a_bounded_cache(tmp_path, monkeypatch):
