@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.benchmarks.files import file_rows
+from data.captions.shards import plan_shards
 from data.examples import load_examples
 from data.io import agree_on, check_room, disk_sentence, link_new, nearest, to_json
 from data.parquet import parquet_columns
@@ -67,7 +68,8 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 
 @pytest.mark.parametrize(("name", "read"), [
     ("train-0.parquet", load_examples), ("train-0.parquet", parquet_columns), ("set.jsonl", load_examples),
-    ("MMStar.tsv", lambda path: list(file_rows(Path(path)))), ("rows.parquet", lambda path: list(file_rows(Path(path)))),
+    *((name, lambda path: list(file_rows(Path(path)))) for name in ("MMStar.tsv", "rows.parquet", "rows.json")),
+    ("a.tar", lambda path: plan_shards(Path(path), 1)),
 ])
 def test_a_pointer_of_git_lfs_in_place_of_data_is_named(tmp_path, name, read):
     """A published set cloned without Git LFS: its rows were refused one by one, as no JSON."""

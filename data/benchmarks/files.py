@@ -124,6 +124,7 @@ def _json_rows(path: Path) -> Iterator[Row | str]:
     """A list of rows, as CapRL's evaluation files are. A row's id is its place in the list: what
     else could be one, may be that of a picture with several questions. Paths are below the folder
     of the file or, if that is called json_file, below the one that holds it."""
+    check_fetched(path, "a JSON list of rows")
     rows = read_json(path, "a JSON list of rows", decode=decode_json)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path}: expected a JSON list of rows, found {short(rows)}")

@@ -19,7 +19,7 @@ from data.examples import ImageSource, StoredImage
 from data.folders import list_files, print_left_out
 from data.formats import id_text
 from data.images import IMAGE_SUFFIXES, printable
-from data.io import text_hash
+from data.io import check_fetched, text_hash
 from data.jsonl import read_jsonl
 from data.parquet import column_type, parquet_columns, parquet_groups
 
@@ -161,6 +161,7 @@ def _parquet_images(path: Path, file: str, group: int) -> Iterator[NamedImage]:
 def _tar_shard(path: Path, name: str) -> Shard:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file, found nothing")
+    check_fetched(path, "a tar file")
     return Shard(partial(_tar_images, path, name), f"{name} {path.stat().st_size}")
 
 
