@@ -153,9 +153,9 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path):
 
 def test_lists_beside_pictures_are_counted_aloud(tmp_path, capsys):
     """A folder's pictures go before its lists, which were left out in silence."""
-    (tmp_path / "a.jfif").touch()
-    (tmp_path / "list.jsonl").touch()
-    assert load_images(tmp_path) == [("a.jfif", tmp_path / "a.jfif")]
+    for name in ("IMG_1.JPG", "a.jfif", "list.jsonl"):
+        (tmp_path / name).touch()
+    assert load_images(tmp_path) == [(name, tmp_path / name) for name in ("IMG_1.JPG", "a.jfif")]
     assert capsys.readouterr().err == f"{tmp_path}: left out: 1 .jsonl\n"
 
 

@@ -364,7 +364,7 @@ def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys):
         assert part in said
 
 
-def test_paths_in_a_file_stay_below_the_root(tmp_path):
+def test_paths_in_a_file_stay_below_the_root(tmp_path, monkeypatch):
     (tmp_path / "root/deep").mkdir(parents=True)
     (tmp_path / "root/deep/a.png").touch()
     (tmp_path / "secret.png").touch()
@@ -376,6 +376,8 @@ def test_paths_in_a_file_stay_below_the_root(tmp_path):
     for name in names:
         with pytest.raises(ValueError, match="expected a path below"):
             image_path(root, name)
+    monkeypatch.chdir(tmp_path)
+    assert image_path(Path("root"), str(root / "deep/a.png")) == root / "deep/a.png"
     (root / "link").symlink_to(tmp_path)  # made by whoever owns the folder
     assert image_path(root, "link/secret.png").is_file()
 
