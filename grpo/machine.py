@@ -44,5 +44,5 @@ def _commit() -> str:
     folder = Path(__file__).parent
     try:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
+    except OSError:  # "Permission denied" where PATH has a folder that one may not enter
         return ""

@@ -34,6 +34,13 @@ def test_a_run_begins_from_a_console_too(tmp_path, monkeypatch):
     assert [start["command"] for start in read_log(tmp_path / "starts.jsonl")] == ["''"]
 
 
+def test_a_run_begins_where_git_cannot_be_started(tmp_path, monkeypatch):
+    (tmp_path / "git").touch()  # it may not be executed
+    monkeypatch.setenv("PATH", str(tmp_path))
+    log_start(tmp_path, 0, 1)
+    assert [start["commit"] for start in read_log(tmp_path / "starts.jsonl")] == [""]
+
+
 def test_a_run_begins_with_a_path_that_is_not_in_utf_8(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--run-dir", os.fsdecode(b"runs/caf\xe9")])
     log_start(tmp_path, 0, 1)
