@@ -5,9 +5,10 @@ BIN := .venv/bin
 .PHONY: setup demo test lint
 setup: .venv/installed
 
+# Not $(BIN)/pip: it holds its folder's path, and would fill the old folder where this one is a copy.
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
 demo: setup

@@ -196,6 +196,11 @@ def test_targets_of_make_are_in_the_makefile(place, command):
     assert set(command.split()[1:]) <= set(targets)
 
 
+def test_make_installs_into_the_environment_of_its_own_folder():
+    """The scripts in .venv/bin begin with the path that the folder had when they were made."""
+    assert set(re.findall(r"\t\$\(BIN\)/(\w+)", (REPO / "Makefile").read_text())) == {"python", "ruff"}  # ruff is no script
+
+
 @pytest.mark.parametrize("place, command", written_for("program"))
 def test_programs_take_the_flags_of_every_command(place, command, monkeypatch, capsys):
     monkeypatch.chdir(REPO)
