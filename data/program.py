@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,11 +22,13 @@ def run_program(main: Callable[[list[str]], None], arguments: list[str] | None =
     """Runs a program, without `arguments` on those of the command line, and ends it with one
     sentence where it fails. Bad input (ValueError) and what the system refuses (OSError, as on a
     full disk) give exit code 2, Ctrl-C 130. A letter that the console cannot show is printed as
-    its number.
+    its number, and nothing where the output is closed (>&-).
 
     CAPRL_TRACEBACK=1 shows where the error was raised. A process that is a rank does not return,
     nor does one that Ctrl-C stops.
     """
+    nowhere = partial(open, os.devnull, "w", encoding="utf-8")
+    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     # Their new names are unknown to transformers before 5.24; remove once that is required.

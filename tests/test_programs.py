@@ -126,6 +126,12 @@ def test_letters_that_the_console_does_not_have_are_printed_as_numbers(encoding,
         assert console.buffer.getvalue() == b"a \\u56fe\n"
 
 
+def test_a_program_runs_where_its_output_is_closed(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # as Python starts with >&- and 2>&-
+    run_program(lambda _: [stream.write("nobody reads this") for stream in (sys.stdout, sys.stderr)], [])
+
+
 def test_a_reader_that_leaves_ends_a_program_in_a_sentence():
     code = "from data.program import run_program; run_program(lambda _: [print('x' * 999, flush=True) for _ in range(999)], [])"
     program = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
