@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes of the tests too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["no_proxy"] = "localhost"  # a browser's driver is asked here, whatever proxy the machine has
+os.environ.pop("WORLD_SIZE", None)  # a scheduler's: a run would wait for its ranks
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of float32 on a CPU
 os.environ["TRITON_INTERPRET"] = "1"  # before grpo.attend is imported: its kernels run on a CPU
 
