@@ -56,6 +56,13 @@ def test_records_of_another_kind_are_named(tmp_path, change, message):
         audit_run(AuditConfig(tmp_path))
 
 
+def test_shares_of_sentences_that_say_nothing_hand_computed():
+    captions = ["This caption is clear and full.", "A cat sits. Perhaps it sleeps. A cat sits. It is red.", ""]
+    found = audit([row(f"{n}", [one(0, 0)], caption=caption) for n, caption in enumerate(captions)])
+    shares = [found[f"{kind}_share"] for kind in ("praise", "hedge", "repeat")]
+    assert shares == pytest.approx([1 / 3, (1 / 4) / 3, (1 / 4) / 3])
+
+
 def test_audit_hand_computed():
     rows = [
         row("i", [one(0, 0), one(1, 0, gold=1)], 0.5, 10),
