@@ -110,8 +110,7 @@ class Batch:
         enough = self.patience if self.waiting else enough
         chosen = list(range(len(self.groups)))
         if not alive or num_done >= enough or len(self.groups) > slots:
-            oldest_first = sorted(alive, key=lambda group: -decoder.ages[group])
-            chosen = sorted(oldest_first[:slots])
+            chosen = alive[:slots]  # groups stand in the order in which they came: the oldest first
             decoder.keep(chosen)
         number = {group: place for place, group in enumerate(chosen)}
         set_back = [self.groups[group] for group in alive if group not in number]
