@@ -196,6 +196,22 @@ def test_jsonl_parquet_and_tar(folder, expected, tmp_path):
     (folder / "list.jsonl").unlink()
 
 
+def test_a_row_or_group_of_parquet_that_cannot_be_read_costs_no_other(tmp_path):
+    rows = [{"id": id, "image": {"bytes": png(n) if id != "b" else None, "path": None}} for n, id in enumerate("abcd")]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2, compression="none", use_dictionary=False)
+    ids = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[ids.data_page_offset : ids.data_page_offset + ids.total_compressed_size] = b"\xff" * ids.total_compressed_size
+    path.write_bytes(content)
+    images = [image for shard in plan_shards(path, 4) for image in shard.images()]
+    assert [id for id, _, _ in images] == ["a", "b", "x:group 1"]
+    assert open_image(images[0][2]).size
+    for _, name, image in images[1:]:
+        with pytest.raises(ValueError, match=f"^{name}: expected an image that Pillow can read"):
+            open_image(image)
+
+
 def test_corrupt_images_are_recorded_and_passed_over(tmp_path, expected, capsys):
     images = tmp_path / "images"
     images.mkdir()

@@ -12,13 +12,23 @@ from data.examples import Example, Question
 from grpo.recipes import toy_config
 from reward.caprl import Rewards
 from reward.claims import claim_record
-from reward.step import check_examples, measure_step, reward_metrics
+from reward.step import check_examples, measure_step, reward_metrics, verifier_of
 
 
 def record(correct: bool | None) -> list[dict]:
     """A caption with one question; None: it could not be scored."""
     failure = "too long" if correct is None else ""
     return [{"failure": failure, "correct": correct, "chosen": 0, "gold": 0, "abstain": None}]
+
+
+def test_a_verifier_is_as_the_settings_name_it():
+    chosen = dict(verifier_mode="sample", verifier_temperature=0.25, verifier_max_new_tokens=7)
+    verifier = verifier_of(toy_config(**chosen), torch.device("cpu"))
+    assert (verifier.mode, verifier.temperature, verifier.max_new_tokens) == ("sample", 0.25, 7)
+    room = verifier.context - len(verifier.writers[False].head_ids)
+    verifier_of(toy_config(**chosen | {"verifier_max_new_tokens": room - 1}), torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"verifier_max_new_tokens {room}: expected less than the {room} tokens"):
+        verifier_of(toy_config(**chosen | {"verifier_max_new_tokens": room}), torch.device("cpu"))
 
 
 def test_reward_metrics_hand_computed(policy, batch):
