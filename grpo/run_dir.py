@@ -101,13 +101,17 @@ def best_line(run_dir: Path) -> dict:
 
 
 def rewind(run_dir: Path, num_steps: int) -> None:
-    """Takes the logs back to what they were after `num_steps` steps. Raises ValueError if a step
-    before that is missing or there twice, and for no steps where a run has exported its policy."""
+    """Takes the logs back to what they were after `num_steps` steps, and deletes what a killed run
+    left unfinished. Raises ValueError if a step before that is missing or there twice, and for no
+    steps where a run has exported its policy."""
     has_checkpoint = any(run_dir.glob("checkpoints/step_??????"))  # of no steps: it ended at once
     has_policy = best_line(run_dir).get("step") or (run_dir / "final").exists()
     if not num_steps and has_policy and not has_checkpoint:
         raise ValueError(f"{run_dir}: expected a checkpoint to go on from, found the policy of a "
                          "run without any")
+    for name in ("config.json", "starts.jsonl", *LOGS, EVAL_LOG, f"rollouts/{ROLLOUTS}"):
+        for stale in run_dir.glob(f"{name}.*.unfinished"):  # the run was killed as it wrote it
+            stale.unlink()
     for name in (*LOGS, EVAL_LOG):
         path = run_dir / name
         if name == EVAL_LOG and not path.exists():

@@ -133,7 +133,10 @@ def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
     log_step(tmp_path, 3, {"a": 3}, {"always_right": ["a\u2028b:0"]}, {}, [{"id": 3}])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "a')  # killed while it wrote
+    for name in ("config.json", "eval.jsonl", "timing.jsonl", "rollouts/step_000003.jsonl", "report.html"):
+        (tmp_path / f"{name}.host-7.unfinished").touch()
     rewind(tmp_path, 3)
+    assert [path.name for path in tmp_path.rglob("*.unfinished")] == ["report.html.host-7.unfinished"]  # another process's
     assert (tmp_path / "metrics.jsonl").read_text() == before and saved_config(tmp_path) == {"seed": 0}
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [f"step_00000{n}.jsonl" for n in range(3)]
     rewind(tmp_path, 1)
