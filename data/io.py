@@ -22,6 +22,8 @@ NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 """Errors of writing to an open file: Python does not name the file."""
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """Errors of making a link where the file system has none: exFAT, a cloud's bucket."""
+POINTER = "Git LFS's pointer to it: run git lfs pull there"
+"""How messages call what a clone without Git LFS leaves in place of a large file."""
 
 
 def disk_sentence(error: OSError) -> str:
@@ -157,11 +159,8 @@ def read_json(path: Path, what: str, kind: type = object, decode: Callable = jso
     return content
 
 
-POINTER = "Git LFS's pointer to it: run git lfs pull there"
-
-
 def is_pointer(path: Path) -> bool:
-    """Whether the file is what a clone without Git LFS leaves in place of a large one."""
+    """Whether Git LFS's pointer stands in the file's place."""
     with path.open("rb") as file:
         return file.read(19) == b"version https://git"
 

@@ -129,7 +129,9 @@ def test_letters_that_the_console_does_not_have_are_printed_as_numbers(encoding,
 def test_a_program_runs_where_its_output_is_closed(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)  # as Python starts with >&- and 2>&-
-    run_program(lambda _: [stream.write("nobody reads this") for stream in (sys.stdout, sys.stderr)], [])
+    written = []
+    run_program(lambda _: written.extend(print("图", file=stream, flush=True) for stream in (sys.stdout, sys.stderr)), [])
+    assert written == [None, None]  # both were printed, nobody reads them
 
 
 def test_a_reader_that_leaves_ends_a_program_in_a_sentence():

@@ -25,6 +25,7 @@ from data.toy.captioner import (
     draw_scenes,
     pass_scene,
     praising_caption,
+    qwen_config,
     weak_caption,
 )
 from data.toy.export import ExportConfig, export
@@ -151,6 +152,17 @@ def test_both_models_open_with_the_tokenizer_they_were_trained_with():
             assert getattr(opened, name) == getattr(trained, name)
     for domain in DOMAINS.values():  # the verifier's probes rest on it
         assert all(len(trained.encode(f" {value}")) == 1 for value in domain)
+
+
+@pytest.mark.parametrize("hidden, heads, sections", [(2048, 16, [16, 24, 24]), (3584, 28, [16, 24, 24]), (128, 2, [8, 12, 12])])
+def test_a_small_model_shares_its_positions_as_the_public_ones_do(hidden, heads, sections):
+    """Those of Qwen2.5-VL-3B and -7B, as published, and the toy's."""
+    tokenizer = build_tokenizer()
+    config = qwen_config(tokenizer, dict(hidden_size=hidden, num_attention_heads=heads), {})
+    assert config.text_config.rope_parameters["mrope_section"] == sections
+    assert config.vision_config.out_hidden_size == hidden and config.tie_word_embeddings
+    ids = [config.image_token_id, config.vision_start_token_id, config.vision_end_token_id, config.text_config.eos_token_id]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"]
 
 
 def test_export_is_what_the_loader_reads(tmp_path):

@@ -190,8 +190,8 @@ class HeldOut:
         return gather_rows(rows)[0]
 
     def _keep(self, best: dict | None, last: dict, is_end: bool) -> None:
-        """Exports the policy if its evaluation is the best, unless it is exported. A
-        checkpoint is saved before; of the initial policy only if the run ends with it."""
+        """Exports the policy if its evaluation is the best, unless it is exported. A checkpoint is
+        saved before; of the initial policy only if the run ends with it."""
         folder, states = self.run_dir / "best", []
         with all_or_none("best"):
             if rank() == 0:
