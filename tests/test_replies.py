@@ -252,6 +252,16 @@ def test_a_choice_that_the_reply_does_not_stay_with_is_not_read(choices, want, r
     assert {reply: parse_choice(reply, choices) for reply in replies} == dict.fromkeys(replies, want)
 
 
+@pytest.mark.parametrize("reply, want", [
+    ("绿色。答案是红色", None), ("绿色，描述中说是红色", None), ("B。绿色。正确答案为红色。", None),
+    ("绿色，应为红色", None), ("红色。汽车是绿色", None), ("绿色。我选红色", None), ("绿色。汽车是绿色", 1),
+    ("红色，因为汽车不是绿色", 0), ("红色，因为绿色没有提到", 0),
+])
+def test_a_choice_that_a_chinese_reply_names_after_another_one_is_seen(reply, want):
+    """No space is between "是" and what is said to be: "绿色。答案是红色" was read as 绿色."""
+    assert parse_choice(reply, ["红色", "绿色", "蓝色"]) == want
+
+
 def test_a_reply_without_end_is_read_to_its_4000th_character(monkeypatch):
     """Each lead is passed over by reading what is left: two in 14 characters, 571 and not 14,000."""
     calls, original = [], replies._begun_by
