@@ -100,7 +100,7 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     """Whether `rest`, what the folded reply says after it named the choice, leaves it at that.
 
     Not if it names another choice:
-    - a label in any clause;
+    - a label in any clause, or a letter that is right too;
     - a choice's text right after the named one or after "is";
     - such a text's last words ("B. Obama" for "Barack Obama").
     Nor if it takes the choice back:
@@ -110,7 +110,8 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
     """
     texts = [fold_choice(choice) for choice in choices]
     own = texts[place]
-    letters = {LETTERS.lower().index(match["letter"]) for match in _NAMED.finditer(rest)}
+    letters = {LETTERS.lower().index(match["letter"])
+               for rule in (_NAMED, _TOO) for match in rule.finditer(rest)}
     if letters.intersection(range(len(choices))) - {place}:
         return False
     is_stance = own in ("yes", "是") or _DENIAL.search(own)  # "No, it is not" denies nothing
@@ -125,7 +126,8 @@ def _is_kept(place: int, rest: str, choices: Sequence[str]) -> bool:
         ends = [text for text in texts if text.endswith(f" {clause}")]
         if ends and own not in ends:
             return False
-    for match in re.finditer(r" ([a-j])(?:[.):]| -) ?", rest):  # "A) red B) gre": all options said
+    # "A) red B) gre": all options said
+    for match in re.finditer(r" ([a-j])(?:[.):\u3001]| -) ?", rest):
         listed, said = LETTERS.lower().index(match[1]), rest[match.end() :]
         if listed == place or listed >= len(texts) or not (said or match.start() == 0):
             continue  # an option's text may end in a letter: "Point B."
@@ -201,6 +203,13 @@ _LABEL_END = (
 _NAMED = re.compile(
     rf"(?:(?P<first>^|{_ANSWER_IS})|{_CLAUSE_START})"
     rf"""["'*_`$(\[]*{_LETTER}["'*_`$]*(?:[)\]]|(?={_LABEL_END}))"""
+)
+
+# A letter that is right beside another one: "B. A is also right", "B、C都对".
+_TOO = re.compile(
+    r"(?<![a-z0-9])(?P<letter>[a-j])(?: are (?:both |all |also )?"
+    r"(?:right|correct|supported|possible)\b| is also\b|"
+    r" ?[都均皆也亦](?![^,.;\n]{0,3}[不没沒未无無错錯]))"
 )
 
 # From the last stop or "so" to the end.

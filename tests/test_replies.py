@@ -203,6 +203,11 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
                         "A (wrong)", "A: ❌", "A. red. This is incorrect.", "green, not supported", "green was ruled out",
                         "green is disqualified", "green is out of the question", "green was crossed out", "green is a decoy",
                         "green is far-fetched", "B) green is discounted", "The answer is B, which is disputed"]),
+        # another letter that is right too
+        (COLORS, None, ["B, C are both right", "B. A is also right", "B. C is also possible", "B、C都对", "B，C都对",
+                        "A，B都正确", "B。A也对", "B、C均正确"]),
+        (COLORS, 1, ["B, since A and C are not mentioned", "B, because A and C are wrong", "B，因为A和C都没有提到",
+                     "B，因为A、C都没提到"]),
         # of a letter only words that agree are taken, whatever the others are
         (COLORS, None, ["(B) is a decoy", "(B) gets vetoed", "B) was close", "(B) must go", "(B) seems odd",
                         "[B] can be struck"]),
@@ -221,7 +226,7 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
         (("No cars", "Two cars"), 0, ["No cars", "no cars are seen"]),
         # all options, one after the other, as far as the reply goes
         (COLORS, None, ["A) red B) green C) blue D) pink", "A. red B. gr", "A: red B: green", "(A) red (B) green",
-                        "A - red B - green", "red B. green", "A. red B."]),
+                        "A - red B - green", "red B. green", "A. red B.", "A、red B、green C、blue", "red B、gr"]),
         (COLORS, 0, ["A) red because of B. Smith", "A) red as in plan b. Smith", "A) red, as in panel B."]),
         # but an option's own last letter is no other's label
         (("Point A", "Point C", "Point B"), 2, ["C. Point B.", "C) Point B", "C - Point B.", "The answer is (C) Point B."]),
