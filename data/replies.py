@@ -162,7 +162,7 @@ _LEAD = re.compile(
     r"""[\s:,]+|[*_"'`(\[#>]+|(?:so|thus|therefore)\b|"""
     r"(?:(?:the|my) )?(?:(?:correct|right|best|final) )?"
     r"(?:answer|option|choice)\b(?: (?:is|would be)\b)?|is\b|i (?:think|choose|pick|say)\b|"
-    r"i(?:'d| would) (?:say|choose|pick)\b|答案[是为]?|选[项择]?",
+    r"i(?:'d| would) (?:say|choose|pick)\b|答案[是为為]?|[选選][项項择擇]?",
     re.IGNORECASE,
 )
 
@@ -179,7 +179,8 @@ _TEXT_END = re.compile(
 )
 
 # Words before a label that make any letter count.
-_ANSWER_IS = r"(?:\b(?:answer|option|choice)(?: is)?|答案[是为]?|(?<!不)选[项择]?)(?::\**\s*| ?)"
+_ANSWER_IS = (r"(?:\b(?:answer|option|choice)(?: is)?|答案[是为為]?|(?<!不)[选選][项項择擇]?)"
+              r"(?::\**\s*| ?)")
 
 # Where another clause begins, perhaps with small words.
 _CLAUSE_START = (
@@ -224,7 +225,7 @@ _CLAUSE = re.compile(r"(?:(?! because )[^.,:;!?\n\u3001]|[.,:](?=\d))*")
 
 # The sentence about the answer, up to its reason.
 _VERDICT = re.compile(
-    r"\W*(?:(?!\b(?:because|since|explanation|reason)|因为|由于)(?:[^.!?\n]|\.(?=\w)))*"
+    r"\W*(?:(?!\b(?:because|since|explanation|reason)|因[为為]|由[于於])(?:[^.!?\n]|\.(?=\w)))*"
 )
 
 # Words that make a sentence about an answer a denial, or a doubt.
@@ -240,13 +241,13 @@ _DENIAL = re.compile(
     r"erroneous|questionable|misleading|trap|decoy|red herring|far-?fetched|flawed|faulty|"
     r"un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
     r"nobody|might|bad|worst|least|distractor|fails?|too)\b|"
-    r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是"
+    r"[不没沒别別非无無未错錯否除勿误誤或\u2717\u2718\u274c\u00d7]|[还還]是"
 )
 
 # A choice named after one of these is an answer of its own.
 _SAYS = re.compile(
-    r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)\b|'s\b|(?<!不)[是选]|"
-    r"(?<![不因])为)[: ]*"
+    r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)\b|'s\b|(?<!不)[是选選]|"
+    r"(?<![不因])[为為])[: ]*"
     r"""["'*(\[]*(?:(?:the|an?) )?"""
 )
 
@@ -254,7 +255,7 @@ _SAYS = re.compile(
 _WITHDRAWN = re.compile(
     r"\b(?:but|however|yet|though|although|wait|actually|instead(?! of)|sorry|correction|oops|hmm+|"
     r"scratch|on second thought|first (?:thought|guess)|at first|initially|rather(?! than)|"
-    r"no(?=[,.!:]))\b|但|不过|不对|其实|等等|而是|应该是"
+    r"no(?=[,.!:]))\b|但|不[过過]|不[对對]|其[实實]|等等|而是|[应應][该該]是"
 )
 
 # It goes on with more choices or another amount: "red & blue", "9 a.m. or 10 p.m.", "10 to 12".
@@ -265,5 +266,5 @@ _GOES_ON = re.compile(
     r"plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
     r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
-    r"squared|cubed)\b|\d|[万千百亿十])"
+    r"squared|cubed)\b|\d|[万萬千百亿億十])"
 )

@@ -267,6 +267,17 @@ def test_a_choice_that_a_chinese_reply_names_after_another_one_is_seen(reply, wa
     assert parse_choice(reply, ["红色", "绿色", "蓝色"]) == want
 
 
+@pytest.mark.parametrize("want, replies", [
+    (1, ["答案為B", "選B", "我選擇B。", "選項B", "答案為綠色", "B，因為沒有提到A"]),
+    (None, ["B：錯誤", "B，錯", "B：無", "B，還是C", "B。選A", "B，其實是A", "別選B", "選A還是選B", "綠色，沒有提到",
+            "綠色。答案為紅色", "綠色 萬"]),
+])
+def test_traditional_signs_are_read_as_simplified_ones(want, replies):
+    """"B, 錯" (B, wrong) was read as B, and "選B" was not."""
+    read = {reply: parse_choice(reply, ["紅色", "綠色", "藍色"]) for reply in replies}
+    assert read == dict.fromkeys(replies, want)
+
+
 def test_a_reply_without_end_is_read_to_its_4000th_character(monkeypatch):
     """Each lead is passed over by reading what is left: two in 14 characters, 571 and not 14,000."""
     calls, original = [], replies._begun_by
