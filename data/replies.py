@@ -53,13 +53,14 @@ def _begun_by(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
         return place, folded if re.fullmatch("[a-j]", texts[place]) else ""  # maybe a label
     lettered = list(zip(LETTERS.lower(), texts))
     spelled = [*texts, *(f"{letter} {text}" for letter, text in lettered),
-               *(f"{letter} ({text})" for letter, text in lettered)]
+               *(f"{letter} ({text})" for letter, text in lettered),
+               *(f"{letter}({text})" for letter, text in lettered)]
     begins = [t for t in spelled if folded.startswith(t) and _TEXT_END.match(folded, len(t))]
     longest = max(begins, key=len, default="")
     if spelled.count(longest) != 1 or re.fullmatch("[a-j]? ?", longest):
         return None, folded
     place = spelled.index(longest) % len(choices)
-    return place, folded[len(longest) :]
+    return place, folded[len(longest) :].removeprefix("的")
 
 
 def _labelled(said: str, choices: Sequence[str]) -> tuple[int | None, str]:
@@ -162,14 +163,15 @@ _LEAD = re.compile(
     r"""[\s:,]+|[*_"'`(\[#>]+|(?:so|thus|therefore)\b|"""
     r"(?:(?:the|my) )?(?:(?:correct|right|best|final) )?"
     r"(?:answer|option|choice)\b(?: (?:is|would be)\b)?|is\b|i (?:think|choose|pick|say)\b|"
-    r"i(?:'d| would) (?:say|choose|pick)\b|答案[是为為]?|[选選][项項择擇]?",
+    r"i(?:'d| would) (?:say|choose|pick)\b|"
+    r"(?:(?:正[确確]的?)?答案|正[确確]的?[选選][項项])[是为為]?|[选選][項项择擇]?",
     re.IGNORECASE,
 )
 
 # A choice's text ends before a space, sign or bracketed label; a number not before its unit, and
-# "no" not where nothing is known ("No information", "no dog is mentioned").
+# "no" not where nothing is known ("No information", "no dog is mentioned"). "绿色的" is "绿色".
 _TEXT_END = re.compile(
-    r"""(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
+    r"""(?:(?<=[色是])的(?!\w))?(?!\w|(?<=\d)\s?[%‰°'"/\u2044^\d~\u2013-]|"""
     r"""(?<=\d) (?!(?:is|as|in|on|at|it)\b)[a-z]{1,2}\b|"""
     r"(?<=\bno) (?:one (?:knows|can|says)|(?:\w+ ){0,2}(?:information|info|mention|way|idea|answer|"
     r"choice|option|details?|indication|evidence|data|clues?|hints?|reference|description|context|"
@@ -179,7 +181,8 @@ _TEXT_END = re.compile(
 )
 
 # Words before a label that make any letter count.
-_ANSWER_IS = (r"(?:\b(?:answer|option|choice)(?: is)?|答案[是为為]?|(?<!不)[选選][项項择擇]?)"
+_ANSWER_IS = (r"(?:\b(?:answer|option|choice)(?: is)?|"
+              r"(?:答案|正[确確]的?[选選][項项])[是为為]?|(?<!不)[选選][項项择擇]?)"
               r"(?::\**\s*| ?)")
 
 # Where another clause begins, perhaps with small words.
@@ -193,7 +196,8 @@ _LETTER = r"(?P<letter>[a-hj]|i(?=[)\]]|\W*$))(?: (?P=letter)\b)*"
 
 # What is said of a letter, and what of that agrees with it.
 _JUDGED = re.compile(r" (?:is|was|seems?|looks?|gets?|has|can|could|may|would|should|must)\b")
-_AFFIRMED = re.compile(r" is (?:the )?(?:right|correct|best|answer|supported|most likely)\b")
+_AFFIRMED = re.compile(r" is (?:the )?(?:right|correct|best|answer|supported|most likely)\b|"
+                       r" ?是?(?:正[确確]|[对對])的?(?=[.,;!\n]|\s*$)")
 
 # What may come after a letter without a bracket.
 _LABEL_END = (
@@ -241,7 +245,7 @@ _DENIAL = re.compile(
     r"erroneous|questionable|misleading|trap|decoy|red herring|far-?fetched|flawed|faulty|"
     r"un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
     r"nobody|might|bad|worst|least|distractor|fails?|too)\b|"
-    r"[不没沒别別非无無未错錯否除勿误誤或\u2717\u2718\u274c\u00d7]|[还還]是"
+    r"[不没沒别別非无無未错錯否除勿误誤或\u2717\u2718\u274c\u00d7]|[还還]是|干[扰擾]|如果|假如|若"
 )
 
 # A choice named after one of these is an answer of its own.

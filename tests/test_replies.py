@@ -267,6 +267,23 @@ def test_a_choice_that_a_chinese_reply_names_after_another_one_is_seen(reply, wa
     assert parse_choice(reply, ["红色", "绿色", "蓝色"]) == want
 
 
+@pytest.mark.parametrize("choices, want, replies", [
+    (("红色", "绿色", "蓝色"), 1, ["正确选项是B。", "正确的选项为B", "选项B正确", "根据描述，选项B是正确的。", "B是对的",
+                                   "正确答案是绿色", "绿色的。", "答案是绿色的", "B（绿色）", "正確選項是B", "B。绿色的"]),
+    (("红色", "绿色", "蓝色"), None, [
+        "正确的选项不是B", "错误的选项是B", "不正确的选项是B", "干扰选项是B", "选项B不正确", "选项B正确吗", "B正确与否",
+        "如果选项B正确，那么是绿色", "选项B正确的可能性很低", "B正确，C也正确", "A、B正确", "A与B正确", "没有选项B正确",
+        "选项B是正确的说法不对", "B（红色）", "B（绿色）或A", "浅绿色的", "绿色的车", "绿色的和红色的", "不是绿色的",
+        "绿色的，红色的", "绿色的还是红色的",
+    ]),
+    (("是", "否"), 0, ["是的", "是的，图中有狗", "A。是的"]), (("是", "否"), None, ["不是的", "是的吗", "B。是的"]),
+    (("正确", "错误"), 1, ["错误。", "正确答案是错误", "答案是错误"]), (("对", "错"), None, ["B对", "A错"]),
+])
+def test_common_forms_of_a_chinese_answer_are_read(choices, want, replies):
+    """These were counted as wrong. What is asked, denied or said of two choices is still not read."""
+    assert {reply: parse_choice(reply, choices) for reply in replies} == dict.fromkeys(replies, want)
+
+
 @pytest.mark.parametrize("want, replies", [
     (1, ["答案為B", "選B", "我選擇B。", "選項B", "答案為綠色", "B，因為沒有提到A"]),
     (None, ["B：錯誤", "B，錯", "B：無", "B，還是C", "B。選A", "B，其實是A", "別選B", "選A還是選B", "綠色，沒有提到",
