@@ -62,9 +62,10 @@ _OTHERS = re.compile(
     r"\b(?:first|second|third|last|previous) (?:\w+ )?(?:option|choice|answer)s?\b|"
     r"\b(?:option|choice|answer)s? (?:above|below)\b|"
     r"^the (?:first|second|third|last|former|latter)(?: (?:one|two|three|four))?\W*$|"
-    # the same in Chinese
-    r"以上|以下|上述|下述|^[上下前]面的?(?:[都均皆全没无]|所有|任何|选项|答案)|"
-    r"[前后第][一二两三四五\d](?:项|个?选项|个?答案)"
+    # the same in Chinese; "60岁以上" is an amount
+    r"(?:^|[是非有部除于於])以[上下]|[上下]述|"
+    r"^[上下前]面的?(?:[都均皆全没沒无無]|所有|任何|[选選][项項]|答案)|"
+    r"[前后後第][一二两兩三四五\d](?:[项項]|[个個]?[选選][项項]|[个個]?答案)"
 )
 
 
@@ -79,9 +80,9 @@ def means_letters(text: str, num_choices: int) -> bool:
     last = LETTERS[num_choices - 1]
     seen = unicodedata.normalize("NFKC", plain_text(text).translate(SIGNS)).strip(" .,:;!*_\"'")
     letters = rf"(?<![A-Za-z])(?:[A-{last}]+|[a-{last.lower()}])(?![A-Za-z])"
-    option = r"(?:option|answer|choice)s?|选项"
+    option = r"(?:option|answer|choice)s?|[选選][项項]"
     words = (r"\b(?:and|or|nor|both|neither|either|only|all|not|but|except|of|the|same|as|well|to|"
-             r"through|plus|with|is|are|correct|true|right|wrong)\b|[和与或及到至都均皆对错是正确只有]")
+             r"through|plus|with|is|are|correct|true|right|wrong)\b|[和与與或及到至都均皆对對错錯是正确確只有]")
     number = rf"(?<!\d)[1-{num_choices}](?!\d)"
     joined = rf"(?:{letters}|{number}|(?i:{words}|{option})|[\s,&/+()~\u2013\u3001-])+"
     if re.fullmatch(r"[A-J]+\W*|[a-j]\W*", seen):

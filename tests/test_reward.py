@@ -154,7 +154,7 @@ def orders(choices: tuple[str, ...], abstain: bool = False) -> set[tuple[str, ..
 @pytest.mark.parametrize(
     "last", ["All of the above", "None of the above.", "both of the ABOVE", "All above", "以上都是",
              "The first two options", "The first", "Same as above", "Everything above", "None of these above",
-             "上面都对", "前两项"]
+             "上面都对", "前两项", "全部以上", "都不是以上", "上面選項都對", "前兩項"]
 )
 def test_an_option_that_means_those_above_stays_last(last):
     assert orders(("x", "y", "z", last)) == {(*three, last) for three in itertools.permutations("xyz")}
@@ -168,7 +168,7 @@ def test_an_option_that_means_those_above_stays_last(last):
         ("x", "y", "A和B"),
         ("x", "y", "AB都对"), ("x", "Only A", "y"), ("x", "y", "Both A and B", "None of the above"),
         ("x", "y", "A to C"), ("x", "A through C", "y"), ("x", "y", "ABC"), ("x", "y", "A as well as B"),
-        ("x", "y", "Options 1 and 2"), ("x", "y", "选项1和2"), ("All of the above", "x", "y"),
+        ("x", "y", "Options 1 and 2"), ("x", "y", "选项1和2"), ("x", "y", "AB都對"), ("All of the above", "x", "y"),
         ("x", "None of the following", "y"), ("x", "y", "All except B"), ("x", "y", " ABC. "), ("x", "y", "both A and b!"),
     ],
 )  # fmt: skip
@@ -181,7 +181,8 @@ def test_options_with_letters_of_others_are_not_shuffled(choices):
     [
         ("A", "B", "C"), ("Plan A", "Plan B", "x"), ("above the table", "above", "below"),
         ("A", "B", "AB"), ("A+", "B+", "O"), ("A minor", "a dog", "I only"),
-        ("the following day", "the previous one", "在桌子上面"), ("1 and 2", "to be", "dad"),
+        ("the following day", "the previous one", "在桌子上面"),
+        ("18岁以下", "60岁以上的人", "100 以上"), ("1 and 2", "to be", "dad"),
         ("All", "Both", "None of these"), ("the cat is above the dog", "x", "y"),
         ("BAD", "x", "y"), ("x", "y", "ABCD"),  # a word on a sign; more letters than there are options
     ],
