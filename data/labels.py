@@ -4,19 +4,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data.choices import LETTERS, SIGNS, find_choice
+from data.choices import LETTERS, SIGNS, UNSEEN, find_choice
 from data.io import short
 
 # Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M." and the line "A - B"
 # have no label.
-_AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|[^\x00-\x7f]))"
+_AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|\d*[^\x00-\x7f]))"
 
 _LABEL = (
-    rf"\**(?:(?:option|choice) )?(?:[(\[]?([A-J])[)\]]|"
+    rf"\**(?:(?:option|choice) |[选選][项項] ?)?(?:[(\[]?([A-J])[)\]]|"
     rf"([A-J])(?:[.:]{_AFTER_STOP}|\u3001| [-\u2013\u2014] (?![A-J]\W*$)))\**"
 )
 
-_LABELLED = re.compile(rf"\s*{_LABEL}\s*", re.IGNORECASE)
+_SPACE = rf"(?:\s|{UNSEEN.pattern})*"
+_LABELLED = re.compile(f"{_SPACE}{_LABEL}{_SPACE}", re.IGNORECASE)
 
 
 def strip_labels(choices: list[str]) -> tuple[str, ...]:

@@ -76,6 +76,8 @@ def question(**changes) -> dict:
         (["(a) red", "(b) blue"], ("red", "blue")), (["a) red", "b) blue"], ("red", "blue")),
         (["a. red", "b. blue"], ("red", "blue")), (["A.red", "B.blue"], ("red", "blue")),
         (["（A）红", "（B）蓝"], ("红", "蓝")), (["Ａ．红", "Ｂ．蓝"], ("红", "蓝")), (["A.红", "B.蓝"], ("红", "蓝")),
+        (["选项A：红", "選項B、藍"], ("红", "藍")), (["A.5个", "B.16个"], ("5个", "16个")), (["A.5", "B.6"], ("A.5", "B.6")),
+        (["\u200fA) red", "\ufeffB) \u200fblue"], ("red", "blue")),
         (["[A] red", "[B] blue"], ("red", "blue")),
         (["**A)** red", "**B)** blue"], ("red", "blue")),
         (["A - red", "B - blue"], ("red", "blue")), (["Option A: red", "**Option B:** blue"], ("red", "blue")),
