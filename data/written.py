@@ -8,13 +8,14 @@ from data.labels import find_answer
 from data.replies import without_thoughts
 from data.rows import Dropped
 
-_NUMBER = r"(?:Q(?:uestion)?[ \t]*)?\d+[.):\uff1a\u3001]"
-_HEADER = re.compile(rf"^[ \t]*(?:#{{1,6}}[ \t]+|\**{_NUMBER}[\s*])", re.IGNORECASE)
-_REMARK = re.compile(r"[\s*_]*(?:explanation|reason(?:ing)?|note)\b[\s*_]*:", re.IGNORECASE)
+_NUMBER = r"(?:(?:Q(?:uestion)?|问题|問題)[ \t]*)?\d+[.):\uff0e\uff1a\u3001]"
+_HEADER = re.compile(rf"^[ \t]*(?:#{{1,6}}[ \t]+|\**{_NUMBER}(?=[\s*]|[^\x00-\x7f]))", re.I)
+_REMARK = re.compile(r"[\s*_]*(?:(?:explanation|reason(?:ing)?|note)\b|解析|分析|[解注][释釋]|"
+                     r"[说說]明|理由)[\s*_]*[:\uff1a]", re.IGNORECASE)
 _RULE = re.compile(r"^\s*[-_*=—]{3,}\s*$")
 _OPTION = re.compile(r"^[\s\-*•]*[(\uff08]?([A-J])\**[)\uff09.:\u3001\uff0e\uff1a]\**\s*(.*?)\s*$")
 _ANSWER = re.compile(
-    r"^[\s\-*#>]*(?:the\s+)?(?:correct\s+)?(?:answer|答案)\**\s*(?:is)?\s*"
+    r"^[\s\-*#>]*(?:the\s+)?(?:correct\s+|正[确確])?(?:answer|答案)\**\s*(?:is|[是为為])?\s*"
     r"[:\uff1a]\**\s*(.*?)\s*$",
     re.IGNORECASE,
 )

@@ -32,6 +32,16 @@ B）蓝
 """,
         Question("颜色？", ("红", "蓝"), 1),
     ),
+    "a Chinese remark before the answer": (
+        """\
+1、颜色？
+A、红
+B、蓝
+解析：图中是红色。
+答案：A
+""",
+        Question("颜色？", ("红", "蓝"), 0),
+    ),
     "a remark before the answer": (
         """\
 #### 4. **Which?**
@@ -131,6 +141,14 @@ def test_a_text_is_read_block_by_block():
 def test_a_rule_alone_parts_two_blocks():
     block = "Which?\nA) x\nB) y\nAnswer: A\n"
     assert parse_questions(f"{block}---\n{block}") == 2 * [Question("Which?", ("x", "y"), 0)]
+
+
+def test_chinese_forms_of_questions_are_read():
+    """A remark was a part of the last option, and of several questions without spaces none was read."""
+    text = "1.颜色？\nA.红\nB.蓝\n解析：因为\n正确答案：A\n{}\nA、一\nB、二\n说明: 略\n答案是：B\n"
+    two = [Question("颜色？", ("红", "蓝"), 0), Question("几只？", ("一", "二"), 1)]
+    for header in ("2.几只？", "2、几只？", "问题2：几只？", "---\n几只？"):
+        assert parse_questions(text.format(header)) == two, header
 
 
 def test_drafts_among_the_thoughts_are_no_questions():
