@@ -48,7 +48,8 @@ class RewardConfig:
     """Weight of a penalty: the share of repeated 4-grams. Ours: off."""
     praise_weight: float = 0.0
     """Weight of a penalty: the share of sentences that praise the caption itself, leave open
-    whether they hold, or were said before (reward/style.py). Ours: off."""
+    whether they hold, or were said before (reward/style.py). The first two are known in English
+    alone. Ours: off."""
     correctness_weight: float = 0.0
     """Weight of the mean probability of a caption's claims, as a model that sees the image judges
     them (reward/claims.py). BalCapRL (arXiv 2605.07394) rewards it too. Ours: off."""

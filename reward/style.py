@@ -2,11 +2,13 @@
 repeats, and which of its sentences say nothing of the picture."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from data.choices import plain_text
 from grpo.config import RewardConfig
 
 
@@ -42,10 +44,15 @@ def repetition(caption: str) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+_MARKS = "".join(sign for sign in map(chr, range(0x300, 0x1AC0))
+                 if unicodedata.category(sign)[0] == "M")
+"""Accents and the vowels of Hindi, Thai and Arabic: to `re` they are no part of a word."""
+_WORD = re.compile(rf"[\u3040-\u30ff\u3400-\u9fff]|(?:[^\W\u3040-\u30ff\u3400-\u9fff]|[{_MARKS}])+")
+
+
 def words(text: str) -> list[str]:
     """In small letters; a Chinese or Japanese character is a word."""
-    word = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
-    return re.findall(word, text.casefold())
+    return _WORD.findall(plain_text(text).casefold())
 
 
 # ---------------------------------------------------------------------------------- sentences

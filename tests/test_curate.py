@@ -183,6 +183,7 @@ def test_zero_of_four_lets_a_third_of_guesses_through_and_the_prior_catches_who_
         ("What color is the infrared lamp?", ("red", "blue"), False),
         ("Which sign says Exit-Only?", ("exit only", "stop"), True),
         ("猫是黑色吗？", ("黑色", "白色"), True),
+        ("क्या यह काला है?", ("की", "दो"), False), ("À cafe\u0301 ?", ("caf\u00e9", "thé"), True),
         ("What is next to the cat?", ("a cat", "a dog"), False),
     ],
 )

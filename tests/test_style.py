@@ -12,7 +12,7 @@ from grpo.config import RewardConfig
 from grpo.recipes import toy_config
 from reward.caprl import Rewards
 from reward.step import compare_siblings
-from reward.style import empty_kinds, empty_share, length_reward, repetition, sentences, style_parts
+from reward.style import empty_kinds, empty_share, length_reward, repetition, sentences, style_parts, words
 from tools.budgets import count_words, cut_caption, with_budgets
 
 PRAISE = """\
@@ -213,6 +213,15 @@ def test_repetition_hand_computed():
     assert repetition("a b c d a b c d") == pytest.approx(1 / 5)  # abcd bcda cdab dabc abcd
     assert repetition("the " * 103) == pytest.approx(99 / 100)
     assert repetition("Red car. red CAR, red car") == pytest.approx(1 / 3) and repetition("图图图图图") == 0.5
+
+
+@pytest.mark.parametrize("text, want", [
+    ("यह हिन्दी है", ["यह", "हिन्दी", "है"]), ("มีสุนัข แมว", ["มีสุนัข", "แมว"]), ("كِتَاب", ["كِتَاب"]),
+    ("Cafe\u0301 fume\u0301e", ["caf\u00e9", "fum\u00e9e"]), ("wor\u00add", ["word"]),
+])
+def test_vowel_signs_and_accents_do_not_part_a_word(text, want):
+    """\"हिन्दी\" were three words of a letter, so that other words with these letters were repeats."""
+    assert words(text) == want
 
 
 def test_only_what_has_a_weight_is_a_part():
