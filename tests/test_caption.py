@@ -370,6 +370,27 @@ def test_no_member_of_a_tar_file_is_passed_over_in_silence(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path}/t.tar: left out: 1 ._* of macOS, 1 .heic\n"
 
 
+@pytest.mark.parametrize("place, size", [(0, 200 << 30), (0, 1 << 70), (2, 1 << 70), (2, -1 << 40)])
+def test_a_member_of_an_absurd_size_stops_no_worker(tmp_path, place, size):
+    """Its worker ended with MemoryError or OverflowError, or a sentence without a name, and so did each next one."""
+    with (tmp_path / "t.tar").open("wb") as file:
+        for n in range(3):
+            info = tarfile.TarInfo(f"{n}.png")
+            info.size = size if n == place else len(png(n))
+            file.write(info.tobuf(tarfile.GNU_FORMAT) + png(n) + bytes(-len(png(n)) % 512))
+        file.write(bytes(1024))
+        if size == 200 << 30:
+            file.truncate(size + 4096)  # with holes: the member is all there
+    (shard,) = plan_shards(tmp_path / "t.tar", 4)
+    images = list(shard.images())
+    assert [name for _, name, _ in images][: place + 1] == [f"t.tar/{n}.png" for n in range(place + 1)]
+    for _, _, image in images[:place]:
+        assert open_image(image).size
+    for _, name, image in images[place:]:
+        with pytest.raises(ValueError, match=rf"^{name}: expected an image"):
+            open_image(image)
+
+
 def test_a_second_tar_file_behind_the_first_is_told(tmp_path):
     """Of two joined by `cat` the second's images were lost in silence. Zeros, however many, are the first one's end."""
     write_tar(tmp_path / "t.tar", [("0.png", png(0))])

@@ -204,8 +204,13 @@ def _tar_images(path: Path, file: str) -> Iterator[NamedImage]:
                     raise tarfile.ReadError(f"{expected}, found more, as of a second tar file")
             if not ids:
                 raise tarfile.ReadError("no image among its members")
-    except (OSError, tarfile.TarError) as error:
-        yield stem, file, _unreadable(file, error)
+    except Exception as error:  # of a size that no file has tarfile raises this and that
+        yield stem, file, _unreadable(file, str(error) or type(error).__name__)
+
+
+MAX_MEMBER_BYTES = 1 << 31
+"""A member is read as a whole; no picture that is opened is larger (MAX_PIXELS). A tar file of a
+few bytes may say that it has one of a terabyte."""
 
 
 def _member(path: Path, name: str, member: tarfile.TarInfo,
@@ -218,6 +223,9 @@ def _member(path: Path, name: str, member: tarfile.TarInfo,
         target = os.path.normpath(os.path.join(os.path.dirname(member.name), member.linkname))
     if target not in spans:
         return _unreadable(name, f"a link to {printable(target)}, no member before it")
+    if not 0 <= spans[target][1] <= MAX_MEMBER_BYTES:
+        return _unreadable(name, f"expected at most {MAX_MEMBER_BYTES} bytes, found a member of "
+                                 f"{spans[target][1]}")
     return StoredImage(name, partial(_read_span, path, *spans[target]))
 
 
