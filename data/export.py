@@ -51,7 +51,7 @@ def check_not_source(folder: Path, source: str) -> None:
 
 def _file_name(example: Example) -> str:
     """The id made fit for a file's name, with its hash: two ids may become alike."""
-    plain = re.sub(r"[^\w.-]", "_", example.id)[:60]
+    plain = re.sub(r"[^\w.-]", "_", example.id).encode()[:60].decode(errors="ignore")
     suffix = example.image.suffix if isinstance(example.image, Path) else ""
     return f"{plain.removesuffix(suffix)}-{text_hash(example.id)}{suffix}"
 

@@ -647,6 +647,15 @@ def test_names_of_pictures_differ_where_ids_do(tmp_path, monkeypatch):
     assert shown == [(255, 0, 0), (0, 0, 255)]
 
 
+@pytest.mark.parametrize("id", ["漢" * 99, "\U00020bb7" * 99, "ก" * 99, "../" * 99, "../../x", "a/b", "-rf", "x\0y", "."])
+def test_any_id_makes_a_name_that_a_disk_takes(tmp_path, monkeypatch, id):
+    """60 Chinese characters are 180 bytes, and a file being written is also named after its host."""
+    monkeypatch.setattr("platform.node", lambda: "worker-0." * 7)
+    write_examples(tmp_path, [Example(id, Image.new("RGB", (9, 9)), (Question("What color?", ("red", "blue"), 0),))])
+    [example] = load_examples(str(tmp_path / "examples.jsonl"))
+    assert example.id == id and open_image(example.image).size == (9, 9)
+
+
 def test_pictures_are_copied_where_there_are_no_links(tmp_path, no_links):
     (tmp_path / "a.png").write_bytes(png(color="red"))
     example = Example("a", tmp_path / "a.png", (Question("What color?", ("red", "blue"), 0),))
