@@ -63,6 +63,7 @@ def test_a_malformed_prediction_earns_nothing(prediction):
 
 def test_an_equal_answer_may_have_other_case_and_space_around_it():
     assert exact_match(" Town hall\n", "town Hall ") and not exact_match("Townhall", "Town hall")
+    assert exact_match("Caf\u00e9", "cafe\u0301") and not exact_match("cafe", "caf\u00e9")
 
 
 def test_not_a_number_is_a_word():

@@ -9,6 +9,7 @@ Multiple choice has its score where its answer is read, in reward/caprl.py.
 import ast
 import math
 from collections.abc import Sequence
+from unicodedata import normalize
 
 TOLERANCE = 0.05
 """Share of the target by which a number may be off."""
@@ -19,8 +20,10 @@ EXACT_TYPES = {"Fact Checking", "Multi Choice"}
 
 
 def exact_match(prediction: str, target: str) -> bool:
-    """Equal but for case and the space around. Raises ValueError for an empty target."""
-    return prediction.strip().casefold() == _gold(target).casefold()
+    """Equal but for case and the space around, and for how accents are stored (NFC): files and
+    tokenizers differ in it. Raises ValueError for an empty target."""
+    given, wanted = (normalize("NFC", text) for text in (prediction.strip(), _gold(target)))
+    return given.casefold() == wanted.casefold()
 
 
 def relaxed_accuracy(prediction: str, target: str) -> bool:
