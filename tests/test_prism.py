@@ -60,8 +60,8 @@ def test_captionqa_protocol():
     (" 42\nBecause", "42"), ("Answer: Town Hall", "Town Hall"), ("", None), ("\n \n", None), ("Answer:", None),
     ("<answer>\\boxed{\n4\n}</answer> So {x}", "4"), ("\\boxed{4} (see {x})", "4"), ("\\boxed{4", None), ("\\boxed{}", None),
     ("<think>\nIs it 3 or \\boxed{3}?\n</think>\n\n42", "42"), ("3?</think> Answer: 42", "42"), ("<think>\\boxed{3} or", None),
-    ("<answer>42</answer>", "42"), ("Answer:\n42\nSo", "42"), ("\n 5%", "5%"), ("It is 42", "It is 42"),
-    ("I see 3.\nSo \\boxed{4} or \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("<answer>42</answer>", "42"), ("Answer:\n42\nSo", "42"), ("答案\uff1a北京\n因为", "北京"), ("It is 42", "It is 42"),
+    ("\n 5%", "5%"), ("I see 3.\nSo \\boxed{4} or \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
 ])
 def test_answer_line(reply, line):
     assert answer_line(reply) == line

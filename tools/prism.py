@@ -186,11 +186,11 @@ def _sort(asked: Asked) -> str:
 
 
 def answer_line(reply: str) -> str | None:
-    """The answer: the line that was asked for, or what the last \\boxed{} has, after any thoughts.
-    None if there is none."""
+    """The answer: the line that was asked for, without `WORDS_START` or its Chinese form, or what
+    the last \\boxed{} has, after any thoughts. None if there is none."""
     _, box, rest = without_thoughts(reply).rpartition("\\boxed{")
     if not box:
-        said = rest.strip().removeprefix(WORDS_START).strip()
+        said = re.sub(r"^(?:Answer|答案)[:\uff1a]", "", rest.strip()).strip()
         return said.splitlines()[0].strip() if said else None
     depth = 1
     for place, sign in enumerate(rest):
