@@ -7,13 +7,13 @@ from typing import Any
 from data.choices import LETTERS, SIGNS, UNSEEN, find_choice
 from data.io import short
 
-# Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M." and the line "A - B"
-# have no label.
+# Read after `translate(SIGNS)`; \u3001 is the comma of Chinese lists. "A.M.", the line "A - B" and
+# the list "A、B" have no label.
 _AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|\d*[^\x00-\x7f]))"
 
 _LABEL = (
     rf"\**(?:(?:option|choice) |[选選][项項] ?)?(?:[(\[]?([A-J])[)\]]|"
-    rf"([A-J])(?:[.:]{_AFTER_STOP}|\u3001| [-\u2013\u2014] (?![A-J]\W*$)))\**"
+    rf"([A-J])(?:[.:]{_AFTER_STOP}|(?:\u3001| [-\u2013\u2014] )(?![A-J]\W*$)))\**"
 )
 
 _SPACE = rf"(?:\s|{UNSEEN.pattern})*"

@@ -83,6 +83,7 @@ def question(**changes) -> dict:
         (["A - red", "B - blue"], ("red", "blue")), (["Option A: red", "**Option B:** blue"], ("red", "blue")),
         (["A-frame", "B-side"], ("A-frame", "B-side")), (["Option A", "Option B"], ("Option A", "Option B")),
         (["A - 1", "C - 2"], ("A - 1", "C - 2")), (["A - B", "B - C"], ("A - B", "B - C")),
+        (["A、B", "B、C"], ("A、B", "B、C")), (["A、B座", "B、C座"], ("B座", "C座")),
         (["a. red", "c. blue"], ("a. red", "c. blue")), (["a man", "a dog"], ("a man", "a dog")),
     ],
 )
