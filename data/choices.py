@@ -82,7 +82,8 @@ def means_letters(text: str, num_choices: int) -> bool:
     letters = rf"(?<![A-Za-z])(?:[A-{last}]+|[a-{last.lower()}])(?![A-Za-z])"
     option = r"(?:option|answer|choice)s?|[选選][项項]"
     words = (r"\b(?:and|or|nor|both|neither|either|only|all|not|but|except|of|the|same|as|well|to|"
-             r"through|plus|with|is|are|correct|true|right|wrong)\b|[和与與或及到至都均皆对對错錯是正确確只有]")
+             r"through|plus|with|is|are|correct|true|right|wrong)\b|"
+             r"[和与與或及跟到至都均皆全也不非对對错錯是正确確只有]")
     number = rf"(?<!\d)[1-{num_choices}](?!\d)"
     joined = rf"(?:{letters}|{number}|(?i:{words}|{option})|[\s,&/+()~\u2013\u3001-])+"
     if re.fullmatch(r"[A-J]+\W*|[a-j]\W*", seen):

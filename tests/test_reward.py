@@ -168,7 +168,8 @@ def test_an_option_that_means_those_above_stays_last(last):
         ("x", "y", "A和B"),
         ("x", "y", "AB都对"), ("x", "Only A", "y"), ("x", "y", "Both A and B", "None of the above"),
         ("x", "y", "A to C"), ("x", "A through C", "y"), ("x", "y", "ABC"), ("x", "y", "A as well as B"),
-        ("x", "y", "Options 1 and 2"), ("x", "y", "选项1和2"), ("x", "y", "AB都對"), ("All of the above", "x", "y"),
+        ("x", "y", "Options 1 and 2"), ("x", "y", "选项1和2"), ("x", "y", "AB都對"), ("x", "y", "A和B都不对"),
+        ("All of the above", "x", "y"),
         ("x", "None of the following", "y"), ("x", "y", "All except B"), ("x", "y", " ABC. "), ("x", "y", "both A and b!"),
     ],
 )  # fmt: skip
