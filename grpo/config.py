@@ -165,8 +165,8 @@ class TrainConfig:
     """The vision-language judge, read with reward "judge" only. [P]; the size is ours."""
     reward_config: Annotated[RewardConfig, tyro.conf.OmitArgPrefixes] = RewardConfig()
     verifier_mode: Literal["sample", "logits"] = "sample"
-    """How the verifier answers. sample: its sampled reply is parsed [C1]. logits: the likeliest of
-    the offered letters."""
+    """How the verifier answers. sample: its sampled reply is parsed [C1]. Words that take an answer
+    back are known in English and Chinese. logits: the likeliest of the offered letters."""
     verifier_temperature: float = 0.6
     """Temperature of the verifier's replies in mode "sample". [C1]"""
     verifier_max_new_tokens: int = 10
