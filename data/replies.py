@@ -188,7 +188,7 @@ _ANSWER_IS = (r"(?:\b(?:answer|option|choice)(?: is)?|"
 # Where another clause begins, perhaps with small words.
 _CLAUSE_START = (
     r"[,.;:!?\n\u3001]\s*(?:(?:but|so|and|or|then|no|wait)\s+)*| (?:and|or|but|so) |"
-    r" [-\u2013\u2014] |(?<!\w)(?=[(\[])"
+    r" [-\u2013\u2014] |(?<![a-z0-9])(?=[(\[])"
 )
 
 # Its letter; I is a word unless it stands in brackets or ends the reply.
@@ -270,5 +270,5 @@ _GOES_ON = re.compile(
     r"plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
     r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
-    r"squared|cubed)\b|\d|[万萬千百亿億十])"
+    r"squared|cubed)\b|\d|[万萬千百亿億十和与與及跟同加到至]|以及)"
 )

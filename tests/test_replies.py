@@ -261,6 +261,9 @@ def test_a_choice_that_the_reply_does_not_stay_with_is_not_read(choices, want, r
     ("绿色。答案是红色", None), ("绿色，描述中说是红色", None), ("B。绿色。正确答案为红色。", None),
     ("绿色，应为红色", None), ("红色。汽车是绿色", None), ("绿色。我选红色", None), ("绿色。汽车是绿色", 1),
     ("红色，因为汽车不是绿色", 0), ("红色，因为绿色没有提到", 0),
+    *((reply, None) for reply in ("（A）和（B）", "A）和B）", "红色 和 绿色", "红色 以及 绿色", "**红色** 与 **绿色**",
+                                  "红色（A）和绿色（B）", "红色 到 绿色")),
+    ("红色（A）", 0), ("A）红色，和描述一致", 0), ("A。和描述一致", 0),
 ])
 def test_a_choice_that_a_chinese_reply_names_after_another_one_is_seen(reply, want):
     """No space is between "是" and what is said to be: "绿色。答案是红色" was read as 绿色."""
