@@ -11,8 +11,12 @@ MAX_CHOICES = len(LETTERS)
 _WIDE = {0xFF01 + place: 0x21 + place for place in range(94)}  # ASCII, as wide as Chinese signs
 _CURLY = "\u201c\u201d\u300c\u300d\u2018\u2019\u3002\u3010\u3011"
 
-SIGNS = _WIDE | str.maketrans(_CURLY, "\"\"\"\"''.[]")
-"""For `text.translate`: curly quotes and Chinese signs to their ASCII kin, one for one."""
+_TRADITIONAL = "選項擇為與確對錯沒別無誤還擾過實應該兩後個萬億於"
+_SIMPLIFIED = "选项择为与确对错没别无误还扰过实应该两后个万亿于"
+
+SIGNS = _WIDE | str.maketrans(_CURLY + _TRADITIONAL, "\"\"\"\"''.[]" + _SIMPLIFIED)
+"""For `text.translate`, one for one: curly quotes and Chinese signs to their ASCII kin, and the
+traditional Chinese signs by which choices are named or denied to the simplified ones."""
 
 UNSEEN = re.compile(  # no width: control signs, soft hyphen, joiners, directions, fillers, styles
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u180b-\u180f\u200b-\u200f"
@@ -63,9 +67,9 @@ _OTHERS = re.compile(
     r"\b(?:option|choice|answer)s? (?:above|below)\b|"
     r"^the (?:first|second|third|last|former|latter)(?: (?:one|two|three|four))?\W*$|"
     # the same in Chinese; "60岁以上" is an amount
-    r"(?:^|[是非有部除于於])以[上下]|[上下]述|"
-    r"^[上下前]面的?(?:[都均皆全没沒无無]|所有|任何|[选選][项項]|答案)|"
-    r"[前后後第][一二两兩三四五\d](?:[项項]|[个個]?[选選][项項]|[个個]?答案)"
+    r"(?:^|[是非有部除于])以[上下]|[上下]述|"
+    r"^[上下前]面的?(?:[都均皆全没无]|所有|任何|选项|答案)|"
+    r"[前后第][一二两三四五\d](?:项|个?选项|个?答案)"
 )
 
 
@@ -80,10 +84,10 @@ def means_letters(text: str, num_choices: int) -> bool:
     last = LETTERS[num_choices - 1]
     seen = unicodedata.normalize("NFKC", plain_text(text).translate(SIGNS)).strip(" .,:;!*_\"'")
     letters = rf"(?<![A-Za-z])(?:[A-{last}]+|[a-{last.lower()}])(?![A-Za-z])"
-    option = r"(?:option|answer|choice)s?|[选選][项項]"
+    option = r"(?:option|answer|choice)s?|选项"
     words = (r"\b(?:and|or|nor|both|neither|either|only|all|not|but|except|of|the|same|as|well|to|"
              r"through|plus|with|is|are|correct|true|right|wrong)\b|"
-             r"[和与與或及跟到至都均皆全也不非对對错錯是正确確只有]")
+             r"[和与或及跟到至都均皆全也不非对错是正确只有]")
     number = rf"(?<!\d)[1-{num_choices}](?!\d)"
     joined = rf"(?:{letters}|{number}|(?i:{words}|{option})|[\s,&/+()~\u2013\u3001-])+"
     if re.fullmatch(r"[A-J]+\W*|[a-j]\W*", seen):

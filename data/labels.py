@@ -12,7 +12,7 @@ from data.io import short
 _AFTER_STOP = r"(?=\**(?:\s|[^\W\d_]{2}|\d*[^\x00-\x7f]))"
 
 _LABEL = (
-    rf"\**(?:(?:option|choice) |[选選][项項] ?)?(?:[(\[]?([A-J])[)\]]|"
+    rf"\**(?:(?:option|choice) |选项 ?)?(?:[(\[]?([A-J])[)\]]|"
     rf"([A-J])(?:[.:]{_AFTER_STOP}|(?:\u3001| [-\u2013\u2014] )(?![A-J]\W*$)))\**"
 )
 

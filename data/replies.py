@@ -164,7 +164,7 @@ _LEAD = re.compile(
     r"(?:(?:the|my) )?(?:(?:correct|right|best|final) )?"
     r"(?:answer|option|choice)\b(?: (?:is|would be)\b)?|is\b|i (?:think|choose|pick|say)\b|"
     r"i(?:'d| would) (?:say|choose|pick)\b|"
-    r"(?:(?:正[确確]的?)?答案|正[确確]的?[选選][項项])[是为為]?|[选選][項项择擇]?",
+    r"(?:(?:正确的?)?答案|正确的?选项)[是为]?|选[项择]?",
     re.IGNORECASE,
 )
 
@@ -182,7 +182,7 @@ _TEXT_END = re.compile(
 
 # Words before a label that make any letter count.
 _ANSWER_IS = (r"(?:\b(?:answer|option|choice)(?: is)?|"
-              r"(?:答案|正[确確]的?[选選][項项])[是为為]?|(?<!不)[选選][項项择擇]?)"
+              r"(?:答案|正确的?选项)[是为]?|(?<!不)选[项择]?)"
               r"(?::\**\s*| ?)")
 
 # Where another clause begins, perhaps with small words.
@@ -197,7 +197,7 @@ _LETTER = r"(?P<letter>[a-hj]|i(?=[)\]]|\W*$))(?: (?P=letter)\b)*"
 # What is said of a letter, and what of that agrees with it.
 _JUDGED = re.compile(r" (?:is|was|seems?|looks?|gets?|has|can|could|may|would|should|must)\b")
 _AFFIRMED = re.compile(r" is (?:the )?(?:right|correct|best|answer|supported|most likely)\b|"
-                       r" ?是?(?:正[确確]|[对對])的?(?=[.,;!\n]|\s*$)")
+                       r" ?是?(?:正确|对)的?(?=[.,;!\n]|\s*$)")
 
 # What may come after a letter without a bracket.
 _LABEL_END = (
@@ -214,7 +214,7 @@ _NAMED = re.compile(
 _TOO = re.compile(
     r"(?<![a-z0-9])(?P<letter>[a-j])(?: are (?:both |all |also )?"
     r"(?:right|correct|supported|possible)\b| is also\b|"
-    r" ?[都均皆也亦](?![^,.;\n]{0,3}[不没沒未无無错錯]))"
+    r" ?[都均皆也亦](?![^,.;\n]{0,3}[不没未无错]))"
 )
 
 # From the last stop or "so" to the end.
@@ -229,7 +229,7 @@ _CLAUSE = re.compile(r"(?:(?! because )[^.,:;!?\n\u3001]|[.,:](?=\d))*")
 
 # The sentence about the answer, up to its reason.
 _VERDICT = re.compile(
-    r"\W*(?:(?!\b(?:because|since|explanation|reason)|因[为為]|由[于於])(?:[^.!?\n]|\.(?=\w)))*"
+    r"\W*(?:(?!\b(?:because|since|explanation|reason)|因为|由于)(?:[^.!?\n]|\.(?=\w)))*"
 )
 
 # Words that make a sentence about an answer a denial, or a doubt.
@@ -245,13 +245,13 @@ _DENIAL = re.compile(
     r"erroneous|questionable|misleading|trap|decoy|red herring|far-?fetched|flawed|faulty|"
     r"un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
     r"nobody|might|bad|worst|least|distractor|fails?|too)\b|"
-    r"[不没沒别別非无無未错錯否除勿误誤或\u2717\u2718\u274c\u00d7]|[还還]是|干[扰擾]|如果|假如|若"
+    r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是|干扰|如果|假如|若"
 )
 
 # A choice named after one of these is an answer of its own.
 _SAYS = re.compile(
-    r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)\b|'s\b|(?<!不)[是选選]|"
-    r"(?<![不因])[为為])[: ]*"
+    r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)\b|'s\b|(?<!不)[是选]|"
+    r"(?<![不因])为)[: ]*"
     r"""["'*(\[]*(?:(?:the|an?) )?"""
 )
 
@@ -259,7 +259,7 @@ _SAYS = re.compile(
 _WITHDRAWN = re.compile(
     r"\b(?:but|however|yet|though|although|wait|actually|instead(?! of)|sorry|correction|oops|hmm+|"
     r"scratch|on second thought|first (?:thought|guess)|at first|initially|rather(?! than)|"
-    r"no(?=[,.!:]))\b|但|不[过過]|不[对對]|其[实實]|等等|而是|[应應][该該]是"
+    r"no(?=[,.!:]))\b|但|不过|不对|其实|等等|而是|应该是"
 )
 
 # It goes on with more choices or another amount: "red & blue", "9 a.m. or 10 p.m.", "10 to 12".
@@ -270,5 +270,5 @@ _GOES_ON = re.compile(
     r"plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
     r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
-    r"squared|cubed)\b|\d|[万萬千百亿億十和与與及跟同加到至]|以及)"
+    r"squared|cubed)\b|\d|[万千百亿十和与及跟同加到至]|以及)"
 )
