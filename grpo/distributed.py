@@ -74,12 +74,22 @@ def print0(text: str) -> None:
             print(text, flush=True)
 
 
+@contextmanager
+def _together() -> Iterator[None]:
+    """Says in a sentence that a rank has left, as by a signal, or did not come in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TimeoutError(f"rank {rank()} waited for a rank that did not come ({error})") from None
+
+
 def sum_across_ranks(values: dict[str, float]) -> dict[str, float]:
     """Each value's sum over the ranks, in float64. Every rank must call this with the same keys."""
     if world_size() == 1:
         return dict(values)
     total = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(total, group=_control)
+    with _together():
+        dist.all_reduce(total, group=_control)
     return dict(zip(values, total.tolist()))
 
 
@@ -88,7 +98,8 @@ def gather_rows(rows: list[Any]) -> list[Any]:
     if world_size() == 1:
         return list(rows)
     gathered: list[list[Any]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(gathered, rows, group=_control)
+    with _together():
+        dist.all_gather_object(gathered, rows, group=_control)
     return [row for part in gathered for row in part]
 
 

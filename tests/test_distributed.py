@@ -225,6 +225,10 @@ def leave_early(phase: str) -> None:
             with all_or_none("log"), naming(Path("runs/x")):
                 if rank() == 0:
                     raise OSError(errno.ENOSPC, "No space left on device")
+        if phase == "gone":
+            if rank() == 1:
+                os._exit(0)  # as a signal ends it
+            gather_rows([rank()])
         with phases(phase):
             if rank() == 1:
                 time.sleep(8)
@@ -236,6 +240,11 @@ def leave_early(phase: str) -> None:
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     said = all_ranks(tmp_path, 2, leave_early, "reward")
     assert re.search(r"rank 0 says: rank 0, phase reward: not all ranks came to its end \(.*Ranks 1 failed", said)
+
+
+def test_a_rank_that_has_left_is_told_in_a_sentence(tmp_path):
+    said = all_ranks(tmp_path, 2, leave_early, "gone")
+    assert "rank 0 says: rank 0 waited for a rank that did not come (" in said
 
 
 def test_what_one_rank_cannot_read_ends_all_of_them(tmp_path):
