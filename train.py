@@ -122,14 +122,12 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
         for step in steps:
             started = time.perf_counter()
             # 1. The policy writes G captions of each image. Images were opened in the step before.
-            with phases("rollout"):
-                with all_or_none("images"):
-                    batch, mine, prompts = next(opened)
-                with all_or_none("rollout"):
-                    rollouts = sample_step(run, mine, prompts, step, config)
+            with phases("rollout", alone=True):
+                batch, mine, prompts = next(opened)
+                rollouts = sample_step(run, mine, prompts, step, config)
 
             # 2. The verifier answers questions from each caption, the same for all of an image.
-            with phases("reward"):
+            with phases("reward", alone=True):
                 result = reward_step(reward, mine, rollouts, step, config)
             measured = {}
             if config.resample_flat:

@@ -141,16 +141,19 @@ class Phases:
         self.idle = 0.0
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Raises TimeoutError, with the phase and the ranks, if a rank does not end it in time."""
-        started = time.perf_counter()
+    def __call__(self, name: str, alone: bool = False) -> Iterator[None]:
+        """Raises TimeoutError, with the phase and the ranks, if a rank does not end it in time.
+        alone: no rank waits for another inside, and errors are raised as by `all_or_none`."""
+        started, own = time.perf_counter(), None
         try:
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as error:
             error.add_note(f"rank {rank()}, phase {name}")
-            raise
+            if not (alone and isinstance(error, OSError | ValueError)):
+                raise
+            own = error
         ended = time.perf_counter()
         if world_size() > 1:
             try:
@@ -170,3 +173,7 @@ class Phases:
         idle, work = totals.pop("idle"), sum(totals.values())
         means = {key: value / world_size() for key, value in totals.items()}
         return means | {"idle_share": idle / (idle + work)}
+        if alone:
+            with all_or_none(name):
+                if own:
+                    raise own

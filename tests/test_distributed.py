@@ -229,7 +229,9 @@ def leave_early(phase: str) -> None:
             if rank() == 1:
                 os._exit(0)  # as a signal ends it
             gather_rows([rank()])
-        with phases(phase):
+        with phases(phase, alone=phase in ("rollout", "verifier")):
+            if rank() == 1 and phase == "verifier":
+                raise ValueError("no answer to any question")
             if rank() == 1:
                 time.sleep(8)
     except (OSError, ValueError) as error:
@@ -237,14 +239,20 @@ def leave_early(phase: str) -> None:
     os._exit(0)
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path):
-    said = all_ranks(tmp_path, 2, leave_early, "reward")
-    assert re.search(r"rank 0 says: rank 0, phase reward: not all ranks came to its end \(.*Ranks 1 failed", said)
+@pytest.mark.parametrize("phase", ["reward", "rollout"])
+def test_a_rank_that_does_not_come_is_named(tmp_path, phase):
+    said = all_ranks(tmp_path, 2, leave_early, phase)
+    assert re.search(rf"rank 0 says: rank 0, phase {phase}: not all ranks came to its end \(.*Ranks 1 failed", said)
 
 
 def test_a_rank_that_has_left_is_told_in_a_sentence(tmp_path):
     said = all_ranks(tmp_path, 2, leave_early, "gone")
     assert "rank 0 says: rank 0 waited for a rank that did not come (" in said
+
+
+def test_what_fails_in_a_phase_of_one_rank_alone_ends_all_of_them(tmp_path):
+    said = all_ranks(tmp_path, 2, leave_early, "verifier")
+    assert all(f"rank {number} says: verifier: no answer to any question" in said for number in (0, 1))
 
 
 def test_what_one_rank_cannot_read_ends_all_of_them(tmp_path):
