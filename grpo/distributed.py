@@ -103,6 +103,18 @@ def gather_rows(rows: list[Any]) -> list[Any]:
     return [row for part in gathered for row in part]
 
 
+def check_alike(values: dict[str, Any]) -> None:
+    """Raises ValueError, on all ranks, if one has another value than rank 0: nodes that were
+    started by different commands, or have other files at the same path. Every rank must call
+    this."""
+    first, *others = gather_rows([values])
+    for number, own in enumerate(others, start=1):
+        for name, value in first.items():
+            if own.get(name) != value:
+                raise ValueError(f"{name}: expected the same on all ranks, rank 0 has {value!r}, "
+                                 f"rank {number} has {own.get(name)!r}")
+
+
 @contextmanager
 def all_or_none(what: str) -> Iterator[None]:
     """A ValueError or OSError inside, on any rank, is raised on all ranks: no rank waits for one
@@ -163,6 +175,10 @@ class Phases:
                                    f"({error})") from None
         self.work[name] = self.work.get(name, 0.0) + ended - started
         self.idle += time.perf_counter() - ended
+        if alone:
+            with all_or_none(name):
+                if own:
+                    raise own
 
     def take(self) -> dict[str, float]:
         """Numbers since the last call. `seconds_*`: seconds of work in a phase, mean over ranks.
@@ -173,7 +189,3 @@ class Phases:
         idle, work = totals.pop("idle"), sum(totals.values())
         means = {key: value / world_size() for key, value in totals.items()}
         return means | {"idle_share": idle / (idle + work)}
-        if alone:
-            with all_or_none(name):
-                if own:
-                    raise own

@@ -13,6 +13,7 @@ from data.io import naming
 from grpo.config import TrainConfig
 from grpo.distributed import (
     all_or_none,
+    check_alike,
     compute_dtype,
     gather_rows,
     print0,
@@ -115,22 +116,25 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     """Makes the run folder, or takes folder and models back to the latest checkpoint. Returns the
     number of steps done.
 
-    contents: hashes of `data` and of the models on rank 0; empty on the others. Raises ValueError,
-    on all ranks, if the run cannot go on or there is no room for a checkpoint.
+    contents: hashes of `data` and of the models. Raises ValueError, on all ranks, if they differ
+    between ranks, if the run cannot go on or if there is no room for a checkpoint.
     """
     # here: files are no part of the algorithm
     from grpo.checkpoint import latest_checkpoint, load_checkpoint_, make_room, training_state
     from grpo.run_dir import check_resumes, log_start, rewind, saved_config, start_run
     from grpo.template_date import TEMPLATE_DATE  # here: for config.json alone
 
+    check_alike(contents)  # else one policy is made of the weights of two
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):
         saved = saved_config(run_dir)
         check_resumes(config, saved, contents)
-        checkpoint = latest_checkpoint(run_dir) if config.resume else None
-        if checkpoint and not saved:
+        # One rank looks: on another node the link may still lead to the checkpoint before.
+        found = [latest_checkpoint(run_dir) if config.resume else None] if rank() == 0 else []
+        if any(found) and not saved:
             raise ValueError(f"{run_dir / 'config.json'}: expected the settings of the run to "
-                             f"resume, found none beside {checkpoint[0]}")
+                             f"resume, found none beside {found[0][0]}")
+    [checkpoint] = gather_rows(found)
     num_steps = 0
     if checkpoint:
         folder, num_steps = checkpoint

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from data.io import heartbeat, read_json, short, to_json, write_whole
 from grpo.config import TrainConfig
+from grpo.distributed import all_or_none, check_alike, gather_rows, rank
 from grpo.log import EVAL_LOG, LOGS, ROLLOUTS
 
 
@@ -67,6 +68,21 @@ FREE_ON_RESUME = {
     "save_dtype", "tensorboard", "tracker", "patience", "stop_at",
 }
 """Settings that a resumed run may change: they do not change what is computed, up to rounding."""
+
+IN_STEP = {"num_steps", "save_every", "export_every", "max_skipped", "max_failed_share", "replicas",
+           "patience", "stop_at"}
+"""Of these, what must not differ between the ranks of a run: one would wait for another."""
+AT_PATHS = {"data", "eval_data", "policy", "verifier", "verifier_name", "judge", "checker"}
+"""What may lie at another path on each node: contents are compared when it is loaded."""
+
+
+def check_ranks(config: TrainConfig) -> None:
+    """Raises ValueError, on all ranks, if one has another setting than rank 0 that changes the
+    numbers, or when ranks meet."""
+    check_alike({
+        name: bool(value) if name in AT_PATHS else value for name, value in config.flat().items()
+        if name not in FREE_ON_RESUME - IN_STEP
+    })
 
 
 def check_resumes(config: TrainConfig, saved: dict, contents: dict[str, str]) -> None:
@@ -183,6 +199,23 @@ def only_writer(run_dir: Path) -> Iterator[None]:
                 path.unlink()
             if is_new and not any(run_dir.iterdir()):
                 run_dir.rmdir()
+
+
+SEEN_S = 90.0
+"""So long a node may not see what another has just written: NFS looks again after 60 seconds."""
+
+
+def check_shared(run_dir: Path) -> None:
+    """Raises ValueError, on all ranks, if one does not see the `WRITER` of rank 0: it would write
+    its parts of checkpoints into a folder of its own. Every rank must call this."""
+    path, until = run_dir / WRITER, time.monotonic() + SEEN_S
+    [writer] = gather_rows([_writer(path)] if rank() == 0 else [])
+    with all_or_none("run folder"):
+        while _writer(path) != writer:
+            if time.monotonic() > until:
+                raise ValueError(f"{run_dir}: expected a folder that all ranks share, rank {rank()}"
+                                 f" on {platform.node()} does not see {WRITER} of rank 0 there")
+            time.sleep(SEEN_S / 90)
 
 
 def check_writer(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,9 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import all_ranks, shallow
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+import data.images
+import grpo.checkpoint
+import grpo.run
+import grpo.run_dir
 import train
 from data.io import naming
 from data.jsonl import read_log
@@ -237,6 +243,63 @@ def leave_early(phase: str) -> None:
     except (OSError, ValueError) as error:
         print(f"rank {rank()} says: {error}", flush=True)
     os._exit(0)
+
+
+def run_unlike(folder: Path, settings: dict) -> None:
+    """What each rank does: it begins runs in which rank 1 has something else, and then a good one, in which rank 1 is
+    slow. That goes on where rank 1 does not see the checkpoint yet."""
+    def begin(what: str, **changes) -> None:
+        try:
+            train.train(toy_config(**settings | {"run_dir": str(folder / "run")} | changes))
+        except ValueError as error:
+            print(f"rank {rank()}, {what}: {error}", flush=True)
+
+    init_distributed()
+    is_other = rank() == 1
+    begin("command", **{"seed": 1} if is_other else {})
+    begin("length", **{"num_steps": 2} if is_other else {})
+    begin("weights", policy=str(folder / ("other" if is_other else "policy")))
+    begin("rows", data=f"toy:train:{9 if is_other else 8}")
+    grpo.run_dir.SEEN_S = 0.1
+    begin("folder", run_dir=str(folder / f"run {rank()}"))
+    size_of, sample = data.images.image_size, grpo.run.sample_rollouts
+    if is_other:
+        data.images.image_size = lambda image: (336 - size_of(image)[0], 112)
+    begin("pictures", run_dir=str(folder / "pictures"))
+    data.images.image_size = size_of
+    if is_other:
+        grpo.run.sample_rollouts = lambda *args: time.sleep(1) or sample(*args)
+    begin("good", micro_batch_tokens=[1, 10**6][rank()])
+    if is_other:
+        grpo.checkpoint.latest_checkpoint = lambda run_dir: None
+    begin("late", resume=True, num_steps=2)
+    os._exit(0)
+
+
+def test_ranks_that_differ_do_not_train_together(tmp_path):
+    """Two nodes with a policy each made one of both, and said nothing."""
+    settings = {name: shallow(f"data/toy/{name}", tmp_path / name) for name in ("policy", "verifier")}
+    shutil.copytree(settings["policy"], tmp_path / "other")
+    weights = load_file(tmp_path / "other/model.safetensors")
+    save_file({name: weight * 1.5 for name, weight in weights.items()}, tmp_path / "other/model.safetensors",
+              metadata={"format": "pt"})
+    settings |= dict(data="toy:train:8", num_steps=1, prompts_per_step=4, group_size=2, max_new_tokens=8, audit_every=0)
+    said = all_ranks(tmp_path, 2, run_unlike, tmp_path, settings)
+    for number in (0, 1):
+        for what, sentence in {
+            "command": "seed: expected the same on all ranks, rank 0 has 0, rank 1 has 1",
+            "length": "num_steps: expected the same on all ranks, rank 0 has 1, rank 1 has 2",
+            "weights": r"policy: expected the same on all ranks, rank 0 has '\w+ (\w+)', rank 1 has '\w+ \1'",
+            "rows": "data: expected the same on all ranks, rank 0 has '8 images, .*', rank 1 has '9 images, .*'",
+            "folder": "run folder: .*/run 1: expected a folder that all ranks share, rank 1 on .* does not see writer.json",
+            "pictures": "records: step 0: expected 2 captions of train-00000., found [04]: a rank has pictures of other sizes",
+        }.items():
+            assert re.search(f"rank {number}, {what}: {sentence}", said), said
+    assert not re.search("rank ., (good|late)", said), said
+    assert not (tmp_path / "run 1").exists() and not (tmp_path / "pictures/checkpoints").exists()
+    first, second = read_log(tmp_path / "run/timing.jsonl")
+    assert min(first["idle_share"], second["idle_share"]) > 0.15  # rank 0 has waited for the captions of rank 1
+    assert [row["step"] for row in read_log(tmp_path / "run/starts.jsonl")] == [0, 1]
 
 
 @pytest.mark.parametrize("phase", ["reward", "rollout"])

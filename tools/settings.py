@@ -13,7 +13,7 @@ from data.examples import Example
 from data.io import text_hash
 from data.rows import read_manifest
 from grpo.config import TrainConfig
-from grpo.distributed import print0, rank, world_size
+from grpo.distributed import print0, world_size
 from grpo.policy import Policy
 from grpo.pretrained import weights_hash
 from grpo.recipes import PRESETS
@@ -57,10 +57,8 @@ def examples_hash(examples: Sequence[Example]) -> str:
 
 def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
     """Hashes of the data and of each model, which the settings only name. A model has two: of its
-    weights, and of what is around them (AROUND in grpo/run_dir.py). On rank 0, before the first
-    step; empty on other ranks."""
-    if rank() > 0:
-        return {}
+    weights, and of what is around them (AROUND in grpo/run_dir.py). To be called before the first
+    step."""
     contents = {"data": f"{len(examples)} images, {examples_hash(examples)}"}
     for name, model in ({"policy": policy} | reward.image_models).items():
         files = text_hash(str(sorted(model.files.items())))
