@@ -332,9 +332,10 @@ def weights_hash(model: nn.Module) -> str:
 
 def model_hash(policy: Policy) -> str:
     """16 hexadecimal digits of all that makes the captioner: weights, shapes, tokenizer, chat
-    template, image processor."""
+    template, image processor. Wherever it lies they are the same."""
     config = policy.model.config.to_dict()
-    config.pop("transformers_version", None)
+    for name in ("transformers_version", "_name_or_path"):
+        config.pop(name, None)
     template = policy.tokenizer.chat_template
     parts = [config, policy.image_processor.to_dict(), template, policy.eos_ids]
     settings = json.dumps(parts, sort_keys=True, default=str)

@@ -81,12 +81,14 @@ def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
     with pytest.raises(ValueError, match="about.json: expected seed 1 as now asked for, found 0; take another --out"):
         caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, seed=1, **TOY))
     shutil.copytree("data/toy/policy", tmp_path / "other")
+    moved = TOY | {"policy": str(tmp_path / "other")}  # another machine has the same policy at another path
+    caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, **moved))
     settings = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
     both = (rf"expected model {tmp_path}/other '\w+' as now asked for, found data/toy/policy '{model_hash(policy)}'; "
             "take another --out")
     with pytest.raises(ValueError, match=both):
-        caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, **TOY | {"policy": str(tmp_path / "other")}))
+        caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, **moved))
     with pytest.raises(ValueError, match="expected shards 3 as now asked for, found 2"):
         caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=2, **TOY))
 
