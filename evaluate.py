@@ -38,6 +38,7 @@ from tools.caption_cache import CaptionsConfig, all_captions
 from tools.claims import CheckerConfig, add_claims, judged_rows
 from tools.prism import direct, floor_captions, others_captions, prism, read_prompt, word_answerer
 from tools.reply_judge import reply_judge
+from tools.settings import check_verifiers
 from tools.stats import summarize
 from tools.tables import Rows, append_rows, check_measured, check_out, report, write_tables
 
@@ -148,6 +149,7 @@ def prism_rows(config: PrismConfig,
     captions = all_captions(config, benchmarks, config.seed, device)
     with all_or_none("verifier"):
         verifier = verifier or load()
+    check_verifiers(verifier)
     write, judge = word_answerer(verifier, config.answer_tokens, prompt), reply_judge(verifier)
     if config.max_words:
         verifier, write, judge = map(asked_once, (verifier, write, judge))
@@ -185,10 +187,9 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
         check_room(Path(config.cache))
     with all_or_none("data"):
         benchmarks = load_benchmarks(config.data, config.limit)
-    for benchmark in benchmarks:
-        if benchmark.refused:
-            print0(f"{benchmark.kind}: {len(benchmark.refused)} rows or questions refused, "
-                   f"the first: {benchmark.refused[0]}")
+    for benchmark in [one for one in benchmarks if one.refused]:
+        print0(f"{benchmark.kind}: {len(benchmark.refused)} rows or questions refused, "
+               f"the first: {benchmark.refused[0]}")
     pairs = (direct_rows if isinstance(config, DirectConfig) else prism_rows)(config, benchmarks)
     if isinstance(config, ClaimsConfig):
         pairs = judged_rows(config, benchmarks, pairs)

@@ -20,9 +20,11 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data.images
+import evaluate
 import grpo.checkpoint
 import grpo.run
 import grpo.run_dir
+import tools.prism
 import train
 from data.io import naming
 from data.jsonl import read_log
@@ -276,13 +278,16 @@ def run_unlike(folder: Path, settings: dict) -> None:
     os._exit(0)
 
 
+def strengthen(file: Path) -> None:
+    """Half as much again of every weight."""
+    save_file({name: weight * 1.5 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
 def test_ranks_that_differ_do_not_train_together(tmp_path):
     """Two nodes with a policy each made one of both, and said nothing."""
     settings = {name: shallow(f"data/toy/{name}", tmp_path / name) for name in ("policy", "verifier")}
     shutil.copytree(settings["policy"], tmp_path / "other")
-    weights = load_file(tmp_path / "other/model.safetensors")
-    save_file({name: weight * 1.5 for name, weight in weights.items()}, tmp_path / "other/model.safetensors",
-              metadata={"format": "pt"})
+    strengthen(tmp_path / "other/model.safetensors")
     settings |= dict(data="toy:train:8", num_steps=1, prompts_per_step=4, group_size=2, max_new_tokens=8, audit_every=0)
     said = all_ranks(tmp_path, 2, run_unlike, tmp_path, settings)
     for number in (0, 1):
@@ -300,6 +305,52 @@ def test_ranks_that_differ_do_not_train_together(tmp_path):
     first, second = read_log(tmp_path / "run/timing.jsonl")
     assert min(first["idle_share"], second["idle_share"]) > 0.15  # rank 0 has waited for the captions of rank 1
     assert [row["step"] for row in read_log(tmp_path / "run/starts.jsonl")] == [0, 1]
+
+
+def evaluate_unlike(folder: Path) -> None:
+    """What each rank does: it evaluates, while rank 1 has other models, questions or captions, and while rank 1 fails."""
+    def measure(what: str, **changes) -> None:
+        settings = dict(policy=(str(folder / "policy"),), verifier=str(folder / "verifier"), num_captions=1, cache="",
+                        data=("toy:heldout:3",), max_new_tokens=8)
+        try:
+            _, rows = evaluate.run(evaluate.PrismConfig(**settings | changes))
+            print(f"rank {rank()}, {what}: {[len(group) for group in rows.values()]}", flush=True)
+        except ValueError as error:
+            print(f"rank {rank()}, {what}: {error}", flush=True)
+
+    init_distributed()
+    other = ["", "other "][rank()]
+    shutil.copytree("data/toy/policy", folder / f"copy {rank()}")
+    measure("paths", policy=(str(folder / f"copy {rank()}"),))
+    measure("policy", policy=(str(folder / f"{other}policy"),))
+    measure("verifier", verifier=str(folder / f"{other}verifier"))
+    measure("data", data=(f"toy:heldout:{3 + rank()}",))
+    file = folder / f"captions {rank()}.jsonl"
+    ids = [picture.id for picture in evaluate.load_benchmarks(["toy:heldout:3"])[0].pictures]
+    file.write_text("".join(json.dumps({"id": id, "caption": f"A {other}star."}) + "\n" for id in ids))
+    measure("captions", policy=(), captions=(str(file),))
+    if rank() == 1:
+        def ask_all(*args):
+            raise ValueError("no answer to any question")
+
+        tools.prism.ask_all = ask_all
+    measure("answers")
+    os._exit(0)
+
+
+def test_ranks_that_differ_do_not_evaluate_together(tmp_path):
+    """An evaluation on two nodes was of two policies, under the name of one."""
+    for name in ("policy", "verifier"):
+        shallow(f"data/toy/{name}", tmp_path / name)
+        shutil.copytree(tmp_path / name, tmp_path / f"other {name}")
+        strengthen(tmp_path / f"other {name}/model.safetensors")
+    said = all_ranks(tmp_path, 2, evaluate_unlike, tmp_path)
+    for number in (0, 1):
+        assert f"rank {number}, paths: [3]" in said, said
+        for what, name in {"policy": "captioner 1", "verifier": "verifier", "data": "benchmarks",
+                           "captions": "captions of captioner 1"}.items():
+            assert re.search(f"rank {number}, {what}: {name}: expected the same on all ranks, rank 0 has .*, rank 1 has ", said)
+        assert f"rank {number}, answers: answers: no answer to any question" in said
 
 
 @pytest.mark.parametrize("phase", ["reward", "rollout"])

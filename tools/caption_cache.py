@@ -23,7 +23,14 @@ from data.io import check_text, json_lines, naming, short, text_hash, write_whol
 from data.jsonl import read_log
 from data.ranges import check_range
 from grpo.captioning import Captioning, caption_batches
-from grpo.distributed import all_or_none, compute_dtype, gather_rows, rank, world_size
+from grpo.distributed import (
+    all_or_none,
+    check_alike,
+    compute_dtype,
+    gather_rows,
+    rank,
+    world_size,
+)
 from grpo.policy import Policy
 from grpo.pretrained import load_policy, model_hash
 
@@ -74,17 +81,24 @@ class CaptionsConfig(Captioning):
 
 def all_captions(config: CaptionsConfig, benchmarks: Sequence[Benchmark], seed: int,
                  device: torch.device) -> dict[tuple[str, str], list[list[CaptionRow]]]:
-    """(benchmark, captioner) -> captions of each picture; one captioner is loaded at a time."""
+    """(benchmark, captioner) -> captions of each picture; one captioner is loaded at a time.
+    Raises ValueError, on all ranks, if one of them has other questions, models or captions."""
     captions = {}
+    asked = [benchmark.contents for benchmark in benchmarks]
+    check_alike({"captioners": len(config.captioners), "benchmarks": asked})
     for number, (name, path) in enumerate(config.captioners):
         is_policy = number < len(config.policy)
         with all_or_none("captions"):
             policy = load_policy(path, device, compute_dtype(device)) if is_policy else None
+        if policy and world_size() > 1:
+            check_alike({f"captioner {number + 1}": model_hash(policy)})
         for benchmark in benchmarks:
             captions[benchmark.name, name] = (
                 write_captions(policy, benchmark.pictures, config, seed) if policy
                 else read_captions(path, benchmark.pictures)
             )
+            read = text_hash(repr(captions[benchmark.name, name]))
+            check_alike({f"captions of captioner {number + 1}": read})
         del policy  # before the next captioner is loaded
     return captions
 

@@ -34,7 +34,7 @@ from data.benchmarks.benchmark import (
     load_benchmark,
 )
 from data.examples import Example
-from data.io import json_lines, naming, short, text_hash, to_json
+from data.io import json_lines, naming, short, to_json
 from data.jsonl import fits, read_log
 from data.pictures import picture_keys
 from grpo.checkpoint import latest_checkpoint, save_checkpoint, training_state
@@ -126,9 +126,8 @@ class HeldOut:
         )
 
     def contents(self) -> dict[str, str]:
-        """The hash of ids and questions, as `run_contents` has it of the data."""
-        asked = [(picture.id, picture.items) for picture in self.benchmark.pictures]
-        return {"eval_data": f"{len(asked)} images, {text_hash(repr(asked))}"}
+        """As `run_contents`."""
+        return {"eval_data": self.benchmark.contents}
 
     def watch(self, steps: Iterable[int], first_step: int, run_dir: Path, run: Run,
               verifier: Verifier, phases: Phases, trackers: list) -> Iterator[int]:

@@ -24,8 +24,9 @@ from data.benchmarks.questions import FreeQuestion, Item, Metric
 from data.choices import LETTERS
 from data.images import open_image
 from data.replies import parse_choice, without_thoughts
-from grpo.distributed import gather_rows, rank, world_size
+from grpo.distributed import all_or_none, check_alike, gather_rows, rank, world_size
 from grpo.policy import Policy
+from grpo.pretrained import model_hash
 from grpo.rollout import sample_rollouts
 from reward.caprl import (
     ANSWER_START,
@@ -251,25 +252,26 @@ def prism(benchmark: Benchmark, captions: Sequence[list[dict]], choose: AskVerif
     rows = []
     pairs = list(zip(benchmark.pictures, captions, strict=True))[rank() :: world_size()]
     starts = range(0, len(pairs), PICTURES_AT_A_TIME)
-    for start in tqdm(starts, desc="answers", unit="batch", leave=None, disable=rank() != 0):
-        pictures, names, captioned, asked = [], [], [], []
-        for picture, group in pairs[start : start + PICTURES_AT_A_TIME]:
-            questions = [ask_item(item, benchmark.metric, seed) for item in picture.items]
-            pictures += [picture] * len(group)
-            asked += [questions] * len(group)
-            captioned += group
-            names += [f"{seed}:{picture.id}:{k}" for k in range(len(group))]
-        told = [n for n, caption in enumerate(captioned) if "error" not in caption]
-        answers = iter(ask_all(
-            [captioned[n]["caption"] for n in told], [asked[n] for n in told],
-            [names[n] for n in told], choose, write,
-        ))
-        for picture, caption, questions in zip(pictures, captioned, asked, strict=True):
-            failed = [Answer(None, failure=caption.get("error", ""))] * len(questions)
-            given = failed if "error" in caption else next(answers)
-            rows.append(_row(benchmark, picture, questions, given) | caption)
-        if benchmark.metric == "judged" and judge:
-            judge_replies_(rows[-len(pictures) :], pictures, judge)
+    with all_or_none("answers"):
+        for start in tqdm(starts, desc="answers", unit="batch", leave=None, disable=rank() != 0):
+            pictures, names, captioned, asked = [], [], [], []
+            for picture, group in pairs[start : start + PICTURES_AT_A_TIME]:
+                questions = [ask_item(item, benchmark.metric, seed) for item in picture.items]
+                pictures += [picture] * len(group)
+                asked += [questions] * len(group)
+                captioned += group
+                names += [f"{seed}:{picture.id}:{k}" for k in range(len(group))]
+            told = [n for n, caption in enumerate(captioned) if "error" not in caption]
+            answers = iter(ask_all(
+                [captioned[n]["caption"] for n in told], [asked[n] for n in told],
+                [names[n] for n in told], choose, write,
+            ))
+            for picture, caption, questions in zip(pictures, captioned, asked, strict=True):
+                failed = [Answer(None, failure=caption.get("error", ""))] * len(questions)
+                given = failed if "error" in caption else next(answers)
+                rows.append(_row(benchmark, picture, questions, given) | caption)
+            if benchmark.metric == "judged" and judge:
+                judge_replies_(rows[-len(pictures) :], pictures, judge)
     return _gather(benchmark, rows)
 
 
@@ -277,6 +279,8 @@ def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: in
            temperature: float, batch_size: int) -> list[dict]:
     """As `prism`, but the policy answers while it sees the picture. A row for each picture, without
     a caption."""
+    if world_size() > 1:
+        check_alike({"benchmark": benchmark.contents, "policy": model_hash(policy)})
     pictures = benchmark.pictures[rank() :: world_size()]
     asked = [
         (picture, item, ask_item(item, benchmark.metric, seed, from_caption=False))
@@ -284,9 +288,10 @@ def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: in
     ]
     answers: list[Answer] = []
     starts = range(0, len(asked), batch_size)
-    for start in tqdm(starts, desc="answers", unit="batch", leave=None, disable=rank() != 0):
-        answers += _look(policy, asked[start : start + batch_size], seed, answer_tokens,
-                         temperature)
+    with all_or_none("answers"):
+        for start in tqdm(starts, desc="answers", unit="batch", leave=None, disable=rank() != 0):
+            answers += _look(policy, asked[start : start + batch_size], seed, answer_tokens,
+                             temperature)
     rows, questions, given = [], (question for _, _, question in asked), iter(answers)
     for picture in pictures:
         num = len(picture.items)

@@ -13,11 +13,12 @@ from data.examples import Example
 from data.io import text_hash
 from data.rows import read_manifest
 from grpo.config import TrainConfig
-from grpo.distributed import print0, world_size
+from grpo.distributed import check_alike, print0, world_size
 from grpo.policy import Policy
 from grpo.pretrained import weights_hash
 from grpo.recipes import PRESETS
 from grpo.run import Run
+from reward.caprl import Verifier
 from reward.step import Reward
 from tools.check import check_sampling
 
@@ -55,6 +56,21 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
+def verifier_hash(verifier: Verifier) -> str:
+    """Two hashes: of its weights, of tokenizer and chat template. Of a server's model no more than
+    the name is known."""
+    model, tokenizer = verifier.model, verifier.tokenizer
+    words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
+    weights = weights_hash(model) if isinstance(model, nn.Module) else model.name
+    return f"{weights} {text_hash(words)}"
+
+
+def check_verifiers(verifier: Verifier) -> None:
+    """Raises ValueError, on all ranks, if one has another verifier. Every rank must call this."""
+    if world_size() > 1:
+        check_alike({"verifier": verifier_hash(verifier)})
+
+
 def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) -> dict[str, str]:
     """Hashes of the data and of each model, which the settings only name. A model has two: of its
     weights, and of what is around them (AROUND in grpo/run_dir.py). To be called before the first
@@ -64,9 +80,5 @@ def run_contents(examples: Sequence[Example], policy: Policy, reward: Reward) ->
         files = text_hash(str(sorted(model.files.items())))
         contents[name] = f"{weights_hash(model.model)} {files}"
     if reward.verifier:
-        model, tokenizer = reward.verifier.model, reward.verifier.tokenizer
-        words = f"{tokenizer.chat_template} {sorted(tokenizer.get_vocab().items())}"
-        # Of a server's model no more than the name is known.
-        weights = weights_hash(model) if isinstance(model, nn.Module) else model.name
-        contents["verifier"] = f"{weights} {text_hash(words)}"
+        contents["verifier"] = verifier_hash(reward.verifier)
     return contents

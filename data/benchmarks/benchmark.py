@@ -21,6 +21,7 @@ from data.benchmarks.files import file_rows
 from data.benchmarks.questions import KINDS, PUBLISHED_JUDGES, Item, Metric, row_items
 from data.examples import Example, ImageSource, load_examples
 from data.images import picture_hash
+from data.io import text_hash
 from data.pictures import merge_pictures
 
 
@@ -44,6 +45,12 @@ class Benchmark:
     pictures: list[Picture]
     refused: list[str]
     """A sentence on each row, or question of a row, that was left out."""
+
+    @property
+    def contents(self) -> str:
+        """The hash of ids and questions."""
+        asked = [(picture.id, picture.items) for picture in self.pictures]
+        return f"{len(asked)} images, {text_hash(repr(asked))}"
 
 
 def load_benchmark(source: str) -> Benchmark:
