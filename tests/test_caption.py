@@ -22,7 +22,7 @@ from PIL import Image
 
 from caption import CaptionConfig, caption, main
 from data.captions.exports import check_captions, check_export
-from data.captions.leases import _new_part, take_lease
+from data.captions.leases import _new_part, take_lease, take_leases
 from data.captions.shards import plan_shards
 from data.images import open_image
 from data.io import ahead, text_hash
@@ -439,6 +439,13 @@ def test_a_single_picture_and_errors_that_are_the_same_in_every_run(tmp_path, ex
 
 
 # ------------------------------------------------------------------------------------------- leases
+
+
+@pytest.mark.parametrize("worker, num_workers", [(0, 1), (1, 2), (3, 1), (9, 2)])
+def test_a_worker_of_any_number_takes_every_shard(tmp_path, worker, num_workers):
+    """Where a scheduler had left RANK=3 without WORLD_SIZE, it asked for the shards after the last."""
+    leases = take_leases(tmp_path, 4, worker, num_workers, 100.0)
+    assert sorted(next(leases).number for _ in range(4)) == [0, 1, 2, 3]
 
 
 def test_one_of_many_workers_gets_the_lease(tmp_path):
