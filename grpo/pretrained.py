@@ -70,7 +70,7 @@ def load_policy(path: str, device: torch.device,
         except TypeError as error:  # it adds a string to this list
             raise ValueError("expected a chat template for images, found one for text "
                              f"({error})") from None
-        image_processor = AutoImageProcessor.from_pretrained(base, backend="pil")
+        image_processor = load_image_processor(base)
         model = load_model(AutoModelForImageTextToText, base, dtype)
         # In the local folder, or from the hub, which is asked once for all of them.
         places = cached_files(base, list(SOURCE_FILES), _raise_exceptions_for_missing_entries=False)
@@ -180,6 +180,12 @@ def load_tokenizer(path: str, sees: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def load_image_processor(path: str) -> BaseImageProcessor:
+    """The image processor, without torchvision. As in `load_model`, no code of a checkpoint is run:
+    by default transformers would ask at the keyboard."""
+    return AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+
+
 def load_model(auto_class: type, path: str,
                dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
     """The model of a local folder or a hub name.
@@ -193,7 +199,7 @@ def load_model(auto_class: type, path: str,
                          "into its base")
     model, report = auto_class.from_pretrained(
         path, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True,
-        output_loading_info=True,
+        output_loading_info=True, trust_remote_code=False,
     )
     if not hasattr(model.config, "quantization_config"):  # transformers reads what that says
         check_weights(Path(cached_file(path, "config.json")).parent, model)

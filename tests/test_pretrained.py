@@ -392,6 +392,20 @@ def test_a_template_that_shows_no_image_is_refused_when_loaded(copy_of, template
         load_policy(str(folder), CPU)
 
 
+@pytest.mark.parametrize("kind, file, settings", [
+    ("verifier", "config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}),
+    ("policy", "preprocessor_config.json", {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.P"}}),
+])
+def test_code_of_a_checkpoint_is_not_run_and_nobody_is_asked(copy_of, kind, file, settings, monkeypatch):
+    """transformers asked "run the custom code? [y/N]" in a terminal, on each rank, for 15 seconds."""
+    folder = copy_of(kind)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | settings))
+    (folder / "own.py").write_text("raise SystemExit('ran')")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    with pytest.raises(ValueError, match=rf"expected a {kind}'s folder .*contains custom code"):
+        LOAD[kind](str(folder), CPU)
+
+
 def test_a_head_that_is_stored_apart_is_untied_whatever_the_config_says(copy_of):
     """A copy made from the config, as each rank makes it, would tie it and train another model."""
 

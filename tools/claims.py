@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tqdm import tqdm
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from data.benchmarks.benchmark import Benchmark
 from data.toy.facts import is_true, scene_of, told_share
 from grpo.distributed import all_or_none, gather_rows, local_device, rank, world_size
-from grpo.pretrained import find_model, loading
+from grpo.pretrained import find_model, load_image_processor, loading
 from reward.claims import Checker, claim_record, claims_of, judge_claims, load_checker
 from tools.budgets import count_words
 from tools.stats import bootstrap_interval, by_image, markdown, mean, question_means
@@ -53,7 +52,7 @@ def judged_rows(config: CheckerConfig, benchmarks: Sequence[Benchmark],
     with all_or_none("models"):  # now, not when captions have been written
         base, adapters = find_model(config.checker)
         with loading(base, "checker", adapters):
-            AutoImageProcessor.from_pretrained(base, backend="pil")
+            load_image_processor(base)
     for name, captioner, rows in pairs:
         with all_or_none("checker"):
             checker = checker or load_checker(config.checker, config.checker_mode, local_device())

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from grpo.pretrained import load_image_processor
 
 Measure = Callable[[Sequence[Image.Image]], list[Any]]
 """Images -> a value for each, None where the model's output is not finite."""
@@ -58,8 +59,8 @@ def _load(kind: Any, path: str,
           device: torch.device) -> tuple[Any, Callable[[Sequence[Image.Image]], Tensor]]:
     """The model, and the function that makes its input of images."""
     try:
-        model = kind.from_pretrained(path, use_safetensors=True).to(device).eval()
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        model = kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
+        processor = load_image_processor(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"{path}: expected a vision model ({reason})") from None
@@ -68,4 +69,4 @@ def _load(kind: Any, path: str,
         pixels = processor(images=list(images), return_tensors="pt").pixel_values
         return pixels.to(device, model.dtype)
 
-    return model, pixels_of
+    return model.to(device).eval(), pixels_of
