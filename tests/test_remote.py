@@ -283,6 +283,21 @@ def test_a_server_that_reads_ids_as_words_is_not_sent_ids():
         assert type(load_verifier(server.address, CPU, mode="sample")) is ChatVerifier
 
 
+def test_a_server_is_tried_once_in_each_mode():
+    with stub(lambda path, body: letters(A=1) if "logprobs" in body else {"choices": [{"text": "B"}]}) as server:
+        verifier = load_verifier(server.address, CPU)
+        verifier.under(mode="logits")
+        assert len(server.seen) == 2  # its models, and a question
+        verifier.under(mode="sample").under(mode="logits").under(mode="sample")
+        assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize("told, context", [(512, 512), (None, math.inf), (0, math.inf), (-1, math.inf), ("8k", math.inf)])
+def test_a_context_that_the_server_does_not_tell_has_no_end(told, context):
+    with stub(None, {"data": [{"id": "tiny", "max_model_len": told}]}) as server:
+        assert Server(f" {server.address}/\n").context == context
+
+
 def test_a_tokenizer_that_is_not_here_is_looked_for_once(monkeypatch):
     """It was twice where a server names no root: minutes of tries at a hub that cannot be reached."""
     asked = []
@@ -370,7 +385,8 @@ def test_the_key_is_sent_and_written_nowhere(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fault", [
-    None, (429, b"slow down", {"Retry-After": 0}), (500, b"oops", {}), (502, b"<html>", {}), (503, b"", {}),
+    None, (429, b"slow down", {"Retry-After": 0}), (500, b"oops", {}), (500, letters(A=1), {}), (502, b"<html>", {}),
+    (503, b"", {}),
     (504, b"", {"Retry-After": "soon"}), (503, b"", {"Retry-After": "Fri, 31 Dec 99999 23:59:59 GMT"}),
     (429, b"", {"Retry-After": "9" * 5000}), (408, b"", {}), (425, b"", {}), (522, b"", {}), (529, b"", {}), b"{", b"[]",
     {"choices": []}, {"error": "x"},
