@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data.captions.leases as leases
 from caption import CaptionConfig, caption, main
 from data.captions.exports import check_captions, check_export
 from data.captions.leases import _new_part, take_lease, take_leases
@@ -462,6 +463,16 @@ def test_one_of_many_workers_gets_the_lease(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(got) == [f"shard-{n:06d}" for n in range(10)]
+
+
+def test_who_looked_before_another_took_or_finished_the_shard_gets_no_lease(tmp_path, monkeypatch):
+    finished = tmp_path / "shard-000001.jsonl"
+    take_lease(tmp_path, 0, 100.0).release()
+    monkeypatch.setattr(leases, "own_files", lambda *_: [])  # as it looked there was no lease
+    assert take_lease(tmp_path, 0, 100.0) is None
+    monkeypatch.setattr(leases, "own_files", lambda *_: finished.touch() or [])
+    assert take_lease(tmp_path, 1, 100.0) is None
+    assert {path.name for path in tmp_path.iterdir()} == {"shard-000000.lease-0000", finished.name}
 
 
 @pytest.mark.parametrize("rest", [b'{"i', b"\0" * 9 + b"\n", b'\0\0\n{"id": 3}\n', b"3\n"])
