@@ -38,7 +38,7 @@ from data.curate.filter import (
     tells_answer,
 )
 from data.curate.generate import GenerateConfig, generate
-from data.curate.images import ImagesConfig, choose_images
+from data.curate.images import ImagesConfig, choose_images, decide, measure_batch
 from data.curate.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
 from data.curate.work import take_out_unfinished
 from data.examples import Example, Question, load_examples
@@ -254,7 +254,10 @@ def test_writing_tries_again_and_records_what_failed(tmp_path, capsys):
     draw(make_scene("train", 3)).save(photos / "03.png")
     generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2), scripted)
     assert len(load_examples(str(tmp_path / "out/examples.jsonl"))) == 2  # what failed is not tried again unless told
-    generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, retry_failed=True), scripted)
+    asked = []
+    generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, retry_failed=True),
+             lambda images, keys: asked.extend(keys) or scripted(images, keys))
+    assert {key.split(":")[1] for key in asked} == {"02.png", "03.png"}  # what is written stays
     assert len(load_examples(str(tmp_path / "out/examples.jsonl"))) == 3 and len(rows_of(tmp_path / "out")) == 4
     with pytest.raises(ValueError, match=r"settings.json: expected seed 1 as now asked for, found 0; take another --out"):
         generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, seed=1), scripted)
@@ -731,6 +734,48 @@ def test_every_picture_gets_a_decision_with_its_score(tmp_path):
         row["id"]: row for row in map(json.loads, (tmp_path / "out2/decisions.jsonl").read_text().splitlines())
     }
     assert decisions["copy.png"]["fate"] == "exact duplicate" and decisions["copy.png"]["of"] == "00.png"
+
+
+def decided(rows: dict[str, dict], *known: int, **settings) -> dict[str, tuple]:
+    """Fate and `of` of pictures with these measurements; `hash` and `known` are numbers of 256 bits."""
+    sound = {"fate": "measured", "width": 64, "height": 64, "entropy": 7.0, "edges": 0.1}
+    measured = [sound | {"id": id, "digest": id} | row | {"hash": row["hash"].to_bytes(32, "little").hex()}
+                for id, row in rows.items()]
+    benchmark = [(f"known {n}", np.frombuffer(bits.to_bytes(32, "little"), np.uint64)) for n, bits in enumerate(known)]
+    decisions = decide(measured, benchmark, ImagesConfig("x", "y", **settings))
+    return {row["id"]: (row["fate"], row.get("of")) for row in decisions}
+
+
+def test_a_picture_at_a_threshold_stays_and_one_beyond_it_goes():
+    rows = {"as it is": {}, "narrow": {"width": 63}, "low": {"height": 63},
+            "grey": {"entropy": 0.2}, "greyer": {"entropy": 0.19},
+            "smooth": {"edges": 0.002}, "smoother": {"edges": 0.0019}, "bare": {"unsafe": 0.5}, "barer": {"unsafe": 0.51}}
+    apart = random.Random(0)
+    fates = decided({id: row | {"hash": apart.getrandbits(256)} for id, row in rows.items()})
+    assert {id: fate for id, (fate, _) in fates.items() if fate != "kept"} == {
+        "narrow": "low resolution", "low": "low resolution", "greyer": "too simple", "smoother": "too simple",
+        "barer": "unsafe"}
+
+
+def test_of_pictures_alike_the_largest_stays_then_the_first():
+    near, far, other = 2**32 - 1, 2**33 - 1, (2**200 - 1) ^ (2**100 - 1)  # 32, 33 and 100 bits
+    rows = {"first": {"hash": 0}, "second": {"hash": 0}, "copy": {"hash": 0, "digest": "large"},
+            "large": {"hash": near, "width": 65},
+            "apart": {"hash": other}, "near": {"hash": other ^ near}, "far": {"hash": other ^ (far << 210)}}
+    assert decided(rows) == {
+        "first": ("near duplicate", "large"), "second": ("near duplicate", "large"), "copy": ("exact duplicate", "large"),
+        "large": ("kept", None), "apart": ("kept", None), "near": ("near duplicate", "apart"), "far": ("kept", None)}
+    assert decided(rows, other ^ near, other, max_hash_distance=0) == {
+        "first": ("kept", None), "second": ("near duplicate", "first"), "copy": ("near duplicate", "first"),
+        "large": ("kept", None), "apart": ("in a benchmark", "known 1"), "near": ("in a benchmark", "known 0"),
+        "far": ("kept", None)}
+
+
+def test_what_a_model_gives_no_number_for_has_failed():
+    pictures = [(name, Image.new("RGB", (8, 8), name)) for name in ("red", "blue")]
+    red, blue = measure_batch(pictures, {"unsafe": lambda images: [None, 0.25]})
+    assert (red["fate"], red["reason"]) == ("failed", "unsafe: not finite")
+    assert (blue["fate"], blue["unsafe"]) == ("measured", 0.25)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
