@@ -64,9 +64,11 @@ def test_a_writer_on_another_machine_lives_while_its_heart_beats(tmp_path, monke
         with pytest.raises(ValueError, match="expected to be its only writer, found process 7"):
             check_writer(tmp_path)
     assert json.loads(path.read_text()) == other
-    with only_writer(tmp_path / "new"):
-        pass
-    assert not (tmp_path / "new").exists()  # nothing was written
+    (tmp_path / "made before").mkdir()
+    for name in ("made before", "new"):
+        with only_writer(tmp_path / name):
+            pass
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["made before"]  # nothing was written
 
 
 def test_a_heart_beats_on_after_a_disk_was_away(tmp_path, monkeypatch):
