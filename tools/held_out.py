@@ -156,12 +156,11 @@ class HeldOut:
         with self.phases("held_out"):
             if not is_known:
                 self.rows.append(self._measure(num_steps))
-            rows = [row for row in self.rows if row["step"] <= num_steps]
-            best, reason = standing(rows, self.settings.patience, self.settings.stop_at)
-            self._keep(best, rows[-1], bool(reason))
+            best, reason = standing(self.rows, self.settings.patience, self.settings.stop_at)
+            self._keep(best, self.rows[-1], bool(reason))
         with all_or_none("log"), naming(self.run_dir):
             for tracker in self.trackers:
-                tracker(num_steps, finite_numbers(eval=rows[-1]), [])
+                tracker(num_steps, finite_numbers(eval=self.rows[-1]), [])
         if reason:
             print0(f"the run ends after {num_steps} steps: {reason}; --resume goes on if "
                    "--patience or --stop-at say so")
