@@ -2,6 +2,7 @@
 """Questions written and filtered, images chosen: by hand, by brute force, and through a kill in the middle."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -31,6 +32,7 @@ from data.curate.answers import BLIND, SEEING, answer_by_options
 from data.curate.filter import (
     FilterConfig,
     filter_questions,
+    filter_report,
     judge_question,
     measure_question,
     select_questions,
@@ -205,6 +207,7 @@ def test_repeats_go_and_of_two_alike_the_harder_stays():
     assert fates == ["repeated", "kept", "kept", "repeated", "kept"]  # 5 of 6 words are alike: 0.83
     assert similarity(questions[0], questions[3]) == pytest.approx(5 / 6)
     assert similarity(questions[0], questions[2]) == 0
+    assert similarity(ask("?", "red"), ask("!", "red")) == 1  # without a word, too
     fates = [
         one["fate"]
         for one in select_questions(questions, kept, replace(config, max_similarity=1, max_questions=3))
@@ -416,6 +419,17 @@ def test_filtering_reports_why_with_examples_and_a_picture_that_fails(tmp_path):
     assert {(row["fate"], row["reason"]) for row in rows_of(tmp_path / "mute")} == {("failed", "too long")}
     assert "| could not be scored |" in (tmp_path / "mute/report.md").read_text()
     assert "| over the cap |" in report and "## over the cap" in report and "train-000001.png" in report
+
+
+def test_the_report_compares_the_right_options_prior_with_chance():
+    questions = tuple(Question(f"Question {n}?", ("a", "b", "c", "d"), n) for n in range(4))
+    verdicts = [{"fate": "kept", "prior": 0.25}, {"fate": "kept", "prior": 0.05}, {"fate": "repeated", "prior": 0.75},
+                {"fate": "could not be scored", "failure": "x"}]
+    row = {"id": "a", "fate": "filtered", "questions": verdicts}
+    report = "\n".join(filter_report([Example("a", Path("a.png"), questions)], [row]))
+    assert "chance in 33.3% of all questions; its probability is 1.40 times chance on average." in report
+    assert "chance in 0.0% of kept questions; its probability is 0.60 times chance on average." in report
+    assert "| kept | 2 | 50.0% |\n" in report
 
 
 def test_another_rule_is_decided_from_the_measurements_there_are(tmp_path):
@@ -665,6 +679,14 @@ def test_the_hash_stays_where_the_eye_sees_the_same_and_differs_elsewhere():
     assert min(apart) > 32 and np.median(apart) > 60
     bits = [[int(bit) for word in one for bit in f"{int(word):064b}"] for one in hashes[:2]]
     assert apart[0] == sum(a != b for a, b in zip(*bits))
+
+
+def test_the_hash_by_plain_sums_of_cosines():
+    values = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    waves = [[math.cos(math.pi * (2 * place + 1) * number / 128) for place in range(64)] for number in range(16)]
+    sums = [(values * np.outer(down, across)).sum() for down in waves for across in waves][1:]
+    bits = "".join(str(int(total > sorted(sums)[127])) for total in sums) + "0"
+    assert perceptual_hash(Image.fromarray(values)).tobytes() == int(bits, 2).to_bytes(32, "big")
 
 
 def test_near_duplicates_against_a_plain_loop():
