@@ -346,6 +346,18 @@ def test_an_id_that_is_no_text_or_number_is_refused_wherever_rows_are_read(tmp_p
         list(caption_rows(path))
 
 
+def test_row_groups_read_last_are_kept_as_far_as_there_is_room(tmp_path, monkeypatch):
+    pictures = [letter * 100 for letter in (b"a", b"b", b"c")]
+    pq.write_table(pa.table({"image": pictures}), tmp_path / "x.parquet", row_group_size=1)
+    groups = parquet._Groups()
+    monkeypatch.setattr(parquet, "_groups", groups)
+    stored = [row["image"] for _, row in parquet.parquet_rows(tmp_path / "x.parquet")]
+    for room, order, kept in ((250, [0, 1, 0, 2], [0, 2]), (1, [1], [1])):  # the one in use is kept however large
+        monkeypatch.setattr(parquet, "CACHE_BYTES", room)
+        assert [stored[n].read() for n in order] == [pictures[n] for n in order]
+        assert [group for _, group, _ in groups.kept] == kept
+
+
 def test_bytes_that_lie_deeper_than_a_picture_does_are_told_in_a_sentence(tmp_path):
     """Two shapes ended in a KeyError or a TypeError."""
     shapes = [{"data": {"bytes": png(), "path": None}}, {"bytes": [png()]}, {"picture": png(), "path": ""}]

@@ -20,6 +20,7 @@ from tools.prism import (
     CAPTIONQA_ABSTAIN,
     answer_line,
     ask_item,
+    look_text,
     others_captions,
     prism,
     read_prompt,
@@ -54,6 +55,16 @@ def test_captionqa_protocol():
     yes_no = Item("y", Question("Is it red?", ("Yes", "No"), 0))
     assert ask_item(yes_no, "captionqa", 0).abstain is None and ask_item(items[0], "choice", 0).abstain is None
     assert ask_item(items[0], "captionqa", 0, from_caption=False).abstain is None
+
+
+def test_what_is_said_to_a_model_that_sees_the_picture():
+    asked = ask_item(Item("x", Question("Is it red?", ("Yes", "No"), 0)), "choice", 0)
+    assert look_text(asked) == (
+        f"Is it red?\nA) {asked.options[0]}\nB) {asked.options[1]}\nReply with the letter of one option.", "The answer is")
+    asked = ask_item(Item("y", FreeQuestion("How many?", ("4",))), "relaxed", 0)
+    assert look_text(asked) == (
+        "How many?\nReply with the answer alone, on one line: a number, a name or a few words, without a sentence around it.",
+        "Answer:")
 
 
 @pytest.mark.parametrize(("reply", "line"), [
