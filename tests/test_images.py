@@ -184,6 +184,8 @@ def test_exif_orientation_is_applied_and_a_broken_one_is_not(tmp_path):
     exif[0x0112] = 6  # turn by a quarter
     Image.new("RGB", (30, 20)).save(tmp_path / "x.jpg", exif=exif)
     assert open_image(tmp_path / "x.jpg").size == (20, 30)
+    mine = Image.open(tmp_path / "x.jpg")  # in memory it is the caller's, who has turned it or not
+    assert open_image(mine).size == mine.size == (30, 20)
     Image.new("RGB", (30, 20)).save(tmp_path / "y.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff no more")
     assert open_image(tmp_path / "y.jpg").size == (30, 20)
 
@@ -376,6 +378,9 @@ def test_paths_in_a_file_stay_below_the_root(tmp_path, monkeypatch):
     for name in names:
         with pytest.raises(ValueError, match="expected a path below"):
             image_path(root, name)
+    for name in ("", ".", "deep", "deep/b.png"):
+        with pytest.raises(ValueError, match="expected a file, found nothing"):
+            image_path(root, name)
     monkeypatch.chdir(tmp_path)
     assert image_path(Path("root"), str(root / "deep/a.png")) == root / "deep/a.png"
     (root / "link").symlink_to(tmp_path)  # made by whoever owns the folder
@@ -406,3 +411,6 @@ def test_a_picture_inside_a_larger_file_is_read_when_it_is_needed_and_named(tmp_
     assert not reads and image_size(stored) == (30, 20) and open_image(stored).mode == "RGB" and len(reads) == 2
     with pytest.raises(ValueError, match=r"set.parquet row 8: expected an image that Pillow can read"):
         open_image(StoredImage("set.parquet row 8", lambda: b"no image"))
+    (tmp_path / "x.png").unlink()
+    with pytest.raises(ValueError, match=r"set.parquet row 7: expected an image that Pillow can read \(.*No such file"):
+        open_image(stored)
