@@ -23,8 +23,8 @@ from PIL import Image
 import data.captions.leases as leases
 from caption import CaptionConfig, caption, main
 from data.captions.exports import check_captions, check_export
-from data.captions.leases import _new_part, take_lease, take_leases
-from data.captions.shards import plan_shards
+from data.captions.leases import _new_part, take_lease, take_leases, write_shard
+from data.captions.shards import Shard, plan_shards
 from data.images import open_image
 from data.io import ahead, text_hash
 from data.jsonl import read_log
@@ -159,8 +159,9 @@ def test_ids_that_begin_again_in_each_file_are_no_copied_shard(tmp_path):
     check_captions(tmp_path)
 
 
-def test_the_hash_is_of_the_weights(policy):
+def test_the_hash_is_of_the_weights(policy, monkeypatch):
     before = model_hash(policy)
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "5.999")  # a worker's elsewhere
     assert before == model_hash(policy)
     with torch.no_grad():
         policy.model.lm_head.weight[5, 5] += 1
@@ -495,7 +496,7 @@ def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     second.release()
     assert rows_of(tmp_path) == rows
     first.finish()  # the first one wakes up: nothing changes
-    assert rows_of(tmp_path) == rows and take_lease(tmp_path, 0, 0.4) is None
+    assert rows_of(tmp_path) == rows and first.is_lost and take_lease(tmp_path, 0, 0.4) is None
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
 
 
@@ -519,6 +520,23 @@ def test_a_part_with_rows_of_other_images_is_refused_and_stays(folder, tmp_path,
     time.sleep(0.2)
     caption(config)
     assert (tmp_path / "shard-000000.jsonl").read_text() == "".join(whole[:2])
+
+
+@pytest.mark.parametrize("num", [0, 1, 2])
+def test_a_worker_that_has_lost_its_shard_writes_and_finishes_nothing_more(tmp_path, num):
+    """After so many rows another one takes it over."""
+    def batches(images):
+        for place, id in enumerate(["0", "1", ""]):
+            if place == num:
+                (tmp_path / "shard-000000.lease-0001").touch()
+            if id:
+                yield [{"id": id, "image": f"{id}.png"}]
+
+    shard = Shard(lambda: [(id, f"{id}.png", Path()) for id in "01"], "key")
+    lease = take_lease(tmp_path, 0, 100.0)
+    written = [rows[0]["id"] for rows in write_shard(lease, shard, batches)]
+    assert written == [row["id"] for row in read_log(lease.part)] == ["0", "1"][:num]
+    assert not lease.finished.exists() and lease.path.exists()
 
 
 def test_a_lease_of_a_time_to_come_is_taken_over(tmp_path):
@@ -621,6 +639,10 @@ def test_llava_export_field_by_field(finished, capsys):
     assert check_export(finished / "llava.json") == 2
     with pytest.raises(ValueError, match=r"llava.json row 0: image .*a.png: expected a file, found nothing"):
         main(["--check", str(finished / "llava.json"), "--images", str(finished)])
+    shard = finished / "shard-000000.jsonl"
+    shard.write_text(shard.read_text().replace('"stop"', '"length"'))
+    main(["--out", str(finished), "--export", "llava"])
+    assert "2 rows, 2 of them cut off at 9 tokens" in capsys.readouterr().out
 
 
 def test_an_export_warns_of_images_that_trainers_see_otherwise(finished, tmp_path, capsys, monkeypatch):
