@@ -21,7 +21,7 @@ from grpo.config import TrainConfig, change
 from grpo.log import log_step
 from grpo.recipes import toy_config
 from grpo.run_dir import check_resumes, rewind, start_run
-from tools.held_out import KEYS, export, read_evaluations, set_aside, standing
+from tools.held_out import KEYS, HeldOut, export, read_evaluations, set_aside, standing
 from tools.stats import summarize
 from train import train
 
@@ -199,6 +199,12 @@ def test_a_judge_as_reward_is_measured_by_the_verifier(tmp_path):
     assert set(json.loads((tmp_path / "run/config.json").read_text())["contents"]) == {
         "data", "eval_data", "policy", "judge", "verifier"
     }
+
+
+@pytest.mark.parametrize("samples, drawn", [(0, (0.0, 1)), (3, (0.7, 3))])
+def test_an_evaluation_draws_at_the_runs_temperature_or_takes_the_likeliest(samples, drawn):
+    held = HeldOut(load_benchmark("toy:heldout:1"), toy_config(temperature=0.7, **EVAL | {"eval_samples": samples}))
+    assert (held.captioning.temperature, held.captioning.num_captions) == drawn
 
 
 def test_evaluations_are_taken_back_to_the_checkpoint(tmp_path):
