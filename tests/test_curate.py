@@ -39,7 +39,7 @@ from data.curate.filter import (
     similarity,
     tells_answer,
 )
-from data.curate.generate import GenerateConfig, generate
+from data.curate.generate import GenerateConfig, generate, write_batch
 from data.curate.images import ImagesConfig, choose_images, decide, measure_batch
 from data.curate.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
 from data.curate.work import take_out_unfinished
@@ -264,6 +264,15 @@ def test_writing_tries_again_and_records_what_failed(tmp_path, capsys):
     assert len(load_examples(str(tmp_path / "out/examples.jsonl"))) == 3 and len(rows_of(tmp_path / "out")) == 4
     with pytest.raises(ValueError, match=r"settings.json: expected seed 1 as now asked for, found 0; take another --out"):
         generate(GenerateConfig(str(photos), str(tmp_path / "out"), attempts=2, seed=1), scripted)
+
+
+def test_of_a_text_sound_questions_stay_and_the_picture_is_not_asked_about_again(tmp_path):
+    calls, text = [], BLOCK.format(id="cup") + BLOCK.format(id="cap").replace("**Answer:** B) blue", "")
+    picture = Image.new("RGB", (56, 56))
+    [row] = write_batch([("a", picture)], lambda *given: calls.append(given) or [(text, True)], GenerateConfig("x", "y"))
+    assert row["fate"] == "written" and len(row["questions"]) == len(calls) == 1
+    [attempt] = row["attempts"]
+    assert attempt["text"] == text and attempt["truncated"] and [bool(one["reason"]) for one in attempt["dropped"]] == [True]
 
 
 def pictures_in(folder: Path, kind: str, colors: list[str]) -> str:
