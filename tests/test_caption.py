@@ -159,6 +159,15 @@ def test_ids_that_begin_again_in_each_file_are_no_copied_shard(tmp_path):
     check_captions(tmp_path)
 
 
+def test_a_row_of_parquet_without_an_id_has_the_place_of_its_file(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        columns = {"id": ["", f"{folder} 1", None], "index": [0, 1, 2], "image": [png(0)] * 3}
+        pq.write_table(pa.table(columns), tmp_path / folder / "x.parquet")
+    ids = [id for shard in plan_shards(tmp_path, 9) for id, _, _ in shard.images()]
+    assert ids == ["a/x:0", "a 1", "a/x:2", "b/x:0", "b 1", "b/x:2"]
+
+
 def test_the_hash_is_of_the_weights(policy, monkeypatch):
     before = model_hash(policy)
     monkeypatch.setattr("transformers.configuration_utils.__version__", "5.999")  # a worker's elsewhere
@@ -534,8 +543,11 @@ def test_a_worker_that_has_lost_its_shard_writes_and_finishes_nothing_more(tmp_p
 
     shard = Shard(lambda: [(id, f"{id}.png", Path()) for id in "01"], "key")
     lease = take_lease(tmp_path, 0, 100.0)
-    written = [rows[0]["id"] for rows in write_shard(lease, shard, batches)]
-    assert written == [row["id"] for row in read_log(lease.part)] == ["0", "1"][:num]
+    written = []
+    for rows in write_shard(lease, shard, batches):
+        written += rows
+        assert read_log(lease.part) == written  # on the disk already
+    assert [row["id"] for row in written] == ["0", "1"][:num]
     assert not lease.finished.exists() and lease.path.exists()
 
 

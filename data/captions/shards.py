@@ -145,7 +145,7 @@ def _parquet_images(path: Path, file: str, group: int) -> Iterator[NamedImage]:
         for row in picture_rows(path, group, ("id",)):
             name, id = row.where.replace(str(path), file), row.id
             if row.cells.get("id") in (None, ""):
-                # An `index` begins again in each file, and two images would have the same id.
+                # Files of two folders may have one name, and two images would have the same id.
                 id = f"{stem}:{row.where.rsplit(' ', 1)[1]}"
             try:
                 yield id, name, row.picture()[1]
