@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from data.benchmarks.benchmark import Benchmark
 from tools.stats import bootstrap_interval, markdown, paired_difference, summarize
 from tools.tables import format_table, report
 
@@ -43,6 +44,17 @@ def test_what_was_not_measured_has_no_interval_in_the_tables():
     rows = {("d", "c"): [row("1", [None]), row("2", [1.0], "b")], ("d", "other"): [row("1", [1.0]), row("2", [None], "b")]}
     text = report([], rows, {key: summarize(group) for key, group in rows.items()})
     assert "| d | c | a | 0 | 0 |  |  |" in text and "| d | other | c | 0 |  |  |" in text and "nan" not in text
+    assert "| d | c | c |" not in text  # nobody is compared with himself
+
+
+def test_a_report_has_the_shares_of_a_benchmark_and_of_no_other():
+    rows = {("q", "c"): [row("1", [1.0])], ("d", "c"): [row("1", [0.5])]}
+    tables = {key: summarize(group) for key, group in rows.items()}
+    kinds = [Benchmark("q", "captionqa", "captionqa", [], []), Benchmark("d", "mmbench", "choice", [], [])]
+    text = report(kinds, rows, tables)
+    assert "Paired" not in text and "CAPEval, in percent" not in text
+    shares = text.partition("CaptionQA:\n\n")[2].split("\n\n")[0].splitlines()
+    assert len(shares) == 3 and shares[2].startswith("| c | 1.000 |")
 
 
 def test_bootstrap_interval_is_that_of_the_mean():
