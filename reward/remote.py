@@ -75,7 +75,7 @@ class Server:
             parts = urllib3.util.parse_url(address.strip())
         except urllib3.exceptions.LocationParseError:
             parts = urllib3.util.Url()
-        if parts.scheme not in ("http", "https") or not parts.host:
+        if parts.scheme not in ("http", "https") or not re.fullmatch(r"\S+", parts.host or ""):
             # as given, but without what may be a user, a password or a query
             given = re.sub(r"^(\w+://)?.*@|[?#].*", r"\1", address.strip()).rstrip("/")
             raise ValueError("verifier: expected an address such as http://HOST:8000/v1, got "

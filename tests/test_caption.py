@@ -85,7 +85,7 @@ def test_a_folder_in_shards(folder, expected, tmp_path, capsys):
     moved = TOY | {"policy": str(tmp_path / "other")}  # another machine has the same policy at another path
     caption(CaptionConfig(str(folder), str(tmp_path / "new/a"), shard_size=4, **moved))
     settings = json.loads((tmp_path / "other/config.json").read_text())
-    (tmp_path / "other/config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
+    (tmp_path / "other/config.json").write_text(json.dumps(settings | {"video_token_id": 5}))
     both = (rf"expected model {tmp_path}/other '\w+' as now asked for, found data/toy/policy '{model_hash(policy)}'; "
             "take another --out")
     with pytest.raises(ValueError, match=both):
