@@ -55,7 +55,7 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
             policy.image_processor.save_pretrained(unfinished)
         for name, content in policy.files.items():
             (unfinished / name).write_bytes(content)
-        if policy.files and "chat_template.jinja" not in policy.files:  # tokenizers read only this
+        if "chat_template.jinja" not in policy.files:  # tokenizers read only this
             template = policy.tokenizer.get_chat_template()
             (unfinished / "chat_template.jinja").write_text(template, encoding="utf-8")
         head = model.get_output_embeddings().weight

@@ -54,10 +54,10 @@ def test_the_toy_run_passes(tmp_path, capsys):
 
 @pytest.mark.parametrize("num_steps, evaluations", [(10, 3), (11, 4), (15, 4), (16, 5)])
 def test_evaluations_are_counted_with_that_of_the_first_policy_and_the_last(num_steps, evaluations):
-    pictures = [SimpleNamespace(items=[0, 1]), SimpleNamespace(items=[0])]
+    pictures = [SimpleNamespace(items=[0] * count) for count in (2, 1, 4)]
     config = toy_config(num_steps=num_steps, eval_data="0.2", eval_every=5, eval_samples=2)
     facts = check_held_out(SimpleNamespace(benchmark=SimpleNamespace(pictures=pictures)), config).facts
-    assert facts.startswith(f"{evaluations} evaluations on 2 images; each has 4 captions and 6 answers")
+    assert facts.startswith(f"{evaluations} evaluations on 3 images; each has 6 captions and 14 answers")
 
 
 def test_a_run_of_one_image_passes(tmp_path, capsys):
