@@ -17,13 +17,20 @@ from data.export import example_row
 from data.jsonl import read_log
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
-from grpo.run import sample_step
+from grpo.run import load_run, sample_step
 from grpo.update import prepare_training_
 from tools.check import check, token_names
 from train import step_examples, train
 
 QUESTION = Question("What?", ("x", "y"), 1)
 EXAMPLES = [Example(str(i), Path(f"{i}.png"), (QUESTION,)) for i in range(7)]
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_without_a_kl_term_no_reference_is_held(lora_rank):
+    for kl_coef in (0.0, 0.01):
+        run = load_run(toy_config(kl_coef=kl_coef, lora_rank=lora_rank), torch.device("cpu"))
+        assert (run.reference is None) == (kl_coef == 0)
 
 
 def test_no_image_comes_twice_in_a_pass_and_every_pass_has_its_own_order():
