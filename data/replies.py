@@ -210,10 +210,11 @@ _NAMED = re.compile(
     rf"""["'*_`$(\[]*{_LETTER}["'*_`$]*(?:[)\]]|(?={_LABEL_END}))"""
 )
 
-# A letter that is right beside another one: "B. A is also right", "B、C都对".
+# A letter that is right beside another one: "B. A is also right", "B、C都对". At the end of a name
+# it is none: "B. Point A is also red".
 _TOO = re.compile(
-    r"(?<![a-z0-9])(?P<letter>[a-j])(?: are (?:both |all |also )?"
-    r"(?:right|correct|supported|possible)\b| is also\b|"
+    rf"(?:(?<![a-z0-9图表点线组队类楼座])(?<![a-z0-9] )|{_ANSWER_IS}|\band )(?P<letter>[a-j])"
+    r"(?: are (?:both |all |also )?(?:right|correct|supported|possible)\b| is also\b|"
     r" ?[都均皆也亦](?![^,.;\n]{0,3}[不没未无错]))"
 )
 

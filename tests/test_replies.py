@@ -205,7 +205,10 @@ NINE = tuple(f"x{i}" for i in range(1, 10))
                         "green is far-fetched", "B) green is discounted", "The answer is B, which is disputed"]),
         # another letter that is right too
         (COLORS, None, ["B, C are both right", "B. A is also right", "B. C is also possible", "B、C都对", "B，C都对",
-                        "A，B都正确", "B。A也对", "B、C均正确"]),
+                        "A，B都正确", "B。A也对", "B、C均正确", "A, B and C are correct", "B. Option A is also right"]),
+        # but a name may end in a letter
+        (COLORS, 1, ["B. Point A is also marked", "B. Vitamin C is also in it", "B. Team A are both right",
+                     "B。图A也是这样", "B，点A、点C都在上面"]),
         (COLORS, 1, ["B, since A and C are not mentioned", "B, because A and C are wrong", "B，因为A和C都没有提到",
                      "B，因为A、C都没提到"]),
         # of a letter only words that agree are taken, whatever the others are
