@@ -137,7 +137,8 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     [checkpoint] = gather_rows(found)
     num_steps = 0
     if checkpoint:
-        folder, num_steps = checkpoint
+        found, num_steps = checkpoint
+        folder = run_dir / "checkpoints" / found.name  # the run folder's path may differ by rank
         with all_or_none("resume"):
             load_checkpoint_(folder, state)
         run.update_sampler_()

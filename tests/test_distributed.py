@@ -249,7 +249,7 @@ def leave_early(phase: str) -> None:
 
 def run_unlike(folder: Path, settings: dict) -> None:
     """What each rank does: it begins runs in which rank 1 has something else, and then a good one, in which rank 1 is
-    slow. That goes on where rank 1 does not see the checkpoint yet."""
+    slow. That goes on where rank 1 does not see the checkpoint yet, and has the run folder at another path."""
     def begin(what: str, **changes) -> None:
         try:
             train.train(toy_config(**settings | {"run_dir": str(folder / "run")} | changes))
@@ -274,7 +274,8 @@ def run_unlike(folder: Path, settings: dict) -> None:
     begin("good", micro_batch_tokens=[1, 10**6][rank()])
     if is_other:
         grpo.checkpoint.latest_checkpoint = lambda run_dir: None
-    begin("late", resume=True, num_steps=2)
+    os.chdir(folder / ["", "policy"][rank()])
+    begin("late", resume=True, num_steps=2, run_dir=os.path.relpath(folder / "run"))
     os._exit(0)
 
 
