@@ -67,7 +67,7 @@ _OTHERS = re.compile(
     r"\b(?:option|choice|answer)s? (?:above|below)\b|"
     r"^the (?:first|second|third|last|former|latter)(?: (?:one|two|three|four))?\W*$|"
     # the same in Chinese; "60岁以上" is an amount
-    r"(?:^|[是非有部除于])以[上下]|[上下]述|"
+    r"(?:^|[是非有无部除了于为含括和与同])以[上下]|以[上下](?:所有|任何|选项|答案)|[上下]述|"
     r"^[上下前]面的?(?:[都均皆全没无]|所有|任何|选项|答案)|"
     r"[前后第][一二两三四五\d](?:项|个?选项|个?答案)"
 )

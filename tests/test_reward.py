@@ -154,7 +154,8 @@ def orders(choices: tuple[str, ...], abstain: bool = False) -> set[tuple[str, ..
 @pytest.mark.parametrize(
     "last", ["All of the above", "None of the above.", "both of the ABOVE", "All above", "以上都是",
              "The first two options", "The first", "Same as above", "Everything above", "None of these above",
-             "上面都对", "前两项", "全部以上", "都不是以上", "上面選項都對", "前兩項"]
+             "上面都对", "前两项", "全部以上", "都不是以上", "上面選項都對", "前兩項", "除了以上都是", "不包括以上任何一项",
+             "选择以上所有"]
 )
 def test_an_option_that_means_those_above_stays_last(last):
     assert orders(("x", "y", "z", last)) == {(*three, last) for three in itertools.permutations("xyz")}
