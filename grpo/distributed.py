@@ -130,7 +130,7 @@ def all_or_none(what: str) -> Iterator[None]:
     if isinstance(own, OSError):
         raise own
     if reasons:
-        raise ValueError(reasons[0] if world_size() == 1 else f"{what}: {reasons[0]}")
+        raise ValueError(reasons[0] if world_size() == 1 else f"{what}: {reasons[0]}") from own
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -409,6 +409,10 @@ def test_times_and_waiting_add_up():
     with pytest.raises(RuntimeError) as caught, phases("reward"):
         raise RuntimeError("out of memory")
     assert caught.value.__notes__ == ["rank 0, phase reward"]
+    failed = ValueError("no answer")
+    with pytest.raises(ValueError, match="^no answer$") as caught, phases("reward", alone=True):
+        raise failed
+    assert caught.value.__cause__ is failed  # CAPRL_TRACEBACK=1 shows where it was raised
 
 
 def test_ranks_end_with_the_code_that_they_should():
