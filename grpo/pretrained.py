@@ -30,6 +30,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from transformers.utils.hub import cached_files
 
 from data.io import check_fetched, read_json, text_hash
+from grpo.distributed import check_alike, world_size
 from grpo.policy import Policy, chat_text, eos_ids, unnamed_ids
 from grpo.vision import prepare_vision_
 
@@ -347,3 +348,9 @@ def model_hash(policy: Policy) -> str:
     settings = json.dumps(parts, sort_keys=True, default=str)
     tokenizer = policy.tokenizer.backend_tokenizer.to_str()
     return text_hash(f"{settings}{tokenizer}{policy.model.dtype} {weights_hash(policy.model)}")
+
+
+def check_models(name: str, policy: Policy) -> None:
+    """Raises ValueError, on all ranks, if one has another captioner. Every rank must call this."""
+    if world_size() > 1:
+        check_alike({name: model_hash(policy)})

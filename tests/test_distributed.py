@@ -313,8 +313,9 @@ def evaluate_unlike(folder: Path) -> None:
     def measure(what: str, **changes) -> None:
         settings = dict(policy=(str(folder / "policy"),), verifier=str(folder / "verifier"), num_captions=1, cache="",
                         data=("toy:heldout:3",), max_new_tokens=8)
+        kind = evaluate.ClaimsConfig if what == "checker" else evaluate.PrismConfig
         try:
-            _, rows = evaluate.run(evaluate.PrismConfig(**settings | changes))
+            _, rows = evaluate.run(kind(**settings | changes))
             print(f"rank {rank()}, {what}: {[len(group) for group in rows.values()]}", flush=True)
         except ValueError as error:
             print(f"rank {rank()}, {what}: {error}", flush=True)
@@ -325,6 +326,7 @@ def evaluate_unlike(folder: Path) -> None:
     measure("paths", policy=(str(folder / f"copy {rank()}"),))
     measure("policy", policy=(str(folder / f"{other}policy"),))
     measure("verifier", verifier=str(folder / f"{other}verifier"))
+    measure("checker", checker=str(folder / f"{other}policy"), checker_mode="likelihood")
     measure("data", data=(f"toy:heldout:{3 + rank()}",))
     file = folder / f"captions {rank()}.jsonl"
     ids = [picture.id for picture in evaluate.load_benchmarks(["toy:heldout:3"])[0].pictures]
@@ -348,7 +350,7 @@ def test_ranks_that_differ_do_not_evaluate_together(tmp_path):
     said = all_ranks(tmp_path, 2, evaluate_unlike, tmp_path)
     for number in (0, 1):
         assert f"rank {number}, paths: [3]" in said, said
-        for what, name in {"policy": "captioner 1", "verifier": "verifier", "data": "benchmarks",
+        for what, name in {"policy": "captioner 1", "verifier": "verifier", "checker": "checker", "data": "benchmarks",
                            "captions": "captions of captioner 1"}.items():
             assert re.search(f"rank {number}, {what}: {name}: expected the same on all ranks, rank 0 has .*, rank 1 has ", said)
         assert f"rank {number}, answers: answers: no answer to any question" in said

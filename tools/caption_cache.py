@@ -32,7 +32,7 @@ from grpo.distributed import (
     world_size,
 )
 from grpo.policy import Policy
-from grpo.pretrained import load_policy, model_hash
+from grpo.pretrained import check_models, load_policy, model_hash
 
 CaptionRow = dict
 """`caption`, `tokens` and `finish_reason`, or the `error` that kept the image from being opened."""
@@ -90,8 +90,8 @@ def all_captions(config: CaptionsConfig, benchmarks: Sequence[Benchmark], seed: 
         is_policy = number < len(config.policy)
         with all_or_none("captions"):
             policy = load_policy(path, device, compute_dtype(device)) if is_policy else None
-        if policy and world_size() > 1:
-            check_alike({f"captioner {number + 1}": model_hash(policy)})
+        if policy:
+            check_models(f"captioner {number + 1}", policy)
         for benchmark in benchmarks:
             captions[benchmark.name, name] = (
                 write_captions(policy, benchmark.pictures, config, seed) if policy

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data.benchmarks.benchmark import Benchmark
 from data.toy.facts import is_true, scene_of, told_share
 from grpo.distributed import all_or_none, gather_rows, local_device, rank, world_size
-from grpo.pretrained import find_model, load_image_processor, loading
+from grpo.pretrained import check_models, find_model, load_image_processor, loading
 from reward.claims import Checker, claim_record, claims_of, judge_claims, load_checker
 from tools.budgets import count_words
 from tools.stats import bootstrap_interval, by_image, markdown, mean, question_means
@@ -54,8 +54,10 @@ def judged_rows(config: CheckerConfig, benchmarks: Sequence[Benchmark],
         with loading(base, "checker", adapters):
             load_image_processor(base)
     for name, captioner, rows in pairs:
-        with all_or_none("checker"):
-            checker = checker or load_checker(config.checker, config.checker_mode, local_device())
+        if not checker:
+            with all_or_none("checker"):
+                checker = load_checker(config.checker, config.checker_mode, local_device())
+            check_models("checker", checker.policy)
         yield name, captioner, with_claims(by_name[name], rows, checker)
 
 

@@ -26,7 +26,7 @@ from data.images import open_image
 from data.replies import parse_choice, without_thoughts
 from grpo.distributed import all_or_none, check_alike, gather_rows, rank, world_size
 from grpo.policy import Policy
-from grpo.pretrained import model_hash
+from grpo.pretrained import check_models
 from grpo.rollout import sample_rollouts
 from reward.caprl import (
     ANSWER_START,
@@ -279,8 +279,8 @@ def direct(benchmark: Benchmark, policy: Policy, *, seed: int, answer_tokens: in
            temperature: float, batch_size: int) -> list[dict]:
     """As `prism`, but the policy answers while it sees the picture. A row for each picture, without
     a caption."""
-    if world_size() > 1:
-        check_alike({"benchmark": benchmark.contents, "policy": model_hash(policy)})
+    check_alike({"benchmark": benchmark.contents})
+    check_models("policy", policy)
     pictures = benchmark.pictures[rank() :: world_size()]
     asked = [
         (picture, item, ask_item(item, benchmark.metric, seed, from_caption=False))
