@@ -246,7 +246,7 @@ _DENIAL = re.compile(
     r"erroneous|questionable|misleading|trap|decoy|red herring|far-?fetched|flawed|faulty|"
     r"un(?:sure|clear|certain|supported|mentioned|suitable|founded|justified|convincing)|"
     r"nobody|might|bad|worst|least|distractor|fails?|too)\b|"
-    r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是|干扰|如果|假如|若"
+    r"[不没别非无未错否除勿误或\u2717\u2718\u274c\u00d7]|还是|干扰|如果|假如|(?<!\w)若(?!干|有所|隐)"
 )
 
 # A choice named after one of these is an answer of its own.

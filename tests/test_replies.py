@@ -267,6 +267,8 @@ def test_a_choice_that_the_reply_does_not_stay_with_is_not_read(choices, want, r
     *((reply, None) for reply in ("（A）和（B）", "A）和B）", "红色 和 绿色", "红色 以及 绿色", "**红色** 与 **绿色**",
                                   "红色（A）和绿色（B）", "红色 到 绿色")),
     ("红色（A）", 0), ("A）红色，和描述一致", 0), ("A。和描述一致", 0),
+    # 若 is "if", but not in 若干 (several) and 若隐若现 (half seen)
+    ("B，图中有若干行人", 1), ("B。若干人站着", 1), ("B，山在雾中若隐若现", 1), ("B，若描述可信", None),
 ])
 def test_a_choice_that_a_chinese_reply_names_after_another_one_is_seen(reply, want):
     """No space is between "是" and what is said to be: "绿色。答案是红色" was read as 绿色."""
