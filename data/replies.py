@@ -271,5 +271,6 @@ _GOES_ON = re.compile(
     r"plus|minus|point|per|percent\w*|dozens?|hundreds?|"
     r"thousands?|millions?|billions?|trillions?|crores?|lakhs?|hal(?:f|ves)|thirds?|quarters?|"
     r"fourths?|fifths?|one|two|three|four|five|six|seven|eight|nine|ten|pairs?|"
-    r"squared|cubed)\b|\d|[万千百亿十和与及跟同加到至]|以及)"
+    r"squared|cubed)\b|\d|[万千百亿十加到至]|以及|"
+    r"[和与及跟同](?!描述|图|题|文|原文))"
 )
