@@ -73,7 +73,7 @@ IN_STEP = {"num_steps", "save_every", "export_every", "max_skipped", "max_failed
            "patience", "stop_at"}
 """Of these, what must not differ between the ranks of a run: one would wait for another."""
 AT_PATHS = {"data", "eval_data", "policy", "verifier", "verifier_name", "judge", "checker"}
-"""What may lie at another path on each node: contents are compared when it is loaded."""
+"""Of data and models only the path may differ: `begin` compares what was loaded from there."""
 
 
 def check_ranks(config: TrainConfig) -> None:

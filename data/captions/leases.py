@@ -89,7 +89,7 @@ def take_leases(out: Path, num_shards: int, worker: int, num_workers: int,
 
     None after each wait for other workers, which hold all that is left.
     """
-    # Workers begin far from each other. A number that a scheduler has left may be any.
+    # Workers begin far from each other. Where a scheduler has set RANK alone, it may be any number.
     start = worker * num_shards // num_workers % num_shards
     order = [*range(start, num_shards), *range(start)]
     while left := [n for n in order if not (out / f"shard-{n:06d}.jsonl").exists()]:

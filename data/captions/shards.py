@@ -204,7 +204,7 @@ def _tar_images(path: Path, file: str) -> Iterator[NamedImage]:
                     raise tarfile.ReadError(f"{expected}, found more, as of a second tar file")
             if not ids:
                 raise tarfile.ReadError("no image among its members")
-    except Exception as error:  # of a size that no file has tarfile raises this and that
+    except Exception as error:  # tarfile has many kinds for sizes that no file has
         yield stem, file, _unreadable(file, str(error) or type(error).__name__)
 
 
