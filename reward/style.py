@@ -51,8 +51,9 @@ _WORD = re.compile(rf"[\u3040-\u30ff\u3400-\u9fff]|(?:[^\W\u3040-\u30ff\u3400-\u
 
 
 def words(text: str) -> list[str]:
-    """In small letters; a Chinese or Japanese character is a word."""
-    return _WORD.findall(plain_text(text).casefold())
+    """In small letters; a Chinese or Japanese character is a word. Thai and Khmer may have U+200B
+    for a space."""
+    return _WORD.findall(plain_text(text.replace("\u200b", " ")).casefold())
 
 
 # ---------------------------------------------------------------------------------- sentences

@@ -218,6 +218,7 @@ def test_repetition_hand_computed():
 @pytest.mark.parametrize("text, want", [
     ("यह हिन्दी है", ["यह", "हिन्दी", "है"]), ("มีสุนัข แมว", ["มีสุนัข", "แมว"]), ("كِتَاب", ["كِتَاب"]),
     ("Cafe\u0301 fume\u0301e", ["caf\u00e9", "fum\u00e9e"]), ("wor\u00add", ["word"]),
+    ("ឆ្កែ\u200bឆ្មា", ["ឆ្កែ", "ឆ្មា"]),
 ])
 def test_vowel_signs_and_accents_do_not_part_a_word(text, want):
     """\"हिन्दी\" were three words of a letter, so that other words with these letters were repeats."""
