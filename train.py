@@ -51,7 +51,7 @@ from reward.step import (
 def train(config: TrainConfig) -> Path:
     """The whole run. Returns the folder of the trained policy."""
     from data.pictures import merge_pictures  # here: files are no part of the algorithm
-    from grpo.run_dir import check_ranks, check_run_dir, check_shared, only_writer
+    from grpo.run_dir import check_ranks, check_run_dir, only_writer
     from tools.settings import describe_run, run_contents
 
     device = init_distributed(config.timeout_minutes)
@@ -69,7 +69,6 @@ def train(config: TrainConfig) -> Path:
                     from tools.tracker import Tracker  # here: for who asks for it
 
                     trackers.append(Tracker(config.tracker))
-        check_shared(run_dir)
         with all_or_none("data"):
             examples, held_out = merge_pictures(load_examples(config.data)), None
             if config.held_out.eval_data:

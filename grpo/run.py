@@ -117,13 +117,14 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
     number of steps done.
 
     contents: hashes of `data` and of the models. Raises ValueError, on all ranks, if they differ
-    between ranks, if the run cannot go on or if there is no room for a checkpoint.
+    between ranks or the folder does, if the run cannot go on or there is no room for a checkpoint.
     """
     # here: files are no part of the algorithm
     from grpo.checkpoint import latest_checkpoint, load_checkpoint_, make_room, training_state
-    from grpo.run_dir import check_resumes, log_start, rewind, saved_config, start_run
+    from grpo.run_dir import check_resumes, check_shared, log_start, rewind, saved_config, start_run
     from grpo.template_date import TEMPLATE_DATE  # here: for config.json alone
 
+    check_shared(run_dir)
     check_alike(contents)  # else one policy is made of the weights of two
     state = training_state(run.scorer, run.optimizer)
     with all_or_none("resume"):

@@ -190,6 +190,7 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(to_json({"host": platform.node(), "process": os.getpid(), "since": since}))
         file.flush()
+        os.fsync(file.fileno())  # other machines see it now, not when it is closed
         ended = heartbeat(path, WRITER_DEAD_S / 12)
         try:
             yield
