@@ -156,9 +156,8 @@ def prism_rows(config: PrismConfig,
     for benchmark in benchmarks:
         own = {name: captions[benchmark.name, name] for name, _ in config.captioners}
         own = with_budgets(own, config.max_words)
-        told = {} if only_floors else own
-        if with_floors:
-            told = told | floor_captions(own, len(benchmark.pictures), config.seed)
+        floors = floor_captions(own, len(benchmark.pictures), config.seed) if with_floors else {}
+        told = floors if only_floors else own | floors
         for name, given in told.items():
             yield benchmark.name, name, prism(benchmark, given, verifier, config.seed, write, judge)
 
@@ -187,9 +186,10 @@ def run(config: PrismConfig | DirectConfig) -> tuple[list[Benchmark], Rows]:
         check_room(Path(config.cache))
     with all_or_none("data"):
         benchmarks = load_benchmarks(config.data, config.limit)
-    for benchmark in [one for one in benchmarks if one.refused]:
-        print0(f"{benchmark.kind}: {len(benchmark.refused)} rows or questions refused, "
-               f"the first: {benchmark.refused[0]}")
+    for benchmark in benchmarks:
+        if benchmark.refused:
+            print0(f"{benchmark.kind}: {len(benchmark.refused)} rows or questions refused, "
+                   f"the first: {benchmark.refused[0]}")
     pairs = (direct_rows if isinstance(config, DirectConfig) else prism_rows)(config, benchmarks)
     if isinstance(config, ClaimsConfig):
         pairs = judged_rows(config, benchmarks, pairs)

@@ -131,15 +131,14 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
         saved = saved_config(run_dir)
         check_resumes(config, saved, contents)
         # One rank looks: on another node the link may still lead to the checkpoint before.
-        found = [latest_checkpoint(run_dir) if config.resume else None] if rank() == 0 else []
-        if any(found) and not saved:
+        latest = latest_checkpoint(run_dir) if config.resume and rank() == 0 else None
+        if latest and not saved:
             raise ValueError(f"{run_dir / 'config.json'}: expected the settings of the run to "
-                             f"resume, found none beside {found[0][0]}")
-    [checkpoint] = gather_rows(found)
-    num_steps = 0
+                             f"resume, found none beside {latest[0]}")
+    checkpoint, num_steps = gather_rows([latest])[0], 0
     if checkpoint:
-        found, num_steps = checkpoint
-        folder = run_dir / "checkpoints" / found.name  # the run folder's path may differ by rank
+        path, num_steps = checkpoint
+        folder = run_dir / "checkpoints" / path.name  # the run folder's path may differ by rank
         with all_or_none("resume"):
             load_checkpoint_(folder, state)
         run.update_sampler_()

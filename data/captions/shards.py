@@ -204,13 +204,14 @@ def _tar_images(path: Path, file: str) -> Iterator[NamedImage]:
                     raise tarfile.ReadError(f"{expected}, found more, as of a second tar file")
             if not ids:
                 raise tarfile.ReadError("no image among its members")
-    except Exception as error:  # tarfile has many kinds for sizes that no file has
+    except (OSError, tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        # The last three are of sizes that no file has, and may say nothing.
         yield stem, file, _unreadable(file, str(error) or type(error).__name__)
 
 
 MAX_MEMBER_BYTES = 1 << 31
-"""A member is read as a whole; no picture that is opened is larger (MAX_PIXELS). A tar file of a
-few bytes may say that it has one of a terabyte."""
+"""A member is read as a whole, and a tar file of a few bytes may say that it has one of a terabyte.
+100 million pixels (MAX_PIXELS) take less in any usual form."""
 
 
 def _member(path: Path, name: str, member: tarfile.TarInfo,
