@@ -404,6 +404,20 @@ def test_a_member_of_an_absurd_size_stops_no_worker(tmp_path, place, size):
             open_image(image)
 
 
+@pytest.mark.parametrize("size", [1 << 62, 1 << 70])  # MemoryError, OverflowError
+def test_a_name_of_an_absurd_size_costs_the_images_behind_it(tmp_path, size):
+    with (tmp_path / "t.tar").open("wb") as file:
+        for kind, length in ((tarfile.REGTYPE, len(png(0))), (tarfile.GNUTYPE_LONGNAME, size)):
+            info = tarfile.TarInfo("0.png")
+            info.type, info.size = kind, length
+            file.write(info.tobuf(tarfile.GNU_FORMAT) + png(0) + bytes(-len(png(0)) % 512))
+    (shard,) = plan_shards(tmp_path / "t.tar", 4)
+    first, last = shard.images()
+    assert open_image(first[2]).size and last[1] == "t.tar"
+    with pytest.raises(ValueError, match=r"^t.tar: expected an image .*(MemoryError|cannot fit)"):
+        open_image(last[2])
+
+
 def test_a_second_tar_file_behind_the_first_is_told(tmp_path):
     """Of two joined by `cat` the second's images were lost in silence. Zeros, however many, are the first one's end."""
     write_tar(tmp_path / "t.tar", [("0.png", png(0))])

@@ -311,9 +311,10 @@ def test_ranks_that_differ_do_not_train_together(tmp_path):
 def evaluate_unlike(folder: Path) -> None:
     """What each rank does: it evaluates, while rank 1 has other models, questions or captions, and while rank 1 fails."""
     def measure(what: str, **changes) -> None:
-        settings = dict(policy=(str(folder / "policy"),), verifier=str(folder / "verifier"), num_captions=1, cache="",
-                        data=("toy:heldout:3",), max_new_tokens=8)
-        kind = evaluate.ClaimsConfig if what == "checker" else evaluate.PrismConfig
+        settings = dict(policy=(str(folder / "policy"),), data=("toy:heldout:3",))
+        if not what.startswith("looking"):
+            settings |= dict(verifier=str(folder / "verifier"), num_captions=1, cache="", max_new_tokens=8)
+        kind = {"checker": evaluate.ClaimsConfig, "looking": evaluate.DirectConfig}.get(what.split()[0], evaluate.PrismConfig)
         try:
             _, rows = evaluate.run(kind(**settings | changes))
             print(f"rank {rank()}, {what}: {[len(group) for group in rows.values()]}", flush=True)
@@ -336,8 +337,11 @@ def evaluate_unlike(folder: Path) -> None:
         def ask_all(*args):
             raise ValueError("no answer to any question")
 
-        tools.prism.ask_all = ask_all
+        tools.prism.ask_all = tools.prism._look = ask_all
     measure("answers")
+    measure("looking")
+    measure("looking apart", policy=(str(folder / f"{other}policy"),))
+    measure("looking elsewhere", data=(f"toy:heldout:{3 + rank()}",))
     os._exit(0)
 
 
@@ -351,9 +355,11 @@ def test_ranks_that_differ_do_not_evaluate_together(tmp_path):
     for number in (0, 1):
         assert f"rank {number}, paths: [3]" in said, said
         for what, name in {"policy": "captioner 1", "verifier": "verifier", "checker": "checker", "data": "benchmarks",
-                           "captions": "captions of captioner 1"}.items():
+                           "captions": "captions of captioner 1", "looking apart": "policy",
+                           "looking elsewhere": "benchmark"}.items():
             assert re.search(f"rank {number}, {what}: {name}: expected the same on all ranks, rank 0 has .*, rank 1 has ", said)
-        assert f"rank {number}, answers: answers: no answer to any question" in said
+        for what in ("answers", "looking"):
+            assert f"rank {number}, {what}: answers: no answer to any question" in said
 
 
 @pytest.mark.parametrize("phase", ["reward", "rollout"])
