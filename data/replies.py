@@ -251,8 +251,8 @@ _DENIAL = re.compile(
 
 # A choice named after one of these is an answer of its own.
 _SAYS = re.compile(
-    r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)\b|'s\b|(?<!不)[是选]|"
-    r"(?<![不因])为)[: ]*"
+    r"(?:\b(?:is|are|be|was|says?|shows?|means?|pick|choose|select|answer)\b|'s\b|"
+    r"(?<!不)[是选为])[: ]*"
     r"""["'*(\[]*(?:(?:the|an?) )?"""
 )
 
