@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> Path:
 def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],
                watch: Callable[..., Iterable[int]] | None, trackers: list, first_step: int,
                config: TrainConfig) -> None:
-    """The loop. SIGTERM and SIGINT end it after the step, with a checkpoint and the shell's code
+    """The loop. A signal to stop ends it after the step, with a checkpoint and the shell's code
     for that signal. watch: it measures the policy between steps, see tools/held_out.py."""
     # here: a reader of the algorithm need not meet them
     from grpo.log import alarms, count_skipped, log_step, step_timing

@@ -85,7 +85,7 @@ def _leave(error: BaseException) -> None:
     interpreter is never taken down.
     """
     if dist.is_initialized():  # a signal that torchrun passes on late does nothing
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     if not isinstance(error, SystemExit):
         traceback.print_exception(error)

@@ -253,8 +253,8 @@ class TrainConfig:
     save_every: int = 50
     """Steps between two checkpoints; 0 for none but the last. Ours."""
     save_minutes: float = 60.0
-    """Minutes after which a checkpoint is saved in any case; 0 for never. SIGTERM and SIGINT save
-    one and stop. Ours."""
+    """Minutes after which a checkpoint is saved in any case; 0 for never. SIGTERM, SIGINT and
+    SIGHUP save one and stop. Ours."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept, the newest; each has 12 bytes per trained parameter. Ours."""
     export_every: int = 0

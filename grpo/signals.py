@@ -15,8 +15,8 @@ SAME_SIGNAL_S = 5.0
 
 @contextmanager
 def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int]]:
-    """Inside, the first SIGTERM or SIGINT only fills the list, for the loop to read after its
-    `step`. Rank 0 prints at once that it came. A later signal interrupts.
+    """Inside, the first SIGTERM, SIGINT or SIGHUP only fills the list, for the loop to read after
+    its `step`. Rank 0 prints at once that it came. A later signal interrupts.
 
     A second signal within `SAME_SIGNAL_S` counts as the first. A scheduler signals both the ranks
     and torchrun, and torchrun passes its own on.
@@ -35,6 +35,10 @@ def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int
 
     def note(number, frame):
         nonlocal interrupts_from
+        if number == signal.SIGHUP:  # the terminal has gone: what writes to it would fail
+            for stream in (1, 2):
+                if not os.path.isfile(f"/dev/fd/{stream}"):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if time.monotonic() > interrupts_from:
             say("stopping without saving; --resume goes on from the last checkpoint")
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -44,7 +48,10 @@ def catch_stop_signals(step: Callable[[], int] = lambda: 0) -> Iterator[list[int
             say(f"finishing step {step()}, then saving; again after {SAME_SIGNAL_S:.0f} s stops "
                 "without saving")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else it was started with nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield caught
     except SystemExit:

@@ -274,6 +274,28 @@ def test_signals_close_together_are_one(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_lost_terminal_asks_for_a_checkpoint_and_no_later_line_fails(capfd):
+    """When a connection drops, SIGHUP ended the run without one. torchrun passes it on, even where it was begun with nohup."""
+    before = signal.getsignal(signal.SIGHUP)
+    screen, terminal = os.openpty()
+    stdout = os.dup(1)
+    try:
+        os.dup2(terminal, 1)
+        with catch_stop_signals(lambda: 3) as caught:
+            os.close(terminal), os.close(screen)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.write(1, b"step 3 is done")  # was: OSError, before the checkpoint
+        assert caught == [signal.SIGHUP]
+        assert "finishing step 3" in capfd.readouterr().err  # a file is written to as before
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        with catch_stop_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        os.dup2(stdout, 1)
+
+
 def test_a_stopped_torchrun_saves_and_ends_all_ranks(tmp_path):
     """torchrun passes the signal on to its ranks, and kills those that are not done in time."""
     small = {"data": "toy:train:12", "prompts-per-step": 2, "group-size": 2, "max-new-tokens": 32, "save-every": 0} | MODELS
