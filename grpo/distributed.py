@@ -35,9 +35,16 @@ def local_device() -> torch.device:
 def init_distributed(timeout_minutes: float = 7 * 24 * 60) -> torch.device:
     """Joins the ranks that torchrun started (nccl on GPUs, gloo on CPUs); returns this rank's
     device. They leave by `run_program` in data/program.py. A rank waits `timeout_minutes` for the
-    others. It is a week by default: shares of work are equal in number, not in time."""
+    others. It is a week by default: shares of work are equal in number, not in time. Raises
+    ValueError if torchrun could not start the ranks again as it was told to."""
     device = local_device()
     is_launched = "WORLD_SIZE" in os.environ
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if keeps_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ValueError(  # pytorch issue 135712
+            "torchrun --max-restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, and "
+            "--standalone or --rdzv-backend c10d; else new ranks look for the ended ones"
+        )
     if not dist.is_initialized() and (is_launched or device.type == "cuda"):
         # Without torchrun a single GPU is a mesh of one rank: it too computes in bfloat16 on
         # float32 master weights.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -218,6 +219,15 @@ def test_programs_that_share_work_wait_a_week_for_each_other(monkeypatch):
     assert waits == [timedelta(days=7)] * 2
     init_distributed(3)
     assert waits[2:] == [timedelta(minutes=3)] * 2
+
+
+@pytest.mark.parametrize("restarts, keeps_store, is_fit", [("2", "True", False), ("2", "False", True), ("0", "True", True)])
+def test_restarts_by_torchrun_are_refused_where_they_could_not_succeed(monkeypatch, restarts, keeps_store, is_fit):
+    """Its new ranks found the addresses of the ended ones in its store, and all restarts failed."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", keeps_store)
+    with nullcontext() if is_fit else pytest.raises(ValueError, match="expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        init_distributed()
 
 
 def leave_early(phase: str) -> None:
