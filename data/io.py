@@ -117,6 +117,8 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False
     try:
         with unfinished.open("wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())  # before its name: after a power cut it would be empty
         if not keep:
             unfinished.replace(path)
         else:

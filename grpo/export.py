@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def export_policy(policy: Policy, folder: Path, dtype: torch.dtype, temperature:
             _write_json(unfinished / "step.json", about)
         for path in unfinished.rglob("*.*"):  # safetensors' files can be read by their owner only
             path.chmod(unfinished.stat().st_mode & 0o666)
+        os.sync()  # as of a checkpoint: a power cut must not leave a name with empty files
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except (OSError, SafetensorError) as error:

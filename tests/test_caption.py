@@ -23,7 +23,7 @@ from PIL import Image
 import data.captions.leases as leases
 from caption import CaptionConfig, caption, main
 from data.captions.exports import check_captions, check_export
-from data.captions.leases import _new_part, take_lease, take_leases, write_shard
+from data.captions.leases import Lease, _new_part, take_lease, take_leases, write_shard
 from data.captions.shards import Shard, plan_shards
 from data.images import open_image
 from data.io import ahead, text_hash
@@ -524,6 +524,15 @@ def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     first.finish()  # the first one wakes up: nothing changes
     assert rows_of(tmp_path) == rows and first.is_lost and take_lease(tmp_path, 0, 0.4) is None
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.jsonl"]
+
+
+def test_rows_of_a_part_that_was_whole_are_on_the_disk_before_it_goes(tmp_path, monkeypatch):
+    """No row was left to write, so its copy was never synced: after a power cut the finished shard was empty."""
+    lines, synced = b"".join(b'{"id": "%d", "image": "%d.png"}\n' % (id, id) for id in range(3)), []
+    (tmp_path / "shard-000000.part-0000").write_bytes(lines)
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").read_bytes()))
+    with _new_part(Lease(tmp_path, 0, 1, 100), [(id, f"{id}.png", Path()) for id in "012"]) as (num_done, _):
+        assert num_done == 3 and synced == [lines]
 
 
 @pytest.mark.parametrize(("lines", "found"), [

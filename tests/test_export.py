@@ -166,3 +166,11 @@ def test_an_export_that_the_disk_does_not_take_leaves_the_one_before(policy, tmp
         export_policy(policy, tmp_path / "final", torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     load_policy(str(tmp_path / "final"), torch.device("cpu"))
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(policy, tmp_path, monkeypatch):
+    """After a power cut best/ had its name and empty files, and the next start did not write it again."""
+    seen = []
+    monkeypatch.setattr("os.sync", lambda: seen.append([path.name for path in tmp_path.iterdir()]))
+    export_policy(policy, tmp_path / "best", torch.float32, about={"step": 1})
+    assert seen == [["best.unfinished"]] and [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -12,7 +12,7 @@ import pytest
 from data.benchmarks.files import file_rows
 from data.captions.shards import plan_shards
 from data.examples import load_examples
-from data.io import agree_on, check_room, disk_sentence, link_new, nearest, to_json
+from data.io import agree_on, check_room, disk_sentence, link_new, nearest, to_json, write_whole
 from data.parquet import parquet_columns
 
 
@@ -61,6 +61,15 @@ def test_a_full_disk_is_not_taken_for_one_without_links(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     with pytest.raises(OSError, match="No space left"):
         link_new(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, keep):
+    """After a power cut logs that a resumed run had taken back were empty, and it could not go on."""
+    synced, path = [], tmp_path / "metrics.jsonl"
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append((Path(f"/proc/self/fd/{fd}").read_bytes(), path.exists())))
+    write_whole(path, [b"1", b"2"], keep)
+    assert synced == [(b"12", False)] and path.read_bytes() == b"12"
 
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7031673\n"

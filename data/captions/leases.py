@@ -145,7 +145,7 @@ def _new_part(lease: Lease, images: list[NamedImage]
             os.fsync(file.fileno())
 
         file.writelines(kept)
-        file.flush()
+        append([])  # they are on the disk before the parts that had them go
         yield len(kept), append
 
 
