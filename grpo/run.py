@@ -150,6 +150,9 @@ def begin(run_dir: Path, run: Run, config: TrainConfig, contents: dict[str, str]
             rewind(run_dir, num_steps)
             start_run(run_dir, config.flat() | fixed)
             log_start(run_dir, num_steps, world_size())
+    exported = run_dir / "export" / f"step_{num_steps:06d}"
+    if is_exported(num_steps, config) and not gather_rows([exported.exists()])[0]:
+        export(run, exported, config)  # the run was stopped between its checkpoint and this
     return num_steps
 
 
@@ -185,12 +188,17 @@ def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list
         state = training_state(run.scorer, run.optimizer)
         save_checkpoint(run_dir, num_steps, state, config.keep_checkpoints)
         saved_at = time.monotonic()
-    if config.export_every and num_steps % config.export_every == 0 and not is_last:
+    if is_exported(num_steps, config):
         export(run, run_dir / "export" / f"step_{num_steps:06d}", config)
     if agreed["stop"] and not is_last:
         print0(f"stopped after step {step}; --resume goes on from there")
         raise SystemExit(128 + max(gather_rows(signals)))
     return saved_at
+
+
+def is_exported(num_steps: int, config: TrainConfig) -> bool:
+    every = config.export_every
+    return bool(every) and 0 < num_steps < config.num_steps and num_steps % every == 0
 
 
 def export(run: Run, folder: Path, config: TrainConfig, about: dict | None = None) -> None:

@@ -520,6 +520,19 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_the_run_goes_on_when_there_i
     assert everything(run_dir) == everything(left_alone)
 
 
+def test_an_export_that_a_full_disk_refused_is_written_when_the_run_goes_on(tmp_path, monkeypatch):
+    """The checkpoint of its step was saved before it, so the run went on behind it."""
+    def refuse(*_):
+        raise ValueError("no room")
+
+    config = settings(tmp_path / "run", num_steps=2, export_every=1)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no room"):
+        patch.setattr("grpo.export.export_policy", refuse)
+        train(config)
+    train(config)
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "run/export/step_000001")
+
+
 def test_a_run_that_could_not_save_one_checkpoint_is_not_begun(tmp_path, monkeypatch):
     stale = tmp_path / "checkpoints/step_000001.unfinished"
     stale.mkdir(parents=True)
