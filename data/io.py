@@ -30,7 +30,7 @@ def disk_sentence(error: OSError) -> str:
     """What the system refused, with path, reason and free bytes."""
     if error.filename is None or error.strerror is None:
         return str(error)
-    path = Path(os.fsdecode(error.filename))
+    path = Path(os.fsdecode(error.filename2 or error.filename))  # of a link or rename the new one
     if isinstance(error, FileNotFoundError):
         return f"{path}: {error.strerror}"
     return f"{path}: {error.strerror} ({free_at(path)})"
@@ -115,7 +115,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], keep: bool = False
     come. Several processes may write the same file: the last stays or, with `keep`, the first."""
     unfinished = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.unfinished")
     try:
-        with unfinished.open("wb") as file:
+        with naming(path), unfinished.open("wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())  # before its name: after a power cut it would be empty

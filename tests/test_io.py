@@ -72,6 +72,21 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, kee
     assert synced == [(b"12", False)] and path.read_bytes() == b"12"
 
 
+def test_what_the_disk_refused_is_named(tmp_path, monkeypatch):
+    """Python names no file that is open, and of a link first what it leads to: that is on another disk."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_whole(tmp_path / "about.txt", b"1")
+    assert disk_sentence(raised.value).startswith(f"{tmp_path}/about.txt: No space left on device (")
+    error = OSError(errno.ENOSPC, "No space left on device", "../../photos/a.png", None, f"{tmp_path}/a.png")
+    assert re.fullmatch(rf"{tmp_path}/a.png: No space left on device \(.* free at {tmp_path}\)", disk_sentence(error))
+    assert not list(tmp_path.iterdir())
+
+
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 7031673\n"
 
 
