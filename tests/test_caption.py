@@ -502,6 +502,18 @@ def test_who_looked_before_another_took_or_finished_the_shard_gets_no_lease(tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"shard-000000.lease-0000", finished.name}
 
 
+def test_a_shard_whose_worker_ended_with_an_error_is_taken_over_at_once(tmp_path):
+    """The same command, run again after a full disk, waited two minutes in silence."""
+    def batches(images):
+        yield [{"id": "0", "image": "0.png"}]
+        raise OSError(28, "No space left on device")
+
+    shard = Shard(lambda: [(id, f"{id}.png", Path()) for id in "01"], "key")
+    with pytest.raises(OSError, match="No space left"):
+        list(write_shard(take_lease(tmp_path, 0, 100.0), shard, batches))
+    assert take_lease(tmp_path, 0, 100.0).generation == 1 and take_lease(tmp_path, 0, 100.0) is None
+
+
 @pytest.mark.parametrize("rest", [b'{"i', b"\0" * 9 + b"\n", b'\0\0\n{"id": 3}\n', b"3\n"])
 def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     first = take_lease(tmp_path, 0, 0.4)
