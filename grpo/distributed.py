@@ -81,32 +81,22 @@ def print0(text: str) -> None:
             print(text, flush=True)
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Says in a sentence that a rank has left, as by a signal, or did not come in time."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise TimeoutError(f"rank {rank()} waited for a rank that did not come ({error})") from None
-
-
 def sum_across_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Each value's sum over the ranks, in float64. Every rank must call this with the same keys."""
-    if world_size() == 1:
-        return dict(values)
-    total = torch.tensor(list(values.values()), dtype=torch.float64)
-    with _together():
-        dist.all_reduce(total, group=_control)
-    return dict(zip(values, total.tolist()))
+    """Each value's sum over the ranks. Every rank must call this with the same keys."""
+    rows = gather_rows([values])
+    return {key: sum(row[key] for row in rows) for key in values}
 
 
 def gather_rows(rows: list[Any]) -> list[Any]:
-    """All ranks' rows in rank order, on every rank. Every rank must call this."""
+    """All ranks' rows in rank order, on every rank. Every rank must call this. Raises TimeoutError
+    if a rank has left, as by a signal, or does not come in time."""
     if world_size() == 1:
         return list(rows)
     gathered: list[list[Any]] = [[] for _ in range(world_size())]
-    with _together():
+    try:
         dist.all_gather_object(gathered, rows, group=_control)
+    except RuntimeError as error:
+        raise TimeoutError(f"rank {rank()} waited for a rank that did not come ({error})") from None
     return [row for part in gathered for row in part]
 
 
