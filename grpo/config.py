@@ -63,12 +63,10 @@ class RewardConfig:
     def __post_init__(self):
         check_range(self, "num_questions num_shuffles length_weight repetition_weight "
                     "praise_weight length_low correctness_weight", at_least=0)
-        if self.length_full >= self.length_zero:
-            raise ValueError(f"length_zero {self.length_zero}: expected more than length_full "
-                             f"{self.length_full}")
-        if self.length_low > self.length_full:
-            raise ValueError(f"length_low {self.length_low}: expected at most length_full "
-                             f"{self.length_full}")
+        lengths = self.length_low, self.length_full, self.length_zero
+        if not self.length_low <= self.length_full < self.length_zero:
+            raise ValueError("length_low, length_full, length_zero: expected each after the one "
+                             f"before, got {lengths}")
 
     @property
     def has_other_parts(self) -> bool:
@@ -280,32 +278,24 @@ class TrainConfig:
         check_range(self, "prompts_per_step max_new_tokens inner_epochs num_steps rollout_tokens "
                     "micro_batch_tokens verifier_max_new_tokens keep_checkpoints max_skipped "
                     "replicas", at_least=1)
+        check_range(self, "group_size probe_images", at_least=2)  # they are compared with others
         check_range(asked, "num_questions", at_least=1)
         check_range(self, "kl_coef learning_rate warmup_steps weight_decay clip_high audit_every "
                     "save_every save_minutes export_every resample_flat", at_least=0)
         check_range(self, "temperature verifier_temperature max_grad_norm", above=0)
         check_range(self, "timeout_minutes", above=0, at_most=525_600)  # a year
+        check_range(self, "clip_low max_failed_share", at_least=0, at_most=1)
         if not self.run_dir:
             raise ValueError("run_dir: expected a folder, got an empty text")
-        if self.probe_images < 2:
-            raise ValueError(f"probe_images {self.probe_images}: expected at least 2, one floor "
-                             "takes another image's caption")
         if self.reward == "judge" and (asked.soft or asked.abstain or asked.has_other_parts):
             raise ValueError("reward judge: expected neither soft nor abstain nor weights, its "
                              "rating is the whole reward")
-        check_range(self, "max_failed_share", at_least=0, at_most=1)
         if asked.soft and self.verifier_mode == "sample":
             raise ValueError("soft: expected verifier_mode logits, a sampled reply has no "
                              "probabilities")
         if self.lora.lora_rank and (self.replicas > 1 or self.offload_reference):
             raise ValueError("lora_rank: expected neither replicas nor offload_reference, every "
                              "rank has the whole base once")
-        if self.group_size < 2:
-            raise ValueError(f"group_size {self.group_size}: expected at least 2, for a caption to "
-                             "be compared with others")
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low {self.clip_low}: expected 0 to 1, the ratio cannot fall "
-                             "below 0")
 
     @property
     def num_captions(self) -> int:
