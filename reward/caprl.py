@@ -49,7 +49,7 @@ from data.choices import LETTERS, means_letters, means_places
 from data.examples import Example, Question
 from grpo.config import RewardConfig
 from grpo.policy import chat_text, eos_ids, unnamed_ids
-from grpo.rollout import draw_tokens
+from grpo.rollout import draw_tokens, temper_logits_
 
 ABSTAIN = "The caption does not say"
 
@@ -499,7 +499,8 @@ class Verifier:
             logits = letter_logits(self.model, hidden[:, -1], writer.letter_ids).cpu()
             offered = [row[: len(question.options)] for row, question in zip(logits, questions)]
             return list(map(choose_letter, offered))
-        sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids)
+        sampler = RowSampler(streams, self.temperature, self.max_new_tokens, self.forbidden_ids,
+                             self.model.device)
         replies = self._generate(*rows, sampler)
         broken = sampler.is_broken.tolist()
         return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
@@ -690,25 +691,19 @@ class RowSampler(LogitsProcessor):
     """Sampling inside `generate`, a random stream for each row: no reply depends on other rows."""
 
     def __init__(self, streams: list[str], temperature: float, max_new_tokens: int,
-                 forbidden_ids: Sequence[int]):
-        self.temperature, self.step = temperature, 0
-        self.forbidden = torch.tensor(forbidden_ids, dtype=torch.long)
+                 forbidden_ids: Sequence[int], device: torch.device):
+        self.temperature = temperature
+        self.forbidden = torch.tensor(forbidden_ids, dtype=torch.long, device=device)
         sources = [random.Random(name) for name in streams]
-        uniform = [[rng.random() for _ in range(max_new_tokens)] for rng in sources]
-        self.uniform = torch.tensor(uniform)  # (B, L) float32
-        self.is_broken = torch.zeros(len(streams), dtype=torch.bool)
+        uniforms = [[rng.random() for _ in range(max_new_tokens)] for rng in sources]
+        self.uniforms = iter(torch.tensor(uniforms, device=device).unbind(1))  # (B,) for each token
+        self.is_broken = torch.zeros(len(streams), dtype=torch.bool, device=device)
         """Rows whose logits were not finite at some token."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # In place where it can be: at a large vocabulary fresh memory costs as much as the work.
-        if not self.step:  # at the first token only: each copy could make the host wait
-            tensors = (self.forbidden, self.uniform, self.is_broken)
-            self.forbidden, self.uniform, self.is_broken = (t.to(scores.device) for t in tensors)
-        scores.index_fill_(1, self.forbidden, -torch.inf)
-        probs = scores.div_(self.temperature).softmax(-1, dtype=torch.float32)  # (B, V)
+        probs = temper_logits_(scores, self.temperature, self.forbidden).softmax(-1)  # (B, V)
         self.is_broken |= probs[:, 0].isnan()  # a row is NaN everywhere or nowhere
-        token = draw_tokens(probs.nan_to_num_(1.0), self.uniform[:, self.step])
-        self.step += 1
+        token = draw_tokens(probs, next(self.uniforms))
         # generate takes the largest score, for some models after a log-softmax. The largest finite
         # number stands for the drawn token: an infinity would become NaN there.
         return scores.scatter_(1, token[:, None], torch.finfo(scores.dtype).max)
