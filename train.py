@@ -53,6 +53,7 @@ def train(config: TrainConfig) -> Path:
     from data.pictures import merge_pictures  # here: files are no part of the algorithm
     from grpo.run_dir import check_ranks, check_run_dir, only_writer
     from tools.settings import describe_run, run_contents
+    from tools.tracker import open_trackers
 
     device = init_distributed(config.timeout_minutes)
     run_dir, trackers = Path(config.run_dir), []
@@ -65,10 +66,7 @@ def train(config: TrainConfig) -> Path:
             check_room(run_dir)
             if rank() == 0:
                 stack.enter_context(only_writer(run_dir))
-                if config.tracker:
-                    from tools.tracker import Tracker  # here: for who asks for it
-
-                    trackers.append(Tracker(config.tracker))
+                trackers = open_trackers(config)
         with all_or_none("data"):
             examples, held_out = merge_pictures(load_examples(config.data)), None
             if config.held_out.eval_data:
@@ -85,12 +83,8 @@ def train(config: TrainConfig) -> Path:
         first_step = begin(run_dir, run, config, contents)
         describe_run(run, len(examples), config)
         for tracker in trackers:
-            tracker.begin(run_dir, config.flat())
+            tracker.begin(run_dir, config.flat(), first_step)
             stack.push(tracker.finish)
-        if config.tensorboard and rank() == 0:
-            from tools.tensorboard import TensorBoard  # here: for who asks for it
-
-            trackers.append(TensorBoard(run_dir, first_step))
         take_steps(run_dir, run, reward, examples, held_out.watch if held_out else None,
                    trackers, first_step, config)
         export(run, run_dir / "final", config)

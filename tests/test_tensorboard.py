@@ -34,10 +34,11 @@ def test_tensorboard_gets_the_numbers_of_the_logs_and_a_few_captions(tiny_run):
 
 def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path):
     for first, value in ((0, 1.0), (1, 2.0)):  # killed after step 2 with a checkpoint after step 0
-        track = TensorBoard(tmp_path, first)
+        track = TensorBoard()
+        track.begin(tmp_path, {}, first)
         for step in range(first, 3):
             track(step, {"metrics/reward": value}, [])
-        track.writer.close()
+        track.finish()
     events = read_events(tmp_path / "tensorboard")
     assert [(one.step, one.value) for one in events.Scalars("metrics/reward")] == [(0, 1.0), (1, 2.0), (2, 2.0)]
     assert events.Tags()["scalars"] == ["metrics/reward"]

@@ -77,7 +77,7 @@ def test_a_tracker_is_finished_after_an_error_too(module, tmp_path):
     (tmp_path / "starts.jsonl").write_text('{"step": 0}\n{"step": 2}\n')
     tracker = Tracker("standin")
     with pytest.raises(ZeroDivisionError), ExitStack() as stack:
-        tracker.begin(tmp_path, {"seed": 0})
+        tracker.begin(tmp_path, {"seed": 0}, 0)
         stack.push(tracker.finish)
         tracker(0, {"metrics/reward": 0.5}, [{"id": "a", "reward": 0.5, "caption": "x"}])
         raise ZeroDivisionError

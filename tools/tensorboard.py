@@ -16,7 +16,7 @@ class TensorBoard:
     """Writes RUN/tensorboard. Steps from `first_step` on, which a killed run may have written, are
     hidden by what is written now."""
 
-    def __init__(self, run_dir: Path, first_step: int):
+    def begin(self, run_dir: Path, settings: dict, first_step: int) -> None:
         self.run_dir = run_dir
         self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step)
 
@@ -28,6 +28,9 @@ class TensorBoard:
             group = [row for row in rollouts if row["id"] == id]
             self._write_group(place, id, group, step)
         self.writer.flush()
+
+    def finish(self, *_) -> None:
+        self.writer.close()
 
     def _write_group(self, place: int, id: str, group: list[dict], step: int) -> None:
         file = thumbnail_file(self.run_dir, id)

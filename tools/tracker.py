@@ -5,7 +5,19 @@ from importlib import import_module
 from pathlib import Path
 
 from data.io import text_hash
+from grpo.config import TrainConfig
 from grpo.distributed import print0
+
+
+def open_trackers(config: TrainConfig) -> list:
+    """What is called with each step's numbers, as the settings ask for it. Raises ValueError for a
+    module that cannot be used."""
+    trackers = [Tracker(config.tracker)] if config.tracker else []
+    if config.tensorboard:
+        from tools.tensorboard import TensorBoard  # here: it takes seconds to load
+
+        trackers.append(TensorBoard())
+    return trackers
 
 
 class Tracker:
@@ -16,7 +28,7 @@ class Tracker:
         except Exception as error:
             raise ValueError(f"tracker {name}: expected init, log and finish ({error})") from None
 
-    def begin(self, run_dir: Path, settings: dict) -> None:
+    def begin(self, run_dir: Path, settings: dict, first_step: int) -> None:
         id = text_hash((run_dir / "starts.jsonl").read_text(encoding="utf-8").partition("\n")[0])
         self._call(self.module.init, project="caprl", name=f"{run_dir.resolve().name}-{id[:6]}",
                    id=id, resume="allow", config=settings)  # goes on by id (wandb) or name
