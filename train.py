@@ -23,10 +23,11 @@ tokens. docs/tour.md follows one caption, one picture and one question through t
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -57,7 +58,6 @@ def train(config: TrainConfig) -> Path:
 
     device = init_distributed(config.timeout_minutes)
     run_dir, trackers = Path(config.run_dir), []
-    config.prompts_per_rank(world_size())
     check_ranks(config)
     with ExitStack() as stack:
         with all_or_none("run folder"):  # first: loading the models takes minutes
@@ -85,8 +85,7 @@ def train(config: TrainConfig) -> Path:
         for tracker in trackers:
             tracker.begin(run_dir, config.flat(), first_step)
             stack.push(tracker.finish)
-        take_steps(run_dir, run, reward, examples, held_out.watch if held_out else None,
-                   trackers, first_step, config)
+        take_steps(run_dir, run, reward, examples, held_out, trackers, first_step, config)
         export(run, run_dir / "final", config)
         print0(f"trained policy: {run_dir / 'final'}")
         if rank() == 0:
@@ -96,11 +95,10 @@ def train(config: TrainConfig) -> Path:
     return run_dir / "final"
 
 
-def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example],
-               watch: Callable[..., Iterable[int]] | None, trackers: list, first_step: int,
-               config: TrainConfig) -> None:
+def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Example], held_out: Any,
+               trackers: list, first_step: int, config: TrainConfig) -> None:
     """The loop. A signal to stop ends it after the step, with a checkpoint and the shell's code
-    for that signal. watch: it measures the policy between steps, see tools/held_out.py."""
+    for that signal. held_out: it measures the policy between steps (tools/held_out.py), or None."""
     # here: a reader of the algorithm need not meet them
     from grpo.log import alarms, count_skipped, log_step, step_timing
     from grpo.signals import catch_stop_signals
@@ -110,9 +108,9 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
     saved_at, num_skipped, step = time.monotonic(), 0, first_step
     numbers = range(first_step, config.num_steps)
     opened = ahead(partial(open_step, run.sampler, examples, config), numbers, num_ahead=1)
-    bar = tqdm(numbers, desc="train", unit="step", disable=rank() != 0)
-    steps = (watch(bar, first_step, run_dir, run, reward.verifier, phases, trackers) if watch
-             else bar)
+    steps = bar = tqdm(numbers, desc="train", unit="step", disable=rank() != 0)
+    if held_out:
+        steps = held_out.watch(bar, first_step, run_dir, run, reward.verifier, phases, trackers)
     with catch_stop_signals(lambda: step) as signals:
         for step in steps:
             started = time.perf_counter()

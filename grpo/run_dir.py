@@ -14,7 +14,7 @@ from typing import TextIO
 
 from data.io import heartbeat, read_json, short, to_json, write_whole
 from grpo.config import TrainConfig
-from grpo.distributed import all_or_none, check_alike, gather_rows, rank
+from grpo.distributed import all_or_none, check_alike, gather_rows, rank, world_size
 from grpo.log import EVAL_LOG, LOGS, ROLLOUTS
 
 
@@ -77,8 +77,9 @@ AT_PATHS = {"data", "eval_data", "policy", "verifier", "verifier_name", "judge",
 
 
 def check_ranks(config: TrainConfig) -> None:
-    """Raises ValueError, on all ranks, if one has another setting than rank 0 that changes the
-    numbers, or when ranks meet."""
+    """Raises ValueError, on all ranks, if the images of a step do not divide by them, or if one has
+    another setting than rank 0 that changes the numbers, or when ranks meet."""
+    config.prompts_per_rank(world_size())
     check_alike({
         name: bool(value) if name in AT_PATHS else value for name, value in config.flat().items()
         if name not in FREE_ON_RESUME - IN_STEP
