@@ -13,7 +13,7 @@ from data.choices import MAX_CHOICES
 from data.examples import Example
 from grpo.advantage import group_advantages, part_advantages
 from grpo.config import TrainConfig
-from grpo.distributed import compute_dtype, gather_rows, sum_across_ranks
+from grpo.distributed import compute_dtype, gather_rows
 from grpo.policy import Policy
 from grpo.rollout import Rollouts
 from reward.caprl import Rewards, Verifier, caption_rewards, load_verifier, mean_score
@@ -97,36 +97,30 @@ def compare_siblings(result: Rewards, config: TrainConfig) -> Tensor:
 
 def reward_metrics(rollouts: Rollouts, result: Rewards) -> dict[str, float]:
     """Means over all ranks' captions and groups. A value that no rank has measured is NaN."""
-    rewards = result.rewards
-    groups = rewards.view(-1, rollouts.group_size)  # (P, G)
-    scored = ~rewards.isnan()
-    lowest, highest = groups.nan_to_num(torch.inf).amin(1), groups.nan_to_num(-torch.inf).amax(1)
-    num_captions, num_scored = len(rewards), scored.sum().item()
+    groups = result.rewards.view(-1, rollouts.group_size)  # (P, G)
+    spread = groups.nan_to_num(-torch.inf).amax(1) - groups.nan_to_num(torch.inf).amin(1)
+    is_scored = ~result.rewards.isnan()
+    num_captions, num_scored = len(is_scored), is_scored.sum().item()
     asked = [row for record in result.records for row in record]
     num_answered = sum(not row["failure"] for row in asked)
     weights = {"failed_share": len(asked), "failed_claims": sum(map(len, result.claims or ()))}
-    counts = {
-        "flat_groups": ((lowest - highest).abs() < 1e-6).sum().item(), "groups": len(groups),
-        "unscored_captions": num_captions - num_scored,
-    }
-    means = {}  # (sum, weight) of this rank; what it has not measured it leaves to the others
+    # (sum, weight) of this rank; what it has not measured it leaves to the others
+    own = {"flat_groups": ((spread.abs() < 1e-6).sum().item(), len(groups))}
     for key, value in result.stats.items():
         weight = weights.get(key, num_answered)  # other shares are of questions that were scored
-        means[key] = (value * weight, weight) if math.isfinite(value) else (0.0, 0)
-    means["reward"] = rewards[scored].sum().item(), num_scored
+        own[key] = (value * weight, weight) if math.isfinite(value) else (0.0, 0)
+    own["reward"] = result.rewards[is_scored].sum().item(), num_scored
     for key, part in result.parts.items():
-        means[f"reward_{key}"] = part[scored].sum().item(), num_scored
-    means["length"] = rollouts.lengths.sum().item(), num_captions
-    means["truncated_share"] = rollouts.truncated.sum().item(), num_captions
-    sums = sum_across_ranks(
-        counts | {key: total for key, (total, _) in means.items()}
-        | {f"weight of {key}": weight for key, (_, weight) in means.items()}
-    )
-    num_groups = sums["groups"] if sums["weight of reward"] else math.nan
-    return {
-        "flat_groups": sums["flat_groups"] / num_groups,
-        "unscored_captions": sums["unscored_captions"],
-    } | {key: sums[key] / (sums[f"weight of {key}"] or math.nan) for key in means}
+        own[f"reward_{key}"] = part[is_scored].sum().item(), num_scored
+    own["length"] = rollouts.lengths.sum().item(), num_captions
+    own["truncated_share"] = rollouts.truncated.sum().item(), num_captions
+    ranks, means = gather_rows([own]), {}
+    for key in own:
+        totals, counts = zip(*(row[key] for row in ranks))
+        means[key] = sum(totals) / (sum(counts) or math.nan)
+    if math.isnan(means["reward"]):
+        means["flat_groups"] = math.nan
+    return means | {"unscored_captions": sum(row["length"][1] - row["reward"][1] for row in ranks)}
 
 
 def measure_step(rollouts: Rollouts, result: Rewards, config: TrainConfig) -> dict[str, float]:

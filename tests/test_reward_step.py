@@ -50,27 +50,24 @@ def test_a_group_is_flat_where_its_measured_rewards_are_equal(policy, batch, pai
 
 
 def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, monkeypatch):
-    other = {"accuracy": 0.5 * 8, "weight of accuracy": 8}
-    monkeypatch.setattr("reward.step.sum_across_ranks",
-                        lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    other = {"accuracy": (0.5 * 8, 8)}
+    monkeypatch.setattr("reward.step.gather_rows", lambda mine: [*mine, dict.fromkeys(mine[0], (0.0, 0)) | other])
     metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [record(None)] * 8))
     assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
 
 
 def test_ranks_count_by_the_questions_that_they_could_score(policy, batch, monkeypatch):
     """1 of 1 right here, 0 of 8 there: 1 of 9, as one rank would have it."""
-    other = {"accuracy": 0.0, "weight of accuracy": 8}
-    monkeypatch.setattr("reward.step.sum_across_ranks",
-                        lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    other = {"accuracy": (0.0, 8)}
+    monkeypatch.setattr("reward.step.gather_rows", lambda mine: [*mine, dict.fromkeys(mine[0], (0.0, 0)) | other])
     metrics = reward_metrics(batch[0], Rewards(torch.ones(8), {}, [record(True)] + [record(None)] * 7))
     assert metrics["accuracy"] == pytest.approx(1 / 9) and metrics["failed_share"] == pytest.approx(7 / 8)
 
 
 def test_ranks_count_by_the_claims_they_have(policy, batch, monkeypatch):
     """One of 1 claim failed here, none of 99 there: 1 of 100. A rank without claims counts nothing."""
-    other = {"failed_claims": 0.0, "weight of failed_claims": 99}
-    monkeypatch.setattr("reward.step.sum_across_ranks",
-                        lambda mine: {key: value + other.get(key, 0) for key, value in mine.items()})
+    other = {"failed_claims": (0.0, 99)}
+    monkeypatch.setattr("reward.step.gather_rows", lambda mine: [*mine, dict.fromkeys(mine[0], (0.0, 0)) | other])
     result = Rewards(torch.zeros(8), {}, [record(True)] * 8, claims=[[claim_record("a", math.nan)], *[[]] * 7])
     assert reward_metrics(batch[0], result)["failed_claims"] == pytest.approx(0.01)
     assert reward_metrics(batch[0], replace(result, claims=[[]] * 8))["failed_claims"] == 0
@@ -80,7 +77,8 @@ def test_too_many_failures_stop_the_run(policy, batch, monkeypatch):
     records = [record(None), record(None), *[record(True)] * 6]
     result = Rewards(torch.zeros(8), {}, records)
     assert measure_step(batch[0], result, toy_config(max_failed_share=0.25))["failed_share"] == 0.25
-    monkeypatch.setattr("reward.step.gather_rows", lambda rows: [*rows, "not finite"])  # another rank's reason
+    monkeypatch.setattr("reward.step.gather_rows",  # another rank's reason
+                        lambda rows: [*rows, "not finite"] if rows == ["too long"] else rows)
     with pytest.raises(ValueError, match=r"25% of the step's questions could not be scored \(not finite; too long\)"):
         measure_step(batch[0], result, toy_config(max_failed_share=0.24))
 
