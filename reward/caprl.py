@@ -447,6 +447,12 @@ class Verifier:
             self.context = rope.get("original_max_position_embeddings") or original or self.context
         self.eos_ids = eos_ids(self.model, self.tokenizer)
         self.forbidden_ids = unnamed_ids(self.model, self.tokenizer)
+        pad_id = self.tokenizer.pad_token_id
+        self.model.generation_config = GenerationConfig(  # of the checkpoint's nothing else counts
+            do_sample=False,  # the sampler has drawn already
+            eos_token_id=list(self.eos_ids) or None,
+            pad_token_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
+        )
 
     def under(self, **settings) -> "Verifier":
         """The same model under other settings."""
@@ -519,23 +525,12 @@ class Verifier:
         past = seen.new_zeros(len(ids), seen.shape[1])  # generate skips ids that the cache holds
         if past.shape[1]:
             make_room_(self.model, cache, index, ids.shape[1] + self.max_new_tokens)
-        pad_id = self.tokenizer.pad_token_id
-        config = GenerationConfig(
-            do_sample=False,  # the sampler has drawn already
-            max_new_tokens=self.max_new_tokens, eos_token_id=list(self.eos_ids) or None,
-            pad_token_id=self.tokenizer.eos_token_id if pad_id is None else pad_id,
+        out = self.model.generate(
+            input_ids=torch.cat([past, ids], dim=1),
+            attention_mask=torch.cat([seen[index], mask], dim=1),
+            past_key_values=cache if past.shape[1] else None, logits_processor=[sampler],
+            max_new_tokens=self.max_new_tokens,
         )
-        # generate takes from the model's own config what another one leaves open.
-        before, self.model.generation_config = self.model.generation_config, GenerationConfig()
-        try:
-            out = self.model.generate(
-                input_ids=torch.cat([past, ids], dim=1),
-                attention_mask=torch.cat([seen[index], mask], dim=1),
-                past_key_values=cache if past.shape[1] else None, logits_processor=[sampler],
-                generation_config=config,
-            )
-        finally:
-            self.model.generation_config = before
         new_ids = out[:, past.shape[1] + ids.shape[1] :]
         return self.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
 

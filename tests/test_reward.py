@@ -693,11 +693,10 @@ LEAKS = {
 @pytest.mark.parametrize("name", LEAKS)
 def test_nothing_of_the_verifiers_generation_config_counts(verifier_model, tokenizer, name):
     asked = [draw(QUESTIONS, 2, f"{i}") for i in range(4)]
-    verifier = Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=8)
-    plain = verifier(CAPTIONS, asked, list("abcd"))
+    settings = dict(mode="sample", max_new_tokens=8)
+    plain = Verifier(verifier_model, tokenizer, **settings)(CAPTIONS, asked, list("abcd"))
     setattr(verifier_model.generation_config, name, LEAKS[name])
-    assert verifier(CAPTIONS, asked, list("abcd")) == plain
-    assert getattr(verifier_model.generation_config, name) == LEAKS[name]  # the model is as it was
+    assert Verifier(verifier_model, tokenizer, **settings)(CAPTIONS, asked, list("abcd")) == plain
 
 
 def test_a_verifier_never_writes_an_id_without_a_token(verifier_model, tokenizer):
@@ -839,9 +838,8 @@ def test_the_host_waits_once_for_each_token_of_a_reply(verifier_model, tokenizer
     """It asks whether all rows have ended. Beyond that, only what does not grow with the tokens."""
     counts = []
     for tokens in (3, 5):
-        verifier_model.generation_config.eos_token_id = []
         verifier = Verifier(verifier_model, tokenizer, mode="sample", max_new_tokens=tokens)
-        verifier.eos_ids = []
+        verifier_model.generation_config.eos_token_id = None
         with Waits() as waits:
             verifier(CAPTIONS, [draw(QUESTIONS, 2, f"{i}") for i in range(4)], list("abcd"))
         counts.append(len(waits.seen))
