@@ -59,27 +59,14 @@ def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]
     Their number is the same on all ranks, since FSDP2 gathers weights once for each. If a single
     group is over the budget, every micro-batch is a single group.
     """
-    sizes = group_sizes(rollouts)
-
-    def is_too_large(count: int) -> bool:
-        parts = even_parts(len(sizes), count)
-        return max(sum(sizes[start:stop]) for start, stop in parts) > token_budget
-
-    count = 1
-    while count < len(sizes) and any(gather_rows([is_too_large(count)])):
-        count += 1
-    return even_parts(len(sizes), count)
-
-
-def group_sizes(rollouts: Rollouts) -> list[int]:
-    """Tokens of each packed group: the prompt once, and all captions."""
     captions = rollouts.lengths.view(-1, rollouts.group_size).sum(1).tolist()
-    return [len(prompt.input_ids) + length for prompt, length in zip(rollouts.prompts, captions)]
-
-
-def even_parts(num: int, count: int) -> list[tuple[int, int]]:
-    """(start, stop) of `count` consecutive parts of `num` items. Sizes differ by 1 at most."""
-    return list(pairwise(num * place // count for place in range(count + 1)))
+    sizes = [len(prompt.input_ids) + length for prompt, length in zip(rollouts.prompts, captions)]
+    for count in range(1, len(sizes) + 1):  # parts of as many groups, but for 1
+        parts = list(pairwise(len(sizes) * place // count for place in range(count + 1)))
+        is_too_large = max(sum(sizes[start:stop]) for start, stop in parts) > token_budget
+        if not any(gather_rows([is_too_large])):
+            break
+    return parts
 
 
 def update_policy(scorer: CompletionScorer,

@@ -16,7 +16,7 @@ from grpo.policy import encode_images
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
-from grpo.update import even_parts, group_sizes, micro_batches, prepare_training_, update_policy, warm_up_
+from grpo.update import micro_batches, prepare_training_, update_policy, warm_up_
 from reward.caprl import Rewards
 from reward.step import reward_metrics
 
@@ -79,8 +79,6 @@ def test_micro_batches_hand_computed(batch, monkeypatch):
         len(prompt.input_ids) + int(pair.sum())
         for prompt, pair in zip(rollouts.prompts, rollouts.lengths.view(4, 2))
     ]
-    assert group_sizes(rollouts) == sizes
-    assert even_parts(7, 3) == [(0, 2), (2, 4), (4, 7)] and even_parts(2, 1) == [(0, 2)]
     assert micro_batches(rollouts, sum(sizes)) == [(0, 4)]
     half = max(sum(sizes[:2]), sum(sizes[2:]))
     assert micro_batches(rollouts, sum(sizes) - 1) == micro_batches(rollouts, half) == [(0, 2), (2, 4)]
