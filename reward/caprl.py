@@ -498,8 +498,11 @@ class Verifier:
                  question_ids: list[list[list[int]]], questions: list[Asked],
                  streams: list[str]) -> list[Answer]:
         """One answer for each question of the batch."""
+        head = tuple(writer.head_ids)
+        if head not in self.head_caches:  # each is run once: the weights are frozen
+            self.head_caches[head] = run_head(self.model, writer.head_ids)
         rows = question_rows_(self.model, writer.head_ids, caption_ids, question_ids,
-                              self._head_cache(writer.head_ids))
+                              copy.deepcopy(self.head_caches[head]))
         if self.mode == "logits":
             hidden, _, _ = run_rows_(self.model, *rows)
             logits = letter_logits(self.model, hidden[:, -1], writer.letter_ids).cpu()
@@ -510,12 +513,6 @@ class Verifier:
         replies = self._generate(*rows, sampler)
         broken = sampler.is_broken.tolist()
         return [read_reply(*row) for row in zip(replies, broken, questions, strict=True)]
-
-    def _head_cache(self, head: list[int]) -> tuple[DynamicCache, Tensor]:
-        """A copy of what `run_head` returns. Each head is run once: the weights are frozen."""
-        if tuple(head) not in self.head_caches:
-            self.head_caches[tuple(head)] = run_head(self.model, head)
-        return copy.deepcopy(self.head_caches[tuple(head)])
 
     def _generate(self, rows: list[list[int]], parents: list[int], cache: DynamicCache,
                   seen: Tensor, sampler: "RowSampler") -> list[str]:
