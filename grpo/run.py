@@ -18,7 +18,6 @@ from grpo.distributed import (
     gather_rows,
     print0,
     rank,
-    sum_across_ranks,
     world_size,
 )
 from grpo.logprobs import CompletionScorer
@@ -183,16 +182,16 @@ def save_step(run_dir: Path, run: Run, step: int, saved_at: float, signals: list
     is_due = config.save_every and num_steps % config.save_every == 0
     is_late = config.save_minutes and time.monotonic() - saved_at > 60 * config.save_minutes
     # Clocks and signals differ by rank: all ranks decide together.
-    agreed = sum_across_ranks({"stop": len(signals), "late": bool(is_late)})
-    if is_last or is_due or agreed["stop"] or agreed["late"]:
+    told, is_late = gather_rows(signals), any(gather_rows([is_late]))
+    if is_last or is_due or told or is_late:
         state = training_state(run.scorer, run.optimizer)
         save_checkpoint(run_dir, num_steps, state, config.keep_checkpoints)
         saved_at = time.monotonic()
     if is_exported(num_steps, config):
         export(run, run_dir / "export" / f"step_{num_steps:06d}", config)
-    if agreed["stop"] and not is_last:
+    if told and not is_last:
         print0(f"stopped after step {step}; --resume goes on from there")
-        raise SystemExit(128 + max(gather_rows(signals)))
+        raise SystemExit(128 + max(told))
     return saved_at
 
 
