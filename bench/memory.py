@@ -40,8 +40,8 @@ from data.export import write_examples
 from data.images import open_image
 from data.toy.captioner import qwen_config
 from data.toy.tokenizer import build_tokenizer
-from grpo.config import TrainConfig, change
-from grpo.recipes import PAPER, toy_config
+from grpo.config import TrainConfig
+from grpo.recipes import PAPER, change, toy_config
 from grpo.run import load_run, sample_step
 from grpo.update import update_policy
 from reward.step import load_reward

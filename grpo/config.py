@@ -6,7 +6,7 @@ and Thinking Machines Lab, "LoRA Without Regret", 2025.
 A value without a source says "ours" and why. grpo/recipes.py has the presets.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -318,13 +318,3 @@ class TrainConfig:
             raise ValueError(f"replicas {self.replicas}: expected a divisor of the {num_ranks} "
                              "ranks")
         return self.prompts_per_step // num_ranks
-
-
-def change(config: TrainConfig, **changes) -> TrainConfig:
-    """The settings with some changed, by their flags' names."""
-    parts = {}
-    for part in ("reward_config", "lora", "held_out"):
-        settings = getattr(config, part)
-        names = {field.name for field in fields(settings)} & changes.keys()
-        parts[part] = replace(settings, **{name: changes.pop(name) for name in names})
-    return replace(config, **parts, **changes)

@@ -3,9 +3,22 @@
 grpo/config.py says what [C1] and [C++] are. docs/recipes.md shows the presets side by side.
 """
 
+from dataclasses import fields, replace
+
 import tyro
 
-from grpo.config import TrainConfig, change
+from grpo.config import TrainConfig
+
+
+def change(config: TrainConfig, **changes) -> TrainConfig:
+    """The settings with some changed, by their flags' names."""
+    parts = {}
+    for part in ("reward_config", "lora", "held_out"):
+        settings = getattr(config, part)
+        names = {field.name for field in fields(settings)} & changes.keys()
+        parts[part] = replace(settings, **{name: changes.pop(name) for name in names})
+    return replace(config, **parts, **changes)
+
 
 PAPER = TrainConfig()
 PRESETS = {

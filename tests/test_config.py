@@ -11,8 +11,8 @@ import evaluate
 import train
 from data.curate import __main__ as curate
 from data.program import run_program
-from grpo.config import RewardConfig, TrainConfig, change
-from grpo.recipes import PRESETS, parse_train_config, toy_config
+from grpo.config import RewardConfig, TrainConfig
+from grpo.recipes import PRESETS, change, parse_train_config, toy_config
 from tools import audit
 
 

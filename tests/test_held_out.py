@@ -17,9 +17,9 @@ from data.examples import Example, Question, load_examples
 from data.export import example_row
 from data.images import picture_hash
 from data.jsonl import read_log
-from grpo.config import TrainConfig, change
+from grpo.config import TrainConfig
 from grpo.log import log_step
-from grpo.recipes import toy_config
+from grpo.recipes import change, toy_config
 from grpo.run_dir import check_resumes, rewind, start_run
 from tools.held_out import KEYS, HeldOut, export, read_evaluations, set_aside, standing
 from tools.stats import summarize

@@ -27,8 +27,8 @@ from bench.serve import make_server
 from data.examples import Example, Question, load_examples
 from data.jsonl import read_log
 from evaluate import PrismConfig, run
-from grpo.config import RewardConfig, change
-from grpo.recipes import toy_config
+from grpo.config import RewardConfig
+from grpo.recipes import change, toy_config
 from grpo.run_dir import check_resumes
 from reward.caprl import Asked, ask, caption_rewards, load_verifier
 from reward.remote import (
