@@ -159,11 +159,11 @@ class Decoder:
         return self.recording.logits[rows]
 
     def _forward(self, tokens: Tensor, positions: Tensor, rows: Tensor, ages: Tensor,
-                 longest: int) -> Tensor:
-        """Logits (n, V) float32. ages: (P,). longest: places of the captions' room to read."""
+                 width: int) -> Tensor:
+        """Logits (n, V) float32. ages: (P,). width: places of the captions' room to read."""
         slots = ages[rows // self.group_size]
         has_all_rows = len(rows) == len(self.ages) * self.group_size  # kernels take no fewer
-        unseen = self.padding if self.uses_kernels and has_all_rows else self._bias(ages, longest)
+        unseen = self.padding if self.uses_kernels and has_all_rows else self._bias(ages, width)
         x = F.embedding(tokens, self.embed)  # (n, H)
         angle = positions[:, None].float() * self.rotary.inv_freq  # (n, D / 2)
         scaling = self.rotary.attention_scaling
@@ -172,10 +172,10 @@ class Decoder:
             x = self.layer_step_(x, layer, prefix, suffix, (cos, sin), unseen, rows, slots)
         return head_logits(self.head, F.rms_norm(x, x.shape[-1:], self.norm, self.eps))
 
-    def _bias(self, ages: Tensor, longest: int) -> Tensor:
+    def _bias(self, ages: Tensor, width: int) -> Tensor:
         """(P, 1, 1, 1, T + A) float32: -inf on padding, and on what is not written yet."""
         before, after = (torch.arange(size, device=ages.device)
-                         for size in (self.prefix[0][0].shape[2], longest))
+                         for size in (self.prefix[0][0].shape[2], width))
         is_unseen = torch.cat([before < self.padding[:, None], after > ages[:, None]], dim=1)
         bias = torch.zeros(is_unseen.shape, device=ages.device).masked_fill(is_unseen, -torch.inf)
         return bias[:, None, None, None]
