@@ -157,7 +157,7 @@ class CompletionScorer(nn.Module):
         hidden = hidden[0, packed.sources]  # (N, H)
         logprobs, entropies = HeadLogprobs.apply(
             hidden, self.model.lm_head.weight, rollouts.tokens.flatten()[packed.places],
-            self.temperature, send(self.forbidden, device), HEAD_ROWS[device.type], with_entropy,
+            self.temperature, send(self.forbidden, device), with_entropy,
         )  # (N,) each
         width = rollouts.tokens.shape[1]
         places = packed.places // width, packed.places % width
@@ -166,7 +166,7 @@ class CompletionScorer(nn.Module):
 
 
 class HeadLogprobs(torch.autograd.Function):
-    """log p(target) and entropy at N positions, `rows` of them at a time: no (N, V) tensor exists.
+    """log p(target) and entropy at N positions, HEAD_ROWS at a time: no (N, V) tensor exists.
 
     hidden (N, H), weight (V, H), targets (N,), forbidden (F,) -> (N,), (N,) float32. The backward
     pass computes the logits again, which is cheaper than keeping them. Entropies carry no gradient.
@@ -175,10 +175,11 @@ class HeadLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, forbidden, rows, with_entropy=True):
+    def forward(ctx, hidden, weight, targets, temperature, forbidden, with_entropy=True):
+        device = hidden.device.type
+        rows, few_rows = HEAD_ROWS[device], SOFTMAX_ROWS[device]
         logprobs, entropies, norms = torch.zeros(3, len(hidden), device=hidden.device)
         memory = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
-        few_rows = SOFTMAX_ROWS[hidden.device.type]
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = _product(hidden[part], weight, memory)  # (rows, V)
@@ -195,7 +196,7 @@ class HeadLogprobs(torch.autograd.Function):
                     torch.sub(norm, exps.mul_(few).sum(-1) / total, out=entropy)
         logprobs -= norms
         ctx.save_for_backward(hidden, weight, targets, norms, forbidden)
-        ctx.temperature, ctx.rows = temperature, rows
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -206,9 +207,10 @@ class HeadLogprobs(torch.autograd.Function):
         is_trained = ctx.needs_input_grad[1]  # not where only adapters are
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
         grad = grad[:, None] / ctx.temperature
-        memory = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight), dtype=torch.float32)
-        for start in range(0, len(hidden), ctx.rows):
-            part = slice(start, start + ctx.rows)
+        rows = HEAD_ROWS[hidden.device.type]
+        memory = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=torch.float32)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
             logits = _product(hidden[part], weight, memory)  # (rows, V)
             logits = temper_logits_(logits, ctx.temperature, forbidden)
             # d log p(target) / d logits = onehot(target) - p
@@ -226,7 +228,7 @@ class HeadLogprobs(torch.autograd.Function):
             else:
                 grad_weight += grad_logits.T @ hidden[part]
         grad_weight = grad_weight.to(weight.dtype) if is_trained else None
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _product(hidden: Tensor, weight: Tensor, memory: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from data.choices import fold_choice
 from data.examples import Example, ImageSource
 from grpo.config import TrainConfig
 from grpo.distributed import compute_dtype
-from grpo.logprobs import HEAD_ROWS, HeadLogprobs
+from grpo.logprobs import HeadLogprobs
 from grpo.policy import CAPTION_INSTRUCTION, Policy
 from grpo.pretrained import load_policy
 from reward.branches import branch_states, turn_end
@@ -106,8 +106,7 @@ class Checker:
                                device=before.device)  # (N,)
         logprobs, _ = HeadLogprobs.apply(
             before, model.lm_head.weight, targets, 1.0,
-            torch.tensor(self.policy.forbidden_ids, dtype=torch.long, device=before.device),
-            HEAD_ROWS[before.device.type], False,
+            torch.tensor(self.policy.forbidden_ids, dtype=torch.long, device=before.device), False,
         )
         parts = logprobs.cpu().split(list(map(len, replies)))
         return torch.stack([part.sum() for part in parts])

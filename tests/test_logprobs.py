@@ -9,7 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data.toy.world import draw, make_scene
 from grpo.config import LoraConfig
-from grpo.logprobs import CompletionScorer, HeadLogprobs, group_attention, pack_groups
+from grpo.logprobs import HEAD_ROWS, CompletionScorer, HeadLogprobs, group_attention, pack_groups
 from grpo.lora import adapters, add_adapters_
 from grpo.pretrained import make_policy
 from grpo.rollout import Rollouts, sample_rollouts
@@ -178,12 +178,13 @@ def full_head(hidden, weight, targets, temperature, forbidden):
 
 @pytest.mark.parametrize("rows", [1, 3, 33, 100])  # neither 33 nor the 32 rows of a softmax divide 70
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_head_in_chunks_equals_the_whole(rows, temperature):
+def test_head_in_chunks_equals_the_whole(rows, temperature, monkeypatch):
+    monkeypatch.setitem(HEAD_ROWS, "cpu", rows)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(70, 8, generator=generator), torch.randn(20, 8, generator=generator)
     targets, outer = torch.randint(3, 20, (70,), generator=generator), torch.randn(70, generator=generator)
     results = []
-    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, temperature, torch.tensor([0, 2]), rows),
+    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, temperature, torch.tensor([0, 2])),
                  lambda h, w: full_head(h, w, targets, temperature, [0, 2])):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropies = head(h, w)
@@ -193,13 +194,14 @@ def test_head_in_chunks_equals_the_whole(rows, temperature):
         assert torch.allclose(got, want, atol=3e-5)  # entropies are differences of numbers of about 15
 
 
-def test_head_in_bfloat16_is_near():
+def test_head_in_bfloat16_is_near(monkeypatch):
     """8 bits: logits of about 3 are off by up to 0.008, and so are log-probabilities."""
+    monkeypatch.setitem(HEAD_ROWS, "cpu", 33)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(size, 8, generator=generator).bfloat16() for size in (50, 20))
     targets = torch.randint(3, 20, (50,), generator=generator)
     results = []
-    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, 1.0, torch.tensor([0, 2]), 33),
+    for head in (lambda h, w: HeadLogprobs.apply(h, w, targets, 1.0, torch.tensor([0, 2])),
                  lambda h, w: full_head(h.float(), w.float(), targets, 1.0, [0, 2])):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropies = head(h, w)
@@ -212,10 +214,10 @@ def test_head_in_bfloat16_is_near():
 
 def test_entropy_of_uniform_logits_is_log_v():
     none = torch.tensor([], dtype=torch.long)
-    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.zeros(3, dtype=torch.long), 1.0, none, 2)
+    _, entropy = HeadLogprobs.apply(torch.zeros(3, 4), torch.randn(50, 4), torch.zeros(3, dtype=torch.long), 1.0, none)
     assert entropy.tolist() == pytest.approx([math.log(50)] * 3, abs=1e-5)
     _, entropy = HeadLogprobs.apply(
-        torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, torch.tensor([7, 8]), 2
+        torch.zeros(3, 4), torch.randn(50, 4), torch.ones(3, dtype=torch.long), 1.0, torch.tensor([7, 8])
     )
     assert entropy.tolist() == pytest.approx([math.log(48)] * 3, abs=1e-5)
 
