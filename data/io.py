@@ -141,7 +141,7 @@ def link_new(source: Path, path: Path) -> None:
 
 @contextmanager
 def without_links() -> Iterator[None]:
-    """Ends the block at a link that the file system cannot make."""
+    """A link that the file system cannot make ends the block, not the program: go on behind it."""
     try:
         yield
     except OSError as error:
