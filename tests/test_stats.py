@@ -36,6 +36,8 @@ def test_summary_hand_computed():
     cut, unread = row("1", [1.0], finish_reason="length", tokens=9), row("2", [0.0], error="no picture", words=0, tokens=0)
     assert table["a"]["cut"] == 0 and summarize([*rows, cut])["a"]["cut"] == pytest.approx(1 / 5)
     assert summarize([cut, unread])["a"]["words"] == 3 and summarize([cut, unread])["a"]["tokens"] == 9  # no caption: no words
+    untold = summarize([{key: value for key, value in row("1", [1.0]).items() if key not in ("tokens", "finish_reason")}])["a"]
+    assert math.isnan(untold["cut"]) and math.isnan(untold["tokens"])  # captions of others do not say how they ended
     nothing = summarize([row("1", [None])])["a"]
     assert math.isnan(nothing["accuracy"]) and nothing["failed"] == 1 and nothing["questions"] == 0
 

@@ -79,7 +79,7 @@ def summarize(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
     images, questions            their numbers
     right, wrong, abstained, unparsed
                                  shares of the answers
-    cut                          share of the captions that were cut off
+    cut                          share of the captions that were cut off; NaN if a row does not say
     failed                       questions that could not be scored; they count nowhere else
     words, tokens                per caption
     empty                        mean share of a caption's sentences that say nothing of the
@@ -114,7 +114,8 @@ def _summary(rows: Sequence[dict], family: str) -> dict[str, float]:
         "words": mean([count_words(row["caption"]) for row in told]),
         "tokens": mean([row.get("tokens", math.nan) for row in told]),
         "empty": mean([empty_share(row["caption"]) for row in told]),
-        "cut": mean([row.get("finish_reason") == "length" for row in told]),
+        "cut": mean([row["finish_reason"] == "length" if "finish_reason" in row else math.nan
+                     for row in told]),
     }
 
 
