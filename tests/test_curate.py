@@ -22,13 +22,14 @@ import torch
 from conftest import all_ranks
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from data import parquet
 from data.curate import work
 from data.curate.__main__ import main
 from data.curate.answers import BLIND, SEEING, answer_by_options
+from data.curate.encoders import load_encoder
 from data.curate.filter import (
     FilterConfig,
     filter_questions,
@@ -40,7 +41,7 @@ from data.curate.filter import (
     tells_answer,
 )
 from data.curate.generate import GenerateConfig, generate, write_batch
-from data.curate.images import ImagesConfig, choose_images, decide, measure_batch
+from data.curate.images import ImagesConfig, choose_images, decide, measure_batch, read_embedding
 from data.curate.likeness import detail, hash_distances, k_means, near_duplicates, perceptual_hash, semantic_duplicates
 from data.curate.work import take_out_unfinished
 from data.examples import Example, Question, load_examples
@@ -841,9 +842,25 @@ def test_shards_without_ids_are_images_and_benchmarks(tmp_path):
     assert [image.read_bytes() for image in images] == [path.read_bytes() for path in sorted(photos.iterdir())]
 
 
+SIZE = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+def test_the_embedding_of_a_model_of_images_and_texts_is_its_image_features(tmp_path):
+    torch.manual_seed(0)
+    vision = SIZE | dict(image_size=32, patch_size=8)
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=SIZE, projection_dim=4)).eval()
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    features = model.get_image_features(**processor(pictures, return_tensors="pt")).pooler_output.detach().numpy()
+    for text, own in zip(load_encoder(str(tmp_path), torch.device("cpu"))(pictures), features):
+        assert read_embedding(text) == pytest.approx(own / math.hypot(*own), abs=1e-3)
+
+
 def test_an_encoder_and_a_classifier_by_name(tmp_path):
     torch.manual_seed(0)
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    size = SIZE | dict(image_size=32, patch_size=8)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     CLIPVisionModel(CLIPVisionConfig(**size)).save_pretrained(tmp_path / "encoder")
     ViTForImageClassification(ViTConfig(**size, id2label={0: "fine", 1: "nsfw"})).save_pretrained(
@@ -872,3 +889,6 @@ def test_an_encoder_and_a_classifier_by_name(tmp_path):
         )
     with pytest.raises(ValueError, match="nowhere: expected a vision model"):
         choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=str(tmp_path / "nowhere")))
+    # Its embeddings went through a pooler of random weights, other ones on each rank.
+    with pytest.raises(ValueError, match=r"classifier: expected a vision model \(no weights for pooler.dense.bias in it\)"):
+        choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=flags["classifier"]))

@@ -27,10 +27,9 @@ def load_encoder(path: str, device: torch.device) -> Measure:
     def embed(images: Sequence[Image.Image]) -> list[str | None]:
         see = model.get_image_features if hasattr(model, "get_image_features") else model
         out = see(pixel_values=pixels_of(images))
-        if not isinstance(out, Tensor):
-            pooled = getattr(out, "pooler_output", None)
-            out = out.last_hidden_state.mean(1) if pooled is None else pooled
-        vectors = F.normalize(out.flatten(1).float(), dim=-1).half().cpu().numpy()
+        pooled = getattr(out, "pooler_output", None)
+        pooled = out.last_hidden_state.mean(1) if pooled is None else pooled
+        vectors = F.normalize(pooled.flatten(1).float(), dim=-1).half().cpu().numpy()
         return [base64.b64encode(vector.tobytes()).decode() if np.isfinite(vector).all() else None
                 for vector in vectors]
 
@@ -59,7 +58,10 @@ def _load(kind: Any, path: str,
           device: torch.device) -> tuple[Any, Callable[[Sequence[Image.Image]], Tensor]]:
     """The model, and the function that makes its input of images."""
     try:
-        model = kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
+        model, report = kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False,
+                                             output_loading_info=True)
+        if report["missing_keys"]:  # transformers draws them, on each rank others
+            raise ValueError(f"no weights for {min(report['missing_keys'])} in it")
         processor = load_image_processor(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
