@@ -235,8 +235,6 @@ def filter_report(examples: Sequence[Example], rows: Sequence[dict]) -> list[str
     for example, row in zip(examples, rows, strict=True):
         for question, verdict in zip(example.questions, row["questions"]):
             by_fate.setdefault(verdict["fate"], []).append((example.id, question, verdict))
-    if not by_fate:
-        return lines
     counts = Counter({fate: len(group) for fate, group in by_fate.items()})
     lines += count_table("questions", counts)
     everything = [entry for group in by_fate.values() for entry in group]

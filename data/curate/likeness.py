@@ -25,16 +25,14 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
     whether one of its 255 lowest frequencies is over their median. Scaling, compression and
     brightness hardly change it."""
     small = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
-    values = np.asarray(small, dtype=np.float64)
-    frequencies = (_COSINES @ values @ _COSINES.T).ravel()[1:]  # without the mean
+    frequencies = (_COSINES @ np.asarray(small) @ _COSINES.T).ravel()[1:]  # without the mean
     bits = np.append(frequencies > np.median(frequencies), False)
     return np.packbits(bits).view(np.uint64)
 
 
 def hash_distances(hashes: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(n,) bits in which each of n hashes, (4, n), differs from another, (4,)."""
-    bits = (np.bitwise_count(row ^ word) for row, word in zip(hashes, other))
-    return sum(count.astype(np.uint16) for count in bits)
+    """(n,) bits in which each of n hashes, (4, n), differs from another, (4,): 255 at most."""
+    return sum(np.bitwise_count(row ^ word) for row, word in zip(hashes, other))  # uint8
 
 
 def near_duplicates(hashes: np.ndarray, max_distance: int) -> list[tuple[int, int | None]]:
