@@ -669,6 +669,9 @@ def test_detail_by_hand():
     # 4 x 8, one edge down
     halves = Image.fromarray(np.repeat([[0, 255]], 4, axis=0).astype(np.uint8).repeat(4, axis=1))
     assert detail(halves) == (1.0, 4 / 32)
+    # 2 x 4, one edge across: down by 32 is none
+    steps = Image.fromarray(np.repeat([[0], [100], [68], [68]], 2, axis=1).astype(np.uint8))
+    assert detail(steps) == (1.5, 2 / 8)
     assert detail(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)))[0] == 8.0
 
 
@@ -808,6 +811,8 @@ def test_what_a_model_gives_no_number_for_has_failed():
     red, blue = measure_batch(pictures, {"unsafe": lambda images: [None, 0.25]})
     assert (red["fate"], red["reason"]) == ("failed", "unsafe: not finite")
     assert (blue["fate"], blue["unsafe"]) == ("measured", 0.25)
+    [missing] = measure_batch([("x", Path("nowhere.png"))], {"unsafe": lambda images: pytest.fail("there are none")})
+    assert missing["reason"] == "nowhere.png: expected an image, found nothing"
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -817,11 +822,18 @@ def test_what_a_model_gives_no_number_for_has_failed():
     (dict(max_hash_distance=-5), "max_hash_distance -5: expected 0 to 255"),
     (dict(max_similarity=1.5), "max_similarity 1.5: expected -1 to 1"),
     (dict(min_side=-1), "min_side -1: expected 0 or more"),
+    (dict(tries=0), "tries 0: expected at least 1"),
+    (dict(min_with_image=5), "min_with_image 5: expected 0 to 4"),
+    (dict(max_prior=float("nan")), "max_prior nan: expected 0 or more"),
+    (dict(attempts=0), "attempts 0: expected at least 1"),
+    (dict(temperature=0.0), "temperature 0.0: expected more than 0"),
 ])
 def test_a_threshold_out_of_range_is_refused(settings, expected):
     """NaN is neither over nor under anything: all was kept."""
+    configs = (ImagesConfig, FilterConfig, GenerateConfig)
+    kind = next(config for config in configs if settings.keys() <= config.__dataclass_fields__.keys())
     with pytest.raises(ValueError, match=expected):
-        ImagesConfig("photos", "out", **settings)
+        kind("photos", "out", **settings)
 
 
 def test_shards_without_ids_are_images_and_benchmarks(tmp_path):
