@@ -163,8 +163,15 @@ def test_lists_beside_pictures_are_counted_aloud(tmp_path, capsys):
 
 
 def test_load_images(tmp_path):
-    path = write(tmp_path / "i.jsonl", {"image": "x/1.png"}, {"id": 7, "image": "2.png"})
-    assert load_images(Path(path)) == [("x/1.png", tmp_path / "x/1.png"), ("7", tmp_path / "2.png")]
+    path = write(tmp_path / "i.jsonl", {"image": "x/1.png"}, {"id": 7, "image": "2.png"}, {"image_path": "a.png"},
+                 {"images": ["2.png"]})
+    assert load_images(Path(path)) == [
+        ("x/1.png", tmp_path / "x/1.png"), ("7", tmp_path / "2.png"), ("a.png", tmp_path / "a.png"),
+        ("line 4", tmp_path / "2.png")]
+    with Path(path).open("a") as file:
+        file.write("{")
+    with pytest.raises(ValueError, match="i.jsonl line 5: expected a JSON object"):
+        load_images(Path(path))
     with pytest.raises(ValueError, match="line 1: image .*3.png: expected a file, found nothing"):
         load_images(Path(write(tmp_path / "j.jsonl", {"image": "3.png"})))
     with pytest.raises(ValueError, match="line 1: expected a path in 'image', got None"):

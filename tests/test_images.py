@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps, TiffImagePlugin
 
 from data.examples import StoredImage
-from data.folders import list_files
+from data.folders import list_files, print_left_out
 from data.images import FEWER_PIXELS, FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, image_path, image_size, open_image
 from data.tones import seen_otherwise
 
@@ -343,15 +344,17 @@ def test_list_files_goes_into_subfolders(tmp_path):
     assert [path.name for path in list_files(tmp_path, IMAGE_SUFFIXES)] == ["b.PNG", "a.jpg"]
 
 
-def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys):
+def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys, monkeypatch):
     """Hidden and linked folders are searched, each once, links that lead back or to themselves are no trap."""
     for folder in ("in/.hidden", "in/deep", "elsewhere", "in/folder.png"):
         (tmp_path / folder).mkdir(parents=True)
     names = ("a.jfif", "b.JPE", "c.avif", "d.MPO", "e.jp2", "f.tga", "g.ppm", ".hidden/h.png", "deep/i.pgm", "folder.png/j.png")
-    for name in (*names, "../elsewhere/k.png", "deep/l.HEIC", "m.heic", "n.pdf", "README", "._a.jfif", ".DS_Store"):
+    for name in (*names, "../elsewhere/k.png", "deep/l.HEIC", "m.heic", "n.pdf", "README", "._a.jfif", "._b.png", ".DS_Store"):
         (tmp_path / "in" / name).touch()
-    Path(os.fsdecode(bytes(tmp_path / "in") + b"/caf\xe9.png")).touch()
-    os.mkfifo(tmp_path / "in/pipe.png")
+    for name in (b"/caf\xe9.png", b"/\xe9.png"):
+        Path(os.fsdecode(bytes(tmp_path / "in") + name)).touch()
+    for name in ("pipe.png", "pipe2.png"):
+        os.mkfifo(tmp_path / "in" / name)
     links = {"linked": "../elsewhere", "deep/back": "..", "deep/again": "../../elsewhere", "to_deep": "deep",
              "itself.png": "itself.png", "nowhere.png": "nothing", "o.png": "../elsewhere/k.png", "long.png": "x" * 300}
     for link, target in links.items():
@@ -361,9 +364,14 @@ def test_every_file_below_a_folder_is_taken_or_counted(tmp_path, capsys):
     assert len(found & {"linked/k.png", "deep/again/k.png"}) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"{tmp_path}/in: left out: ") and said.count("\n") == 1
-    for part in ("2 .heic", "1 .pdf", "2 without ending", "1 ._* of macOS", "1 neither file nor folder",
-                 "1 not named in UTF-8 like caf\\xe9.png"):
+    for part in ("2 .heic", "1 .pdf", "2 without ending", "2 ._* of macOS", "2 neither file nor folder",
+                 "2 not named in UTF-8 like caf\\xe9.png"):
         assert part in said
+    monkeypatch.setenv("RANK", "1")  # the first of torchrun's workers says it for all
+    list_files(tmp_path / "in", IMAGE_SUFFIXES)
+    assert not capsys.readouterr().err
+    print_left_out(Path("photos"), Counter({f".{n:02d}": 20 - n for n in range(13)}))
+    assert capsys.readouterr().err.endswith(" 10 .10, 9 .11, ...\n")
 
 
 def test_paths_in_a_file_stay_below_the_root(tmp_path, monkeypatch):

@@ -12,15 +12,31 @@ import pytest
 from data.benchmarks.files import file_rows
 from data.captions.shards import plan_shards
 from data.examples import load_examples
-from data.io import agree_on, check_room, disk_sentence, link_new, nearest, to_json, write_whole
+from data.io import agree_on, check_room, disk_sentence, link_new, naming, nearest, to_json, write_whole
 from data.parquet import parquet_columns
 
 
-def test_room_is_looked_for_and_nothing_is_left(tmp_path):
+def test_room_is_looked_for_and_nothing_is_left(tmp_path, monkeypatch):
     check_room(tmp_path / "not/yet")
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"not/yet: expected room for 1073741824.00 GiB, found .* free at .*"):
         check_room(tmp_path / "not/yet", 2**60)
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, f"refused in {dir}")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/not/yet: refused in {tmp_path} \(.* free at {tmp_path}\)"):
+        check_room(tmp_path / "not/yet")
+
+
+@pytest.mark.parametrize(("number", "name", "said"), [
+    (errno.ENOSPC, None, r"out: oops \(.* free at .*"), (errno.ENOSPC, "a", r"a: oops \(.* free at .*"),
+    (errno.EINVAL, None, r"\[Errno 22\] oops"), (errno.ENOENT, "a", "a: oops")])
+def test_an_error_of_writing_has_a_name_and_room_is_told_where_it_matters(number, name, said):
+    with pytest.raises(OSError) as caught, naming("out"):
+        raise OSError(number, "oops", name)
+    assert re.fullmatch(said, disk_sentence(caught.value))
 
 
 def test_a_path_that_the_system_will_not_look_at_is_named(tmp_path, monkeypatch):
