@@ -62,9 +62,6 @@ def save_checkpoint(run_dir: Path, num_steps: int, state: dict[str, Tensor], kee
     name = f"step_{num_steps:06d}"
     unfinished = folder / f"{name}.unfinished"
     with all_or_none("checkpoint"):
-        if rank() == 0:
-            unfinished.mkdir(parents=True)
-    with all_or_none("checkpoint"):
         try:
             with _dcp_errors():
                 dcp.save(state, checkpoint_id=unfinished, process_group=control_group())

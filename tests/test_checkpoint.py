@@ -27,6 +27,7 @@ from data.toy.export import ExportConfig, export
 from grpo import signals
 from grpo.checkpoint import (
     METADATA_CRC,
+    last_line,
     latest_checkpoint,
     load_checkpoint_,
     make_room,
@@ -381,16 +382,21 @@ def test_a_checkpoint_holds_all_that_a_step_changes(tmp_path):
 def test_a_copy_without_links_goes_on_from_its_last_checkpoint(tmp_path, is_followed):
     """`latest` is missing, or it is a second copy of the checkpoint."""
     for number in (1, 2, 3):
-        save_checkpoint(tmp_path, number, toy_state()[2], keep=2)
+        save_checkpoint(tmp_path, number, toy_state()[2], keep=3)
     latest = tmp_path / "checkpoints/latest"
     latest.unlink()
     if is_followed:
         shutil.copytree(tmp_path / "checkpoints/step_000003", latest)
     folder, num_steps = latest_checkpoint(tmp_path)
     assert folder.name == "step_000003" and num_steps == 3
+    (tmp_path / "checkpoints/latest.unfinished").symlink_to("step_000003")  # the run was killed before it got its name
     save_checkpoint(tmp_path, 4, toy_state()[2], keep=2)
     assert latest.is_symlink() and latest_checkpoint(tmp_path)[1] == 4
     assert sorted(path.name for path in latest.parent.iterdir()) == ["latest", "step_000003", "step_000004"]
+
+
+def test_of_an_errors_lines_the_last_with_words_is_told():
+    assert last_line(RuntimeError("Traceback\n disk full \n \n")) == "disk full" and last_line(OSError()) == "OSError"
 
 
 def test_where_there_are_no_links_the_last_checkpoint_is_the_one_of_most_steps(tmp_path, no_links):
