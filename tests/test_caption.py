@@ -466,14 +466,23 @@ def test_a_single_picture_and_errors_that_are_the_same_in_every_run(tmp_path, ex
 # ------------------------------------------------------------------------------------------- leases
 
 
-@pytest.mark.parametrize("worker, num_workers", [(0, 1), (1, 2), (3, 1), (9, 2)])
-def test_a_worker_of_any_number_takes_every_shard(tmp_path, worker, num_workers):
+@pytest.mark.parametrize("worker, num_workers, first", [(0, 1, 0), (1, 2, 2), (3, 1, 0), (9, 2, 2)])
+def test_a_worker_of_any_number_takes_every_shard(tmp_path, worker, num_workers, first):
     """Where a scheduler had left RANK=3 without WORLD_SIZE, it asked for the shards after the last."""
     taken = []
     for lease in take_leases(tmp_path, 4, worker, num_workers, 100.0):
         taken.append(lease.number)
         lease.finished.touch()
-    assert sorted(taken) == [0, 1, 2, 3]
+    assert taken == [*range(first, 4), *range(first)]
+
+
+def test_a_worker_that_finds_all_shards_held_waits(tmp_path, monkeypatch):
+    held, waits = take_lease(tmp_path, 0, 100.0), []
+    monkeypatch.setattr("time.sleep", waits.append)
+    found = take_leases(tmp_path, 1, 0, 1, 100.0)
+    assert next(found) is None and waits == [5]
+    held.finished.touch()
+    assert list(found) == []
 
 
 def test_one_of_many_workers_gets_the_lease(tmp_path):
@@ -526,6 +535,7 @@ def test_a_lease_is_taken_over_when_it_is_no_longer_touched(tmp_path, rest):
     with first.part.open("ab") as file:
         file.write(rest)
     second = take_lease(tmp_path, 0, 0.4)
+    second.part.write_text(json.dumps({"image": "0.png", "id": "0"}) + "\n")  # shorter, though it comes later in order
     assert second.generation == 1 and first.is_lost and not second.is_lost
     with _new_part(second, [(id, f"{id}.png", Path()) for id in "012"]) as (num_done, append):
         assert num_done == 2  # what was cut off in the middle of a line, or is no row, is gone
