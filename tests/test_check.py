@@ -160,8 +160,9 @@ def test_memory_and_disk(tmp_path, monkeypatch):
     assert not check_memory({"weights": 60, "peak": 92}, 100).problem
     assert "--gradient-checkpointing" in check_memory({"weights": 60, "peak": 93}, 100).problem
     config = toy_config(keep_checkpoints=2, num_steps=100, export_every=25, save_dtype="bfloat16")
-    # three checkpoints of 12 bytes a trained weight, five exports and one being written of 2 a weight
-    needed = 400 * 3 * 12 + 1000 * 6 * 2
+    # three checkpoints of 12 bytes a trained weight; after steps 25, 50, 75 and 100 an export, the last is final/, and one
+    # being written, of 2 a weight
+    needed = 400 * 3 * 12 + 1000 * 5 * 2
     usage = type("Usage", (), {"free": needed + 1})()
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
     assert not check_disk(tmp_path / "not/yet", 1000, 400, config).problem

@@ -342,7 +342,7 @@ def check_disk(folder: Path, parameters: int, trained: int, config: TrainConfig)
     there = nearest(folder)
     free = shutil.disk_usage(there).free
     exports = 1 + bool(config.held_out.eval_data)  # final, best
-    exports += config.num_steps // config.export_every if config.export_every else 0
+    exports += (config.num_steps - 1) // config.export_every if config.export_every else 0
     width = 2 if config.save_dtype == "bfloat16" else 4
     needed = 12 * trained * (config.keep_checkpoints + 1) + width * parameters * (exports + 1)
     return Finding("disk", f"{_gib(needed)} needed of {_gib(free)} free at {there}",
