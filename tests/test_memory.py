@@ -1,6 +1,7 @@
 """The memory that a rank needs: what is estimated is what is used."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from grpo.lora import add_adapters_
 from grpo.pretrained import load_policy
 from grpo.recipes import toy_config
 from grpo.rollout import sample_rollouts
-from tools.memory import step_images
+from tools.memory import rollout_bytes, step_images
 
 
 @pytest.mark.parametrize("changes", [
@@ -87,6 +88,25 @@ def test_a_verifier_that_replies_holds_logits_of_every_row(policy, verifier_mode
     keys = 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
     activations = 4 * (3 * text.intermediate_size + 6 * text.hidden_size)
     assert sizes[1] - sizes[0] == 64 * text.vocab_size * 12 + 64 * 10 * keys + 8 * 10 * activations
+
+
+@pytest.mark.parametrize(("vocab_size", "width", "rollout_tokens", "expected"), [
+    (100, 2, 500, 16_000 + 58_368 + 55_296), (10_000, 2, 500, 16_000 + 720_000 + 43_520),
+    (10_000, 4, 500, 32_000 + 480_000 + 43_520), (10_000, 2, 10, 7_040 + 240_000 + 19_840),
+    (10_000, 2, 10**6, 28_160 + 960_000 + 79_360)])
+def test_sampling_by_hand(vocab_size, width, rollout_tokens, expected):
+    """A group has 20 + 2 * 100 = 220 tokens, so 2 of a rank's 4 fit, and their cache has 500 tokens of 2 * 2 layers * 4
+    numbers. While captions have 64 tokens, groups have 148: 3 fit, with 6 rows of logits. Attention: a layer's cache once
+    more and while it grows, in float32, which is 32,000 bytes, and 3 scores of 4 bytes for 2 * 2 rows, 2 heads and 120
+    places, 11,520. A forward of 4 prompts: 20 * (6 * 8 + 3 * 16) = 1,920 numbers of the text, 4 * 12 * (8 * 8 + 3 * 16) =
+    5,376 of the tower, and three times the pixels: 4 bytes of 48 * 4 patches of 3 * 2 * 2 * 2. One group is held in any
+    case, and never more than the prompts."""
+    text = SimpleNamespace(num_hidden_layers=2, num_key_value_heads=1, num_attention_heads=2, head_dim=4, hidden_size=8,
+                           intermediate_size=16, vocab_size=vocab_size)
+    vision = SimpleNamespace(hidden_size=8, intermediate_size=16, temporal_patch_size=2, patch_size=2, spatial_merge_size=2)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text, vision_config=vision))
+    config = toy_config(prompts_per_step=8, group_size=2, max_new_tokens=100, rollout_tokens=rollout_tokens)
+    assert rollout_bytes(model, config, 2, width, prompt_tokens=20, image_tokens=12) == expected
 
 
 def test_images_of_a_step_by_hand(policy):
