@@ -159,8 +159,6 @@ def _parquet_images(path: Path, file: str, group: int) -> Iterator[NamedImage]:
 
 
 def _tar_shard(path: Path, name: str) -> Shard:
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a file, found nothing")
     check_fetched(path, "a tar file")
     return Shard(partial(_tar_images, path, name), f"{name} {path.stat().st_size}")
 
