@@ -159,13 +159,17 @@ def test_a_template_that_opens_think_is_named(tmp_path, capsys):
 def test_memory_and_disk(tmp_path, monkeypatch):
     assert not check_memory({"weights": 60, "peak": 92}, 100).problem
     assert "--gradient-checkpointing" in check_memory({"weights": 60, "peak": 93}, 100).problem
-    config = toy_config(keep_checkpoints=2, num_steps=100, export_every=25, save_dtype="bfloat16")
+    settings = dict(keep_checkpoints=2, num_steps=100, export_every=25, save_dtype="bfloat16")
+    config = toy_config(**settings)
     # three checkpoints of 12 bytes a trained weight; after steps 25, 50, 75 and 100 an export, the last is final/, and one
     # being written, of 2 a weight
     needed = 400 * 3 * 12 + 1000 * 5 * 2
     usage = type("Usage", (), {"free": needed + 1})()
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
     assert not check_disk(tmp_path / "not/yet", 1000, 400, config).problem
+    assert check_disk(tmp_path, 1000, 400, toy_config(**settings, eval_data="toy:heldout:3")).problem  # best/ is one more
+    with pytest.raises(ValueError, match="^/proc/run: "):  # told first
+        check(toy_config(run_dir="/proc/run"))
     usage.free = needed
     assert "--keep-checkpoints" in check_disk(tmp_path, 1000, 400, config).problem
 
