@@ -24,7 +24,7 @@ settings held in their ranges, by data.io and data.ranges alone."""
 PROGRAMS = re.compile(r"data/(curate|toy/(build|captioner|demo|fit|flawed_judge|looker|pretrain|tokenizer|verifier|writer))")
 """Builders and programs, in data/ because of their subject. They import anything, and nobody but
 programs and tests imports them."""
-MOST_LINES = 3400
+MOST_LINES = 3350
 """Of our files that `import train` loads, together."""
 
 
