@@ -40,7 +40,8 @@ def init_distributed(timeout_minutes: float = 7 * 24 * 60) -> torch.device:
     device = local_device()
     is_launched = "WORLD_SIZE" in os.environ
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if keeps_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    has_others = int(os.environ.get("WORLD_SIZE", 1)) > 1  # a single rank looks for nobody
+    if has_others and keeps_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise ValueError(  # pytorch issue 135712
             "torchrun --max-restarts: expected TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before it, and "
             "--standalone or --rdzv-backend c10d; else new ranks look for the ended ones"
