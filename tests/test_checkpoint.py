@@ -536,7 +536,14 @@ def test_an_export_that_a_full_disk_refused_is_written_when_the_run_goes_on(tmp_
         patch.setattr("grpo.export.export_policy", refuse)
         train(config)
     train(config)
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "run/export/step_000001")
+    exported = tmp_path / "run/export/step_000001"
+    AutoModelForImageTextToText.from_pretrained(exported)
+    assert list(exported.parent.iterdir()) == [exported]  # none of no steps, and none of the last: final/ is that
+    exported.joinpath("kept").touch()
+    latest = tmp_path / "run/checkpoints/latest"
+    latest.unlink(), latest.symlink_to("step_000001")
+    train(config)
+    assert exported.joinpath("kept").exists()  # what is there is not written again
 
 
 def test_a_run_that_could_not_save_one_checkpoint_is_not_begun(tmp_path, monkeypatch):
