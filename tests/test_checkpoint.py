@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -295,6 +296,20 @@ def test_a_lost_terminal_asks_for_a_checkpoint_and_no_later_line_fails(capfd):
     finally:
         signal.signal(signal.SIGHUP, before)
         os.dup2(stdout, 1)
+
+
+def test_a_signal_or_a_late_hour_of_another_rank_saves_here_too(tmp_path, monkeypatch):
+    """Else this rank would go on to the next step, and the other wait for it in the checkpoint."""
+    saved = []
+    monkeypatch.setattr("grpo.checkpoint.save_checkpoint", lambda run_dir, num_steps, *_: saved.append(num_steps))
+    monkeypatch.setattr("grpo.checkpoint.training_state", lambda *_: {})
+    step = partial(save_step, tmp_path, SimpleNamespace(scorer=None, optimizer=None), config=toy_config(save_every=0))
+    monkeypatch.setattr("grpo.run.gather_rows", lambda own: [*own, True] if own else [])  # its clock
+    assert step(step=3, saved_at=time.monotonic(), signals=[]) and saved == [4]
+    monkeypatch.setattr("grpo.run.gather_rows", lambda own: own or [signal.SIGTERM])  # told to it alone
+    with pytest.raises(SystemExit, match="143"):
+        step(step=4, saved_at=time.monotonic(), signals=[])
+    assert saved == [4, 5]
 
 
 def test_a_stopped_torchrun_saves_and_ends_all_ranks(tmp_path):
