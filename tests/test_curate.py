@@ -22,7 +22,16 @@ import torch
 from conftest import all_ranks
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    IJepaConfig,
+    IJepaModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from data import parquet
@@ -857,16 +866,23 @@ def test_shards_without_ids_are_images_and_benchmarks(tmp_path):
 SIZE = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
-def test_the_embedding_of_a_model_of_images_and_texts_is_its_image_features(tmp_path):
+@pytest.mark.parametrize("kind", ["images and texts", "no pooler"])
+def test_an_embedding_is_of_the_image_features_or_the_mean_state(tmp_path, kind):
     torch.manual_seed(0)
     vision = SIZE | dict(image_size=32, patch_size=8)
-    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=SIZE, projection_dim=4)).eval()
+    if kind == "no pooler":
+        model = IJepaModel(IJepaConfig(**vision)).eval()
+    else:
+        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=SIZE, projection_dim=4)).eval()
     model.save_pretrained(tmp_path)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path)
     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    features = model.get_image_features(**processor(pictures, return_tensors="pt")).pooler_output.detach().numpy()
-    for text, own in zip(load_encoder(str(tmp_path), torch.device("cpu"))(pictures), features):
+    pixels = processor(pictures, return_tensors="pt")
+    with torch.no_grad():
+        features = (model(**pixels).last_hidden_state.mean(1) if kind == "no pooler"
+                    else model.get_image_features(**pixels).pooler_output)
+    for text, own in zip(load_encoder(str(tmp_path), torch.device("cpu"))(pictures), features.numpy()):
         assert read_embedding(text) == pytest.approx(own / math.hypot(*own), abs=1e-3)
 
 

@@ -50,10 +50,10 @@ def test_a_group_is_flat_where_its_measured_rewards_are_equal(policy, batch, pai
 
 
 def test_what_one_rank_could_not_measure_is_left_to_the_others(policy, batch, monkeypatch):
-    other = {"accuracy": (0.5 * 8, 8)}
+    other = {"accuracy": (0.5 * 8, 8), "length": (40, 8), "reward": (0.0, 0)}
     monkeypatch.setattr("reward.step.gather_rows", lambda mine: [*mine, dict.fromkeys(mine[0], (0.0, 0)) | other])
     metrics = reward_metrics(batch[0], Rewards(torch.full((8,), math.nan), {}, [record(None)] * 8))
-    assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"])
+    assert metrics["accuracy"] == 0.5 and math.isnan(metrics["reward"]) and metrics["unscored_captions"] == 16
 
 
 def test_ranks_count_by_the_questions_that_they_could_score(policy, batch, monkeypatch):
