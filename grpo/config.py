@@ -65,8 +65,7 @@ class RewardConfig:
                     "praise_weight length_low correctness_weight", at_least=0)
         lengths = self.length_low, self.length_full, self.length_zero
         if not self.length_low <= self.length_full < self.length_zero:
-            raise ValueError("length_low, length_full, length_zero: expected each after the one "
-                             f"before, got {lengths}")
+            raise ValueError(f"expected length_low <= length_full < length_zero, got {lengths}")
 
     @property
     def has_other_parts(self) -> bool:

@@ -83,7 +83,7 @@ def test_the_table_of_recipes_is_that_of_the_presets():
         ({"soft": True}, "soft: expected verifier_mode logits, a sampled reply has no probabilities"),
         ({"num_shuffles": -1}, "num_shuffles -1: expected 0 or more"),
         ({"length_weight": -1.0}, "length_weight -1.0: expected 0 or more"),
-        ({"length_full": 3072}, r"expected each after the one before, got \(0, 3072, 3072\)"),
+        ({"length_full": 3072}, r"expected length_low <= length_full < length_zero, got \(0, 3072, 3072\)"),
         ({"reward": "judge", "length_weight": 0.2}, "reward judge: expected neither soft nor abstain nor weights"),
         ({"max_failed_share": 1.5}, "max_failed_share 1.5: expected 0 to 1"),
         ({"probe_images": 1}, "probe_images 1: expected at least 2"),

@@ -204,8 +204,9 @@ def test_work_grows_with_the_length_of_a_caption_only(text):
 def test_length_reward_hand_computed():
     assert [length_reward(n, 0, 2048, 3072) for n in (0, 2048, 2560, 3072, 9999)] == [1, 1, 0.5, 0, 0]
     assert [length_reward(n, 100, 200, 300) for n in (0, 25, 100, 200, 250, 300)] == [0, 0.25, 1, 1, 0.5, 0]
-    with pytest.raises(ValueError, match=r"expected each after the one before, got \(3000, 2048, 3072\)"):
+    with pytest.raises(ValueError, match=r"expected length_low <= length_full < length_zero, got \(3000, 2048, 3072\)"):
         RewardConfig(length_low=3000)
+    RewardConfig(length_low=2048)  # only one length has all of it
 
 
 def test_repetition_hand_computed():
