@@ -12,7 +12,7 @@ from data.io import heartbeat
 from data.jsonl import read_log
 from grpo.log import LOGS, log_step
 from grpo.recipes import toy_config
-from grpo.run_dir import check_resumes, check_writer, log_start, only_writer, rewind, saved_config, start_run
+from grpo.run_dir import check_ranks, check_resumes, check_writer, log_start, only_writer, rewind, saved_config, start_run
 
 
 def test_starts_say_what_ran_where(tiny_run, tmp_path):
@@ -125,6 +125,13 @@ def test_a_run_from_before_a_setting_goes_on_without_it():
                              ({"eval_data": "0.1"}, "eval_data '0.1': expected '' as"), ({"lora_rank": 4}, "expected 0 as")):
         with pytest.raises(ValueError, match=message):
             check_resumes(toy_config(**setting), saved, {})
+
+
+def test_ranks_that_do_not_divide_the_images_of_a_step_are_refused(monkeypatch):
+    monkeypatch.setattr("grpo.run_dir.world_size", lambda: 4)
+    check_ranks(toy_config(prompts_per_step=12))
+    with pytest.raises(ValueError, match="prompts_per_step 10 does not divide by 4 ranks"):
+        check_ranks(toy_config(prompts_per_step=10))
 
 
 def test_logs_are_taken_back_to_the_checkpoint(tmp_path):
