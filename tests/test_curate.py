@@ -866,12 +866,14 @@ def test_shards_without_ids_are_images_and_benchmarks(tmp_path):
 SIZE = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 
 
-@pytest.mark.parametrize("kind", ["images and texts", "no pooler"])
+@pytest.mark.parametrize("kind", ["images and texts", "no pooler", "no pooler's weights"])
 def test_an_embedding_is_of_the_image_features_or_the_mean_state(tmp_path, kind):
     torch.manual_seed(0)
     vision = SIZE | dict(image_size=32, patch_size=8)
     if kind == "no pooler":
         model = IJepaModel(IJepaConfig(**vision)).eval()
+    elif kind == "no pooler's weights":
+        model = ViTForImageClassification(ViTConfig(**vision)).eval()
     else:
         model = CLIPModel(CLIPConfig(vision_config=vision, text_config=SIZE, projection_dim=4)).eval()
     model.save_pretrained(tmp_path)
@@ -880,8 +882,8 @@ def test_an_embedding_is_of_the_image_features_or_the_mean_state(tmp_path, kind)
     pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     pixels = processor(pictures, return_tensors="pt")
     with torch.no_grad():
-        features = (model(**pixels).last_hidden_state.mean(1) if kind == "no pooler"
-                    else model.get_image_features(**pixels).pooler_output)
+        features = (model.get_image_features(**pixels).pooler_output if kind == "images and texts"
+                    else model.base_model(**pixels).last_hidden_state.mean(1))
     for text, own in zip(load_encoder(str(tmp_path), torch.device("cpu"))(pictures), features.numpy()):
         assert read_embedding(text) == pytest.approx(own / math.hypot(*own), abs=1e-3)
 
@@ -917,6 +919,10 @@ def test_an_encoder_and_a_classifier_by_name(tmp_path):
         )
     with pytest.raises(ValueError, match="nowhere: expected a vision model"):
         choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=str(tmp_path / "nowhere")))
-    # Its embeddings went through a pooler of random weights, other ones on each rank.
-    with pytest.raises(ValueError, match=r"classifier: expected a vision model \(no weights for pooler.dense.bias in it\)"):
-        choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=flags["classifier"]))
+    # What a checkpoint lacks had random weights, other ones on each rank.
+    weights = {name: value for name, value in ViTForImageClassification(ViTConfig(**size)).state_dict().items()
+               if name != "vit.layernorm.bias"}
+    ViTForImageClassification(ViTConfig(**size)).save_pretrained(tmp_path / "part", state_dict=weights)
+    processor.save_pretrained(tmp_path / "part")
+    with pytest.raises(ValueError, match=r"part: expected a vision model \(no weights for layernorm.bias in it\)"):
+        choose_images(ImagesConfig(str(photos), str(tmp_path / "x"), encoder=str(tmp_path / "part")))
