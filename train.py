@@ -111,7 +111,7 @@ def take_steps(run_dir: Path, run: Run, reward: Reward, examples: Sequence[Examp
     steps = bar = tqdm(numbers, desc="train", unit="step", disable=rank() != 0)
     if held_out:
         steps = held_out.watch(bar, first_step, run_dir, run, reward.verifier, phases, trackers)
-    with catch_stop_signals(lambda: step) as signals:
+    with bar, catch_stop_signals(lambda: step) as signals:  # an error gets a line of its own
         for step in steps:
             started = time.perf_counter()
             # 1. The policy writes G captions of each image. Images were opened in the step before.

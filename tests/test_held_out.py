@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,18 @@ def test_a_run_that_ends_before_its_first_step_goes_on_if_told(tmp_path, capsys)
     train(change(config, resume=True, stop_at=1.0))
     assert [row["step"] for row in read_log(tmp_path / "run/metrics.jsonl")] == [0, 1]
     assert [row["step"] for row in read_log(tmp_path / "run/eval.jsonl")] == [0, 1, 2]
+
+
+def test_an_error_of_the_first_evaluation_has_a_line_of_its_own(tmp_path, monkeypatch, capfd):
+    """It stood right behind the progress bar, which had not begun."""
+    def watch(*_):
+        raise ValueError("no room")
+        yield
+
+    monkeypatch.setattr(HeldOut, "watch", watch)
+    with pytest.raises(ValueError, match="no room") as raised:
+        train(toy_config(run_dir=str(tmp_path / "run"), **TINY, **EVAL))
+    assert raised.tb and re.search(r"train: .*step/s\]\n$", capfd.readouterr().err)  # the bar is alive, and was ended
 
 
 def test_the_best_policy_has_a_checkpoint_before_it_is_exported(tmp_path, monkeypatch):
