@@ -61,7 +61,8 @@ def micro_batches(rollouts: Rollouts, token_budget: int) -> list[tuple[int, int]
     """
     captions = rollouts.lengths.view(-1, rollouts.group_size).sum(1).tolist()
     sizes = [len(prompt.input_ids) + length for prompt, length in zip(rollouts.prompts, captions)]
-    for count in range(1, len(sizes) + 1):  # parts of as many groups, but for 1
+    for count in range(1, len(sizes) + 1):
+        # consecutive parts, of which none has over one group more than another
         parts = list(pairwise(len(sizes) * place // count for place in range(count + 1)))
         is_too_large = max(sum(sizes[start:stop]) for start, stop in parts) > token_budget
         if not any(gather_rows([is_too_large])):

@@ -478,7 +478,12 @@ def test_a_worker_of_any_number_takes_every_shard(tmp_path, worker, num_workers,
 
 def test_a_worker_that_finds_all_shards_held_waits(tmp_path, monkeypatch):
     held, waits = take_lease(tmp_path, 0, 100.0), []
-    monkeypatch.setattr("time.sleep", waits.append)
+
+    def sleep(seconds):
+        waits.append(seconds)
+        assert len(waits) < 3, "it waits without end and says nothing"
+
+    monkeypatch.setattr("time.sleep", sleep)
     found = take_leases(tmp_path, 1, 0, 1, 100.0)
     assert next(found) is None and waits == [5]
     held.finished.touch()

@@ -4,6 +4,7 @@ and caption.py have tests of their own."""
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -23,7 +24,7 @@ import train
 from data.curate import filter as curate_filter
 from data.curate import generate as curate_generate
 from data.curate.__main__ import main as curate
-from data.program import run_program
+from data.program import _leave, run_program
 from data.toy.demo import DemoConfig, demo
 from grpo.recipes import toy_config
 
@@ -132,6 +133,21 @@ def test_a_program_runs_where_its_output_is_closed(monkeypatch):
     written = []
     run_program(lambda _: written.extend(print("图", file=stream, flush=True) for stream in (sys.stdout, sys.stderr)), [])
     assert written == [None, None]  # both were printed, nobody reads them
+
+
+def test_a_rank_that_leaves_is_not_disturbed_by_late_signals(monkeypatch):
+    """torchrun passes its own on: the exit code would be the signal's."""
+    numbers, ends = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP), []
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
+    monkeypatch.setattr("os._exit", ends.append)
+    try:
+        _leave(SystemExit(3))
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 3 and ends == [3]
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
 
 def test_a_reader_that_leaves_ends_a_program_in_a_sentence():

@@ -60,7 +60,7 @@ def _load(kind: Any, path: str,
     try:
         model, report = kind.from_pretrained(path, use_safetensors=True, trust_remote_code=False,
                                              output_loading_info=True)
-        # What is missing transformers draws, on each rank otherwise.
+        # transformers draws what is missing at random, anew on each rank.
         if missing := [key for key in report["missing_keys"] if not key.startswith("pooler.")]:
             raise ValueError(f"no weights for {min(missing)} in it")
         if report["missing_keys"]:  # of a ViT that was tuned as a classifier
